@@ -1,0 +1,58 @@
+"""lord_tune: low-rank fine-tuning of compressed language models.
+
+Importing this package is cheap (no torch, no transformers) and makes `AutoModelForCausalLM.from_pretrained` read
+factored checkpoints: the transformers plugin is registered at once if transformers' quantizers are imported already,
+else the moment they are.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+__version__ = "0.1.0"
+
+_FUNCTIONS = {
+    "decompose": "commands",
+    "train": "commands",
+    "evaluate": "commands",
+    "export": "commands",
+    "inspect": "commands",
+    "quickstart": "demo",
+    "expose_factors": "integrations.peft_adapters",
+    "add_lora": "integrations.peft_adapters",
+    "fold": "integrations.peft_adapters",
+    "load": "integrations.models",
+}
+
+if TYPE_CHECKING:
+    from .commands import decompose, evaluate, export, inspect, train
+    from .demo import quickstart
+    from .integrations.models import load
+    from .integrations.peft_adapters import add_lora, expose_factors, fold
+
+__all__ = [
+    "add_lora",
+    "decompose",
+    "evaluate",
+    "export",
+    "expose_factors",
+    "fold",
+    "inspect",
+    "load",
+    "quickstart",
+    "train",
+]
+
+
+@wrapt.when_imported("transformers.quantizers.auto")
+def _register(module: Any) -> None:
+    importlib.import_module("lord_tune.integrations.transformers_quantizer")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(f"lord_tune.{_FUNCTIONS[name]}"), name)
+    raise AttributeError(f"module 'lord_tune' has no attribute '{name}'")

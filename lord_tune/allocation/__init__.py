@@ -1,0 +1,20 @@
+"""Rank allocation, one rule per file; `ALLOCATORS` lists them by name."""
+
+from .base import Allocator
+from .budget import ALIGNMENT, LayerSpectrum, break_even, factor_cost, rank_grid
+from .loss_weighted import LossWeighted
+from .uniform import Uniform
+
+ALLOCATORS: dict[str, type] = {"uniform": Uniform, "loss_weighted": LossWeighted}
+
+__all__ = [
+    "ALIGNMENT",
+    "ALLOCATORS",
+    "Allocator",
+    "LayerSpectrum",
+    "LossWeighted",
+    "Uniform",
+    "break_even",
+    "factor_cost",
+    "rank_grid",
+]

@@ -1,0 +1,89 @@
+"""Streaming second moments of the inputs of one layer.
+
+Products of a window are taken in the activations' precision (float32 or better) and summed in float64, so the memory
+does not depend on the number of tokens and 10^5 windows lose no digits. Only the block upper triangle of X^T X is
+multiplied: at width 1536 that is 10/16 of the work of the full product, and X^T X is half of the cost of calibration.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import CalibrationError
+
+_PANELS = 4  # column panels of the triangular product
+_MIN_PANEL = 128  # below this a panel product is bound by overhead, not by arithmetic
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What one layer input looked like over the calibration tokens."""
+
+    gram: Tensor  # (in, in) float64, mean of x x^T over all tokens
+    mean: Tensor  # (in,) float64, mean of x
+    sink_gram: Tensor  # (in, in) float64, mean of x x^T over the tokens at position 0
+    tokens: int
+
+    def weighted(self, sink_weight: float) -> Tensor:
+        """H + beta H_0. (in, in)
+
+        Attention gives its largest weights to position 0 (the sink), whose value and MLP outputs are nearly zero; it
+        carries under 1e-4 of the energy, so a plain second moment lets a factorization spoil it. beta = 0.05 costs
+        ordinary tokens little and halved the damage of uniform ranks on SmolLM2.
+        """
+        return self.gram + sink_weight * self.sink_gram if sink_weight else self.gram
+
+    def shifted(self, centre: Tensor | None) -> Tensor:
+        """E[(x - c)(x - c)^T] for a fixed centre c (in,), or the uncentred moment for None. (in, in)"""
+        if centre is None:
+            return self.gram
+        cross = torch.outer(centre, self.mean)
+        return self.gram - cross - cross.T + torch.outer(centre, centre)
+
+
+class MomentAccumulator:
+    """Sums over the windows fed to `update`; `result` gives the means."""
+
+    def __init__(self, width: int, device: torch.device):
+        self._gram = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self._sink = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self._sum = torch.zeros(width, dtype=torch.float64, device=device)
+        self._tokens = 0
+        self._sinks = 0
+
+    def update(self, inputs: Tensor) -> None:  # (batch, position, in), or (token, in): no position 0 is known then
+        rows = inputs.detach().reshape(-1, inputs.shape[-1])
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        add_gram(self._gram, rows)
+        self._sum += rows.sum(0, dtype=torch.float64)
+        self._tokens += rows.shape[0]
+        if inputs.dim() == 3:
+            first = inputs.detach()[:, 0].double()
+            self._sink += first.T @ first
+            self._sinks += first.shape[0]
+
+    def result(self, name: str) -> Moments:
+        """The moments; raises CalibrationError naming the layer if an input was NaN or Inf."""
+        gram = torch.triu(self._gram)
+        gram = (gram + torch.triu(gram, 1).T) / max(self._tokens, 1)
+        if not torch.isfinite(gram).all():
+            raise CalibrationError(
+                f"The inputs of '{name}' hold NaN or Inf on the calibration text; "
+                "check the weights before it, or run the model in float32 (--dtype float32)."
+            )
+        return Moments(gram, self._sum / max(self._tokens, 1), self._sink / max(self._sinks, 1), self._tokens)
+
+
+def add_gram(
+    total: Tensor,  # (in, in) float64; only the block upper triangle is added to
+    rows: Tensor,  # (token, in)
+) -> None:
+    """total += rows^T rows on and above the block diagonal, in place."""
+    width = rows.shape[1]
+    panel = max(_MIN_PANEL, -(-width // _PANELS))
+    for start in range(0, width, panel):
+        stop = min(start + panel, width)
+        total[start:stop, start:] += rows[:, start:stop].T @ rows[:, start:]

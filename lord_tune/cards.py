@@ -1,0 +1,82 @@
+"""README.md of the folders that are written: what it is, how to load it, how it was made."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+_HEAD = """---
+library_name: {library}
+base_model: {base}
+tags: [lord_tune, low-rank, {tag}]
+---
+
+# {title}
+
+"""
+
+
+def _config_block(config: dict[str, Any]) -> str:
+    return "```json\n" + json.dumps(config, indent=1) + "\n```\n"
+
+
+def decomposition_card(report: dict[str, Any]) -> str:
+    """For a factored checkpoint, from its decomposition.json."""
+    totals = report["totals"]
+    head = _HEAD.format(
+        library="transformers", base=report["base"]["name"], tag="factored", title="Factored language model"
+    )
+    return head + (
+        f"`{report['base']['name']}` decomposed by lord_tune: {totals['factored_layers']} of {totals['layers']} linear "
+        f"layers are W = Q + L R (method `{report['config']['method']}`, backbone `{report['config']['backbone']}`), "
+        f"{totals['linear_bits_per_weight']:.2f} bits per weight of the linears, "
+        f"{totals['parameters']:,} stored numbers (before: {totals['parameters_before']:,}).\n\n"
+        "```bash\npip install lord-tune\n```\n"
+        "```python\nimport lord_tune  # registers the checkpoint format with transformers\n"
+        "from transformers import AutoModelForCausalLM\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER", dtype="auto")\n```\n\n'
+        "Without lord_tune, loading stops with an error about mismatched sizes.\n\n"
+        f"Made with:\n```bash\n{report['command']}\n```\n\nPer-layer errors: `decomposition.json`. Configuration:\n"
+        + _config_block(report["config"])
+    )
+
+
+def training_card(config: dict[str, Any], metrics: dict[str, Any], command: str) -> str:
+    """For an adapter folder."""
+    head = _HEAD.format(
+        library="peft", base=config["model_name_or_path"], tag="adapter", title="Trained factors of a compressed model"
+    )
+    return head + (
+        f"Adapter (mode `{config['mode']}`) trained by lord_tune on `{config['dataset_name']}` for {metrics['steps']} "
+        f"steps; mean training loss {metrics['train_loss']:.4f}; {metrics['trainable_parameters']:,} trainable "
+        "parameters. It belongs to the factored checkpoint above and loads with\n"
+        '```python\nimport lord_tune\n\nmodel, tokenizer = lord_tune.load("THIS_FOLDER")\n```\n'
+        "or becomes a checkpoint of its own with\n"
+        "```bash\nlord-tune export THIS_FOLDER OUT --format dense\n```\n\n"
+        f"Made with:\n```bash\n{command}\n```\n\nConfiguration:\n" + _config_block(config)
+    )
+
+
+_LOADING = {
+    "dense": 'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
+    "factored": "import lord_tune\nfrom transformers import AutoModelForCausalLM\n\n"
+    'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER", dtype="auto")',
+    "peft": "import torch\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+    'base = AutoModelForCausalLM.from_pretrained("THIS_FOLDER/base", dtype=torch.float32)\n'
+    'model = PeftModel.from_pretrained(base, "THIS_FOLDER/adapter")',
+}
+
+
+def export_card(form: str, source: str, command: str) -> str:
+    """For an exported checkpoint."""
+    head = _HEAD.format(library="transformers", base=source, tag=form, title="Exported model")
+    notes = {
+        "dense": "An ordinary checkpoint: every layer's W = Q + L R was multiplied out. It is as large as the original.",
+        "factored": "The adapter was folded back into L and R. Needs lord_tune to load.",
+        "peft": "A bitsandbytes NF4 base (Q) and an ordinary LoRA adapter (L and R, lora_alpha = r): load both together. "
+        "The base alone is Q only. Merging the adapter into the 4-bit base would round the factors away.",
+    }[form]
+    return head + (
+        f"{notes}\n\n```python\n{_LOADING[form]}\n```\n\nExported from `{source}` by lord_tune; the written files were "
+        f"reloaded and compared with the unmerged model, see `export.json`.\n```bash\n{command}\n```\n"
+    )

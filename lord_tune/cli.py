@@ -1,0 +1,223 @@
+"""`lord-tune`: parse, call the verb, print one clear sentence on failure.
+
+The options are generated from the records in config.py, so flags, YAML keys and Python keywords cannot drift apart.
+Heavy imports happen inside the verbs: `--help` needs neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import sys
+import typing
+import warnings
+from collections.abc import Callable
+from inspect import Parameter, Signature
+from typing import Any, Literal
+
+import typer
+from pydantic.fields import FieldInfo
+
+from . import __version__
+from .config import (
+    DecomposeConfig,
+    EvaluateConfig,
+    ExportConfig,
+    InspectConfig,
+    QuickstartConfig,
+    RunConfig,
+    TrainConfig,
+)
+from .errors import LordError, LordWarning, UsageError
+
+app = typer.Typer(
+    help="Low-rank fine-tuning of compressed language models: decompose, train, evaluate, export.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+_MANY = ("--calibration", "--text")  # flags that take several values
+
+
+def _flag_type(field: FieldInfo) -> tuple[Any, str]:
+    """The type typer parses and the choices for the help; the record itself checks choices."""
+    options = [a for a in typing.get_args(field.annotation) if a is not type(None)]
+    annotation: Any = field.annotation
+    if typing.get_origin(annotation) is not Literal and len(options) == 1 and annotation is not list[str]:
+        annotation = options[0]
+    if typing.get_origin(annotation) is Literal:
+        return str, " | ".join(map(str, typing.get_args(annotation)))
+    return annotation, ""
+
+
+def _parameter(name: str, field: FieldInfo, positional: bool, trl_names: bool) -> Parameter:
+    kind, choices = _flag_type(field)
+    default = field.get_default(call_default_factory=True)
+    shown = "" if default in (None, False, []) or field.is_required() else f" [default: {default}]"
+    help_text = (field.description or "") + (
+        f" ({choices})" if choices and choices not in str(field.description) else ""
+    )
+    flag = "--" + (field.alias or name)
+    flag = flag if trl_names else flag.replace("_", "-")
+    if positional:
+        value = typer.Argument(None, help=help_text, show_default=False)
+    elif kind is bool:
+        value = typer.Option(None, f"{flag}/--no-{flag[2:]}", help=help_text + shown, show_default=False)
+    else:
+        value = typer.Option(None, flag, help=help_text + shown, show_default=False)
+    annotation = list[str] | None if kind == list[str] else kind | None
+    return Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=value, annotation=annotation)
+
+
+def _add(verb: str, record: type[RunConfig], summary: str, call: Callable[[dict[str, Any]], Any]) -> None:
+    """Register a verb whose options are the fields of `record`."""
+    fields = record.model_fields
+    open_ended = record.model_config["extra"] == "allow"  # train: trl's names, with underscores
+    positional = [name for name in ("model", "out") if name in fields and verb != "quickstart"]
+    ordered = [*positional, *(name for name in fields if name not in positional)]
+    parameters = [_parameter(name, fields[name], name in positional, open_ended) for name in ordered]
+    config_help = "YAML file with any of these keys; the command line wins"
+    parameters.append(
+        Parameter(
+            "config",
+            Parameter.POSITIONAL_OR_KEYWORD,
+            default=typer.Option(None, help=config_help),
+            annotation=str | None,
+        )
+    )
+    if open_ended:
+        parameters.insert(0, Parameter("ctx", Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context))
+
+    def command(**values: Any) -> None:
+        context = values.pop("ctx", None)
+        file = values.pop("config", None)
+        given = {fields[k].alias or k: v for k, v in values.items() if v is not None and v != []}
+        if context is not None:
+            given |= _extra_options(context.args)
+        if file is not None:
+            from .training import load_yaml
+
+            given = load_yaml(file) | given
+        call(given)
+
+    command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    command.__doc__ = summary
+    settings = {"allow_extra_args": True, "ignore_unknown_options": True} if open_ended else {}
+    app.command(verb, context_settings=settings)(command)
+
+
+def _extra_options(words: list[str]) -> dict[str, Any]:
+    """`--key value` and `--key=value` pairs of training options that are trl's; a flag alone means true."""
+    found: dict[str, Any] = {}
+    position = 0
+    while position < len(words):
+        word = words[position]
+        if not word.startswith("--"):
+            raise UsageError(f"'{word}' came without an option; write --key value.")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            following = words[position + 1] if position + 1 < len(words) else "--"
+            value = "true" if following.startswith("--") else following
+            position += 0 if following.startswith("--") else 1
+        found[key] = value
+        position += 1
+    return found
+
+
+def _verb(name: str) -> Callable[[dict[str, Any]], Any]:
+    def call(values: dict[str, Any]) -> Any:
+        import lord_tune
+
+        required = [k for k in ("model", "out", "text", "format") if k in _RECORDS[name].model_fields]
+        missing = [k for k in required if k not in values and _RECORDS[name].model_fields[k].is_required()]
+        if missing:
+            shown = missing[0].upper() if missing[0] in ("model", "out") else "--" + missing[0]
+            raise UsageError(f"{shown} is missing; see lord-tune {name} --help.")
+        return getattr(lord_tune, name)(**values)
+
+    return call
+
+
+_RECORDS: dict[str, type[RunConfig]] = {
+    "quickstart": QuickstartConfig,
+    "decompose": DecomposeConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "export": ExportConfig,
+    "inspect": InspectConfig,
+}
+_SUMMARIES = {
+    "quickstart": "The whole story on SmolLM2-135M, offline, in minutes.",
+    "decompose": "Write a factored checkpoint: W = L R, or W = Q + L R.",
+    "train": "Train L and R (or LoRA on them); every key of trl's SFTConfig is an option too.",
+    "evaluate": "Perplexity, size, bits per weight and speed of a checkpoint.",
+    "export": "Write a checkpoint as dense, factored or peft, and verify it.",
+    "inspect": "Per-layer table of a factored checkpoint.",
+}
+for _name, _record in _RECORDS.items():
+    _add(_name, _record, _SUMMARIES[_name], _verb(_name))
+
+
+@app.command("version")
+def _version() -> None:
+    """The version of lord_tune."""
+    typer.echo(__version__)
+
+
+def _expand(words: list[str]) -> list[str]:
+    """`--text a b` becomes `--text a --text b`; `--a_b` and `--a-b` are one option."""
+    result: list[str] = []
+    current: str | None = None
+    old, new = ("-", "_") if words[:1] == ["train"] else ("_", "-")
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            if not (old == "-" and name.startswith("no-")):
+                word = "--" + name.replace(old, new) + equals + value
+        if word.startswith("-"):
+            current = word if word in _MANY else None
+            result.append(word)
+        elif current is not None and result[-1] != current:
+            result += [current, word]
+        else:
+            result.append(word)
+    return result
+
+
+def _show_warning(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
+    if issubclass(category, LordWarning):
+        print(f"warning: {message}", file=sys.stderr)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point; exit code 2 for a wrong call, 1 for work that failed, 130 for Ctrl-C. `--debug` shows tracebacks."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    if not debug:
+        warnings.showwarning = _show_warning  # type: ignore[assignment]
+        warnings.simplefilter("always", LordWarning)
+    try:
+        app(args=_expand(words), prog_name="lord-tune")
+    except LordError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was left half-written", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        if debug:
+            raise
+        print(
+            f"error: {error.strerror or error}: {error.filename or ''} (check permissions and disk space)",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+    except Exception as error:  # a defect of ours or of a library below: one line for the user, --debug for the report
+        if debug:
+            raise
+        first = (str(error).strip().splitlines() or [""])[0][:300]
+        print(f"error: {type(error).__name__}: {first} (rerun with --debug for the traceback)", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,404 @@
+"""The verbs: each a function that tells its whole story in order, called by the command line and by Python users alike.
+
+Keyword arguments are the fields of the verb's record in config.py.
+"""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import time
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__
+from .allocation import ALLOCATORS
+from .calibration.corpus import documents, file_windows, text_sha256, token_windows
+from .cards import decomposition_card, export_card, training_card
+from .config import DecomposeConfig, EvaluateConfig, ExportConfig, InspectConfig, RunConfig, TrainConfig
+from .console import human_bytes, is_main_process, progress, say, show_spans, show_table
+from .decomposition import LayerRecord, Settings, Windows, decompose_model
+from .errors import UsageError
+from .evaluation import evaluate_model, sizes
+from .exporting import export_model
+from .factorizations import METHODS
+from .integrations.models import (
+    ADAPTER_FILE,
+    base_of_adapter,
+    kind_of,
+    load,
+    load_dense_or_factored,
+    load_tokenizer,
+    max_length,
+    quiet,
+    resolve_model,
+    save_model,
+    task_of,
+    weight_files,
+)
+from .integrations.peft_adapters import Coverage
+from .integrations.transformers_quantizer import attach
+from .layer_plan import make_quantizer
+from .layers import factored_layers
+from .quantizers import NF4
+from .storage import atomic_directory, check_destination, read_json, sha256_files, write_json
+from .training import TrainOptions, train_model, trainer_arguments
+
+FORMAT_VERSION = 1
+_SENSITIVITY_LENGTH = 256  # tokens per window of the backward pass: its activations are what peaks
+
+
+def decompose(model: str, out: str, **options: Any) -> dict[str, Any]:
+    """Decompose a model into a factored checkpoint at `out`; returns the content of decomposition.json."""
+    config = DecomposeConfig.build({"model": model, "out": out, **options})
+    if config.dry_run:
+        return _show_plan(config)
+    quiet()
+    check_destination(Path(config.out), config.overwrite)
+    source = resolve_model(config.model)
+    dense, tokenizer = load_dense_or_factored(source, config.dtype), load_tokenizer(source)
+    if factored_layers(dense):
+        raise UsageError(f"{config.model} is decomposed already; start from the original dense model.")
+    before = sizes(dense)
+    windows, calibration = _windows(config, dense, tokenizer)
+    say(f"decomposing {config.model}: {_summary(config)}")
+    start = time.perf_counter()
+    with progress() as update:
+        records, skipped = decompose_model(dense, _settings(config), windows, task_of(tokenizer), update)
+    seconds = time.perf_counter() - start
+    attach(dense)
+    totals = _totals(records, before, sizes(dense), seconds)
+    report = {
+        "format_version": FORMAT_VERSION,
+        "base": {"name": config.model, "sha256": sha256_files(weight_files(source))},
+        "command": command_line("decompose", config),
+        "config": config.model_dump(),
+        "versions": versions(),
+        "seed": config.seed,
+        "calibration": calibration,
+        "layers": {name: asdict(record) for name, record in records.items()},
+        "skipped": skipped,
+        "totals": totals,
+    }
+    with atomic_directory(Path(config.out), config.overwrite) as folder:
+        save_model(dense, tokenizer, folder)
+        write_json(folder / "decomposition.json", report)
+        (folder / "README.md").write_text(decomposition_card(report))
+    _show_decomposition(report, config)
+    return report
+
+
+def train(**options: Any) -> dict[str, Any]:
+    """Train the factors (or LoRA on them) of a factored checkpoint; returns the content of train_results.json."""
+    config = TrainConfig.build(options)
+    resolved = config.model_dump()
+    quiet()
+    own = [name for name in TrainConfig.model_fields if name != "dry_run"]
+    if config.dry_run:
+        trainer_arguments(config.trainer_values(), config.mode, True, own)
+        return _show_plan(config)
+    source = resolve_model(config.model_name_or_path)
+    if (Path(source) / ADAPTER_FILE).is_file():
+        raise UsageError(
+            f"{source} is a training output; continue it by running its own config again, or export it "
+            "--format factored and train that."
+        )
+    model, tokenizer = load(source, config.dtype)
+    arguments = trainer_arguments(config.trainer_values(), config.mode, kind_of(model) == "causal", own)
+    names = TrainOptions.__dataclass_fields__
+    chosen = TrainOptions(**{key: value for key, value in resolved.items() if key in names})
+    command = command_line("train", config)
+    metrics = train_model(model, tokenizer, chosen, arguments, resolved, _notify_training)
+    if is_main_process():
+        (Path(config.output_dir) / "README.md").write_text(training_card(resolved, metrics, command))
+        loss = metrics["train_loss"]
+        say(f"trained {metrics['steps']} steps, mean loss {loss:.4f}; adapter in {config.output_dir}")
+        say(f"next: lord-tune export {config.output_dir} OUT --format dense")
+    return metrics
+
+
+def evaluate(model: str, text: list[str], **options: Any) -> dict[str, Any]:
+    """Perplexity on texts, sizes and speed; returns the keys of `--json`."""
+    config = EvaluateConfig.build({"model": model, "text": text, **options})
+    if config.dry_run:
+        return _show_plan(config)
+    quiet()
+    loaded, tokenizer = load(config.model, config.dtype)
+    length = min(config.context_length, max_length(loaded))
+    windows = {path: file_windows(path, tokenizer, length, config.max_tokens) for path in config.text}
+    with progress() as update:
+        result = evaluate_model(loaded, tokenizer, windows, length, update)
+    if config.json_file:
+        write_json(Path(config.json_file), result)
+    rows = [
+        [Path(name).name, f"{entry['perplexity']:.3f}", f"{entry['loss']:.4f}", f"{entry['tokens']:,}"]
+        for name, entry in result["texts"].items()
+    ]
+    show_table(f"{config.model}, context {length}", ["text", "perplexity", "loss", "tokens"], rows)
+    say(
+        f"{result['parameters']:,} stored numbers, {human_bytes(result['model_bytes'])}, linears at "
+        f"{result['linear_bits_per_weight']:.2f} bits per weight; {result['tokens_per_second']:.1f} tokens/s, "
+        f"peak memory {human_bytes(result['peak_rss_bytes'])}"
+    )
+    return result
+
+
+def export(model: str, out: str, format: str, **options: Any) -> dict[str, Any]:
+    """Write a factored checkpoint or training output as dense, factored or peft; returns export.json's content."""
+    config = ExportConfig.build({"model": model, "out": out, "format": format, **options})
+    if config.dry_run:
+        return _show_plan(config)
+    quiet()
+    check_destination(Path(config.out), config.overwrite)
+    text = None
+    if config.text is not None:
+        text = "\n\n".join(documents([config.text]))
+    loaded, tokenizer = load(config.model)
+    command = command_line("export", config)
+    with atomic_directory(Path(config.out), config.overwrite) as folder:
+        comparison = export_model(
+            loaded,
+            tokenizer,
+            folder,
+            config.format,
+            config.dtype or "float32",
+            config.threshold,
+            text,
+            Path(config.out),
+            lambda form: export_card(form, config.model, command),
+        )
+        result = {
+            "format_version": FORMAT_VERSION,
+            "source": config.model,
+            "format": config.format,
+            "dtype": config.dtype or ("float32" if config.format == "dense" else None),
+            "command": command,
+            "comparison": asdict(comparison),
+            "bytes": sum(path.stat().st_size for path in folder.rglob("*.safetensors")),
+            "versions": versions(),
+        }
+        write_json(folder / "export.json", result)
+    say(
+        f"wrote {config.out} ({config.format}, {human_bytes(result['bytes'])}); reloaded and compared on "
+        f"{comparison.tokens} tokens: KL {comparison.kl:.2g} nats per token, largest logit difference "
+        f"{comparison.max_logit_difference:.2g}, top-1 agreement {comparison.top1_agreement:.3f}"
+    )
+    return result
+
+
+def inspect(model: str, **options: Any) -> dict[str, Any]:
+    """The per-layer record of a factored checkpoint, from its decomposition.json (or its manifest alone)."""
+    config = InspectConfig.build({"model": model, **options})
+    folder = Path(config.model)
+    if (folder / ADAPTER_FILE).is_file() and not (folder / "decomposition.json").is_file():
+        folder = Path(base_of_adapter(folder))
+    if not folder.is_dir():
+        raise UsageError(f"The folder {folder} does not exist; check the path.")
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{folder} holds no config.json; pass a factored checkpoint.")
+    if (folder / "decomposition.json").is_file():
+        report = read_json(folder / "decomposition.json")
+    else:
+        manifest = read_json(folder / "config.json").get("quantization_config") or {}
+        if manifest.get("quant_method") != "lord":
+            raise UsageError(f"{folder} is not a factored checkpoint; run lord-tune decompose first.")
+        report = {"layers": manifest["layers"], "totals": {}}
+    if config.json_file:
+        write_json(Path(config.json_file), report)
+        return report
+    rows = [_inspect_row(name, entry) for name, entry in report["layers"].items()]
+    columns = ["layer", "shape", "rank", "backbone", "bits/weight", "calibrated", "held-out", "plain"]
+    show_table(str(folder), columns, rows)
+    if report["totals"]:
+        _show_totals(report["totals"])
+    return report
+
+
+def command_line(verb: str, config: RunConfig) -> str:
+    """The command that repeats a run: positional fields, then every field that differs from its default."""
+    words = ["lord-tune", verb]
+    for name in ("model", "out"):
+        if name in type(config).model_fields:
+            words.append(str(getattr(config, name)))
+    values = {name: getattr(config, name) for name in type(config).model_fields} | (config.model_extra or {})
+    for name, value in values.items():
+        field = type(config).model_fields.get(name)
+        if name in ("model", "out", "overwrite", "dry_run") or (
+            field and value == field.get_default(call_default_factory=True)
+        ):
+            continue
+        flag = "--" + ((field.alias if field and field.alias else name).replace("_", "-"))
+        if isinstance(value, bool) and field is not None:
+            words.append(flag if value else f"--no-{flag[2:]}")
+        elif isinstance(value, list):
+            words += [flag, *map(str, value)]
+        elif value is not None:
+            words += [flag, str(value)]
+    return shlex.join(words)
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that decide the result."""
+    found = {"lord_tune": __version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "safetensors"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def _show_plan(config: RunConfig) -> dict[str, Any]:
+    resolved = config.model_dump()
+    show_table("resolved configuration", ["key", "value"], [[key, str(value)] for key, value in resolved.items()])
+    return resolved
+
+
+def _settings(config: DecomposeConfig) -> Settings:
+    nf4 = {"block_size": config.block_size, "double_quant": config.double_quant}
+    NF4(**nf4)  # refuse a bad block size before anything else
+    method_options = {
+        "whitened": {"sink_weight": config.sink_weight},
+        "afm": {"centred": config.centred},
+        "loftq": {"iterations": config.iterations},
+    }.get(config.method, {})
+    return Settings(
+        method=METHODS[config.method](**method_options),
+        quantizer=None if config.backbone == "none" else make_quantizer(config.backbone, nf4),
+        rank=config.rank,
+        kept_fraction=config.kept_fraction,
+        allocator=ALLOCATORS[config.allocation](),
+        factor_format=config.factor_format,
+        factor_options=nf4 if config.factor_format == "nf4" else {},
+        targets=config.targets,
+        exclude=config.exclude,
+    )
+
+
+def _windows(config: DecomposeConfig, model: Any, tokenizer: Any) -> tuple[Windows | None, dict[str, Any]]:
+    if not config.calibration:
+        return None, {"tokens": 0, "source": [], "sha256": None}
+    texts = documents(list(config.calibration), tokenizer)
+    length = min(config.context_length, max_length(model))
+    calibration, heldout = token_windows(
+        texts, tokenizer, config.calibration_tokens, config.calibration_tokens // 8, length, config.seed
+    )
+    short = min(_SENSITIVITY_LENGTH, length)
+    pieces = calibration[:, : length // short * short].reshape(-1, short)
+    # an even sample over all windows, not the first ones only
+    count = min(max(1, config.sensitivity_tokens // short), len(pieces))
+    sensitivity = pieces[torch.linspace(0, len(pieces) - 1, count).long()]
+    described = {
+        "tokens": calibration.numel(),
+        "heldout_tokens": heldout.numel(),
+        "context_length": length,
+        "source": list(config.calibration),
+        "sha256": text_sha256(texts),
+    }
+    return Windows(calibration, heldout, sensitivity), described
+
+
+def _summary(config: DecomposeConfig) -> str:
+    budget = f"rank {config.rank}" if config.rank is not None else f"{config.kept_fraction:g} kept, {config.allocation}"
+    backbone = "L R only" if config.backbone == "none" else f"{config.backbone} + L R"
+    return f"{backbone}, method {config.method}, {budget}"
+
+
+def _totals(
+    records: dict[str, LayerRecord], before: dict[str, float], after: dict[str, float], seconds: float
+) -> dict[str, Any]:
+    factored = [record for record in records.values() if record.rank != "dense"]
+    dense_numbers = sum(r.shape[0] * r.shape[1] for r in records.values())
+    kept = sum(r.shape[0] * r.shape[1] if isinstance(r.rank, str) else r.rank * sum(r.shape) for r in records.values())
+    return {
+        "layers": len(records),
+        "factored_layers": len(factored),
+        "linear_parameters": dense_numbers,
+        "kept_fraction": kept / dense_numbers if all(r.backbone == "none" for r in factored) else None,
+        "parameters_before": before["parameters"],
+        "parameters": after["parameters"],
+        "model_bytes_before": before["model_bytes"],
+        "model_bytes": after["model_bytes"],
+        "linear_bits_per_weight": after["linear_bits_per_weight"],
+        "seconds": seconds,
+    }
+
+
+def _show_decomposition(report: dict[str, Any], config: DecomposeConfig) -> None:
+    """One line per kind of layer (the last part of its name): ranks and errors."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for name, entry in report["layers"].items():
+        kinds.setdefault(_kind(name), []).append(entry)
+    rows = []
+    for kind, entries in kinds.items():
+        ranks = [entry["rank"] for entry in entries if entry["rank"] != "dense"]
+        span = "-" if not ranks else f"{min(ranks)}-{max(ranks)}" if min(ranks) != max(ranks) else str(ranks[0])
+        chosen = [entry for entry in entries if entry["rank"] != "dense"]
+        cells = [_mean(chosen, key) for key in ("error_calibrated", "error_heldout", "error_plain", "error_backbone")]
+        rows.append(
+            [kind, f"{entries[0]['shape'][0]}x{entries[0]['shape'][1]}", f"{len(ranks)}/{len(entries)}", span, *cells]
+        )
+    columns = ["layer", "shape", "factored", "rank", "calibrated", "held-out", "plain SVD", "Q alone"]
+    show_table("mean relative output error by kind of layer", columns, rows)
+    _show_totals(report["totals"])
+    skipped: dict[str, int] = {}
+    for reason in report["skipped"].values():
+        skipped[reason] = skipped.get(reason, 0) + 1
+    if skipped:
+        say("not decomposed: " + ", ".join(f"{count} {reason}" for reason, count in skipped.items()))
+    say(f"wrote {config.out}")
+    say(f"next: lord-tune evaluate {config.out} --text FILE   or   lord-tune inspect {config.out}")
+
+
+def _kind(name: str) -> str:
+    parts = name.split(".")
+    return next((".".join(parts[i + 1 :]) for i in range(len(parts) - 1, -1, -1) if parts[i].isdigit()), name)
+
+
+def _mean(entries: list[dict[str, Any]], key: str) -> str:
+    values = [entry[key] for entry in entries if entry[key] is not None]
+    return f"{sum(values) / len(values):.4f}" if values else "-"
+
+
+def _show_totals(totals: dict[str, Any]) -> None:
+    kept = totals["kept_fraction"]
+    share = f", {1 - kept:.1%} of the linears' parameters removed" if kept is not None else ""
+    say(
+        f"{totals['factored_layers']} of {totals['layers']} layers factored{share}; "
+        f"{totals['parameters_before']:,} -> {totals['parameters']:,} stored numbers, "
+        f"{human_bytes(totals['model_bytes_before'])} -> {human_bytes(totals['model_bytes'])}, linears at "
+        f"{totals['linear_bits_per_weight']:.2f} bits per weight; {totals['seconds']:.0f} s"
+    )
+
+
+def _inspect_row(name: str, entry: dict[str, Any]) -> list[str]:
+    def number(key: str, digits: int) -> str:
+        value = entry.get(key)
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    shape = f"{entry['shape'][0]}x{entry['shape'][1]}"
+    errors = [number(key, 4) for key in ("error_calibrated", "error_heldout", "error_plain")]
+    return [name, shape, str(entry["rank"]), entry["backbone"], number("bits_per_weight", 2), *errors]
+
+
+def _notify_training(event: str, payload: Any) -> None:
+    if event == "data":
+        say(f"data: {payload['rows']:,} rows of {payload['source']}, recognised as {payload['format']}")
+    elif event == "sample":
+        show_spans("first training sequence (trained tokens are marked):", payload)
+    elif event == "coverage":
+        _show_coverage(payload)
+
+
+def _show_coverage(covered: Coverage) -> None:
+    kinds: dict[str, list[int]] = {}
+    for name, rank in covered.trained.items():
+        kinds.setdefault(_kind(name), []).append(rank)
+    rows = [[kind, str(len(ranks)), f"{min(ranks)}-{max(ranks)}"] for kind, ranks in kinds.items()]
+    show_table(f"training mode {covered.mode}", ["layer", "trained", "rank"], rows)
+    total = len(covered.trained) + len(covered.untouched)
+    say(f"{len(covered.trained)} of {total} factored layers train: {covered.trainable_parameters:,} parameters")

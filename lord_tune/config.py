@@ -1,0 +1,217 @@
+"""The run records: one strict model per verb. YAML keys, command-line flags and Python keywords are these fields.
+
+Precedence: command line over YAML over the defaults here. An unknown key is an error with the nearest valid name, and so
+is an option that the chosen method would ignore.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import UsageError, unknown_name
+
+
+class RunConfig(BaseModel):
+    """Common behaviour of the records."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), populate_by_name=True)
+
+    @classmethod
+    def build(cls, values: dict[str, Any]) -> Self:
+        """Validate; UsageError in one sentence."""
+        if cls.model_config["extra"] == "forbid":
+            known = {field.alias or name for name, field in cls.model_fields.items()}
+            for key in values:
+                if key not in known and key not in cls.model_fields:
+                    raise unknown_name("key", key, known)
+        try:
+            record = cls(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0]) if first["loc"] else "config"
+            if first["type"] == "missing":
+                raise UsageError(f"{name} is missing; give it on the command line or in the config file.") from error
+            message = f"{name}: {first['input']!r} came; {first['msg'][0].lower()}{first['msg'][1:]}."
+            raise UsageError(message) from error
+        record.check()
+        return record
+
+    def check(self) -> None:
+        """Refuse combinations that cannot work."""
+
+    def given(self, *names: str) -> list[str]:
+        """Those of `names` that were set, not left to their defaults."""
+        return [name for name in names if name in self.model_fields_set and getattr(self, name) is not None]
+
+
+class DecomposeConfig(RunConfig):
+    """`lord-tune decompose MODEL OUT`"""
+
+    model: str = Field(description="Hugging Face directory, Hub id or .gguf file")
+    out: str = Field(description="folder to write the factored checkpoint to")
+    method: Literal["whitened", "svd", "afm", "loftq"] = Field(
+        "whitened", description="how L and R are computed: whitened (from calibration text), svd, afm (LoRD), loftq"
+    )
+    backbone: Literal["none", "nf4"] = Field("none", description="what stays beside L R: none (LoRD) or nf4")
+    factor_format: Literal["fp32", "fp16", "bf16", "nf4"] | None = Field(
+        None, description="storage of L and R; default: the dtype of the weights"
+    )
+    rank: int | None = Field(
+        None, description="the same rank for every layer; 0 with a backbone is plain rounding, the baseline"
+    )
+    kept_fraction: float | None = Field(
+        None, description="fraction of the linears' parameters to keep (0.9 removes 10 %); without a backbone only"
+    )
+    allocation: Literal["loss_weighted", "uniform"] = Field(
+        "loss_weighted", description="how --kept-fraction is shared out over the layers"
+    )
+    calibration: list[str] = Field(
+        default_factory=list, description="text, .jsonl, .json or .parquet files, or a Hub dataset"
+    )
+    calibration_tokens: int = Field(16384, gt=0, description="tokens to calibrate on; an eighth more is held out")
+    context_length: int = Field(1024, gt=1, description="tokens per calibration window")
+    sensitivity_tokens: int = Field(4096, gt=0, description="tokens of the backward pass of loss_weighted")
+    sink_weight: float = Field(
+        0.05, ge=0, description="extra weight of position-0 inputs (attention sinks) in the Gram matrix (whitened)"
+    )
+    centred: bool = Field(True, description="afm: centre the outputs and correct the bias, as LoRD is published")
+    iterations: int = Field(5, gt=0, description="loftq: alternations of Q and L R")
+    block_size: int = Field(64, description="nf4: weights per scale")
+    double_quant: bool = Field(False, description="nf4: store the scales in 8 bits")
+    targets: str | None = Field(None, description="regex of layer names to decompose; default: all linears in blocks")
+    exclude: str | None = Field(None, description="regex of layer names to leave dense")
+    seed: int = Field(0, description="of the choice of calibration documents")
+    dtype: Literal["float32", "float16", "bfloat16"] | None = Field(None, description="load the model in this dtype")
+    overwrite: bool = Field(False, description="replace OUT if an earlier run of lord-tune wrote it")
+    dry_run: bool = Field(False, description="print the resolved configuration and stop")
+
+    def check(self) -> None:
+        if (self.rank is None) == (self.kept_fraction is None):
+            came = "both came" if self.rank is not None else "neither came"
+            raise UsageError(f"One of --rank and --kept-fraction is wanted, {came}.")
+        if self.method == "loftq" and self.backbone == "none":
+            raise UsageError("LoftQ splits W into Q + L R and needs a quantized backbone; pass --backbone nf4.")
+        if self.kept_fraction is not None and self.backbone != "none":
+            raise UsageError(
+                "--kept-fraction counts the parameters of L and R against W; with a --backbone give --rank."
+            )
+        if self.kept_fraction is not None and not 0 < self.kept_fraction < 1:
+            raise UsageError(f"--kept-fraction {self.kept_fraction} came; a number between 0 and 1 is wanted.")
+        nf4 = "nf4" in (self.backbone, self.factor_format)
+        calibrated = bool(self.calibration)
+        unused = {
+            "sink_weight": self.method == "whitened",
+            "centred": self.method == "afm",
+            "iterations": self.method == "loftq",
+            "block_size": nf4,
+            "double_quant": nf4,
+            "allocation": self.kept_fraction is not None,
+            "sensitivity_tokens": self.kept_fraction is not None and self.allocation == "loss_weighted",
+            "calibration_tokens": calibrated,
+            "context_length": calibrated,
+            "seed": calibrated,
+        }
+        for name in self.given(*unused):
+            if not unused[name]:
+                flag = "--" + name.replace("_", "-")
+                raise UsageError(f"{flag} has no effect with this method, backbone and budget; remove it.")
+        needs_text = self.method in ("whitened", "afm") or (
+            self.kept_fraction is not None and self.allocation == "loss_weighted"
+        )
+        if needs_text and not calibrated:
+            raise UsageError(
+                "Calibration text is needed; pass --calibration FILE (text like what the model will be used on), or "
+                "choose a data-free method (svd or loftq, with --rank or --allocation uniform)."
+            )
+
+
+class TrainConfig(RunConfig):
+    """`lord-tune train --config R.yaml`; further keys are those of trl's SFTConfig, under trl's names."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=(), populate_by_name=True)
+
+    model_name_or_path: str = Field(description="factored checkpoint written by decompose")
+    output_dir: str = Field(description="folder for the adapter, checkpoints and logs")
+    dataset_name: str = Field(description=".jsonl, .json or .parquet file, or a Hub dataset")
+    dataset_config: str | None = Field(None, description="configuration name of a Hub dataset")
+    dataset_train_split: str = Field("train", description="split to train on")
+    dataset_test_split: str | None = Field(None, description="split to evaluate on during training")
+    eval_dataset_name: str | None = Field(None, description="file or Hub dataset to evaluate on during training")
+    mode: Literal["factors", "lora"] = Field("factors", description="factors: L and R train; lora: LoRA on L and R")
+    lora_r: int = Field(8, gt=0, description="mode lora: rank on each factor")
+    lora_alpha: float | None = Field(None, description="mode lora: scaling is alpha / r; default 2 r")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="mode lora: dropout")
+    targets: str | None = Field(None, description="regex of factored layers to train; default: all")
+    dtype: Literal["float32", "float16", "bfloat16"] | None = Field(None, description="load the model in this dtype")
+    dry_run: bool = Field(False, description="print the resolved configuration and stop")
+
+    def check(self) -> None:
+        for name in self.given("lora_r", "lora_alpha", "lora_dropout"):
+            if self.mode != "lora":
+                raise UsageError(f"{name} has no effect in mode: factors; remove it or set mode: lora.")
+
+    def trainer_values(self) -> dict[str, Any]:
+        """The keys meant for trl."""
+        return dict(self.model_extra or {}) | {"output_dir": self.output_dir}
+
+
+class EvaluateConfig(RunConfig):
+    """`lord-tune evaluate MODEL --text FILE...`"""
+
+    model: str = Field(description="dense or factored checkpoint, output of train, Hub id or .gguf file")
+    text: list[str] = Field(description="text, .jsonl, .json or .parquet files to measure perplexity on")
+    context_length: int = Field(1024, gt=1, description="tokens per window")
+    max_tokens: int | None = Field(None, gt=1, description="at most this many tokens of each text")
+    dtype: Literal["float32", "float16", "bfloat16"] | None = Field(None, description="load the model in this dtype")
+    json_file: str | None = Field(None, description="also write the result here (--json)", alias="json")
+    dry_run: bool = Field(False, description="print the resolved configuration and stop")
+
+    def check(self) -> None:
+        if not self.text:
+            raise UsageError("No text came; pass --text FILE with text the model was not calibrated on.")
+
+
+class ExportConfig(RunConfig):
+    """`lord-tune export MODEL OUT --format F`"""
+
+    model: str = Field(description="factored checkpoint or output of train")
+    out: str = Field(description="folder to write to")
+    format: Literal["dense", "factored", "peft"] = Field(
+        description="dense (any loader), factored (adapter folded in), peft (NF4 base + LoRA, stock loaders)"
+    )
+    dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
+        None, description="dense: dtype of the written weights; default float32"
+    )
+    threshold: float | None = Field(
+        None, ge=0, description="largest KL to the unmerged model, nats per token; default 1e-4, more for 16 bits"
+    )
+    text: str | None = Field(None, description="file whose first 256 tokens the logits are compared on")
+    overwrite: bool = Field(False, description="replace OUT if an earlier run of lord-tune wrote it")
+    dry_run: bool = Field(False, description="print the resolved configuration and stop")
+
+    def check(self) -> None:
+        if self.given("dtype") and self.format != "dense":
+            raise UsageError("--dtype has no effect with this --format (stored formats are kept); remove it.")
+
+
+class InspectConfig(RunConfig):
+    """`lord-tune inspect DIR`"""
+
+    model: str = Field(description="factored checkpoint")
+    json_file: str | None = Field(None, description="write the table here as JSON instead (--json)", alias="json")
+
+
+class QuickstartConfig(RunConfig):
+    """`lord-tune quickstart`"""
+
+    out: str = Field("lord_quickstart", description="run folder")
+    model: str | None = Field(None, description="another small causal model; default SmolLM2-135M from its wheel")
+    calibration_tokens: int = Field(8192, gt=0, description="tokens to calibrate on")
+    eval_tokens: int = Field(4096, gt=0, description="held-out tokens for each perplexity")
+    context_length: int = Field(1024, gt=1, description="tokens per window")
+    steps: int = Field(32, gt=0, description="training steps of 256 tokens")
+    rank: int = Field(16, gt=0, description="of L R beside NF4")
+    kept_fraction: float = Field(0.9, gt=0, lt=1, description="of the linears' parameters in the LoRD story")
+    overwrite: bool = Field(False, description="replace the run folder of an earlier quickstart")

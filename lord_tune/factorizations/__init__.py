@@ -1,0 +1,26 @@
+"""Factorization methods, one file each; `METHODS` lists them by name."""
+
+from .afm import AFM
+from .base import Factorization, Factors, Projection, Spectrum, Split, balance, error_curve, relative_error, truncate
+from .loftq import LoftQ
+from .svd import PlainSVD
+from .whitened import Whitened
+
+METHODS: dict[str, type] = {"svd": PlainSVD, "whitened": Whitened, "afm": AFM, "loftq": LoftQ}
+
+__all__ = [
+    "AFM",
+    "METHODS",
+    "Factorization",
+    "Factors",
+    "LoftQ",
+    "PlainSVD",
+    "Projection",
+    "Spectrum",
+    "Split",
+    "Whitened",
+    "balance",
+    "error_curve",
+    "relative_error",
+    "truncate",
+]

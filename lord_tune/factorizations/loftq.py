@@ -1,0 +1,52 @@
+"""LoftQ (Li et al., arXiv 2310.08659, algorithm 1): alternate Q = quantize(W - L R) and L R = SVD_r(W - Q).
+
+Data-free: the Frobenius norm of the weight error, no activations. It needs a quantizer. The iterate with the smallest
+weight error is returned (the published algorithm returns the last, which is sometimes worse), so more iterations never
+make it worse in its own norm; perplexity may still rise. Q is re-quantized from W - L R at the end of each iteration
+and the factors belong to that very Q.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..calibration.moments import Moments
+from ..errors import UsageError
+from ..linalg import output_basis
+from ..quantizers import Quantizer
+from .base import Spectrum, Split, truncate
+
+
+@dataclass(frozen=True)
+class LoftQ:
+    """min ||W - Q - L R||_F by alternation, Q quantized."""
+
+    name: ClassVar[str] = "loftq"
+    needs: ClassVar[frozenset[str]] = frozenset()
+    iterations: int = 5
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1:
+            raise UsageError(f"LoftQ came with {self.iterations} iterations; at least 1 is needed.")
+
+    def split(self, weight: Tensor, moments: Moments | None, rank: int, quantizer: Quantizer | None) -> Split:
+        if quantizer is None:
+            raise UsageError("LoftQ splits W into Q + L R and needs a quantized backbone; pass --backbone nf4.")
+        w, shape = weight.double(), (weight.shape[0], weight.shape[1])
+        best: Split | None = None
+        best_error = float("inf")
+        product = torch.zeros_like(w)
+        for _ in range(self.iterations):
+            parts = quantizer.quantize(w - product)
+            backbone = quantizer.dequantize(parts, shape, w.dtype)
+            factors = truncate(w - backbone, Spectrum(*output_basis(w - backbone, None)), rank)
+            product = factors.left @ factors.right
+            error = float((w - backbone - product).norm())
+            if error < best_error:
+                best, best_error = Split(factors, parts, backbone), error
+        assert best is not None, "weights are finite, so the first iteration is kept"
+        return best

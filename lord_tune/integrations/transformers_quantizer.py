@@ -1,0 +1,135 @@
+"""The transformers plugin: checkpoints with `quant_method: lord` load through `from_pretrained`.
+
+The model is on the meta device when the modules are swapped; their parameter names equal the checkpoint keys, so
+transformers' ordinary loader fills them (sharded files, device_map, no converter that would break `save_pretrained`).
+`register` is called when `lord_tune` is imported, or later, when transformers' quantizer module is (see __init__).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..errors import CheckpointError
+from ..layer_plan import DTYPES, FORMAT_VERSION, LayerPlan
+from ..layers import FactoredLinear, QuantizedLinear, densify, factored_layers, is_linear, weight_of
+
+QUANT_METHOD = "lord"
+
+
+@register_quantization_config(QUANT_METHOD)
+class LordConfig(QuantizationConfigMixin):
+    """The manifest inside `config.json`."""
+
+    def __init__(
+        self, layers: dict[str, Any] | None = None, format_version: int = FORMAT_VERSION, **unknown: Any
+    ) -> None:
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
+        if format_version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"The checkpoint has format version {format_version}, this lord_tune reads up to {FORMAT_VERSION}; "
+                "update lord_tune."
+            )
+        self.format_version = format_version
+        self.layers = dict(layers or {})
+
+    def plans(self) -> dict[str, LayerPlan]:
+        return {name: LayerPlan.from_dict(name, content) for name, content in self.layers.items()}
+
+
+@register_quantizer(QUANT_METHOD)
+class LordQuantizer(HfQuantizer):
+    """Rebuilds the skeleton from the manifest; trainable through adapters."""
+
+    requires_calibration = True  # refuses to quantize on the fly: that is `lord-tune decompose`
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
+        modules = dict(model.named_modules())
+        for name, plan in self.quantization_config.plans().items():
+            # a checkpoint of a model with a head also loads into the bare model, and the other way round
+            found = next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in modules), None)
+            if found is None or not is_linear(modules[found]):
+                raise CheckpointError(
+                    f"The manifest names the layer '{name}', which {type(model).__name__} does not have as a linear "
+                    "layer; load the checkpoint with the model class it was made from."
+                )
+            old = modules[found]
+            if tuple(weight_of(old).shape) != plan.shape:
+                raise CheckpointError(
+                    f"Layer '{name}' is {plan.shape} in the manifest and {tuple(weight_of(old).shape)} in the model; "
+                    "config.json and the manifest do not belong together."
+                )
+            with torch.device("meta"):
+                model.set_submodule(found, FactoredLinear(plan, device="meta", dtype=old.weight.dtype))
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        for layer in factored_layers(model).values():  # the loader lets every floating tensor require gradients
+            layer.requires_grad_(False)
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict]:
+        """Refresh the manifest: ranks and formats may have changed since loading (merged adapters)."""
+        self.quantization_config.layers = manifest_of(model)
+        return None, {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        densify(model, dtype)
+        return model
+
+
+def realised_plan(layer: FactoredLinear) -> LayerPlan:
+    """The plan with the rank and formats the layer's modules have now."""
+    assert layer.left is not None and layer.right is not None, "factors are exposed; fold them first"
+    options = layer.plan.factor_options
+    forms = []
+    for factor in (layer.left, layer.right):
+        if isinstance(factor, QuantizedLinear):
+            forms.append(factor.quantizer.name)
+        else:
+            forms.append(next(key for key, dtype in DTYPES.items() if dtype == factor.weight.dtype))
+    return dataclasses.replace(
+        layer.plan,
+        rank=layer.right.out_features,
+        left_format=forms[0],
+        right_format=forms[1],
+        factor_options=options if any(form not in DTYPES for form in forms) else {},
+        bias=layer.bias is not None,
+    )
+
+
+def manifest_of(model: nn.Module) -> dict[str, Any]:
+    """Layer name -> plan, as JSON."""
+    return {name: realised_plan(layer).to_dict() for name, layer in factored_layers(model).items()}
+
+
+def attach(model: nn.Module) -> None:
+    """Make a decomposed model savable by `save_pretrained`, as if it had been loaded from a factored checkpoint."""
+    config = LordConfig(manifest_of(model))
+    model.config.quantization_config = config
+    model.hf_quantizer = LordQuantizer(config)
+    model.is_quantized = True
+    model.quantization_method = QUANT_METHOD
+
+
+def detach(model: nn.Module) -> None:
+    """Make a densified model an ordinary one."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
+    for key in ("hf_quantizer", "is_quantized", "quantization_method"):
+        model.__dict__.pop(key, None)
+    model.config.__dict__.pop("quantization_config", None)
+    model.config.__dict__.pop("_is_quantized", None)

@@ -1,0 +1,21 @@
+"""Runtime layers and the surgery that puts them into a model."""
+
+from .factored_linear import FactoredLinear, build_layer, dense_factor, store_factor
+from .quantized_linear import CastLinear, QuantizedLinear, ZeroLinear
+from .surgery import check_finite, densify, factored_layers, is_linear, select_linears, weight_of
+
+__all__ = [
+    "CastLinear",
+    "FactoredLinear",
+    "QuantizedLinear",
+    "ZeroLinear",
+    "build_layer",
+    "check_finite",
+    "dense_factor",
+    "densify",
+    "factored_layers",
+    "is_linear",
+    "select_linears",
+    "store_factor",
+    "weight_of",
+]

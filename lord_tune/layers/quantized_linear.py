@@ -1,0 +1,83 @@
+"""A linear layer whose weight is stored packed by a quantizer.
+
+A subclass of `nn.Linear` so that PEFT's ordinary LoRA layer takes it as a base; its `weight` is the uint8 code tensor,
+so any code that would add to the weight in place (PEFT's merge) fails on the shape instead of losing the update.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..quantizers import Quantizer
+
+
+class QuantizedLinear(nn.Linear):
+    """y = x Q^T (+ bias), Q decoded from `weight` and the format's other parts (all frozen parameters).
+
+    Parameters rather than buffers: DistributedDataParallel broadcasts buffers at every forward.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, quantizer: Quantizer, device: torch.device | str | None = None
+    ):
+        nn.Module.__init__(self)  # not Linear's: it would allocate the dense weight
+        self.in_features, self.out_features, self.quantizer = in_features, out_features, quantizer
+        self._is_hf_initialized = True  # transformers must not draw normal numbers into the codes
+        self._part_names: list[str] = []
+        self.register_parameter("bias", None)
+        self.set_parts(quantizer.empty(self.shape, device or "cpu"))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    def parts(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name).data for name in self._part_names}
+
+    def set_parts(self, parts: dict[str, Tensor]) -> None:
+        """Take over the stored parts (not copied)."""
+        self._part_names = list(parts)
+        for name, value in parts.items():
+            self.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Q, (out, in)."""
+        return self.quantizer.dequantize(self.parts(), self.shape, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        return self.quantizer.linear(x, self.parts(), self.shape)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, format={self.quantizer.name}"
+
+
+class CastLinear(nn.Linear):
+    """An `nn.Linear` without bias, stored in one floating dtype and computed in the input's."""
+
+    def __init__(
+        self, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device | str | None = None
+    ):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self._is_hf_initialized = True
+        empty = torch.empty(out_features, in_features, dtype=dtype, device=device)
+        self.weight = nn.Parameter(empty, requires_grad=False)
+        self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype))
+
+
+class ZeroLinear(nn.Linear):
+    """The zero map, without memory: PEFT hangs the factors of a layer without backbone on it."""
+
+    def __init__(self, in_features: int, out_features: int, device: torch.device | str | None = None):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self._is_hf_initialized = True
+        self.weight = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
+        self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_zeros(()).expand(*x.shape[:-1], self.out_features)

@@ -1,0 +1,106 @@
+"""Find the linear layers of a model and put others in their place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import CheckpointError, UsageError
+from .factored_linear import FactoredLinear
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A plain dense linear layer: `nn.Linear` itself (no subclass, whose weight may mean something else) or Conv1D."""
+    return type(module) is nn.Linear or isinstance(module, Conv1D)
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight as (out, in)."""
+    return module.weight.detach().T if isinstance(module, Conv1D) else module.weight.detach()
+
+
+def select_linears(
+    model: nn.Module,
+    prefixes: Iterable[str],  # module paths of the blocks; "" is the whole model
+    targets: str | None,
+    exclude: str | None,
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The layers to decompose, by name, and why each other linear layer is left alone.
+
+    `targets` and `exclude` are regular expressions searched in the full module name. The output head and layers that
+    share a weight with another module are never taken: losses multiply by the head's weight directly.
+    """
+    include, leave = _pattern("--targets", targets), _pattern("--exclude", exclude)
+    prefixes = tuple(prefixes)
+    embeddings = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+    chosen: dict[str, nn.Module] = {}
+    skipped: dict[str, str] = {}
+    linears = {name: m for name, m in model.named_modules() if is_linear(m)}
+    if not linears and any(isinstance(m, FactoredLinear) for m in model.modules()):
+        raise UsageError("The model is decomposed already; start from the original dense model.")
+    for name, module in linears.items():
+        if id(module.weight) in embeddings:
+            skipped[name] = "output head or tied embedding"
+        elif not any(prefix == "" or name.startswith(prefix + ".") for prefix in prefixes):
+            skipped[name] = "outside the blocks"
+        elif include is not None and not include.search(name):
+            skipped[name] = "not in --targets"
+        elif leave is not None and leave.search(name):
+            skipped[name] = "in --exclude"
+        else:
+            chosen[name] = module
+    if not chosen:
+        names = ", ".join(list(linears)[:4])
+        raise UsageError(
+            f"No layer matches (--targets {targets!r}, --exclude {exclude!r}); the model's {len(linears)} linear layers "
+            f"are named like {names or '(none: no nn.Linear or Conv1D)'}."
+        )
+    return chosen, skipped
+
+
+def _pattern(option: str, text: str | None) -> re.Pattern | None:
+    try:
+        return re.compile(text) if text else None
+    except re.error as error:
+        raise UsageError(f"{option} {text!r} is not a regular expression ({error}); correct it.") from error
+
+
+def check_finite(layers: dict[str, nn.Module]) -> None:
+    """CheckpointError naming the first layer whose weight or bias holds NaN or Inf."""
+    for name, module in layers.items():
+        for kind, tensor in module.named_parameters(recurse=False):
+            if not torch.isfinite(tensor).all():
+                bad = int((~torch.isfinite(tensor)).sum())
+                raise CheckpointError(
+                    f"'{name}.{kind}' holds {bad} NaN or Inf values; repair the checkpoint or --exclude the layer."
+                )
+
+
+def factored_layers(model: nn.Module) -> dict[str, FactoredLinear]:
+    """The decomposed layers of a model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, FactoredLinear)}
+
+
+def densify(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Replace every factored layer by the dense layer it stands for, in the class the original had, in place.
+
+    The weight takes `dtype`, by default float32 or the factors' own dtype if that is wider.
+    """
+    for name, layer in factored_layers(model).items():
+        weight = layer.dense_weight(dtype or torch.float32)
+        if layer.plan.conv1d:
+            with torch.device("meta"):
+                dense: nn.Module = Conv1D(layer.out_features, layer.in_features)
+            weight = weight.T.contiguous()
+        else:
+            dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        dense.weight = nn.Parameter(weight, requires_grad=False)
+        if layer.bias is not None:
+            dense.bias = nn.Parameter(layer.bias.detach().to(weight.dtype), requires_grad=False)
+        elif layer.plan.conv1d:  # a Conv1D always has a bias
+            dense.bias = nn.Parameter(weight.new_zeros(layer.out_features), requires_grad=False)
+        model.set_submodule(name, dense)

@@ -1,0 +1,55 @@
+"""Dense linear algebra on tensors: the one eigenproblem behind every low-rank step, and small helpers.
+
+All functions take and return tensors, leave their arguments alone and compute in float64 (the squared condition number
+of a Gram matrix costs half of the digits, which float64 can spare and float32 cannot: a float32 Cholesky or inverse
+square root of a calibration Gram matrix fails or returns NaN on rank-deficient data).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def output_basis(
+    weight: Tensor,  # (out, in)
+    gram: Tensor | None,  # (in, in), symmetric positive semidefinite; None is the identity
+) -> tuple[Tensor, Tensor]:
+    """Eigenvectors of W H W^T, largest first: an orthonormal basis of the outputs, best at every rank.
+
+    The minimum of ||(W - W') H^(1/2)||_F over matrices W' of rank r is W' = U_r U_r^T W (Eckart-Young on W H^(1/2),
+    whose left singular vectors are the eigenvectors of W H W^T). No inverse and no damping constant occurs, so a
+    singular H is no special case. For out > in the problem is moved to the smaller side by W = Q T (QR):
+    the eigenvectors are Q times those of T H T^T, orthonormal by construction even where energies vanish.
+
+    Returns:
+        basis: (out, k) float64, k = min(out, in), orthonormal columns.
+        energies: (k,) float64, the eigenvalues, decreasing and >= 0; sum over j >= r is the squared error at rank r.
+    """
+    w = weight.double()
+    rotation = None
+    if w.shape[0] > w.shape[1]:
+        rotation, w = torch.linalg.qr(w)
+    second_moment = w @ w.T if gram is None else w @ gram.double() @ w.T
+    energies, vectors = torch.linalg.eigh((second_moment + second_moment.T) / 2)
+    energies, vectors = energies.flip(0).clamp_min(0), vectors.flip(1)
+    return (vectors if rotation is None else rotation @ vectors), energies
+
+
+def row_energies(
+    rows: Tensor,  # (k, in)
+    gram: Tensor | None,  # (in, in)
+) -> Tensor:
+    """diag(rows H rows^T): the mean squared output along each row. (k,)"""
+    return (rows * rows).sum(1) if gram is None else ((rows @ gram.to(rows.dtype)) * rows).sum(1)
+
+
+def balanced(
+    left: Tensor,  # (out, rank)
+    right: Tensor,  # (rank, in)
+) -> tuple[Tensor, Tensor]:
+    """The same product with ||column j of L|| = ||row j of R||, so that gradients of L and R are of one scale."""
+    norms_left, norms_right = left.norm(dim=0), right.norm(dim=1)
+    usable = (norms_left > 0) & (norms_right > 0)
+    scale = torch.where(usable, (norms_right / norms_left.clamp_min(1e-300)).sqrt(), torch.ones_like(norms_right))
+    return left * scale, right / scale[:, None]

@@ -1,0 +1,108 @@
+"""NormalFloat 4-bit (QLoRA, Dettmers et al. 2023, arXiv 2305.14314), by bitsandbytes.
+
+The only file that imports bitsandbytes. Its functional API is used, not its modules: `Linear4bit` repacks its weight in
+place at the first evaluation forward on CPUs with AVX512-BF16 (rounding the scales to bfloat16), and a module flagged
+4-bit makes trl cast the trainable factors to bfloat16. The stored tensors are bitsandbytes' own, so the `peft` export
+writes them unchanged.
+
+Layout: `weight` uint8 ((out*in + 1) // 2, 1), row-major (out, in), first code of a pair in the high nibble; `absmax`
+float32 (blocks,), blocks running along the flattened matrix. With double quantization `absmax` is uint8 and
+`nested_absmax` float32 (blocks / 256,), `nested_offset` float32 () hold its scale.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
+
+_NESTED_BLOCK = 256
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+@cache
+def _codebooks(device: str) -> tuple[Tensor, Tensor]:
+    import bitsandbytes.functional as bnb
+
+    return bnb.get_4bit_type("nf4", device=device), bnb.create_dynamic_map().to(device)
+
+
+@dataclass(frozen=True)
+class NF4:
+    """16 quantiles of a normal distribution, one absolute maximum per block; 4.5 bits per weight at block 64."""
+
+    name: ClassVar[str] = "nf4"
+    block_size: int = 64
+    double_quant: bool = False  # store the block scales in 8 bits: 4.127 instead of 4.5 bits per weight at block 64
+
+    def __post_init__(self) -> None:
+        if self.block_size not in BLOCK_SIZES:
+            raise UsageError(f"NF4 has no block size {self.block_size}; use one of {', '.join(map(str, BLOCK_SIZES))}.")
+
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        import bitsandbytes.functional as bnb
+
+        packed, state = bnb.quantize_4bit(
+            weight.detach().float().contiguous(),
+            blocksize=self.block_size,
+            compress_statistics=self.double_quant,
+            quant_type="nf4",
+        )
+        parts = {"weight": packed, "absmax": state.absmax}
+        if self.double_quant:
+            parts |= {"nested_absmax": state.state2.absmax, "nested_offset": state.offset.reshape(())}
+        return parts
+
+    def state(self, parts: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> QuantState:
+        """bitsandbytes' own description of the parts."""
+        from bitsandbytes.functional import QuantState
+
+        device = parts["weight"].device
+        code, nested_code = _codebooks(str(device))
+        nested = None
+        if self.double_quant:
+            nested = QuantState(parts["nested_absmax"], code=nested_code, blocksize=_NESTED_BLOCK, dtype=torch.float32)
+        return QuantState(
+            parts["absmax"],
+            shape=torch.Size(shape),
+            code=code,
+            blocksize=self.block_size,
+            quant_type="nf4",
+            dtype=dtype,
+            offset=parts["nested_offset"] if self.double_quant else None,
+            state2=nested,
+        )
+
+    def dequantize(self, parts: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        import bitsandbytes.functional as bnb
+
+        return bnb.dequantize_4bit(parts["weight"], self.state(parts, shape, torch.float32)).to(dtype)
+
+    def empty(self, shape: tuple[int, int], device: torch.device | str) -> dict[str, Tensor]:
+        count = math.prod(shape)
+        blocks = -(-count // self.block_size)
+        parts = {"weight": torch.empty((count + 1) // 2, 1, dtype=torch.uint8, device=device)}
+        if self.double_quant:
+            parts["absmax"] = torch.empty(blocks, dtype=torch.uint8, device=device)
+            parts["nested_absmax"] = torch.empty(-(-blocks // _NESTED_BLOCK), device=device, dtype=torch.float32)
+            parts["nested_offset"] = torch.empty((), device=device, dtype=torch.float32)
+        else:
+            parts["absmax"] = torch.empty(blocks, device=device, dtype=torch.float32)
+        return parts
+
+    def linear(self, x: Tensor, parts: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
+        import bitsandbytes as bnb
+
+        return bnb.matmul_4bit(x, parts["weight"], quant_state=self.state(parts, shape, x.dtype))
+
+    def options(self) -> dict[str, int | bool]:
+        return {"block_size": self.block_size, "double_quant": self.double_quant}

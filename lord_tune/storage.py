@@ -1,0 +1,85 @@
+"""Files: outputs that appear whole or not at all, checksums, JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import UsageError
+
+# An output folder may be replaced (`--overwrite`) only if one of these says that lord_tune wrote it.
+OWN_FILES = ("decomposition.json", "export.json", "train_config.json", "report.json")
+
+
+def check_destination(out: Path, overwrite: bool) -> None:
+    """Refuse a destination that holds something; called before any work, so that a refusal costs nothing."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        if out.is_symlink() and not out.exists():
+            raise UsageError(f"{out} is a broken symbolic link; remove it or choose another folder.")
+        return
+    if not out.is_dir():
+        raise UsageError(f"{out} is a file, a folder was wanted; choose another output.")
+    if not overwrite:
+        raise UsageError(f"{out} already holds files; choose an empty folder or pass --overwrite.")
+    if not any((out / name).exists() for name in OWN_FILES):
+        raise UsageError(f"{out} holds files that lord_tune did not write; --overwrite will not replace it.")
+
+
+@contextlib.contextmanager
+def atomic_directory(out: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary sibling of `out` to write into, renamed to `out` at the end; removed if anything fails."""
+    check_destination(out, overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    os.chmod(temporary, 0o755)
+    try:
+        yield temporary
+        if out.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
+            os.replace(out, old / "content")
+            os.replace(temporary, out)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON beside `path` and rename, so that readers never see half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(content, indent=1, sort_keys=False) + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file, or say which file is not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UsageError(f"{path} is not valid JSON ({error}); repair or remove it.") from error
+
+
+def sha256_files(paths: list[Path]) -> str:
+    """One sha256 over the bytes of `paths`, in the order given."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def directory_bytes(folder: Path, pattern: str = "*.safetensors") -> int:
+    """Bytes of the files in `folder` that match `pattern`."""
+    return sum(path.stat().st_size for path in folder.glob(pattern))
