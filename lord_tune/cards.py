@@ -58,7 +58,8 @@ def training_card(config: dict[str, Any], metrics: dict[str, Any], command: str)
 
 
 _LOADING = {
-    "dense": 'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
+    "dense": "from transformers import AutoModelForCausalLM\n\n"
+    'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
     "factored": "import lord_tune\nfrom transformers import AutoModelForCausalLM\n\n"
     'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER", dtype="auto")',
     "peft": "import torch\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
@@ -71,9 +72,9 @@ def export_card(form: str, source: str, command: str) -> str:
     """For an exported checkpoint."""
     head = _HEAD.format(library="transformers", base=source, tag=form, title="Exported model")
     notes = {
-        "dense": "An ordinary checkpoint: every layer's W = Q + L R was multiplied out. It is as large as the original.",
+        "dense": "An ordinary checkpoint, as large as the original: every layer's W = Q + L R was multiplied out.",
         "factored": "The adapter was folded back into L and R. Needs lord_tune to load.",
-        "peft": "A bitsandbytes NF4 base (Q) and an ordinary LoRA adapter (L and R, lora_alpha = r): load both together. "
+        "peft": "A bitsandbytes NF4 base (Q) and an ordinary LoRA adapter (L and R, lora_alpha = r); load both. "
         "The base alone is Q only. Merging the adapter into the 4-bit base would round the factors away.",
     }[form]
     return head + (

@@ -6,6 +6,7 @@ Heavy imports happen inside the verbs: `--help` needs neither torch nor transfor
 
 from __future__ import annotations
 
+import logging
 import sys
 import typing
 import warnings
@@ -42,7 +43,7 @@ def _flag_type(field: FieldInfo) -> tuple[Any, str]:
     """The type typer parses and the choices for the help; the record itself checks choices."""
     options = [a for a in typing.get_args(field.annotation) if a is not type(None)]
     annotation: Any = field.annotation
-    if typing.get_origin(annotation) is not Literal and len(options) == 1 and annotation is not list[str]:
+    if typing.get_origin(annotation) is not Literal and len(options) == 1 and annotation != list[str]:
         annotation = options[0]
     if typing.get_origin(annotation) is Literal:
         return str, " | ".join(map(str, typing.get_args(annotation)))
@@ -53,9 +54,8 @@ def _parameter(name: str, field: FieldInfo, positional: bool, trl_names: bool) -
     kind, choices = _flag_type(field)
     default = field.get_default(call_default_factory=True)
     shown = "" if default in (None, False, []) or field.is_required() else f" [default: {default}]"
-    help_text = (field.description or "") + (
-        f" ({choices})" if choices and choices not in str(field.description) else ""
-    )
+    help_text = field.description or ""
+    help_text += f" ({choices})" if choices and choices not in help_text else ""
     flag = "--" + (field.alias or name)
     flag = flag if trl_names else flag.replace("_", "-")
     if positional:
@@ -75,15 +75,8 @@ def _add(verb: str, record: type[RunConfig], summary: str, call: Callable[[dict[
     positional = [name for name in ("model", "out") if name in fields and verb != "quickstart"]
     ordered = [*positional, *(name for name in fields if name not in positional)]
     parameters = [_parameter(name, fields[name], name in positional, open_ended) for name in ordered]
-    config_help = "YAML file with any of these keys; the command line wins"
-    parameters.append(
-        Parameter(
-            "config",
-            Parameter.POSITIONAL_OR_KEYWORD,
-            default=typer.Option(None, help=config_help),
-            annotation=str | None,
-        )
-    )
+    from_file = typer.Option(None, help="YAML file with any of these keys; the command line wins")
+    parameters.append(Parameter("config", Parameter.POSITIONAL_OR_KEYWORD, default=from_file, annotation=str | None))
     if open_ended:
         parameters.insert(0, Parameter("ctx", Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context))
 
@@ -194,6 +187,7 @@ def main(arguments: list[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # names an optional kernel it misses
     if not debug:
         warnings.showwarning = _show_warning  # type: ignore[assignment]
         warnings.simplefilter("always", LordWarning)
@@ -210,10 +204,8 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         if debug:
             raise
-        print(
-            f"error: {error.strerror or error}: {error.filename or ''} (check permissions and disk space)",
-            file=sys.stderr,
-        )
+        what = f"{error.strerror or error}: {error.filename or ''}"
+        print(f"error: {what} (check permissions and disk space)", file=sys.stderr)
         sys.exit(1)
     except Exception as error:  # a defect of ours or of a library below: one line for the user, --debug for the report
         if debug:

@@ -171,7 +171,7 @@ def export(model: str, out: str, format: str, **options: Any) -> dict[str, Any]:
             Path(config.out),
             lambda form: export_card(form, config.model, command),
         )
-        result = {
+        result: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "source": config.model,
             "format": config.format,
@@ -227,9 +227,9 @@ def command_line(verb: str, config: RunConfig) -> str:
     values = {name: getattr(config, name) for name in type(config).model_fields} | (config.model_extra or {})
     for name, value in values.items():
         field = type(config).model_fields.get(name)
-        if name in ("model", "out", "overwrite", "dry_run") or (
-            field and value == field.get_default(call_default_factory=True)
-        ):
+        if name in ("model", "out", "overwrite", "dry_run"):
+            continue
+        if field is not None and value == field.get_default(call_default_factory=True):
             continue
         flag = "--" + ((field.alias if field and field.alias else name).replace("_", "-"))
         if isinstance(value, bool) and field is not None:
@@ -259,15 +259,15 @@ def _show_plan(config: RunConfig) -> dict[str, Any]:
 
 
 def _settings(config: DecomposeConfig) -> Settings:
-    nf4 = {"block_size": config.block_size, "double_quant": config.double_quant}
+    nf4: dict[str, Any] = {"block_size": config.block_size, "double_quant": config.double_quant}
     NF4(**nf4)  # refuse a bad block size before anything else
-    method_options = {
+    by_method: dict[str, dict[str, Any]] = {
         "whitened": {"sink_weight": config.sink_weight},
         "afm": {"centred": config.centred},
         "loftq": {"iterations": config.iterations},
-    }.get(config.method, {})
+    }
     return Settings(
-        method=METHODS[config.method](**method_options),
+        method=METHODS[config.method](**by_method.get(config.method, {})),
         quantizer=None if config.backbone == "none" else make_quantizer(config.backbone, nf4),
         rank=config.rank,
         kept_fraction=config.kept_fraction,
@@ -339,9 +339,8 @@ def _show_decomposition(report: dict[str, Any], config: DecomposeConfig) -> None
         span = "-" if not ranks else f"{min(ranks)}-{max(ranks)}" if min(ranks) != max(ranks) else str(ranks[0])
         chosen = [entry for entry in entries if entry["rank"] != "dense"]
         cells = [_mean(chosen, key) for key in ("error_calibrated", "error_heldout", "error_plain", "error_backbone")]
-        rows.append(
-            [kind, f"{entries[0]['shape'][0]}x{entries[0]['shape'][1]}", f"{len(ranks)}/{len(entries)}", span, *cells]
-        )
+        shape = "x".join(map(str, entries[0]["shape"]))
+        rows.append([kind, shape, f"{len(ranks)}/{len(entries)}", span, *cells])
     columns = ["layer", "shape", "factored", "rank", "calibrated", "held-out", "plain SVD", "Q alone"]
     show_table("mean relative output error by kind of layer", columns, rows)
     _show_totals(report["totals"])

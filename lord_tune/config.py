@@ -1,7 +1,7 @@
 """The run records: one strict model per verb. YAML keys, command-line flags and Python keywords are these fields.
 
-Precedence: command line over YAML over the defaults here. An unknown key is an error with the nearest valid name, and so
-is an option that the chosen method would ignore.
+Precedence: command line over YAML over the defaults here. An unknown key is an error with the nearest valid name; so is
+an option that the chosen method would ignore.
 """
 
 from __future__ import annotations
@@ -94,9 +94,7 @@ class DecomposeConfig(RunConfig):
         if self.method == "loftq" and self.backbone == "none":
             raise UsageError("LoftQ splits W into Q + L R and needs a quantized backbone; pass --backbone nf4.")
         if self.kept_fraction is not None and self.backbone != "none":
-            raise UsageError(
-                "--kept-fraction counts the parameters of L and R against W; with a --backbone give --rank."
-            )
+            raise UsageError("--kept-fraction counts parameters of L and R against W; with a --backbone give --rank.")
         if self.kept_fraction is not None and not 0 < self.kept_fraction < 1:
             raise UsageError(f"--kept-fraction {self.kept_fraction} came; a number between 0 and 1 is wanted.")
         nf4 = "nf4" in (self.backbone, self.factor_format)

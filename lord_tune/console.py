@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -64,7 +64,7 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
             TimeRemainingColumn(),
             console=Console(stderr=True),
         )
-        tasks: dict[str, int] = {}
+        tasks: dict[str, TaskID] = {}
         with bar:
 
             def update(what: str, done: int, total: int) -> None:
@@ -74,7 +74,8 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
 
             yield update
         return
-    start, last = time.monotonic(), {}
+    start = time.monotonic()
+    last: dict[str, int] = {}
 
     def line(what: str, done: int, total: int) -> None:
         step = done * 10 // max(total, 1)

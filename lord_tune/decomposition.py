@@ -33,7 +33,7 @@ from .factorizations import (
     truncate,
 )
 from .layer_plan import DTYPES, LayerPlan
-from .layers import build_layer, check_finite, select_linears, weight_of
+from .layers import build_layer, check_finite, select_linears, shape_of, weight_of
 from .linalg import output_basis
 from .quantizers import Quantizer
 
@@ -157,7 +157,7 @@ def _by_block(blocks: Blocks, layers: dict[str, nn.Module]) -> list[dict[str, nn
 
 def _check_budget(layers: dict[str, nn.Module], settings: Settings) -> None:
     """Refuse impossible ranks before any calibration."""
-    shapes = {name: tuple(weight_of(module).shape) for name, module in layers.items()}
+    shapes = {name: shape_of(module) for name, module in layers.items()}
     if (settings.rank is None) == (settings.kept_fraction is None):
         raise UsageError("Give either --rank or --kept-fraction, exactly one of them.")
     if settings.kept_fraction is not None:
@@ -176,7 +176,7 @@ def _check_budget(layers: dict[str, nn.Module], settings: Settings) -> None:
         if small:
             name, shape = next(iter(small.items()))
             raise UsageError(
-                f"--rank {rank} exceeds the smaller side of {len(small)} layers (first: {name}, {shape[0]}x{shape[1]}); "
+                f"--rank {rank} exceeds the smaller side of {len(small)} layers (like {name}, {shape[0]}x{shape[1]}); "
                 f"choose at most {min(map(min, shapes.values()))} or --exclude them."
             )
     elif all(rank > break_even(shape) for shape in shapes.values()):
@@ -187,7 +187,7 @@ def _check_budget(layers: dict[str, nn.Module], settings: Settings) -> None:
         )
 
 
-def _left_dense(module: nn.Module, seconds: float, reason: str | None) -> LayerRecord:
+def _left_dense(module: Any, seconds: float, reason: str | None) -> LayerRecord:
     weight = weight_of(module)
     bits = 8.0 * module.weight.element_size()
     shape = (weight.shape[0], weight.shape[1])
@@ -224,7 +224,7 @@ def _choose_ranks(
     task: Task,
     progress: Progress,
 ) -> dict[str, int | None]:
-    shapes = {name: tuple(weight_of(layers[name]).shape) for name in analyses}
+    shapes = {name: shape_of(layers[name]) for name in analyses}
     if settings.rank is not None:
         return {name: settings.rank if settings.rank <= break_even(shape) else None for name, shape in shapes.items()}
     weights: dict[str, Tensor] = {}
@@ -248,7 +248,7 @@ def _format_of(settings: Settings, weight: Tensor) -> str:
     return next((name for name, dtype in DTYPES.items() if dtype == weight.dtype), "fp32")
 
 
-def _make_plan(module: nn.Module, factors: Factors, settings: Settings) -> LayerPlan:
+def _make_plan(module: Any, factors: Factors, settings: Settings) -> LayerPlan:
     weight = weight_of(module)
     form = _format_of(settings, weight)
     quantizer = settings.quantizer
@@ -273,7 +273,7 @@ def stored_bits_per_weight(layer: nn.Module, shape: tuple[int, int]) -> float:
 
 
 def _install(
-    model: nn.Module, name: str, module: nn.Module, analysis: _Analysis, rank: int | None, settings: Settings
+    model: nn.Module, name: str, module: Any, analysis: _Analysis, rank: int | None, settings: Settings
 ) -> LayerRecord:
     start = time.perf_counter()
     weight = weight_of(module)
@@ -303,30 +303,39 @@ def _install(
 
 
 def _split_layer(
-    model: nn.Module, name: str, module: nn.Module, moments: dict[str, Moments | None], settings: Settings
+    model: nn.Module, name: str, module: Any, moments: dict[str, Moments | None], settings: Settings
 ) -> LayerRecord:
     start = time.perf_counter()
     weight = weight_of(module)
     calibration, heldout = moments.get("calibration"), moments.get("heldout")
-    assert settings.rank is not None
-    split = settings.method.split(weight, calibration, settings.rank, settings.quantizer)
+    assert settings.rank is not None and settings.quantizer is not None
+    method = settings.method if settings.rank else PlainSVD()  # rank 0 is Q alone whatever the method
+    split = method.split(weight, calibration, settings.rank, settings.quantizer)
     plan = _make_plan(module, split.factors, settings)
     factors = balance(split.factors) if plan.left_format in DTYPES else split.factors
     layer = build_layer(plan, factors, split.parts, module.bias)
     model.set_submodule(name, layer)
-    errors: list[float | None] = [None, None, None, None]
+    record = LayerRecord(
+        plan.shape,
+        plan.rank,
+        plan.method,
+        plan.backbone,
+        stored_bits_per_weight(layer, plan.shape),
+        error_calibrated=None,
+        error_heldout=None,
+        error_plain=None,
+        error_backbone=None,
+        seconds=0.0,
+    )
     if calibration is not None and split.backbone is not None:
         remaining = weight.double() - split.backbone
         residual = remaining - split.factors.left @ split.factors.right
         first = settings.quantizer.dequantize(settings.quantizer.quantize(weight), plan.shape, torch.float64)
         plain = truncate(weight - first, PlainSVD().spectrum(weight - first, None), settings.rank)
         plain_residual = weight.double() - first - plain.left @ plain.right
-        errors = [
-            relative_error(residual, weight, calibration, split.centre),
-            None if heldout is None else relative_error(residual, weight, heldout, split.centre),
-            relative_error(plain_residual, weight, calibration),
-            relative_error(remaining, weight, calibration),
-        ]
-    bits = stored_bits_per_weight(layer, plan.shape)
-    seconds = time.perf_counter() - start
-    return LayerRecord(plan.shape, plan.rank, plan.method, plan.backbone, bits, *errors, seconds)
+        record.error_calibrated = relative_error(residual, weight, calibration, split.centre)
+        record.error_heldout = None if heldout is None else relative_error(residual, weight, heldout, split.centre)
+        record.error_plain = relative_error(plain_residual, weight, calibration)
+        record.error_backbone = relative_error(remaining, weight, calibration)
+    record.seconds = time.perf_counter() - start
+    return record

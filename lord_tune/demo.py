@@ -42,7 +42,8 @@ def demo_model() -> str:
 def standard_library_files() -> tuple[list[Path], list[Path]]:
     """(training, held-out) source files of this Python's standard library, split by a hash of the file name."""
     folder = Path(sysconfig.get_paths()["stdlib"])
-    train_files, held = [], []
+    train_files: list[Path] = []
+    held: list[Path] = []
     for path in sorted(folder.glob("*.py")):
         if _MIN_FILE <= path.stat().st_size <= _MAX_FILE:
             bucket = int(hashlib.sha256(path.name.encode()).hexdigest(), 16) % _HELD_OUT_SHARE
@@ -75,9 +76,7 @@ def quickstart(**options: Any) -> dict[str, Any]:
     code, held = out / "code_train.jsonl", out / "code_heldout.jsonl"
     write_rows(train_files, code)
     write_rows(held_files, held)
-    say(
-        f"text: {len(train_files)} files of Python's standard library to calibrate and train on, {len(held_files)} held out"
-    )
+    say(f"text: {len(train_files)} source files of this Python to calibrate and train on, {len(held_files)} held out")
     measured: dict[str, dict[str, Any]] = {}
 
     def measure(row: str, folder: str) -> None:
@@ -122,7 +121,7 @@ def quickstart(**options: Any) -> dict[str, Any]:
     measure("NF4 + whitened, recovered", str(out / "nf4_trained"))
     export(str(out / "nf4_trained"), str(out / "nf4_dense"), "dense")
 
-    report = {
+    report: dict[str, Any] = {
         "command": command_line("quickstart", config),
         "seconds": time.perf_counter() - start,
         "versions": versions(),
@@ -158,12 +157,10 @@ def _show_report(measured: dict[str, dict[str, Any]], out: Path, seconds: float)
     if gaps["NF4 alone"] > 0:
         whitened, loftq = (gaps[f"NF4 + {name}"] / gaps["NF4 alone"] for name in ("whitened", "LoftQ"))
         say(
-            f"Of the loss that NF4 costs, {whitened:.0%} is left with calibrated L R, {loftq:.0%} with LoftQ of the same "
-            "rank: calibration is what makes L R pay."
+            f"Of the loss that NF4 costs, {whitened:.0%} is left with calibrated L R and {loftq:.0%} with LoftQ at the "
+            "same rank: calibration is what makes L R pay."
         )
     peak = max(entry["peak_rss_bytes"] for entry in measured.values())
     say(f"{seconds / 60:.1f} minutes, peak memory {human_bytes(peak)}; everything is in {out}, figures in report.json")
     say("Fewer bytes are not more speed: NF4 is decoded for every matrix product on a CPU.")
-    say(
-        f"next: lord-tune train --model_name_or_path {out}/nf4_whitened --dataset_name YOUR.jsonl --output_dir my_adapter"
-    )
+    say(f"next: lord-tune train --model_name_or_path {out}/nf4_whitened --dataset_name YOUR.jsonl --output_dir mine")

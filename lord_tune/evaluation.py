@@ -1,8 +1,8 @@
 """Perplexity, sizes counted from tensors, and speed.
 
 Perplexity: non-overlapping windows of `context_length` tokens, each predicting its tokens 2..n, float32 logits. A model
-with a masked-token head is measured on a fixed random 15 % of the tokens, masked; the number is then exp(loss per masked
-token) and not comparable with a causal model's.
+with a masked-token head is measured on a fixed random 15 % of the tokens, masked; the number is then exp(loss per
+masked token) and not comparable with a causal model's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .calibration.collect import Blocks, find_blocks
 from .errors import LordError, UsageError
@@ -28,7 +28,7 @@ _REPEATS = 3
 
 
 def perplexity(
-    model: nn.Module,
+    model: Any,
     tokenizer: Any,
     windows: Tensor,  # (window, length)
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
@@ -51,7 +51,7 @@ def perplexity(
     return total / count, count
 
 
-def sizes(model: nn.Module) -> dict[str, float]:
+def sizes(model: Any) -> dict[str, float]:
     """parameters (stored numbers; a packed code counts as one), model_bytes, linear_bits_per_weight.
 
     Counted from the tensors a checkpoint of the model holds; tied tensors count once. The bits are those of the linear
@@ -73,7 +73,7 @@ def sizes(model: nn.Module) -> dict[str, float]:
     }
 
 
-def linear_bits(model: nn.Module, blocks: Blocks | None = None) -> tuple[int, int]:
+def linear_bits(model: Any, blocks: Blocks | None = None) -> tuple[int, int]:
     """(stored bits, dense weights) of all linear layers inside the blocks."""
     prefixes = (blocks or find_blocks(model)).names()
     inside = {n: m for n, m in model.named_modules() if any(p == "" or n.startswith(p + ".") for p in prefixes)}
@@ -92,7 +92,7 @@ def linear_bits(model: nn.Module, blocks: Blocks | None = None) -> tuple[int, in
     return bits, weights
 
 
-def speed(model: nn.Module, window: Tensor) -> float:
+def speed(model: Any, window: Tensor) -> float:
     """Tokens per second: greedy generation at batch 1 after a short prompt (causal), else scored tokens.
 
     Median of three runs after one warm-up.
@@ -121,7 +121,7 @@ def peak_rss_bytes() -> int:
 
 
 def evaluate_model(
-    model: nn.Module,
+    model: Any,
     tokenizer: Any,
     texts: dict[str, Tensor],  # name -> (window, length)
     context_length: int,

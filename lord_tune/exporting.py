@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from .errors import ExportMismatch, UsageError
 from .integrations.models import DTYPE_NAMES, load_dense_or_factored, save_model
 from .integrations.peft_adapters import fold, mode_of
 from .integrations.transformers_quantizer import attach, detach
-from .layers import densify, factored_layers, is_linear
+from .layers import dense_factor, densify, factored_layers, is_linear
 from .quantizers import NF4
 
 FORMATS = ("dense", "factored", "peft")
@@ -69,7 +69,7 @@ def probe_ids(tokenizer: Any, text: str | None) -> Tensor:
 
 
 @torch.no_grad()
-def outputs_of(model: nn.Module, ids: Tensor) -> Tensor:
+def outputs_of(model: Any, ids: Tensor) -> Tensor:
     """Logits, or last hidden states of a model without a head; (length, width) float32 on the CPU."""
     result = model.eval()(input_ids=ids.to(next(model.parameters()).device))
     logits = result.logits if "logits" in result else result.last_hidden_state
@@ -85,7 +85,7 @@ def compare(reference: Tensor, written: Tensor) -> Comparison:
 
 
 def export_model(
-    model: nn.Module,
+    model: Any,
     tokenizer: Any,
     folder: Path,  # empty, exists; becomes the export
     form: str,
@@ -132,7 +132,7 @@ def export_model(
     return comparison
 
 
-def _write_dense(factored: nn.Module, tokenizer: Any, folder: Path, dtype: torch.dtype, ids: Tensor) -> Tensor:
+def _write_dense(factored: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, ids: Tensor) -> Tensor:
     expected = {name for name, layer in factored_layers(factored).items() if layer.bias is not None}
     densify(factored, dtype)
     detach(factored)
@@ -149,7 +149,7 @@ def _write_dense(factored: nn.Module, tokenizer: Any, folder: Path, dtype: torch
     return outputs_of(reloaded, ids)
 
 
-def _check_peft_exportable(model: nn.Module) -> None:
+def _check_peft_exportable(model: Any) -> None:
     for name, layer in factored_layers(model).items():
         if layer.plan.backbone != "nf4":
             raise UsageError(
@@ -162,7 +162,7 @@ def _check_peft_exportable(model: nn.Module) -> None:
             raise UsageError("transformers loads NF4 bases of block size 64 only; export --format factored.")
 
 
-def _write_peft(factored: nn.Module, tokenizer: Any, folder: Path, ids: Tensor, final: Path) -> Tensor:
+def _write_peft(factored: Any, tokenizer: Any, folder: Path, ids: Tensor, final: Path) -> Tensor:
     layers = factored_layers(factored)
     ranks = {name: layer.rank for name, layer in layers.items()}
     largest = max(ranks.values())
@@ -226,13 +226,11 @@ def _write_peft(factored: nn.Module, tokenizer: Any, folder: Path, ids: Tensor, 
     return _stock_outputs(base, lora, ids, type(factored).__name__)
 
 
-def _plain(factor: nn.Linear) -> Tensor:
-    from .layers import dense_factor
-
+def _plain(factor: Any) -> Tensor:
     return dense_factor(factor).float().cpu().contiguous()
 
 
-def _drop_tied(model: nn.Module, state: dict[str, Tensor]) -> None:
+def _drop_tied(model: Any, state: dict[str, Tensor]) -> None:
     """A tied head is stored once, under its embedding's name."""
     for tied in getattr(model, "all_tied_weights_keys", None) or {}:
         state.pop(tied, None)

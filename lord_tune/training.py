@@ -28,6 +28,7 @@ from .storage import read_json, write_json
 LEARNING_RATES = {FACTORS: 1e-4, LORA: 2e-4}
 RUN_FILE = "train_config.json"
 _CHECKED_ROWS = 64
+_MAY_CHANGE = {"resume_from_checkpoint", "num_train_epochs", "max_steps", "dry_run"}  # when a run is continued
 Notify = Callable[[str, Any], None]  # (event, payload): "coverage", "data", "sample"
 
 
@@ -188,12 +189,7 @@ def _check_output(output: Path, checkpoint: Any, resolved: dict[str, Any]) -> No
     if not output.is_dir() or not run.is_file():
         raise UsageError(f"{output} holds something other than a training run; choose another output_dir.")
     before = read_json(run)
-    changed = sorted(
-        key
-        for key in {*before, *resolved}
-        if before.get(key) != resolved.get(key)
-        and key not in ("resume_from_checkpoint", "num_train_epochs", "max_steps")
-    )
+    changed = sorted(key for key in {*before, *resolved} - _MAY_CHANGE if before.get(key) != resolved.get(key))
     if changed:
         raise UsageError(
             f"{output} holds a run with another {', '.join(changed[:5])}; choose another output_dir, or remove it to "
@@ -241,7 +237,7 @@ def sample_spans(trainer: Any, tokenizer: Any, require_eos: bool) -> list[tuple[
             )
         if require_eos and not any(row[-1] == tokenizer.eos_token_id for row in heads):
             raise LordError(
-                "No completion ends with the end-of-text token, so the model would never learn to stop; raise max_length "
+                "No completion ends with the end-of-text token, so the model would not learn to stop; raise max_length "
                 f"(all first {len(heads)} rows are truncated) or check the tokenizer's eos_token."
             )
     spans: list[tuple[list[int], bool]] = []

@@ -106,8 +106,8 @@ class BlockWalk:
                 hidden = args[0] if args else kwargs["hidden_states"]
                 if not wrap:  # the first block runs for real, to learn the form of a block's output
                     output = original(*args, **kwargs)
-                    form = (lambda h, o=output: type(o)((h, *o[1:]))) if isinstance(output, tuple | list) else None
-                    wrap.append(form or (lambda h: h))
+                    rest = output[1:] if isinstance(output, tuple | list) else None
+                    wrap.append(lambda h: h if rest is None else (h, *rest))
                 return wrap[0](hidden)
 
             return record

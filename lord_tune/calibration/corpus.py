@@ -163,7 +163,7 @@ def token_windows(
     count = min(windows[0], len(flat) // length)
     if count < 1:
         raise CalibrationError(
-            f"The calibration text has {available} tokens in too few documents; give more text than {2 * length} tokens."
+            f"The calibration text has {available} tokens in too few documents; give more than {2 * length} tokens."
         )
     if count < windows[0]:
         warnings.warn(
@@ -183,7 +183,7 @@ def _encode(texts: list[str], tokenizer: Any, separator: list[int], limit: int |
 
 
 def _take_heldout(encoded: list[list[int]], wanted: int, length: int) -> list[int]:
-    """Remove whole documents from the end of `encoded` (or the tail of the only one) and return `wanted` of their ids."""
+    """Remove documents from the end of `encoded` (or the tail of the only one) and return `wanted` of their ids."""
     taken: list[int] = []
     while len(encoded) > 1 and len(taken) < wanted and sum(map(len, encoded[:-1])) >= length:
         taken = encoded.pop() + taken

@@ -9,6 +9,7 @@ formed: only the products U^T g are squared and summed, so memory is one number 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from ..errors import CalibrationError
 
 
 def output_sensitivity(
-    model: nn.Module,
+    model: Any,  # a transformers model
     windows: Tensor,  # (window, length) token ids
     layers: dict[str, nn.Module],
     bases: dict[str, Tensor],  # name -> (out, k), orthonormal columns

@@ -98,8 +98,10 @@ class Projection:
         parts, backbone = None, None
         if quantizer is not None:
             parts = quantizer.quantize(weight)
-            backbone = quantizer.dequantize(parts, tuple(weight.shape), w.dtype)
+            backbone = quantizer.dequantize(parts, (weight.shape[0], weight.shape[1]), w.dtype)
             w = w - backbone
+        if rank == 0:  # Q alone
+            return Split(Factors(w[:, :0], w[:0]), parts, backbone)
         spectrum = self.spectrum(w, moments)
         return Split(truncate(w, spectrum, rank), parts, backbone, spectrum.centre)
 

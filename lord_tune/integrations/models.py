@@ -7,7 +7,6 @@ GGUF-loaded model as quantized although its weights are plain, so that it can be
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from pathlib import Path
@@ -33,8 +32,6 @@ def quiet() -> None:
 
     transformers.logging.disable_progress_bar()
     disable_progress_bars()
-    # bitsandbytes names an optional kernel package it did not find; nothing here depends on it
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def default_device() -> torch.device:
@@ -130,7 +127,7 @@ def load_tokenizer(name: str) -> Any:
         raise CheckpointError(f"{name} has no usable tokenizer: {first_line(error)}") from error
 
 
-def load_dense_or_factored(name: str, dtype: str | None = None) -> nn.Module:
+def load_dense_or_factored(name: str, dtype: str | None = None) -> Any:
     """The model of a directory or Hub id in evaluation mode, on this machine's device.
 
     The class is the one named in config.json `architectures`. dtype: a key of DTYPE_NAMES, default the checkpoint's.
@@ -154,7 +151,7 @@ def load_dense_or_factored(name: str, dtype: str | None = None) -> nn.Module:
     return model.eval().to(default_device())
 
 
-def load(name: str, dtype: str | None = None) -> tuple[nn.Module, Any]:
+def load(name: str, dtype: str | None = None) -> tuple[Any, Any]:
     """Model and tokenizer of a dense or factored checkpoint, a training output, a Hub id or a `.gguf` file.
 
     A training output comes back as the PEFT model it was saved from, on its factored base.
@@ -169,7 +166,7 @@ def load(name: str, dtype: str | None = None) -> tuple[nn.Module, Any]:
     return load_dense_or_factored(source, dtype), load_tokenizer(source)
 
 
-def kind_of(model: nn.Module) -> str:
+def kind_of(model: Any) -> str:
     """causal, masked or bare, from what the model can be asked."""
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     if plain.get_output_embeddings() is None:
@@ -177,7 +174,7 @@ def kind_of(model: nn.Module) -> str:
     return "causal" if plain.can_generate() else "masked"
 
 
-def _run(model: nn.Module, ids: Tensor) -> Any:
+def _run(model: Any, ids: Tensor) -> Any:
     ids = ids.to(next(model.parameters()).device)
     return model(input_ids=ids, use_cache=False) if kind_of(model) == "causal" else model(input_ids=ids)
 
@@ -190,7 +187,7 @@ def masked_windows(ids: Tensor, mask_token: int, seed: int = 0) -> tuple[Tensor,
     return torch.where(chosen, mask_token, ids), torch.where(chosen, ids, -100)
 
 
-def summed_loss(model: nn.Module, ids: Tensor, mask_token: int | None = None) -> tuple[Tensor, int]:
+def summed_loss(model: Any, ids: Tensor, mask_token: int | None = None) -> tuple[Tensor, int]:
     """(summed loss, predicted tokens) of windows (batch, length): next token, or masked tokens; float32 logits.
 
     A model without a head has no loss on text; its "loss" is a fixed random projection of the last hidden states,
@@ -222,7 +219,7 @@ def task_of(tokenizer: Any) -> Task:
     return Task(_run, lambda model, ids: summed_loss(model, ids, mask_token)[0])
 
 
-def max_length(model: nn.Module) -> int:
+def max_length(model: Any) -> int:
     """The longest window the model's positions allow."""
     config = model.config.get_text_config()
     limits = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions")]
@@ -237,12 +234,12 @@ def weight_files(name: str) -> list[Path]:
     return sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
 
 
-def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """A Hugging Face directory: config, safetensors, tokenizer, generation config."""
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
 
-def is_factored(model: nn.Module) -> bool:
+def is_factored(model: Any) -> bool:
     return bool(factored_layers(model))

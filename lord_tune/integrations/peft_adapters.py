@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -45,7 +45,7 @@ class Coverage:
     trainable_parameters: int
 
 
-def _chosen(model: nn.Module, targets: str | None) -> tuple[dict[str, FactoredLinear], list[str]]:
+def _chosen(model: Any, targets: str | None) -> tuple[dict[str, FactoredLinear], list[str]]:
     layers = factored_layers(model)
     if not layers:
         raise UsageError("The model has no factored layers; run `lord-tune decompose` first and train its output.")
@@ -66,7 +66,7 @@ def _alternatives(names: list[str]) -> str:
     return "|".join(re.escape(name) for name in names)
 
 
-def expose_factors(model: nn.Module, targets: str | None = None, adapter_name: str = "default") -> PeftModel:
+def expose_factors(model: Any, targets: str | None = None, adapter_name: str = "default") -> Any:
     """Make L and R of the factored layers (those matching the regex `targets`) the trainable PEFT adapter.
 
     Factors stored in 16 bits are widened to float32 for training; quantized factors have no gradient, so they are
@@ -112,13 +112,13 @@ def expose_factors(model: nn.Module, targets: str | None = None, adapter_name: s
 
 
 def add_lora(
-    model: nn.Module,
+    model: Any,
     rank: int = 8,
     alpha: float | None = None,
     dropout: float = 0.0,
     targets: str | None = None,
     adapter_name: str = "default",
-) -> PeftModel:
+) -> Any:
     """LoRA of rank `rank` on L and on R of the factored layers, which stay frozen (and may be quantized).
 
     alpha: LoRA's scaling is alpha / rank; default 2 rank.
@@ -128,7 +128,7 @@ def add_lora(
     chosen, _ = _chosen(model, targets)
     config = LoraConfig(
         r=rank,
-        lora_alpha=2 * rank if alpha is None else alpha,
+        lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]  # PEFT divides it, a float is fine
         target_modules=_PAIR.format(_alternatives(list(chosen))),
         lora_dropout=dropout,
         bias="none",
@@ -142,11 +142,11 @@ def add_lora(
     return peft_model
 
 
-def _task_type(model: nn.Module) -> str | None:
+def _task_type(model: Any) -> str | None:
     return "CAUSAL_LM" if hasattr(model, "can_generate") and model.can_generate() else None
 
 
-def _check_realised(model: PeftModel, layers: dict[str, FactoredLinear], ranks: dict[str, int], adapter: str) -> None:
+def _check_realised(model: Any, layers: dict[str, FactoredLinear], ranks: dict[str, int], adapter: str) -> None:
     """PEFT ignores rank patterns that match nothing; refuse to train another rank than was asked for."""
     expected = 0
     for name, layer in layers.items():
@@ -161,7 +161,7 @@ def _check_realised(model: PeftModel, layers: dict[str, FactoredLinear], ranks: 
         raise LordError(f"{actual} parameters are trainable, the factors have {expected}; report this model.")
 
 
-def mode_of(model: nn.Module) -> str | None:
+def mode_of(model: Any) -> str | None:
     """factors, lora, or None for a model without our adapters."""
     layers = factored_layers(model).values()
     if any(layer.host is not None for layer in layers):
@@ -169,7 +169,7 @@ def mode_of(model: nn.Module) -> str | None:
     return LORA if any(isinstance(layer.left, LoraLayer) for layer in layers) else None
 
 
-def coverage(model: PeftModel, adapter_name: str = "default") -> Coverage:
+def coverage(model: Any, adapter_name: str = "default") -> Coverage:
     """Which factored layers of an exposed model train, and how many parameters."""
     mode = mode_of(model)
     trained, untouched = {}, []
@@ -184,7 +184,7 @@ def coverage(model: PeftModel, adapter_name: str = "default") -> Coverage:
     return Coverage(mode or "none", trained, untouched, total)
 
 
-def load_adapter(model: nn.Module, folder: Path, adapter_name: str = "default") -> PeftModel:
+def load_adapter(model: Any, folder: Path, adapter_name: str = "default") -> Any:
     """Put a saved adapter (either mode) back on its factored base."""
     from peft import set_peft_model_state_dict
     from peft.utils import load_peft_weights
@@ -208,7 +208,7 @@ def load_adapter(model: nn.Module, folder: Path, adapter_name: str = "default") 
             peft_model = expose_factors(model, targets, adapter_name)
         else:
             peft_model = add_lora(model, config.r, config.lora_alpha, config.lora_dropout, targets, adapter_name)
-    result = set_peft_model_state_dict(peft_model, state, adapter_name=adapter_name)
+    result: Any = set_peft_model_state_dict(peft_model, state, adapter_name=adapter_name)
     if result.unexpected_keys:
         raise CheckpointError(f"The adapter in {folder} holds {result.unexpected_keys[0]}, which has no place.")
     peft_model.eval()
@@ -216,7 +216,7 @@ def load_adapter(model: nn.Module, folder: Path, adapter_name: str = "default") 
 
 
 @torch.no_grad()
-def fold(model: PeftModel, adapter_name: str = "default") -> nn.Module:
+def fold(model: Any, adapter_name: str = "default") -> Any:
     """Fold the adapter back into L and R and return the plain factored model; exact, the ranks are unchanged.
 
     factors: the trained parameters become `left` and `right` again. lora: L + dL and R + dR, in float32 if they were

@@ -47,9 +47,10 @@ class LordConfig(QuantizationConfigMixin):
 class LordQuantizer(HfQuantizer):
     """Rebuilds the skeleton from the manifest; trainable through adapters."""
 
+    quantization_config: LordConfig
     requires_calibration = True  # refuses to quantize on the fly: that is `lord-tune decompose`
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
         modules = dict(model.named_modules())
         for name, plan in self.quantization_config.plans().items():
@@ -115,7 +116,7 @@ def manifest_of(model: nn.Module) -> dict[str, Any]:
     return {name: realised_plan(layer).to_dict() for name, layer in factored_layers(model).items()}
 
 
-def attach(model: nn.Module) -> None:
+def attach(model: Any) -> None:
     """Make a decomposed model savable by `save_pretrained`, as if it had been loaded from a factored checkpoint."""
     config = LordConfig(manifest_of(model))
     model.config.quantization_config = config
@@ -124,7 +125,7 @@ def attach(model: nn.Module) -> None:
     model.quantization_method = QUANT_METHOD
 
 
-def detach(model: nn.Module) -> None:
+def detach(model: Any) -> None:
     """Make a densified model an ordinary one."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:

@@ -2,7 +2,7 @@
 
 from .factored_linear import FactoredLinear, build_layer, dense_factor, store_factor
 from .quantized_linear import CastLinear, QuantizedLinear, ZeroLinear
-from .surgery import check_finite, densify, factored_layers, is_linear, select_linears, weight_of
+from .surgery import check_finite, densify, factored_layers, is_linear, select_linears, shape_of, weight_of
 
 __all__ = [
     "CastLinear",
@@ -16,6 +16,7 @@ __all__ = [
     "factored_layers",
     "is_linear",
     "select_linears",
+    "shape_of",
     "store_factor",
     "weight_of",
 ]

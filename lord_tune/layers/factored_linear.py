@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -28,17 +30,13 @@ class FactoredLinear(nn.Module):
         self.weight = nn.Parameter(torch.zeros(0, dtype=torch.uint8, device=device), requires_grad=False)
         bias = torch.zeros(self.out_features, device=device, dtype=dtype) if plan.bias else None
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.right: nn.Linear | None = _factor(
-            self.in_features, plan.rank, plan.right_format, plan.factor_options, device
-        )
-        self.left: nn.Linear | None = _factor(
-            plan.rank, self.out_features, plan.left_format, plan.factor_options, device
-        )
-        self.backbone: nn.Module | None = None
+        self.right: Any = _factor(self.in_features, plan.rank, plan.right_format, plan.factor_options, device)
+        self.left: Any = _factor(plan.rank, self.out_features, plan.left_format, plan.factor_options, device)
+        self.backbone: Any = None
         if plan.backbone != "none":
             quantizer = make_quantizer(plan.backbone, plan.backbone_options)
             self.backbone = QuantizedLinear(self.in_features, self.out_features, quantizer, device)
-        self.host: nn.Module | None = None
+        self.host: Any = None
 
     @property
     def rank(self) -> int:
@@ -90,7 +88,9 @@ def store_factor(module: nn.Linear, value: Tensor) -> None:
         module.weight = nn.Parameter(value.to(module.weight.dtype).contiguous(), requires_grad=False)
 
 
-def build_layer(plan: LayerPlan, factors: Factors, parts: dict[str, Tensor] | None, bias: Tensor | None) -> nn.Module:
+def build_layer(
+    plan: LayerPlan, factors: Factors, parts: dict[str, Tensor] | None, bias: Tensor | None
+) -> FactoredLinear:
     """A filled FactoredLinear; `bias` is the original layer's, to which the method's shift is added."""
     layer = FactoredLinear(plan, device="meta")
     sentinel = torch.zeros(0, dtype=torch.uint8, device=factors.left.device)

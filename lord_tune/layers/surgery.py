@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +19,19 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or isinstance(module, Conv1D)
 
 
-def weight_of(module: nn.Module) -> Tensor:
+def weight_of(module: Any) -> Tensor:
     """The weight as (out, in)."""
     return module.weight.detach().T if isinstance(module, Conv1D) else module.weight.detach()
 
 
+def shape_of(module: Any) -> tuple[int, int]:
+    """(out, in)"""
+    weight = weight_of(module)
+    return weight.shape[0], weight.shape[1]
+
+
 def select_linears(
-    model: nn.Module,
+    model: Any,  # a transformers model
     prefixes: Iterable[str],  # module paths of the blocks; "" is the whole model
     targets: str | None,
     exclude: str | None,
@@ -56,7 +63,7 @@ def select_linears(
     if not chosen:
         names = ", ".join(list(linears)[:4])
         raise UsageError(
-            f"No layer matches (--targets {targets!r}, --exclude {exclude!r}); the model's {len(linears)} linear layers "
+            f"No layer matches (--targets {targets!r}, --exclude {exclude!r}); the {len(linears)} linear layers "
             f"are named like {names or '(none: no nn.Linear or Conv1D)'}."
         )
     return chosen, skipped
