@@ -160,6 +160,11 @@ def _check_peft_exportable(model: Any) -> None:
             raise UsageError(f"'{name}' has an afm bias, which a LoRA adapter cannot carry; export --format factored.")
         if layer.plan.backbone_options.get("block_size", 64) != 64:
             raise UsageError("transformers loads NF4 bases of block size 64 only; export --format factored.")
+        if layer.in_features % 64:
+            raise UsageError(
+                f"'{name}' has {layer.in_features} inputs, not a multiple of 64; bitsandbytes decodes such a base "
+                "wrongly on some CPUs. Export --format factored or dense."
+            )
 
 
 def _write_peft(factored: Any, tokenizer: Any, folder: Path, ids: Tensor, final: Path) -> Tensor:

@@ -21,7 +21,7 @@ from torch import nn
 from .calibration.corpus import RowFormat, load_rows, prompt_of, recognise
 from .console import is_main_process
 from .errors import LordError, UsageError
-from .integrations.models import kind_of
+from .integrations.models import kind_of, max_length
 from .integrations.peft_adapters import FACTORS, LORA, add_lora, coverage, expose_factors
 from .storage import read_json, write_json
 
@@ -50,15 +50,15 @@ class TrainOptions:
 
 
 def trainer_arguments(given: dict[str, Any], mode: str, causal: bool, known_elsewhere: list[str]) -> Any:
-    """An SFTConfig (TrainingArguments for masked models) from YAML or command-line values, with our defaults.
+    """An SFTConfig from YAML or command-line values, with our defaults (masked models use its TrainingArguments part).
 
-    Raises UsageError for an unknown key, with the nearest valid one, and for values of the wrong type.
+    Raises UsageError for an unknown key, with the nearest valid one, for values of the wrong type, and for keys of
+    SFTTrainer that a masked model's training would ignore.
     """
     from transformers import HfArgumentParser, TrainingArguments
     from trl import SFTConfig
 
-    kind: Any = SFTConfig if causal else TrainingArguments
-    names = {f.name for f in dataclasses.fields(kind) if f.init}
+    names = {f.name for f in dataclasses.fields(SFTConfig) if f.init}
     if "torch_dtype" in given:
         raise UsageError("torch_dtype is the old spelling; write dtype.")
     for key in given:
@@ -66,6 +66,10 @@ def trainer_arguments(given: dict[str, Any], mode: str, causal: bool, known_else
             near = difflib.get_close_matches(key, [*names, *known_elsewhere], n=1)
             hint = f"did you mean '{near[0]}'?" if near else "see the keys of trl's SFTConfig."
             raise UsageError(f"Unknown training key '{key}'; {hint}")
+    if not causal:
+        shared = {f.name for f in dataclasses.fields(TrainingArguments)} | {"max_length"}
+        for key in sorted(set(given) - shared):
+            raise UsageError(f"{key} has no effect on a masked language model; remove it.")
     on_cpu = not torch.accelerator.is_available() or bool(_as_bool(given.get("use_cpu")))
     defaults: dict[str, Any] = {
         "learning_rate": LEARNING_RATES[mode],
@@ -77,8 +81,7 @@ def trainer_arguments(given: dict[str, Any], mode: str, causal: bool, known_else
         "use_cpu": on_cpu,
         "gradient_checkpointing": not on_cpu,
     }
-    defaults = {key: value for key, value in defaults.items() if key in names}
-    parser = HfArgumentParser(kind)
+    parser = HfArgumentParser(SFTConfig)
 
     def fail(message: str) -> None:
         raise UsageError(f"Training configuration: {message}.")
@@ -139,7 +142,7 @@ def train_model(
     model: nn.Module,
     tokenizer: Any,
     options: TrainOptions,
-    arguments: Any,  # SFTConfig or TrainingArguments
+    arguments: Any,  # SFTConfig
     resolved: dict[str, Any],  # stored beside the checkpoints: a changed run refuses to resume
     notify: Notify = lambda event, payload: None,
 ) -> dict[str, Any]:
@@ -211,7 +214,7 @@ def _make_trainer(model: Any, tokenizer: Any, arguments: Any, rows: Any, held: A
 
     if "text" not in rows.column_names:
         raise UsageError("A masked language model trains on plain text; give a dataset with a text column.")
-    limit = min(512, model.config.max_position_embeddings)
+    limit = min(arguments.max_length or 512, max_length(model))
 
     def tokenize(row: dict[str, Any]) -> dict[str, Any]:
         return {"input_ids": tokenizer(row["text"], truncation=True, max_length=limit)["input_ids"]}

@@ -158,7 +158,9 @@ def token_windows(
             f"The calibration text has {available} tokens; at least {2 * length} are needed (one window of {length} to "
             "calibrate, one held out). Give more text or a smaller --context-length."
         )
-    heldout = _take_heldout(encoded, min(windows[1] * length, max(length, available // 9)), length)
+    # a text that is too short for both keeps eight ninths to calibrate on
+    share = windows[1] if available >= wanted else max(1, available // 9 // length)
+    heldout = _take_heldout(encoded, min(windows[1], share) * length, length)
     flat = [token for document in encoded for token in document]
     count = min(windows[0], len(flat) // length)
     if count < 1:

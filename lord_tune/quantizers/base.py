@@ -7,7 +7,7 @@ and a reload decodes the same bytes, so what was compensated is what is there.
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -37,3 +37,25 @@ class Quantizer(Protocol):
     def options(self) -> dict[str, int | bool]:
         """The hyperparameters, as the manifest stores them."""
         ...
+
+
+class _DecodedLinear(torch.autograd.Function):
+    """x Q^T that decodes Q in the forward and again in the backward pass: what is saved are the codes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, quantizer: Quantizer, shape: tuple[int, int], names: list[str], *values: Tensor):
+        ctx.quantizer, ctx.shape, ctx.names = quantizer, shape, names
+        ctx.save_for_backward(*values)
+        q = quantizer.dequantize(dict(zip(names, values, strict=True)), shape, x.dtype)
+        return torch.nn.functional.linear(x, q)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        parts = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+        q = ctx.quantizer.dequantize(parts, ctx.shape, gradients[0].dtype)
+        return (gradients[0] @ q, None, None, None, *(None for _ in parts))
+
+
+def decoded_linear(x: Tensor, quantizer: Quantizer, parts: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
+    """The `linear` of any format, by decoding the whole matrix. (..., in) -> (..., out)"""
+    return _DecodedLinear.apply(x, quantizer, shape, list(parts), *parts.values())

@@ -1,0 +1,38 @@
+"""Folders shared by all tests: three tiny models and calibration text. Nothing here may touch the network."""
+
+from __future__ import annotations
+
+import os
+
+# read when huggingface_hub and datasets are imported, so before any other import
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from tiny import save_tiny, tiny_bert, tiny_gpt2, tiny_llama, write_code_rows  # noqa: E402
+
+torch.set_num_threads(1)  # tiny matrices: a second thread only waits
+
+
+@pytest.fixture(scope="session")
+def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tiny_llama(), tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="session")
+def gpt2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tiny_gpt2(), tmp_path_factory.mktemp("models") / "gpt2")
+
+
+@pytest.fixture(scope="session")
+def bert_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tiny_bert(), tmp_path_factory.mktemp("models") / "bert")
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_code_rows(tmp_path_factory.mktemp("text") / "code.jsonl")

@@ -1,0 +1,76 @@
+"""The laws every factorization and every quantizer passes. A new one adds a row; a law that does not apply says why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lord_tune.calibration.moments import MomentAccumulator, Moments
+from lord_tune.factorizations import AFM, LoftQ, PlainSVD, Whitened
+from lord_tune.quantizers import NF4
+
+
+@dataclass(frozen=True)
+class FactorizationRow:
+    """A method, and the laws it is excused from with the reason."""
+
+    method: Any
+    quantizer: Any = None
+    excused: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.method}-{self.quantizer}"
+
+
+_NOT_WEIGHT_OPTIMAL = "minimises the output error, not the weight error"
+_AFFINE = "an affine map may beat the linear bound by its bias"
+_QUANTIZED = "Q changes the matrix that is factored, so the bound on W does not apply"
+_SINK = "position 0 weighs more by design, so the plain calibrated error is not minimal"
+
+FACTORIZATIONS = [
+    FactorizationRow(PlainSVD(), excused={"output_optimum": "minimises the weight error"}),
+    FactorizationRow(Whitened(sink_weight=0.0), excused={"weight_optimum": _NOT_WEIGHT_OPTIMAL}),
+    FactorizationRow(Whitened(), excused={"weight_optimum": _NOT_WEIGHT_OPTIMAL, "output_optimum": _SINK}),
+    FactorizationRow(AFM(), excused={"weight_optimum": _NOT_WEIGHT_OPTIMAL, "output_optimum": _AFFINE}),
+    FactorizationRow(AFM(centred=False), excused={"weight_optimum": _NOT_WEIGHT_OPTIMAL}),
+    FactorizationRow(PlainSVD(), NF4(), {"weight_optimum": _QUANTIZED, "output_optimum": _QUANTIZED}),
+    FactorizationRow(Whitened(), NF4(), {"weight_optimum": _QUANTIZED, "output_optimum": _QUANTIZED}),
+    FactorizationRow(AFM(), NF4(), {"weight_optimum": _QUANTIZED, "output_optimum": _QUANTIZED}),
+    FactorizationRow(
+        LoftQ(),
+        NF4(),
+        {
+            "weight_optimum": _QUANTIZED,
+            "output_optimum": _QUANTIZED,
+            "error_falls_with_rank": "each rank alternates to another Q; the law is tested for T=1",
+        },
+    ),
+    FactorizationRow(LoftQ(iterations=1), NF4(), {"weight_optimum": _QUANTIZED, "output_optimum": _QUANTIZED}),
+]
+
+QUANTIZERS = [NF4(), NF4(double_quant=True), NF4(block_size=32), NF4(block_size=256, double_quant=True)]
+
+SHAPES = [(24, 24), (40, 16), (16, 40), (33, 17)]
+
+
+def inputs(width: int, tokens: int = 512, seed: int = 0) -> Tensor:
+    """(1, token, width): correlated inputs with a strong mean and one massive channel, as in language models."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(width, width, generator=generator, dtype=torch.float64)
+    scales = torch.logspace(1, -2, width, dtype=torch.float64)
+    x = torch.randn(tokens, width, generator=generator, dtype=torch.float64) @ (mixing * scales)
+    x[:, 0] += 30.0
+    return x[None]
+
+
+def moments_of(x: Tensor) -> Moments:
+    accumulator = MomentAccumulator(x.shape[-1], x.device)
+    accumulator.update(x)
+    return accumulator.result("test")
+
+
+def weight(shape: tuple[int, int], seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

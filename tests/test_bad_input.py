@@ -1,0 +1,502 @@
+"""Every wrong call and every broken file: one `error:` line that says what to do, the right exit code, nothing written.
+
+A case is a function that prepares its input and returns the command line. The command runs in this process; everything
+it may write to (the output folder, its siblings, the cache) is below `World.runs`, which must be unchanged afterwards.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import code_document, save_tiny, tiny_llama, write_code_rows
+from transformers import LlamaModel
+
+import lord_tune
+from lord_tune import commands
+from lord_tune.cli import main
+
+NAN_LAYER = "model.layers.1.mlp.up_proj"
+
+
+@dataclass(frozen=True)
+class World:
+    """Good inputs to spoil, and the only place a command may write to."""
+
+    llama: Path
+    factored: Path  # LoRD at rank 8
+    quantized: Path  # NF4 + L R at rank 4
+    rows: Path
+    tmp: Path
+
+    @property
+    def runs(self) -> Path:
+        return self.tmp / "runs"
+
+    @property
+    def out(self) -> Path:
+        return self.runs / "out"
+
+    def copy(self) -> Path:
+        """A copy of the dense model, to break."""
+        return Path(shutil.copytree(self.llama, self.tmp / "broken"))
+
+    def file(self, name: str, content: str | bytes) -> Path:
+        path = self.tmp / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    def decompose(self, *options: Any, model: Path | None = None, text: Path | None = None) -> list[str]:
+        """A whitened decomposition of rank 8 unless `options` give a budget; short windows."""
+        words = ["decompose", model or self.llama, self.out, "--calibration", text or self.rows]
+        budget = [] if {"--rank", "--kept-fraction"} & set(options) else ["--rank", 8]
+        short = ["--context-length", 64, "--calibration-tokens", 512]
+        return list(map(str, [*words, *budget, *short, *options]))
+
+    def data_free(self, *options: Any, model: Path | None = None) -> list[str]:
+        return list(map(str, ["decompose", model or self.llama, self.out, *options]))
+
+    def train(self, *options: Any, model: Path | None = None, rows: Path | None = None) -> list[str]:
+        words = ["train", "--model_name_or_path", model or self.factored, "--output_dir", self.out]
+        words += ["--dataset_name", rows or self.rows, "--max_steps", 1, "--max_length", 32]
+        return list(map(str, [*words, *options]))
+
+    def evaluate(self, model: Path | None = None, text: Path | None = None) -> list[str]:
+        words = ["evaluate", model or self.llama, "--text", text or self.rows, "--context-length", 64]
+        return list(map(str, [*words, "--max-tokens", 128, "--json", self.runs / "result.json"]))
+
+    def export(self, form: str, *options: Any, model: Path | None = None) -> list[str]:
+        return list(map(str, ["export", model or self.factored, self.out, "--format", form, *options]))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    lord_tune.decompose(str(llama_dir), str(folder / "lord"), method="svd", rank=8)
+    lord_tune.decompose(str(llama_dir), str(folder / "nf4"), method="svd", rank=4, backbone="nf4")
+    return folder / "lord", folder / "nf4"
+
+
+@pytest.fixture
+def world(llama_dir, rows_file, checkpoints, tmp_path, monkeypatch) -> World:
+    made = World(llama_dir, *checkpoints, rows_file, tmp_path)
+    made.runs.mkdir()
+    monkeypatch.setenv("LORD_TUNE_CACHE", str(made.runs / "cache"))
+    monkeypatch.chdir(made.runs)
+    return made
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Every path below `folder`, hidden ones too, with the bytes of the files."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def run(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> tuple[Any, str]:
+    """(exit code, stderr) of a command."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    return stop.value.code, capfd.readouterr().err
+
+
+def check_failure(arguments: list[str], code: int, says: str, world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    before = contents(world.runs)
+    came, stderr = run(arguments, capfd)
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert "Traceback" not in stderr
+    assert len(errors) == 1, stderr
+    assert lines[-1] == errors[0], f"the message goes on after its first line: {stderr}"
+    assert says in errors[0]
+    assert came == code, errors[0]
+    assert contents(world.runs) == before
+
+
+# What a library below us says is not for users: these words in an error line mean that a failure was not foreseen.
+UNFORESEEN = "rerun with --debug"
+
+Case = tuple[str, Callable[[World], list[str]], str]  # name, command, a distinctive part of what to do
+
+
+def parametrized(cases: list[Case]) -> Any:
+    return pytest.mark.parametrize(("command", "says"), [pytest.param(c, s, id=name) for name, c, s in cases])
+
+
+# ---- wrong calls: exit code 2 --------------------------------------------------------------------------------------
+
+
+def _yaml(content: str | bytes) -> Callable[[World], list[str]]:
+    return lambda w: [*w.decompose(), "--config", str(w.file("run.yaml", content))]
+
+
+def _train_yaml(w: World) -> list[str]:
+    return [*w.train(), "--config", str(w.file("run.yaml", "learnin_rate: 1.0e-4\n"))]
+
+
+def _occupied(*options: str) -> Callable[[World], list[str]]:
+    def command(w: World) -> list[str]:
+        w.out.mkdir()
+        (w.out / "thesis.tex").write_text("years of work")
+        return w.decompose(*options)
+
+    return command
+
+
+def _occupied_export(w: World) -> list[str]:
+    w.out.mkdir()
+    (w.out / "thesis.tex").write_text("years of work")
+    return w.export("dense", "--overwrite")
+
+
+def _occupied_training(w: World) -> list[str]:
+    w.out.mkdir()
+    (w.out / "thesis.tex").write_text("years of work")
+    return w.train()
+
+
+def _out_is_file(w: World) -> list[str]:
+    w.out.write_text("a file")
+    return w.decompose("--overwrite")
+
+
+def _bad_rows(*rows: dict[str, Any]) -> Callable[[World], Path]:
+    return lambda w: w.file("rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+unknown_columns = _bad_rows({"body": "text", "title": "t"})
+chat = _bad_rows({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]})
+
+
+def _no_rows(w: World) -> list[str]:
+    import datasets
+
+    path = w.tmp / "rows.parquet"
+    datasets.Dataset.from_dict({"text": []}, features=datasets.Features({"text": datasets.Value("string")})).to_parquet(
+        str(path)
+    )
+    return w.train(rows=path)
+
+
+def _rank_zero(w: World) -> list[str]:
+    folder = w.tmp / "rank0"
+    lord_tune.decompose(str(w.llama), str(folder), method="svd", rank=0, backbone="nf4")
+    return w.train(model=folder)
+
+
+def _quantized_factors(w: World) -> list[str]:
+    folder = w.tmp / "nf4_factors"
+    lord_tune.decompose(str(w.llama), str(folder), method="svd", rank=8, factor_format="nf4")
+    return w.train(model=folder)
+
+
+def _bare_model(w: World) -> Path:
+    return save_tiny(LlamaModel(tiny_llama().config), w.tmp / "bare")
+
+
+def _not_a_model(w: World) -> Path:
+    folder = w.tmp / "holidays"
+    folder.mkdir()
+    (folder / "photo.txt").write_text("the sea")
+    return folder
+
+
+def _split_of_file(w: World) -> list[str]:
+    return w.train("--dataset_test_split", "test")
+
+
+WRONG_CALLS: list[Case] = [
+    # the config file
+    ("unknown YAML key", _yaml("kept_fractoin: 0.9\n"), "did you mean 'kept_fraction'?"),
+    ("config file missing", lambda w: [*w.decompose(), "--config", str(w.tmp / "no.yaml")], "check the path"),
+    ("config file not YAML", _yaml("rank: [8\n"), "not valid YAML"),
+    ("config file without keys", _yaml("- rank\n- 8\n"), "a YAML mapping (key: value) is wanted"),
+    ("config file not UTF-8", _yaml(b"targets: caf\xe9\n"), "not valid YAML"),
+    # options
+    ("unknown option value", lambda w: w.decompose("--method", "whitend"), "'whitened', 'svd', 'afm' or 'loftq'"),
+    ("unknown option", lambda w: w.decompose("--rnak", "8"), "--rank"),
+    ("option not a number", lambda w: w.decompose("--rank", "eight"), "eight"),
+    ("unknown verb", lambda w: ["decompos", str(w.llama), str(w.out)], "decompos"),
+    ("out missing", lambda w: ["decompose", str(w.llama)], "OUT is missing; see lord-tune decompose --help"),
+    ("training key missing", lambda w: ["train", "--output_dir", str(w.out)], "model_name_or_path is missing"),
+    ("neither budget", lambda w: w.data_free("--method", "svd"), "One of --rank and --kept-fraction"),
+    ("both budgets", lambda w: w.decompose("--rank", 8, "--kept-fraction", 0.9), "both came"),
+    ("kept fraction above 1", lambda w: w.decompose("--kept-fraction", 1.5), "a number between 0 and 1"),
+    ("kept fraction of 0", lambda w: w.decompose("--kept-fraction", 0), "a number between 0 and 1"),
+    ("rank 0 alone", lambda w: w.decompose("--rank", 0), "needs a --backbone"),
+    ("negative rank", lambda w: w.decompose("--rank", -1, "--backbone", "nf4"), "a rank is at least 1"),
+    ("option without effect", lambda w: w.decompose("--iterations", 3), "--iterations has no effect"),
+    ("kept fraction beside NF4", lambda w: w.decompose("--kept-fraction", 0.9, "--backbone", "nf4"), "give --rank"),
+    ("loftq alone", lambda w: w.data_free("--method", "loftq", "--rank", 8), "pass --backbone nf4"),
+    ("no calibration text", lambda w: w.data_free("--rank", 8), "pass --calibration FILE"),
+    ("bad block size", lambda w: w.decompose("--backbone", "nf4", "--block-size", 48), "use one of 32, 64"),
+    ("calibration tokens 0", lambda w: w.decompose("--calibration-tokens", 0), "calibration_tokens"),
+    ("negative sink weight", lambda w: w.decompose("--sink-weight", -1), "sink_weight"),
+    ("export format unknown", lambda w: w.export("gguf"), "'dense', 'factored' or 'peft'"),
+    ("export dtype without effect", lambda w: w.export("factored", "--dtype", "float16"), "--dtype has no effect"),
+    ("unknown training key", lambda w: w.train("--learnin_rate", "1e-4"), "did you mean 'learning_rate'?"),
+    ("unknown training key in YAML", _train_yaml, "did you mean 'learning_rate'?"),
+    ("unknown own training key", lambda w: w.train("--lora_alpah", "16"), "did you mean 'lora_alpha'?"),
+    ("training value of wrong type", lambda w: w.train("--learning_rate", "fast"), "learning_rate"),
+    ("old dtype spelling", lambda w: w.train("--torch_dtype", "float32"), "write dtype"),
+    ("lora_r for factors", lambda w: w.train("--lora_r", 8), "set mode: lora"),
+    ("unknown mode", lambda w: w.train("--mode", "full"), "'factors' or 'lora'"),
+    ("training word alone", lambda w: [*w.train(), "--bf16", "false", "stray"], "write --key value"),
+    # what the model allows
+    ("rank above break-even", lambda w: w.decompose("--rank", 60), "Choose at most 45, or add --backbone nf4"),
+    ("rank above the side", lambda w: w.decompose("--rank", 40, "--backbone", "nf4"), "choose at most 32 or --exclude"),
+    ("kept fraction too small", lambda w: w.decompose("--kept-fraction", 0.05), "Keep more"),
+    ("no layer matches", lambda w: w.decompose("--targets", "nosuchlayer"), "are named like model.layers.0"),
+    ("all excluded", lambda w: w.decompose("--exclude", "."), "No layer matches"),
+    ("bad targets", lambda w: w.decompose("--targets", "q_proj["), "not a regular expression"),
+    ("bad exclude", lambda w: w.decompose("--exclude", "*"), "not a regular expression"),
+    ("bad training targets", lambda w: w.train("--targets", "("), "not a regular expression"),
+    ("no layer to train", lambda w: w.train("--targets", "nosuchlayer"), "factored layers, like model.layers.0"),
+    ("decomposed already", lambda w: w.decompose(model=w.factored), "start from the original dense model"),
+    ("training a dense model", lambda w: w.train(model=w.llama), "run `lord-tune decompose` first"),
+    ("training rank 0", _rank_zero, "Decompose with --rank 16"),
+    ("training NF4 factors", _quantized_factors, "use mode: lora"),
+    ("exporting a dense model", lambda w: w.export("dense", model=w.llama), "ordinary checkpoint already"),
+    ("peft of LoRD", lambda w: w.export("peft"), "Export --format factored or dense"),
+    ("evaluating a bare model", lambda w: w.evaluate(model=_bare_model(w)), "no language-model head"),
+    ("inspecting a dense model", lambda w: ["inspect", str(w.llama)], "run lord-tune decompose first"),
+    # files and folders
+    ("model missing", lambda w: w.decompose(model=w.tmp / "nowhere"), "check the path"),
+    ("model missing, evaluate", lambda w: w.evaluate(model=w.tmp / "nowhere"), "check the path"),
+    ("model missing, train", lambda w: w.train(model=w.tmp / "nowhere"), "check the path"),
+    ("model missing, export", lambda w: w.export("dense", model=w.tmp / "nowhere"), "check the path"),
+    ("model missing, inspect", lambda w: ["inspect", str(w.tmp / "nowhere")], "check the path"),
+    ("gguf missing", lambda w: w.decompose(model=w.tmp / "nowhere.gguf"), "check the path"),
+    ("model is a file", lambda w: w.decompose(model=w.rows), "a model folder, a .gguf file or a Hub id is wanted"),
+    ("not a model, evaluate", lambda w: w.evaluate(model=_not_a_model(w)), "not a Hugging Face model folder"),
+    ("not a model, inspect", lambda w: ["inspect", str(_not_a_model(w))], "pass a factored checkpoint"),
+    ("calibration file missing", lambda w: w.decompose(text=w.tmp / "no.txt"), "check the path"),
+    ("calibration rows missing", lambda w: w.decompose(text=w.tmp / "no.jsonl"), "check the path"),
+    ("evaluation text missing", lambda w: w.evaluate(text=w.tmp / "no.txt"), "check the path"),
+    ("export text missing", lambda w: w.export("dense", "--text", w.tmp / "no.txt"), "check the path"),
+    ("dataset missing", lambda w: w.train(rows=w.tmp / "no.jsonl"), "check the path"),
+    ("calibration not UTF-8", lambda w: w.decompose(text=w.file("a.txt", b"caf\xe9 " * 99)), "not UTF-8"),
+    ("evaluation text not UTF-8", lambda w: w.evaluate(text=w.file("a.txt", b"caf\xe9 " * 99)), "not UTF-8"),
+    ("evaluation text empty", lambda w: w.evaluate(text=w.file("a.txt", "")), "at least 2 are needed"),
+    ("calibration on chat", lambda w: w.decompose(text=chat(w)), "give plain text"),
+    ("dataset of other columns", lambda w: w.train(rows=unknown_columns(w)), "Rename the columns"),
+    ("calibration of other columns", lambda w: w.decompose(text=unknown_columns(w)), "Rename the columns"),
+    ("dataset without rows", _no_rows, "give rows to train on"),
+    ("dataset of no bytes", lambda w: w.train(rows=w.file("a.jsonl", "")), "a.jsonl"),
+    ("dataset not JSON", lambda w: w.train(rows=w.file("a.jsonl", "not json\n")), "could not be read"),
+    ("dataset a text file", lambda w: w.train(rows=w.file("a.txt", "text")), "convert it"),
+    ("training on chat", lambda w: w.train(rows=chat(w)), "no chat template; give text or prompts"),
+    ("split of a plain file", _split_of_file, "test"),
+    ("configuration of a plain file", lambda w: w.train("--dataset_config", "python"), "dataset_config"),
+    ("out holds other files", _occupied(), "choose an empty folder or pass --overwrite"),
+    ("out holds other files, overwrite", _occupied("--overwrite"), "--overwrite will not replace it"),
+    ("export over other files", _occupied_export, "--overwrite will not replace it"),
+    ("out is a file", _out_is_file, "choose another output"),
+    ("training over other files", _occupied_training, "choose another output_dir"),
+]
+
+
+@parametrized(WRONG_CALLS)
+def test_wrong_call(command, says, world, capfd):
+    check_failure(command(world), 2, says, world, capfd)
+
+
+# ---- failed work: exit code 1 --------------------------------------------------------------------------------------
+
+
+def _weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    change(state)
+    save_file(state, path, metadata={"format": "pt"})
+    return folder
+
+
+def _nan_weight(w: World) -> list[str]:
+    def spoil(state: dict[str, torch.Tensor]) -> None:
+        state[f"{NAN_LAYER}.weight"][3, 5] = torch.nan
+
+    return w.decompose(model=_weights(w.copy(), spoil))
+
+
+def _nan_embedding(w: World) -> list[str]:
+    def spoil(state: dict[str, torch.Tensor]) -> None:
+        state["model.embed_tokens.weight"][:, 0] = torch.inf
+
+    return w.decompose(model=_weights(w.copy(), spoil))
+
+
+def _absent_tensor(w: World) -> list[str]:
+    """transformers would fill it with random numbers and only log a table."""
+    return w.decompose(model=_weights(w.copy(), lambda state: state.pop(f"{NAN_LAYER}.weight")))
+
+
+def _absent_factor(w: World) -> list[str]:
+    folder = Path(shutil.copytree(w.factored, w.tmp / "broken"))
+    return w.evaluate(model=_weights(folder, lambda state: state.pop(f"{NAN_LAYER}.left.weight")))
+
+
+def _truncated(w: World) -> list[str]:
+    path = w.copy() / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    return w.decompose(model=path.parent)
+
+
+def _corrupt_header(w: World) -> list[str]:
+    path = w.copy() / "model.safetensors"
+    path.write_bytes(b"\xff" * 64 + path.read_bytes()[64:])
+    return w.decompose(model=path.parent)
+
+
+def _sharded(w: World) -> Path:
+    folder = w.tmp / "sharded"
+    save_tiny(tiny_llama(), folder)
+    (folder / "model.safetensors").unlink()
+    tiny_llama().save_pretrained(folder, max_shard_size="200KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    return folder
+
+
+def _missing_shard(w: World) -> list[str]:
+    folder = _sharded(w)
+    sorted(folder.glob("model-*.safetensors"))[1].unlink()
+    return w.decompose(model=folder)
+
+
+def _no_weights(w: World) -> list[str]:
+    folder = w.copy()
+    (folder / "model.safetensors").unlink()
+    return w.decompose(model=folder)
+
+
+def _no_tokenizer(w: World) -> list[str]:
+    folder = w.copy()
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    return w.decompose(model=folder)
+
+
+def _config(change: Callable[[dict[str, Any]], Any]) -> Callable[[World], list[str]]:
+    def command(w: World) -> list[str]:
+        path = w.copy() / "config.json"
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+        return w.decompose(model=path.parent)
+
+    return command
+
+
+def _broken_config(w: World) -> list[str]:
+    folder = w.copy()
+    (folder / "config.json").write_text("{not json")
+    return w.decompose(model=folder)
+
+
+def _newer_format(w: World) -> list[str]:
+    folder = Path(shutil.copytree(w.factored, w.tmp / "broken"))
+    content = json.loads((folder / "config.json").read_text())
+    content["quantization_config"]["format_version"] = 999
+    (folder / "config.json").write_text(json.dumps(content))
+    return w.evaluate(model=folder)
+
+
+def _adapter_without_weights(w: World) -> list[str]:
+    folder = w.tmp / "adapter"
+    folder.mkdir()
+    content = {"peft_type": "LORA", "base_model_name_or_path": str(w.factored), "r": 8}
+    (folder / "adapter_config.json").write_text(json.dumps(content))
+    return w.evaluate(model=folder)
+
+
+FAILED_WORK: list[Case] = [
+    ("NaN weight", _nan_weight, f"'{NAN_LAYER}.weight' holds 1 NaN or Inf values; repair the checkpoint or --exclude"),
+    ("Inf activations", _nan_embedding, "run the model in float32"),
+    ("tensor absent", _absent_tensor, NAN_LAYER),
+    ("factor absent", _absent_factor, NAN_LAYER),
+    ("truncated weights", _truncated, "download or write it again"),
+    ("corrupt header", _corrupt_header, "download or write it again"),
+    ("missing shard", _missing_shard, "download it again"),
+    ("no weights", _no_weights, "broken"),
+    ("no tokenizer", _no_tokenizer, "no usable tokenizer"),
+    ("config of another size", _config(lambda c: c.update(intermediate_size=96)), "could not be loaded"),
+    ("config not JSON", _broken_config, "could not be loaded"),
+    ("newer format", _newer_format, "update lord_tune"),
+    ("adapter without weights", _adapter_without_weights, "could not be read"),
+    ("garbage gguf", lambda w: w.decompose(model=w.file("model.gguf", b"GGUF" + bytes(999))), "could not be read as"),
+    ("text named gguf", lambda w: w.evaluate(model=w.file("model.gguf", "no model")), "could not be read as GGUF"),
+    ("unknown Hub id offline", lambda w: w.decompose(model=Path("nobody/nothing")), "nobody/nothing"),
+    ("calibration text empty", lambda w: w.decompose(text=w.file("a.txt", "")), "give files with text in them"),
+    ("calibration rows blank", lambda w: w.decompose(text=_bad_rows({"text": " \n"})(w)), "give files with text"),
+    ("calibration too short", lambda w: w.decompose(text=w.file("a.txt", "x = 1\n" * 9)), "smaller --context-length"),
+    (
+        "every layer stays dense",
+        lambda w: w.decompose("--kept-fraction", 0.1, "--allocation", "uniform"),
+        "keep fewer parameters",
+    ),
+    ("written differs", lambda w: w.export("dense", "--dtype", "bfloat16", "--threshold", 0), "raise --threshold"),
+]
+
+
+@parametrized(FAILED_WORK)
+def test_failed_work(command, says, world, capfd):
+    check_failure(command(world), 1, says, world, capfd)
+
+
+@parametrized(WRONG_CALLS + FAILED_WORK)
+def test_failure_is_foreseen(command, says, world, capfd):
+    assert UNFORESEEN not in run(command(world), capfd)[1]
+
+
+# ---- interrupted writing -------------------------------------------------------------------------------------------
+
+
+def _save_and_fail(error: BaseException) -> Callable[..., None]:
+    def save(model: Any, tokenizer: Any, folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(b"half of it")
+        raise error
+
+    return save
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "model.safetensors"), 1, "check permissions and disk space"),
+        (KeyboardInterrupt(), 130, "nothing was left half-written"),
+        (ZeroDivisionError("division by zero\nsecond line"), 1, "rerun with --debug for the traceback"),
+    ],
+    ids=["disk full", "Ctrl-C", "defect"],
+)
+@pytest.mark.parametrize("earlier", [False, True], ids=["new", "over an earlier run"])
+def test_failed_writing_leaves_what_was_there(error, code, says, earlier, world, capfd, monkeypatch):
+    if earlier:
+        write_code_rows(world.tmp / "rows.jsonl")
+        lord_tune.decompose(str(world.llama), str(world.out), method="svd", rank=4)
+    before = contents(world.runs)
+    monkeypatch.setattr(commands, "save_model", _save_and_fail(error))
+    came, stderr = run(world.data_free("--method", "svd", "--rank", 8, "--overwrite"), capfd)
+    assert came == code
+    assert says in stderr.splitlines()[-1] and "Traceback" not in stderr
+    assert contents(world.runs) == before
+
+
+def test_debug_shows_the_error_itself(world):
+    with pytest.raises(lord_tune.errors.UsageError, match="check the path"):
+        main([*world.decompose(model=world.tmp / "nowhere"), "--debug"])
+
+
+def test_warnings_are_one_line_each(world, capfd):
+    """Text for fewer windows than asked for is a warning, and the run goes on."""
+    text = world.file("a.txt", code_document(1))
+    code, stderr = run([*world.decompose(text=text), "--targets", "mlp"], capfd)
+    warned = [line for line in stderr.splitlines() if line.startswith("warning: ")]
+    assert code == 0 and len(warned) == 1 and "windows of 64 tokens" in warned[0]
+    assert (world.out / "decomposition.json").is_file()

@@ -1,0 +1,224 @@
+"""Moments against float64 references, the block walk against a plain forward pass, windows from text."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+
+import pytest
+import torch
+from tiny import tiny_bert, tiny_gpt2, tiny_llama, tiny_tokenizer
+from torch import nn
+
+from lord_tune.calibration.collect import BlockWalk, find_blocks
+from lord_tune.calibration.corpus import documents, file_windows, recognise, token_windows
+from lord_tune.calibration.moments import MomentAccumulator, add_gram
+from lord_tune.calibration.sensitivity import output_sensitivity
+from lord_tune.errors import CalibrationError, LordWarning, UsageError
+from lord_tune.integrations.models import task_of
+from lord_tune.layers import select_linears
+
+MODELS = [tiny_llama, tiny_gpt2, tiny_bert]
+
+
+@pytest.mark.parametrize("width", [1, 7, 64, 130, 515, 640])
+def test_gram_equals_the_float64_product(width):
+    """Float32 products of 300 rows: relative error within 300 * 6e-8 of the largest entry."""
+    generator = torch.Generator().manual_seed(0)
+    windows = [torch.randn(1, 300, width, generator=generator) + 2 for _ in range(3)]
+    accumulator = MomentAccumulator(width, torch.device("cpu"))
+    for window in windows:
+        accumulator.update(window)
+    moments = accumulator.result("x")
+    rows = torch.cat(windows, 1)[0].double()
+    exact = rows.T @ rows / 900
+    assert torch.allclose(moments.gram, exact, rtol=0, atol=300 * 6e-8 * float(exact.max()))
+    assert torch.equal(moments.gram, moments.gram.T)
+    assert torch.allclose(moments.mean, rows.mean(0), atol=1e-6)
+    first = torch.cat([window[:, 0] for window in windows]).double()
+    assert torch.allclose(moments.sink_gram, first.T @ first / 3, atol=1e-5) and moments.tokens == 900
+
+
+def test_float64_sums_keep_what_float32_sums_lose():
+    total = torch.zeros(2, 2, dtype=torch.float64)
+    add_gram(total, torch.tensor([[1e4, 1e4]]))
+    for _ in range(100):
+        add_gram(total, torch.tensor([[1.0, 1.0]]))
+    assert float(total[0, 0]) == 1e8 + 100  # in float32, 1e8 + 1 == 1e8
+
+
+def test_shifted_moment_is_centred():
+    x = torch.randn(1, 200, 5, dtype=torch.float64) + 3
+    accumulator = MomentAccumulator(5, x.device)
+    accumulator.update(x)
+    moments = accumulator.result("x")
+    assert torch.allclose(moments.shifted(moments.mean), torch.cov(x[0].T, correction=0), atol=1e-12)
+
+
+def test_nan_inputs_are_named():
+    accumulator = MomentAccumulator(3, torch.device("cpu"))
+    accumulator.update(torch.full((1, 4, 3), float("nan")))
+    with pytest.raises(CalibrationError, match="'layers.3.up'"):
+        accumulator.result("layers.3.up")
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_block_walk_equals_hooks_on_a_plain_forward_pass(make):
+    model = make().eval()
+    ids = torch.randint(4, 200, (3, 24), generator=torch.Generator().manual_seed(1))
+    blocks = find_blocks(model)
+    layers, _ = select_linears(model, blocks.names(), None, None)
+    rows: dict[str, list] = {name: [] for name in layers}
+    handles = [
+        layer.register_forward_pre_hook(lambda m, a, n=name: rows[n].append(a[0].reshape(-1, a[0].shape[-1]).double()))
+        for name, layer in layers.items()
+    ]
+    with torch.no_grad():
+        for window in ids:
+            model(input_ids=window[None])
+    for handle in handles:
+        handle.remove()
+    task = task_of(tiny_tokenizer())
+    walk = BlockWalk(model, blocks, {"calibration": ids[:2], "heldout": ids[2:]}, task.forward)
+    seen = 0
+    for index, prefix in enumerate(blocks.names()):
+        members = {n: m for n, m in layers.items() if n.startswith(prefix + ".")}
+        moments = walk.collect(index, members)
+        for name in members:
+            for stream, chosen in (("calibration", slice(0, 2)), ("heldout", slice(2, 3))):
+                exact = torch.cat(rows[name][chosen])
+                expected = exact.T @ exact / len(exact)
+                # float32 forward passes of the same values; the walk only cuts them into blocks
+                assert torch.allclose(moments[stream][name].gram, expected, rtol=1e-4, atol=1e-6)
+            seen += 1
+    assert seen == len(layers) > 0
+
+
+def test_layers_with_one_input_share_one_record():
+    model = tiny_llama().eval()
+    blocks = find_blocks(model)
+    layers, _ = select_linears(model, blocks.names(), None, None)
+    walk = BlockWalk(model, blocks, {"c": torch.randint(4, 200, (1, 16))}, task_of(tiny_tokenizer()).forward)
+    first = {n: m for n, m in layers.items() if n.startswith("model.layers.0.")}
+    found = {name.rpartition(".")[2]: moments for name, moments in walk.collect(0, first)["c"].items()}
+    assert found["q_proj"] is found["k_proj"] is found["v_proj"] and found["gate_proj"] is found["up_proj"]
+    assert found["q_proj"] is not found["o_proj"]
+
+
+def test_a_model_without_blocks_is_walked_whole_with_a_warning():
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(6, 5), nn.Linear(5, 4)
+
+        def forward(self, ids):
+            return self.two(self.one(nn.functional.one_hot(ids, 6).float()))
+
+    model = Plain()
+    with pytest.warns(LordWarning, match="no list of repeated blocks"):
+        blocks = find_blocks(model)
+    walk = BlockWalk(model, blocks, {"c": torch.randint(0, 6, (4, 8))}, lambda m, ids: m(ids))
+    moments = walk.collect(0, {"one": model.one, "two": model.two})["c"]
+    assert moments["one"].gram.shape == (6, 6) and moments["two"].tokens == 32
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_sensitivity_equals_the_gradients_second_moment(make):
+    model = make().eval()
+    ids = torch.randint(4, 200, (2, 16), generator=torch.Generator().manual_seed(2))
+    layers, _ = select_linears(model, find_blocks(model).names(), None, None)
+    name, layer = list(layers.items())[-1]
+    task = task_of(tiny_tokenizer())
+    gradients = []
+    handle = layer.register_full_backward_hook(lambda m, i, o: gradients.append(o[0].reshape(-1, o[0].shape[-1])))
+    for window in ids:
+        task.loss(model, window[None]).backward()
+    handle.remove()
+    rows = torch.cat(gradients).double()
+    basis = torch.linalg.qr(torch.randn(rows.shape[1], 7, dtype=torch.float64)).Q
+    for parameter in model.parameters():
+        parameter.grad = None
+    found = output_sensitivity(model, ids, {name: layer}, {name: basis.float()}, task.loss)[name]
+    expected = ((rows @ basis) ** 2).sum(0) / ids.numel()
+    assert torch.allclose(found, expected, rtol=1e-3)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_windows_are_seeded_disjoint_and_of_the_asked_size():
+    tokenizer = tiny_tokenizer()
+    texts = [f"def function_{i}(value):\n    return value + {i}\n" * 20 for i in range(30)]
+    first, held = token_windows(texts, tokenizer, 512, 128, 64, 0)
+    again, _ = token_windows(texts, tokenizer, 512, 128, 64, 0)
+    other, _ = token_windows(texts, tokenizer, 512, 128, 64, 1)
+    assert first.shape == (8, 64) and held.shape == (2, 64)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    text = tokenizer.decode(held.flatten())
+    numbers = {part.split("(")[0] for part in text.split("function_")[2:-1]}
+    assert numbers and not any(f"function_{n}(" in tokenizer.decode(first.flatten()) for n in numbers)
+
+
+def test_a_single_document_is_split_by_position():
+    tokenizer = tiny_tokenizer()
+    text = "".join(f"line {i}: the quick brown fox\n" for i in range(200))
+    calibration, held = token_windows([text], tokenizer, 256, 64, 64, 0)
+    assert calibration.shape == (4, 64) and held.shape == (1, 64)
+    lines, held_lines = (set(re.findall(r"\nline (\d+):", tokenizer.decode(w.flatten()))) for w in (calibration, held))
+    assert lines and held_lines and not lines & held_lines
+
+
+def test_short_text_warns_and_too_short_text_is_refused():
+    tokenizer = tiny_tokenizer()
+    with pytest.warns(LordWarning, match="all of it is used"):
+        token_windows(["word " * 300], tokenizer, 100_000, 64, 64, 0)
+    with pytest.raises(CalibrationError, match="at least 128"):
+        token_windows(["word"], tokenizer, 512, 64, 64, 0)
+    with pytest.raises(CalibrationError, match="empty"):
+        token_windows([], tokenizer, 512, 64, 64, 0)
+
+
+@pytest.mark.parametrize(
+    ("columns", "kind"),
+    [
+        (["text", "path"], "text"),
+        (["messages"], "messages"),
+        (["prompt", "completion"], "prompt + completion"),
+        (["prompt", "response", "id"], "prompt + response"),
+        (["instruction", "input", "output"], "instruction + output"),
+        (["text", "messages"], "messages"),
+    ],
+)
+def test_columns_are_recognised(columns, kind):
+    assert str(recognise(columns)) == kind
+
+
+def test_unknown_columns_are_named():
+    with pytest.raises(UsageError, match="wanted: text"):
+        recognise(["code", "id"])
+
+
+def test_documents_of_every_kind_of_file(tmp_path):
+    (tmp_path / "a.txt").write_text("plain")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"instruction": "Add", "input": "1 2", "output": "3"}) + "\n")
+    (tmp_path / "c.json").write_text(json.dumps([{"text": "row"}, {"text": " "}]))
+    import datasets
+
+    datasets.Dataset.from_list([{"prompt": "p", "completion": "c"}]).to_parquet(tmp_path / "d.parquet")
+    found = documents([str(tmp_path / name) for name in ("a.txt", "b.jsonl", "c.json", "d.parquet")])
+    assert found[0] == "plain" and "### Input:\n1 2" in found[1] and found[1].endswith("3")
+    assert found[2:] == ["row", "pc"]  # the blank row is dropped
+
+
+def test_evaluation_windows_do_not_overlap_and_honour_the_limit(tmp_path):
+    (tmp_path / "a.txt").write_text("abc def " * 500)
+    tokenizer = tiny_tokenizer()
+    windows = file_windows(str(tmp_path / "a.txt"), tokenizer, 64)
+    limited = file_windows(str(tmp_path / "a.txt"), tokenizer, 64, 200)
+    assert limited.shape == (3, 64) and torch.equal(windows[:3], limited)
+    assert windows.flatten().tolist() == tokenizer("abc def " * 500)["input_ids"][: windows.numel()]
+
+
+def test_no_warning_when_the_text_suffices():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        token_windows(["word " * 3000], tiny_tokenizer(), 256, 64, 64, 0)

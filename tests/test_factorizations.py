@@ -1,0 +1,215 @@
+"""The contract laws, and what is particular to each method. References are float64 throughout."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from contracts import FACTORIZATIONS, SHAPES, FactorizationRow, inputs, moments_of, weight
+
+from lord_tune.errors import UsageError
+from lord_tune.factorizations import AFM, METHODS, LoftQ, PlainSVD, Whitened, error_curve, relative_error, truncate
+from lord_tune.linalg import balanced
+from lord_tune.quantizers import NF4
+
+# float64 eigendecompositions of matrices of norm <= 1e4: a relative 1e-10 leaves four digits for accumulation
+EXACT = 1e-10
+
+rows = pytest.mark.parametrize("row", FACTORIZATIONS, ids=str)
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+def split(row: FactorizationRow, shape: tuple[int, int], rank: int):
+    w, x = weight(shape), inputs(shape[1])
+    return w, x[0], row.method.split(w, moments_of(x), rank, row.quantizer)
+
+
+def output_error(w, x, result) -> float:
+    """Relative error of the layer's outputs, with the bias shift of affine methods."""
+    y = x @ w.T
+    approximation = x @ (result.factors.left @ result.factors.right).T
+    if result.backbone is not None:
+        approximation = approximation + x @ result.backbone.T
+    if result.factors.bias_shift is not None:
+        approximation = approximation + result.factors.bias_shift
+    return float((y - approximation).norm() / y.norm())
+
+
+def test_every_method_has_a_row():
+    assert {type(row.method) for row in FACTORIZATIONS} == set(METHODS.values())
+
+
+@rows
+@shapes
+def test_shapes(row, shape):
+    _, _, result = split(row, shape, 5)
+    assert result.factors.left.shape == (shape[0], 5)
+    assert result.factors.right.shape == (5, shape[1])
+    assert (result.backbone is None) == (row.quantizer is None)
+
+
+@rows
+@shapes
+def test_full_rank_recovers_the_layer(row, shape):
+    w, x, result = split(row, shape, min(shape))
+    assert output_error(w, x, result) < EXACT
+
+
+@rows
+@shapes
+def test_error_falls_with_rank(row, shape):
+    if "error_falls_with_rank" in row.excused:
+        pytest.skip(row.excused["error_falls_with_rank"])
+    measure = row.method.needs and output_error or weight_error
+    errors = [measure(*split(row, shape, rank)) for rank in (1, 4, 8, 12, min(shape))]
+    slack = 1.05 if row.method == Whitened() else 1 + 1e-9  # the sink weight tilts the basis a little
+    assert all(b <= a * slack + EXACT for a, b in zip(errors, errors[1:], strict=False))
+    assert errors[1] < errors[0]
+
+
+def weight_error(w, x, result) -> float:
+    residual = w - result.factors.left @ result.factors.right
+    return float((residual if result.backbone is None else residual - result.backbone).norm() / w.norm())
+
+
+@rows
+@shapes
+def test_weight_error_reaches_eckart_young(row, shape):
+    if "weight_optimum" in row.excused:
+        pytest.skip(row.excused["weight_optimum"])
+    w, x, result = split(row, shape, 6)
+    best = torch.linalg.svdvals(w)[6:].norm() / w.norm()
+    assert weight_error(w, x, result) == pytest.approx(float(best), rel=1e-9)
+
+
+@rows
+@shapes
+def test_output_error_reaches_eckart_young(row, shape):
+    """No rank-6 map of the inputs beats the sixth truncation of Y = X W^T; the optimal methods reach it."""
+    w, x, result = split(row, shape, 6)
+    singular = torch.linalg.svdvals(x @ w.T)
+    best = float(singular[6:].norm() / singular.norm())
+    error = output_error(w, x, result)
+    if "output_optimum" in row.excused:
+        if result.factors.bias_shift is None and row.quantizer is None:
+            assert error >= best * (1 - 1e-9)
+    else:
+        assert error == pytest.approx(best, rel=1e-6)  # sqrt of a difference of nearly equal energies
+
+
+@rows
+def test_arguments_are_not_changed(row):
+    w, x = weight((24, 16)), inputs(16)
+    moments = moments_of(x)
+    before = [w.clone(), moments.gram.clone(), moments.mean.clone(), moments.sink_gram.clone()]
+    row.method.split(w, moments, 4, row.quantizer)
+    after = [w, moments.gram, moments.mean, moments.sink_gram]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@rows
+def test_same_input_same_result(row):
+    first, second = (split(row, (24, 16), 4)[2].factors for _ in range(2))
+    assert torch.equal(first.left, second.left) and torch.equal(first.right, second.right)
+
+
+@rows
+def test_rank_outside_the_matrix_is_refused(row):
+    with pytest.raises(UsageError, match="choose"):
+        split(row, (24, 16), 17)
+
+
+@rows
+def test_float32_weights_match_the_float64_reference(row):
+    """Factorizations compute in float64 whatever comes in; a float32 weight differs by its own rounding (6e-8)."""
+    w, x = weight((24, 16)), inputs(16)
+    exact = row.method.split(w.float().double(), moments_of(x), 4, row.quantizer).factors
+    single = row.method.split(w.float(), moments_of(x), 4, row.quantizer).factors
+    assert torch.allclose(exact.left @ exact.right, single.left @ single.right, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 12])
+@pytest.mark.parametrize("shape", [(24, 16), (16, 24), (20, 20)])
+def test_rank_deficient_gram_is_no_special_case(tokens, shape):
+    """Fewer tokens than channels, and dead channels: finite, optimal on the tokens seen, exact at their rank."""
+    w, x = weight(shape), inputs(shape[1], tokens)
+    x[..., 3] = 0.0
+    result = Whitened(0.0).split(w, moments_of(x), min(tokens, min(shape)), None)
+    assert torch.isfinite(result.factors.left).all() and torch.isfinite(result.factors.right).all()
+    assert output_error(w, x[0], result) < 1e-6  # sqrt of float64 rounding on squared energies
+
+
+def test_whitened_equals_cholesky_whitening():
+    w, x = weight((24, 16)), inputs(16)
+    moments = moments_of(x)
+    factor = torch.linalg.cholesky(moments.gram)
+    u, s, vh = torch.linalg.svd(w @ factor)
+    reference = (u[:, :6] * s[:6]) @ vh[:6] @ torch.linalg.inv(factor)
+    result = Whitened(0.0).split(w, moments, 6, None).factors
+    assert torch.allclose(result.left @ result.right, reference, atol=1e-7 * float(reference.abs().max()))
+
+
+def test_sink_weight_lowers_the_error_at_position_zero():
+    w = weight((24, 24))
+    x = inputs(24)
+    x[:, 0] = torch.randn(24, dtype=torch.float64, generator=torch.Generator().manual_seed(9)) * 0.05
+    sink = x[0, :1]
+    plain, aware = (Whitened(weight_).split(w, moments_of(x), 6, None) for weight_ in (0.0, 1e4))
+    assert output_error(w, sink, aware) < 0.5 * output_error(w, sink, plain)
+
+
+def test_afm_is_the_affine_optimum_with_its_bias():
+    w, x = weight((24, 16)), inputs(16)
+    y = x[0] @ w.T
+    centred = y - y.mean(0)
+    singular = torch.linalg.svdvals(centred)
+    result = AFM().split(w, moments_of(x), 6, None)
+    best = float(singular[6:].norm() / y.norm())
+    assert output_error(w, x[0], result) == pytest.approx(best, rel=1e-6)
+    without = dataclasses.replace(result, factors=dataclasses.replace(result.factors, bias_shift=None))
+    assert output_error(w, x[0], without) > output_error(w, x[0], result)
+
+
+def test_loftq_keeps_its_best_iterate_and_beats_plain_rounding():
+    w, x = weight((64, 64)), inputs(64)
+    errors = [weight_error(w, x[0], LoftQ(t).split(w, None, 8, NF4())) for t in (1, 2, 5)]
+    plain = w - NF4().dequantize(NF4().quantize(w), (64, 64), torch.float64)
+    assert errors[2] <= errors[1] <= errors[0] < float(plain.norm() / w.norm())
+
+
+def test_loftq_without_quantizer_is_refused():
+    with pytest.raises(UsageError, match="backbone"):
+        LoftQ().split(weight((8, 8)), None, 2, None)
+
+
+@pytest.mark.parametrize("method", [PlainSVD(), Whitened(), Whitened(0.0), AFM(), AFM(centred=False)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_error_curve_equals_the_measured_error_at_every_rank(method, shape):
+    w, calibration, other = weight(shape), inputs(shape[1]), inputs(shape[1], seed=7)
+    spectrum = method.spectrum(w, moments_of(calibration))
+    for x in (calibration, other):
+        curve = error_curve(w, spectrum, moments_of(x))
+        assert curve.shape == (min(shape) + 1,)
+        for rank in (1, 3, min(shape) - 1):
+            factors = truncate(w, spectrum, rank)
+            y = x[0] @ w.T
+            measured = x[0] @ (factors.left @ factors.right).T
+            measured = measured if factors.bias_shift is None else measured + factors.bias_shift
+            assert float(curve[rank]) == pytest.approx(float((y - measured).norm() / y.norm()), rel=1e-5, abs=1e-7)
+
+
+def test_relative_error_equals_the_measured_error():
+    w, x = weight((24, 16)), inputs(16)
+    residual = weight((24, 16), seed=4)
+    measured = float((x[0] @ residual.T).norm() / (x[0] @ w.T).norm())
+    assert relative_error(residual, w, moments_of(x)) == pytest.approx(measured, rel=1e-9)
+
+
+def test_balanced_factors_have_equal_norms_and_the_same_product():
+    left, right = weight((24, 6)), 100 * weight((6, 16), seed=2)
+    right[3] = 0  # a direction without energy keeps its place
+    new_left, new_right = balanced(left, right)
+    assert torch.allclose(new_left @ new_right, left @ right)
+    alive = torch.arange(6) != 3
+    assert torch.allclose(new_left.norm(dim=0)[alive], new_right.norm(dim=1)[alive])

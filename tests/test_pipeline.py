@@ -1,0 +1,453 @@
+"""Every joint on three families: decompose, reload, expose, train, fold, save, export, in both modes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from tiny import code_document, tiny_tokenizer, write_code_rows
+
+import lord_tune
+from lord_tune.errors import CheckpointError, ExportMismatch, LordWarning, UsageError
+from lord_tune.evaluation import sizes
+from lord_tune.exporting import compare, export_model, outputs_of, probe_ids
+from lord_tune.integrations.models import load_dense_or_factored
+from lord_tune.integrations.peft_adapters import add_lora, coverage, expose_factors, fold, load_adapter, mode_of
+from lord_tune.integrations.transformers_quantizer import attach
+from lord_tune.layers import FactoredLinear, factored_layers
+
+FAMILIES = ["llama", "gpt2", "bert"]
+STORES = {
+    "lord": {"kept_fraction": 0.8, "allocation": "uniform"},
+    "lord-fp16": {"rank": 12, "factor_format": "fp16"},
+    "lord-afm": {"method": "afm", "rank": 16},
+    "lord-nf4": {"rank": 16, "factor_format": "nf4"},
+    "nf4": {"backbone": "nf4", "rank": 8},
+    "nf4-loftq": {"backbone": "nf4", "rank": 8, "method": "loftq", "double_quant": True, "factor_format": "bf16"},
+    "nf4-alone": {"backbone": "nf4", "rank": 0, "method": "svd"},
+}
+CALIBRATION = {"calibration_tokens": 512, "context_length": 64}
+IDS = torch.tensor([tiny_tokenizer()(code_document(40))["input_ids"][:48]])
+
+
+@pytest.fixture(scope="session")
+def factored(request, tmp_path_factory, rows_file):
+    """(family, store) -> a factored checkpoint, made once."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def get(family: str, store: str) -> Path:
+        if (family, store) not in made:
+            base = request.getfixturevalue(f"{family}_dir")
+            out = tmp_path_factory.mktemp("factored") / f"{family}-{store}"
+            options = dict(STORES[store])
+            if options.get("method") not in ("svd", "loftq"):
+                options |= CALIBRATION | {"calibration": [str(rows_file)]}
+            lord_tune.decompose(str(base), str(out), **options)
+            made[family, store] = out
+        return made[family, store]
+
+    return get
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def train_a_little(model, steps: int = 3) -> None:
+    """SGD, so that every trained parameter with a gradient moves."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, 0.05)
+    for _ in range(steps):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reload_and_resave_are_bit_exact(factored, family, store, tmp_path):
+    folder = factored(family, store)
+    model = load_dense_or_factored(str(folder))
+    assert factored_layers(model) and all(not p.requires_grad for p in model.parameters() if p.dtype == torch.uint8)
+    model.save_pretrained(tmp_path / "again")
+    first, second = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "again"))
+    assert first.keys() == second.keys()
+    assert all(first[key].dtype == second[key].dtype and torch.equal(first[key], second[key]) for key in first)
+    again = load_dense_or_factored(str(tmp_path / "again"))
+    assert torch.equal(logits(model), logits(again))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decomposed_output_is_the_saved_output(factored, family, rows_file, request):
+    """What the method optimised is what is stored: the reloaded layer's weight is Q + L R of the calibrated split."""
+    model = load_dense_or_factored(str(factored(family, "nf4")))
+    dense = load_dense_or_factored(str(request.getfixturevalue(f"{family}_dir")))
+    report = json.loads((factored(family, "nf4") / "decomposition.json").read_text())
+    for name, layer in factored_layers(model).items():
+        module = dense.get_submodule(name)
+        weight = module.weight.T if layer.plan.conv1d else module.weight
+        error = float((weight - layer.dense_weight()).detach().norm() / weight.detach().norm())
+        assert 0.01 < error < 0.12
+        entry = report["layers"][name]
+        assert entry["error_calibrated"] < entry["error_backbone"] and entry["error_calibrated"] <= entry["error_plain"]
+        if module.bias is not None:
+            assert torch.equal(layer.bias, module.bias)
+
+
+@pytest.mark.parametrize("mode", ["factors", "lora"])
+@pytest.mark.parametrize("store", [s for s in STORES if s != "nf4-alone"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_expose_train_save_reload_and_fold(factored, family, store, mode, tmp_path):
+    """Exposing changes nothing; training moves it; the saved adapter and the folded model equal the trained one."""
+    folder = str(factored(family, store))
+    model = load_dense_or_factored(folder)
+    before, ranks = logits(model), {name: layer.rank for name, layer in factored_layers(model).items()}
+    if mode == "factors" and store == "lord-nf4":
+        with pytest.raises(UsageError, match="mode: lora"):
+            expose_factors(model)
+        return
+    exposed = expose_factors(model) if mode == "factors" else add_lora(model, rank=4)
+    # 16-bit factors are widened for training and NF4 factors decoded: same values, another order of rounding
+    assert torch.allclose(logits(exposed), before, atol=1e-5)
+    covered = coverage(exposed)
+    expected = 0
+    for name, layer in factored_layers(exposed.get_base_model()).items():
+        m, n = layer.plan.shape
+        expected += ranks[name] * (m + n) if mode == "factors" else 4 * (m + n + 2 * ranks[name])
+    assert covered.mode == mode and covered.trainable_parameters == expected and not covered.untouched
+    train_a_little(exposed)
+    after = logits(exposed.eval())
+    assert float((after - before).abs().max()) > 1e-4
+    exposed.save_pretrained(tmp_path / "adapter")
+    reloaded = load_adapter(load_dense_or_factored(folder), tmp_path / "adapter")
+    assert torch.equal(logits(reloaded), after)
+    folded = fold(exposed)
+    assert {n: layer.rank for n, layer in factored_layers(folded).items()} == ranks and mode_of(folded) is None
+    if mode == "factors":
+        assert torch.equal(logits(folded), after)
+    else:  # (L + dL)(R + dR) is rounded once to float32: 6e-8 per product, of logits below 10
+        assert torch.allclose(logits(folded), after, atol=2e-5)
+    attach(folded)
+    folded.save_pretrained(tmp_path / "folded")
+    assert torch.equal(logits(load_dense_or_factored(str(tmp_path / "folded"))), logits(folded))
+
+
+def test_exposed_factors_are_moved_not_copied(factored):
+    model = load_dense_or_factored(str(factored("llama", "nf4")))
+    name, layer = next(iter(factored_layers(model).items()))
+    left, right, bytes_before = layer.left.weight, layer.right.weight, sizes(model)["model_bytes"]
+    exposed = expose_factors(model)
+    assert layer.host.lora_B["default"].weight is left and layer.host.lora_A["default"].weight is right
+    assert layer.left is None and layer.right is None and layer.backbone is None
+    assert sizes(exposed)["model_bytes"] == bytes_before
+
+
+def test_every_trained_parameter_gets_a_gradient_and_nothing_else(factored):
+    for store, mode in (("lord", "factors"), ("nf4", "factors"), ("lord-nf4", "lora")):
+        model = load_dense_or_factored(str(factored("llama", store)))
+        exposed = expose_factors(model) if mode == "factors" else add_lora(model, rank=4)
+        exposed(input_ids=IDS, labels=IDS).loss.backward()
+        for name, parameter in exposed.named_parameters():
+            assert (parameter.grad is not None) == parameter.requires_grad == ("lora_" in name), name
+
+
+def test_a_stock_adapter_load_does_not_double_the_factors(factored, tmp_path):
+    """Plain PEFT on the factored checkpoint must stop, not add L R a second time."""
+    from peft import PeftModel
+
+    folder = str(factored("llama", "nf4"))
+    expose_factors(load_dense_or_factored(folder)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="[Tt]arget modules"):
+        PeftModel.from_pretrained(load_dense_or_factored(folder), tmp_path / "adapter")
+
+
+def test_saved_adapter_is_an_ordinary_lora_adapter(factored, tmp_path):
+    expose_factors(load_dense_or_factored(str(factored("llama", "lord")))).save_pretrained(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and config["lora_alpha"] == config["r"]
+    assert config["rank_pattern"] == config["alpha_pattern"]
+    keys = load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
+    assert all(".lora_A." in key or ".lora_B." in key for key in keys)
+
+
+def test_partial_targets_warn_with_names_and_none_is_an_error(factored):
+    model = load_dense_or_factored(str(factored("llama", "nf4")))
+    with pytest.warns(LordWarning, match="do not train: .*q_proj"):
+        exposed = expose_factors(model, targets="mlp")
+    assert all(".mlp." in name for name in coverage(exposed).trained)
+    with pytest.raises(UsageError, match="matches none"):
+        expose_factors(load_dense_or_factored(str(factored("llama", "nf4"))), targets="nothing_like_it")
+
+
+def test_partially_exposed_models_reload_and_fold(factored, tmp_path):
+    folder = str(factored("llama", "nf4"))
+    with pytest.warns(LordWarning):
+        exposed = expose_factors(load_dense_or_factored(folder), targets="mlp")
+    train_a_little(exposed)
+    exposed.save_pretrained(tmp_path / "adapter")
+    after = logits(exposed.eval())
+    assert torch.equal(logits(load_adapter(load_dense_or_factored(folder), tmp_path / "adapter")), after)
+    assert torch.equal(logits(fold(exposed)), after)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_lord_tune_loading_fails_loudly(factored, family):
+    code = (
+        f"import transformers; transformers.{'AutoModelForMaskedLM' if family == 'bert' else 'AutoModelForCausalLM'}"
+        f".from_pretrained({str(factored(family, 'lord'))!r})"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode != 0 and "mismatched" in run.stderr
+
+
+def test_auto_model_loads_after_import(factored):
+    code = (
+        "import lord_tune; from transformers import AutoModelForCausalLM as A\n"
+        f"m = A.from_pretrained({str(factored('llama', 'nf4'))!r}, dtype='auto', device_map='cpu')\n"
+        "print(sum(type(x).__name__ == 'FactoredLinear' for x in m.modules()))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "21"
+
+
+def test_sharded_checkpoints_load(factored, tmp_path):
+    model = load_dense_or_factored(str(factored("llama", "nf4")))
+    model.save_pretrained(tmp_path, max_shard_size="60KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert torch.equal(logits(load_dense_or_factored(str(tmp_path))), logits(model))
+
+
+def test_a_manifest_that_does_not_fit_is_refused(factored, tmp_path):
+    import shutil
+
+    folder = tmp_path / "bad"
+    shutil.copytree(factored("llama", "lord"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["layers"]["model.layers.0.self_attn.q_proj"]["shape"] = [64, 32]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="q_proj"):
+        load_dense_or_factored(str(folder))
+
+
+@pytest.mark.parametrize("store", ["lord", "lord-nf4", "nf4", "nf4-loftq"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dense_export_is_an_ordinary_checkpoint(factored, family, store, tmp_path):
+    model, tokenizer = lord_tune.load(str(factored(family, store)))
+    reference = logits(model)
+    result = lord_tune.export(str(factored(family, store)), str(tmp_path / "dense"), "dense")
+    assert result["comparison"]["kl"] < 1e-6
+    code = (
+        f"import sys, transformers, torch; from safetensors.torch import load_file, save_file\n"
+        f"m = transformers.{type(model).__name__}.from_pretrained({str(tmp_path / 'dense')!r}).eval()\n"
+        f"ids = torch.tensor({IDS.tolist()})\n"
+        f"with torch.no_grad(): y = m(input_ids=ids).logits\n"
+        f"assert 'lord_tune' not in sys.modules\n"
+        f"save_file({{'y': y}}, {str(tmp_path / 'y.safetensors')!r})\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    # float32 sums in another order over 3 layers
+    assert torch.allclose(load_file(tmp_path / "y.safetensors")["y"], reference, atol=1e-4)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_peft_export_loads_with_stock_libraries(llama_dir, rows_file, tmp_path, double_quant):
+    """intermediate 160 is no multiple of 64, which bitsandbytes' CPU kernel decodes wrongly: attention only."""
+    out = tmp_path / "factored"
+    lord_tune.decompose(
+        str(llama_dir), str(out), rank=8, backbone="nf4", targets="self_attn|gate_proj", double_quant=double_quant,
+        calibration=[str(rows_file)], **CALIBRATION,
+    )  # fmt: skip
+    result = lord_tune.export(str(out), str(tmp_path / "peft"), "peft")
+    assert result["comparison"]["kl"] < 1e-6 and result["comparison"]["max_logit_difference"] < 1e-3
+    config = json.loads((tmp_path / "peft" / "adapter" / "adapter_config.json").read_text())
+    assert config["lora_alpha"] == config["r"] == 8
+    base = json.loads((tmp_path / "peft" / "base" / "config.json").read_text())
+    assert base["quantization_config"]["quant_method"] == "bitsandbytes"
+    stored = load_file(tmp_path / "peft" / "base" / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj"
+    assert torch.equal(stored[f"{name}.weight"], load_file(out / "model.safetensors")[f"{name}.backbone.weight"])
+
+
+def test_peft_export_refuses_what_bitsandbytes_decodes_wrongly(factored, tmp_path):
+    with pytest.raises(UsageError, match="not a multiple of 64"):
+        lord_tune.export(str(factored("llama", "nf4")), str(tmp_path / "x"), "peft")
+    with pytest.raises(UsageError, match="NF4 backbone"):
+        lord_tune.export(str(factored("llama", "lord")), str(tmp_path / "x"), "peft")
+
+
+def test_dense_export_of_afm_keeps_or_refuses_its_biases(factored, tmp_path):
+    """GPT-2 has a place for the biases; Llama's dense class would drop them silently."""
+    assert lord_tune.export(str(factored("gpt2", "lord-afm")), str(tmp_path / "g"), "dense")["comparison"]["kl"] < 1e-6
+    with pytest.raises(UsageError, match="bias"):
+        lord_tune.export(str(factored("llama", "lord-afm")), str(tmp_path / "l"), "dense")
+    assert not (tmp_path / "l").exists()
+
+
+def test_export_fails_over_the_threshold_and_leaves_nothing(factored, tmp_path):
+    with pytest.raises(ExportMismatch, match="KL"):
+        lord_tune.export(str(factored("llama", "nf4")), str(tmp_path / "x"), "dense", dtype="bfloat16", threshold=0.0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_notices_a_wrong_write(factored, tmp_path, monkeypatch):
+    """If what was written were not the model, the comparison would say so."""
+    monkeypatch.setattr(FactoredLinear, "dense_weight", lambda self, dtype=None: torch.zeros(*self.plan.shape))
+    model, tokenizer = lord_tune.load(str(factored("llama", "lord")))
+    with pytest.raises(ExportMismatch):
+        export_model(model, tokenizer, tmp_path, "dense")
+
+
+def test_compare_measures_kl():
+    p, q = torch.randn(5, 7), torch.randn(5, 7)
+    exact = torch.nn.functional.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="batchmean")
+    assert compare(p, q).kl == pytest.approx(float(exact), rel=1e-5) and compare(p, p).kl == 0
+
+
+TRAINING = {
+    "max_steps": 4,
+    "max_length": 64,
+    "per_device_train_batch_size": 2,
+    "logging_steps": 1,
+    "save_steps": 2,
+    "disable_tqdm": True,
+    "learning_rate": 0.003,
+}
+
+
+@pytest.mark.parametrize(("family", "store", "mode"), [
+    ("llama", "lord", "factors"), ("llama", "nf4", "factors"), ("llama", "lord-nf4", "lora"),
+    ("gpt2", "nf4", "factors"), ("gpt2", "lord", "lora"), ("bert", "nf4", "factors"), ("bert", "lord", "lora"),
+])  # fmt: skip
+def test_train_evaluate_and_export(factored, family, store, mode, rows_file, tmp_path):
+    out = str(tmp_path / "run")
+    metrics = lord_tune.train(
+        model_name_or_path=str(factored(family, store)), dataset_name=str(rows_file), output_dir=out, mode=mode,
+        **TRAINING,
+    )  # fmt: skip
+    assert metrics["steps"] == 4
+    adapter = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in adapter.values())
+    before, after = (lord_tune.evaluate(m, text=[str(rows_file)], context_length=64, max_tokens=2000)
+                     for m in (str(factored(family, store)), out))  # fmt: skip
+    assert after["loss"] < before["loss"]
+    result = lord_tune.export(out, str(tmp_path / "dense"), "dense")
+    assert result["comparison"]["kl"] < 1e-6
+    lord_tune.export(out, str(tmp_path / "factored"), "factored")
+    trained, _ = lord_tune.load(out)
+    exported, _ = lord_tune.load(str(tmp_path / "factored"))
+    assert torch.allclose(logits(trained), logits(exported), atol=2e-5)
+
+
+def test_resume_continues_the_same_run(factored, rows_file, tmp_path):
+    """Two more steps after a stop at step 2 give the adapter of the uninterrupted run."""
+    options = TRAINING | {"lr_scheduler_type": "constant", "warmup_steps": 0}
+    base = {"model_name_or_path": str(factored("llama", "nf4")), "dataset_name": str(rows_file)}
+    whole = lord_tune.train(**base, output_dir=str(tmp_path / "whole"), **options)
+    first = lord_tune.train(**base, output_dir=str(tmp_path / "parts"), **(options | {"max_steps": 2}))
+    second = lord_tune.train(**base, output_dir=str(tmp_path / "parts"), **options)
+    assert first["resumed_from"] is None and second["resumed_from"].endswith("checkpoint-2")
+    losses = [[e["loss"] for e in run["history"] if "loss" in e] for run in (whole, second)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    adapters = [load_file(tmp_path / part / "adapter_model.safetensors") for part in ("whole", "parts")]
+    assert all(torch.allclose(adapters[0][k], adapters[1][k], atol=1e-6) for k in adapters[0])
+    with pytest.raises(UsageError, match="learning_rate"):
+        lord_tune.train(**base, output_dir=str(tmp_path / "parts"), **(options | {"learning_rate": 0.1}))
+
+
+def rows(path: Path, entries: list[dict]) -> str:
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return str(path)
+
+
+def test_completions_only_are_trained_and_shown(factored, tmp_path, capsys):
+    data = rows(tmp_path / "d.jsonl", [{"prompt": "ask me ", "completion": "answer"}] * 8)
+    lord_tune.train(
+        model_name_or_path=str(factored("llama", "nf4")), dataset_name=data, output_dir=str(tmp_path / "r"), **TRAINING
+    )
+    printed = capsys.readouterr().out
+    assert "ask me ⟦answer<eos>⟧" in printed and "prompt + completion" in printed
+
+
+def test_alpaca_rows_are_rendered(factored, tmp_path, capsys):
+    data = rows(tmp_path / "d.jsonl", [{"instruction": "Add", "input": "", "output": "3"}] * 8)
+    lord_tune.train(
+        model_name_or_path=str(factored("llama", "nf4")), dataset_name=data, output_dir=str(tmp_path / "r"), **TRAINING
+    )
+    assert "### Instruction:\nAdd\n\n### Response:\n⟦3<eos>⟧" in capsys.readouterr().out
+
+
+def test_chat_rows_need_and_use_the_template(factored, tmp_path, capsys):
+    model = transformers.AutoTokenizer.from_pretrained(str(factored("llama", "nf4")))
+    assert model.chat_template is None
+    import shutil
+
+    folder = tmp_path / "chat"
+    shutil.copytree(factored("llama", "nf4"), folder)
+    model.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
+    model.save_pretrained(folder)
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    data = rows(tmp_path / "d.jsonl", [{"messages": messages}] * 8)
+    lord_tune.train(model_name_or_path=str(folder), dataset_name=data, output_dir=str(tmp_path / "r"), **TRAINING)
+    assert "⟦user: hi<eos>assistant: yo<eos>⟧" in capsys.readouterr().out
+
+
+def test_truncated_completions_without_an_end_are_refused(factored, tmp_path):
+    data = rows(tmp_path / "d.jsonl", [{"prompt": "ask me ", "completion": "answer " * 40}] * 8)
+    with pytest.raises(Exception, match="end-of-text"):
+        lord_tune.train(
+            model_name_or_path=str(factored("llama", "nf4")), dataset_name=data, output_dir=str(tmp_path / "r"),
+            **TRAINING,
+        )  # fmt: skip
+
+
+def test_evaluate_counts_what_is_stored(factored, tmp_path, rows_file):
+    for store in ("lord", "nf4", "lord-fp16"):
+        folder = factored("llama", store)
+        result = lord_tune.evaluate(
+            str(folder), text=[str(rows_file)], context_length=64, max_tokens=500, json=str(tmp_path / "r.json")
+        )
+        stored = load_file(folder / "model.safetensors")
+        assert result["model_bytes"] == sum(t.numel() * t.element_size() for t in stored.values())
+        keys = ["perplexity", "loss", "tokens", "context_length", "parameters", "model_bytes", "linear_bits_per_weight",
+                "tokens_per_second", "peak_rss_bytes", "texts"]  # fmt: skip
+        assert list(result) == keys and json.loads((tmp_path / "r.json").read_text()) == result
+        report = json.loads((folder / "decomposition.json").read_text())
+        weights = sum(e["shape"][0] * e["shape"][1] for e in report["layers"].values())
+        bits = sum(e["bits_per_weight"] * e["shape"][0] * e["shape"][1] for e in report["layers"].values())
+        assert result["linear_bits_per_weight"] == pytest.approx(bits / weights, rel=1e-9)
+
+
+def test_perplexity_is_the_definition(llama_dir, tmp_path):
+    """Non-overlapping windows, tokens 2..n predicted, float32 logits."""
+    (tmp_path / "t.txt").write_text(code_document(3))
+    result = lord_tune.evaluate(str(llama_dir), text=[str(tmp_path / "t.txt")], context_length=64)
+    model, tokenizer = lord_tune.load(str(llama_dir))
+    ids = torch.tensor(tokenizer(code_document(3))["input_ids"] + [tokenizer.eos_token_id])
+    total = count = 0
+    for start in range(0, len(ids) // 64 * 64, 64):
+        window = ids[start : start + 64]
+        with torch.no_grad():
+            scores = model(window[None]).logits[0].log_softmax(-1)
+        total -= float(scores[:-1].gather(1, window[1:, None]).sum())
+        count += 63
+    assert result["tokens"] == count and result["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_write_rows_helper_gives_enough_text(tmp_path):
+    from lord_tune.calibration.corpus import documents
+
+    assert sum(map(len, documents([str(write_code_rows(tmp_path / "x.jsonl"))]))) > 4000
+
+
+def test_probe_and_outputs(llama_dir):
+    model, tokenizer = lord_tune.load(str(llama_dir))
+    assert outputs_of(model, probe_ids(tokenizer, "abc def")).shape == (7, 300)
+    with pytest.raises(UsageError, match="at least 2"):
+        probe_ids(tokenizer, "a")

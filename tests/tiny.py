@@ -1,0 +1,141 @@
+"""Random models of three families, small enough to decompose in a second, and a tokenizer and text that fit them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+HIDDEN, INTERMEDIATE, LAYERS, HEADS, VOCABULARY, POSITIONS = 64, 160, 3, 4, 300, 256
+EOS, PAD, MASK = "<eos>", "<pad>", "<mask>"  # ids 256, 257, 258, after the 256 bytes
+# transformers' 0.02 leaves the logits of such a small model nearly constant, so no change of a layer would be seen
+_SPREAD = 0.12
+
+
+def _special_ids() -> dict[str, int]:
+    return {"bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 257}
+
+
+def llama_config() -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=2,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=POSITIONS,
+        initializer_range=_SPREAD,
+        **_special_ids(),
+    )
+
+
+def gpt2_config() -> GPT2Config:
+    return GPT2Config(
+        n_embd=HIDDEN,
+        n_inner=INTERMEDIATE,
+        n_layer=LAYERS,
+        n_head=HEADS,
+        vocab_size=VOCABULARY,
+        n_positions=POSITIONS,
+        initializer_range=_SPREAD,
+        **_special_ids(),
+    )
+
+
+def bert_config() -> BertConfig:
+    return BertConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=POSITIONS,
+        initializer_range=_SPREAD,
+        **_special_ids(),
+    )
+
+
+def _seeded(build: Any, config: Any, seed: int) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build(config).eval()
+
+
+def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
+    """Rotary positions, grouped keys and values, gated MLP, no biases."""
+    return _seeded(LlamaForCausalLM, llama_config(), seed)
+
+
+def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
+    """Conv1D layers (weights stored as (in, out)) with biases, fused q, k, v, tied head."""
+    return _seeded(GPT2LMHeadModel, gpt2_config(), seed)
+
+
+def tiny_bert(seed: int = 0) -> BertForMaskedLM:
+    """An encoder with biases and a masked-token head."""
+    return _seeded(BertForMaskedLM, bert_config(), seed)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte (byte-level BPE without merges), so any text round-trips and lengths are easy to predict."""
+    alphabet = sorted(ByteLevel.alphabet())
+    assert len(alphabet) == 256
+    tokenizer = Tokenizer(BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    tokenizer.add_special_tokens([EOS, PAD, MASK])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=EOS,
+        bos_token=EOS,
+        pad_token=PAD,
+        mask_token=MASK,
+        model_max_length=POSITIONS,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def save_tiny(model: Any, folder: Path) -> Path:
+    """A Hugging Face directory of `model` with the tiny tokenizer."""
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def code_document(number: int) -> str:
+    """A few lines of Python that differ with `number`; about 400 characters, which are as many tokens."""
+    noun = ("window", "matrix", "block", "spectrum", "budget", "layer")[number % 6]
+    verb = ("scale", "split", "fold", "count", "merge")[number % 5]
+    return (
+        f"def {verb}_{noun}_{number}(values, limit={number % 13}):\n"
+        f'    """{verb.capitalize()} the {noun} of every entry above {number * 7 % 31}."""\n'
+        f"    total = {number}\n"
+        f"    for index, value in enumerate(values):\n"
+        f"        if value > limit + {number % 4} and index % {number % 3 + 2} == 0:\n"
+        f"            total += value * {number * number % 97}\n"
+        f"        elif value == {number}:\n"
+        f"            raise ValueError('{noun} {number} is not a {verb}')\n"
+        f"    return total - len(values) // {number % 5 + 1}\n"
+    )
+
+
+def write_code_rows(path: Path, rows: int = 24) -> Path:
+    """A JSONL file with one Python-like document per row in the column `text`; 24 rows are about 9,000 tokens."""
+    path.write_text("".join(json.dumps({"text": code_document(number)}) + "\n" for number in range(rows)))
+    return path
