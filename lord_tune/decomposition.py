@@ -28,7 +28,7 @@ from .factorizations import (
     Projection,
     Spectrum,
     balance,
-    error_curve,
+    error_curves,
     relative_error,
     truncate,
 )
@@ -203,11 +203,10 @@ def _analyse(weight: Tensor, moments: dict[str, Moments | None], settings: Setti
     spectrum = method.spectrum(weight, calibration)
     curves: dict[str, Tensor] = {}
     if calibration is not None:
-        curves["calibrated"] = error_curve(weight, spectrum, calibration)
-        plain = Spectrum(*output_basis(weight, None)) if not isinstance(method, PlainSVD) else spectrum
-        curves["plain"] = error_curve(weight, plain, calibration)
-        if heldout is not None:
-            curves["heldout"] = error_curve(weight, spectrum, heldout)
+        plain = Spectrum(*output_basis(weight, None, torch.float32))
+        curves = error_curves(weight, {"calibrated": spectrum, "plain": plain}, calibration)
+    if heldout is not None:
+        curves |= error_curves(weight, {"heldout": spectrum}, heldout)
     keep = spectrum.basis.shape[1]
     if settings.rank is not None or "loss_weights" not in settings.allocator.needs:
         keep = min(max(break_even((weight.shape[0], weight.shape[1])), 1), keep)

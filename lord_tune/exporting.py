@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import ExportMismatch, UsageError
-from .integrations.models import DTYPE_NAMES, load_dense_or_factored, save_model
+from .integrations.models import DTYPE_NAMES, load_dense_or_factored, max_length, save_model
 from .integrations.peft_adapters import fold, mode_of
 from .integrations.transformers_quantizer import attach, detach
 from .layers import dense_factor, densify, factored_layers, is_linear
@@ -60,9 +60,9 @@ class Comparison:
     tokens: int
 
 
-def probe_ids(tokenizer: Any, text: str | None) -> Tensor:
-    """(1, length) ids of the comparison text."""
-    ids = tokenizer(text or PROBE_TEXT)["input_ids"][:PROBE_TOKENS]
+def probe_ids(tokenizer: Any, text: str | None, longest: int = PROBE_TOKENS) -> Tensor:
+    """(1, length) ids of the comparison text, at most `longest`."""
+    ids = tokenizer(text or PROBE_TEXT, verbose=False)["input_ids"][:longest]
     if len(ids) < 2:
         raise UsageError(f"The comparison text has {len(ids)} tokens; at least 2 are needed.")
     return torch.tensor([ids])
@@ -108,7 +108,7 @@ def export_model(
         raise UsageError("The model has no factored layers; it is an ordinary checkpoint already.")
     if form == "peft":
         _check_peft_exportable(plain)
-    ids = probe_ids(tokenizer, text)
+    ids = probe_ids(tokenizer, text, min(PROBE_TOKENS, max_length(plain)))
     reference = outputs_of(model, ids)
     factored = fold(model) if mode_of(model) else model
     if form == "dense":

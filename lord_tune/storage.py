@@ -20,6 +20,9 @@ OWN_FILES = ("decomposition.json", "export.json", "train_config.json", "report.j
 
 def check_destination(out: Path, overwrite: bool) -> None:
     """Refuse a destination that holds something; called before any work, so that a refusal costs nothing."""
+    ancestor = next(parent for parent in out.absolute().parents if parent.exists())
+    if not ancestor.is_dir():
+        raise UsageError(f"{ancestor} is a file, a folder was wanted to write {out.name} into; choose another output.")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         if out.is_symlink() and not out.exists():
             raise UsageError(f"{out} is a broken symbolic link; remove it or choose another folder.")
@@ -50,6 +53,15 @@ def atomic_directory(out: Path, overwrite: bool = False) -> Iterator[Path]:
             os.replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_json_file(path: str | None) -> None:
+    """Refuse `--json` naming a folder, before any work; make the folder it goes into."""
+    if path is None:
+        return
+    if Path(path).is_dir():
+        raise UsageError(f"--json {path} is a folder; name a file.")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -49,7 +49,9 @@ class TrainOptions:
     targets: str | None = None
 
 
-def trainer_arguments(given: dict[str, Any], mode: str, causal: bool, known_elsewhere: list[str]) -> Any:
+def trainer_arguments(
+    given: dict[str, Any], mode: str, causal: bool, known_elsewhere: list[str], evaluated: bool = False
+) -> Any:
     """An SFTConfig from YAML or command-line values, with our defaults (masked models use its TrainingArguments part).
 
     Raises UsageError for an unknown key, with the nearest valid one, for values of the wrong type, and for keys of
@@ -77,11 +79,13 @@ def trainer_arguments(given: dict[str, Any], mode: str, causal: bool, known_else
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.05,
         "report_to": "none",
+        "logging_nan_inf_filter": False,  # else a NaN loss is logged as 0
         "bf16": not on_cpu and _bf16_works() and not _as_bool(given.get("fp16")),
         "use_cpu": on_cpu,
         "gradient_checkpointing": not on_cpu,
+        "eval_strategy": "epoch" if evaluated else "no",
     }
-    parser = HfArgumentParser(SFTConfig)
+    parser = HfArgumentParser(SFTConfig)  # type: ignore[arg-type]
 
     def fail(message: str) -> None:
         raise UsageError(f"Training configuration: {message}.")
@@ -169,6 +173,7 @@ def train_model(
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / RUN_FILE, resolved)
     result = trainer.train(resume_from_checkpoint=checkpoint)
+    _check_trained(exposed, arguments)
     trainer.save_model()
     trainer.save_state()
     history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
@@ -185,12 +190,24 @@ def train_model(
     return metrics
 
 
+def _check_trained(model: nn.Module, arguments: Any) -> None:
+    """The trainer logs a NaN loss as 0 and goes on, so the weights are looked at."""
+    broken = [n for n, p in model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
+    if broken:
+        raise LordError(
+            f"Training diverged: {len(broken)} trained tensors hold NaN or Inf, like {broken[0]}; lower learning_rate "
+            f"({arguments.learning_rate:g}) or max_grad_norm. No adapter was written."
+        )
+
+
 def _check_output(output: Path, checkpoint: Any, resolved: dict[str, Any]) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     run = output / RUN_FILE
     if not output.is_dir() or not run.is_file():
         raise UsageError(f"{output} holds something other than a training run; choose another output_dir.")
+    if checkpoint is None and not (output / "adapter_config.json").is_file():
+        return  # a run that stopped before its first checkpoint: nothing to continue, nothing to lose
     before = read_json(run)
     changed = sorted(key for key in {*before, *resolved} - _MAY_CHANGE if before.get(key) != resolved.get(key))
     if changed:
@@ -198,7 +215,7 @@ def _check_output(output: Path, checkpoint: Any, resolved: dict[str, Any]) -> No
             f"{output} holds a run with another {', '.join(changed[:5])}; choose another output_dir, or remove it to "
             "start anew."
         )
-    if checkpoint is None and (output / "adapter_config.json").is_file():
+    if checkpoint is None:
         raise UsageError(f"{output} holds a finished run without checkpoints; choose another output_dir.")
 
 

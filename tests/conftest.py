@@ -11,6 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from pathlib import Path  # noqa: E402
 
+import datasets  # noqa: E402, F401  # its log handler keeps the stderr of its import, which must outlive one test
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from tiny import save_tiny, tiny_bert, tiny_gpt2, tiny_llama, write_code_rows  # noqa: E402

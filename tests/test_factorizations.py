@@ -9,7 +9,7 @@ import torch
 from contracts import FACTORIZATIONS, SHAPES, FactorizationRow, inputs, moments_of, weight
 
 from lord_tune.errors import UsageError
-from lord_tune.factorizations import AFM, METHODS, LoftQ, PlainSVD, Whitened, error_curve, relative_error, truncate
+from lord_tune.factorizations import AFM, METHODS, LoftQ, PlainSVD, Whitened, error_curves, relative_error, truncate
 from lord_tune.linalg import balanced
 from lord_tune.quantizers import NF4
 
@@ -189,7 +189,7 @@ def test_error_curve_equals_the_measured_error_at_every_rank(method, shape):
     w, calibration, other = weight(shape), inputs(shape[1]), inputs(shape[1], seed=7)
     spectrum = method.spectrum(w, moments_of(calibration))
     for x in (calibration, other):
-        curve = error_curve(w, spectrum, moments_of(x))
+        curve = error_curves(w, {"it": spectrum}, moments_of(x))["it"]
         assert curve.shape == (min(shape) + 1,)
         for rank in (1, 3, min(shape) - 1):
             factors = truncate(w, spectrum, rank)

@@ -71,19 +71,24 @@ def load_rows(source: str, split: str = "train", config: str | None = None) -> D
         raise UsageError(f"The data file {source} does not exist; check the path.")
     if path.is_file() and kind is None:
         raise UsageError(f"{source} is not .jsonl, .json or .parquet; convert it, or give a Hub dataset id.")
+    if kind and config is not None:
+        raise UsageError(f"dataset_config {config} has no effect on the file {source}; remove it.")
     import datasets
 
     datasets.disable_progress_bars()
     try:
         if kind:
-            return datasets.load_dataset(kind, data_files=str(path.resolve()), split="train")
+            return datasets.load_dataset(kind, data_files=str(path.resolve()), split=split)
         if path.is_dir():
             loaded = datasets.load_from_disk(str(path))
             return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
         return datasets.load_dataset(source, config, split=split)
     except UsageError:
         raise
-    except Exception as error:  # the libraries below raise dozens of types for one cause: the file or id is unusable
+    except Exception as error:
+        if kind and path.read_bytes().strip() in (b"", b"[]", b"{}") or "corresponds to no data" in str(error):
+            raise UsageError(f"The dataset '{source}' is empty; give rows to train on.") from error
+        # the libraries below raise dozens of types for one cause: the file or id is unusable
         cause = error.__cause__ or error
         reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
         raise UsageError(f"The dataset '{source}' could not be read: {reason[:300]}") from error

@@ -1,7 +1,7 @@
 """Factorization methods, one file each; `METHODS` lists them by name."""
 
 from .afm import AFM
-from .base import Factorization, Factors, Projection, Spectrum, Split, balance, error_curve, relative_error, truncate
+from .base import Factorization, Factors, Projection, Spectrum, Split, balance, error_curves, relative_error, truncate
 from .loftq import LoftQ
 from .svd import PlainSVD
 from .whitened import Whitened
@@ -20,7 +20,7 @@ __all__ = [
     "Split",
     "Whitened",
     "balance",
-    "error_curve",
+    "error_curves",
     "relative_error",
     "truncate",
 ]

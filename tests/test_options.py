@@ -1,0 +1,865 @@
+"""Every option does something: setting it changes what is written, or is an error.
+
+`DECOMPOSE`, `TRAIN`, `EVALUATE` and `EXPORT` name the case of every field; a field without a case fails.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import INTERMEDIATE, LAYERS, gpt2_config, save_tiny, write_code_rows
+from torch import Tensor
+from transformers import GPT2LMHeadModel
+from trl import SFTConfig
+
+import lord_tune
+from lord_tune.allocation import ALIGNMENT
+from lord_tune.cli import main
+from lord_tune.config import DecomposeConfig, EvaluateConfig, ExportConfig, InspectConfig, RunConfig, TrainConfig
+from lord_tune.errors import ExportMismatch, UsageError
+from lord_tune.training import trainer_arguments
+
+Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj"
+SHORT = {"context_length": 64, "calibration_tokens": 1024}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    (file,) = folder.glob("*.safetensors")
+    return load_file(file)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one `decompose` returned and wrote."""
+
+    report: dict[str, Any]
+    folder: Path
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return tensors_of(self.folder)
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return json.loads((self.folder / "config.json").read_text())["quantization_config"]["layers"]
+
+    @property
+    def ranks(self) -> dict[str, int | str]:
+        return {name: entry["rank"] for name, entry in self.report["layers"].items()}
+
+    def mean(self, key: str) -> float:
+        values = [entry[key] for entry in self.report["layers"].values() if entry["rank"] != "dense"]
+        return sum(values) / len(values)
+
+    def product(self, layer: str = Q) -> Tensor:
+        """L R, which does not depend on how the two are balanced."""
+        return self.tensors[f"{layer}.left.weight"].double() @ self.tensors[f"{layer}.right.weight"].double()
+
+
+@dataclass
+class Bench:
+    """Runs each decomposition once per module; a case compares two of them."""
+
+    model: Path
+    other_model: Path
+    rows: Path
+    folder: Path
+    runs: dict[str, Run] = field(default_factory=dict)
+
+    def decompose(self, calibrated: bool = True, **options: Any) -> Run:
+        """Whitened, rank 8, short windows, unless `options` say otherwise."""
+        budget = {} if "kept_fraction" in options else {"rank": 8}
+        text = {"calibration": [str(self.rows)], **SHORT} if calibrated else {}
+        options = budget | text | options
+        key = json.dumps(options, sort_keys=True)
+        if key not in self.runs:
+            out = self.folder / f"run{len(self.runs)}"
+            model = options.pop("model", str(self.model))
+            self.runs[key] = Run(lord_tune.decompose(model, str(out), **options), out)
+        return self.runs[key]
+
+    def fresh(self, name: str) -> Path:
+        """A folder that does not exist yet."""
+        path = self.folder / f"{name}{len(list(self.folder.iterdir()))}"
+        assert not path.exists()
+        return path
+
+    def train(self, **options: Any) -> tuple[dict[str, Any], Path]:
+        """Two steps on short sequences of the whitened rank 8 checkpoint."""
+        out = self.fresh("trained")
+        fixed = {"max_steps": 2, "max_length": 64, "per_device_train_batch_size": 2, "logging_steps": 1}
+        # without warmup, whose first step has learning rate 0
+        fixed |= {"save_strategy": "no", "learning_rate": 1e-2, "warmup_steps": 0, "disable_tqdm": True}
+        own = {"model_name_or_path": str(self.decompose().folder), "dataset_name": str(self.rows)}
+        return lord_tune.train(**(fixed | own | {"output_dir": str(out)} | options)), out
+
+    def adapter(self) -> Path:
+        """The output of a factors training, shared by the export cases."""
+        if "adapter" not in self.runs:
+            self.runs["adapter"] = Run({}, self.train()[1])
+        return self.runs["adapter"].folder
+
+
+@pytest.fixture(scope="module")
+def bench(llama_dir, gpt2_dir, rows_file, tmp_path_factory) -> Bench:
+    return Bench(llama_dir, gpt2_dir, rows_file, tmp_path_factory.mktemp("options"))
+
+
+Case = Callable[[Bench], None]
+
+
+# ---- decompose -----------------------------------------------------------------------------------------------------
+
+
+def case_model(b: Bench) -> None:
+    run = b.decompose(model=str(b.other_model))
+    assert run.report["base"]["name"] == str(b.other_model) and run.report["base"] != b.decompose().report["base"]
+    assert "transformer.h.0.attn.c_attn" in run.manifest and run.manifest["transformer.h.0.attn.c_attn"]["conv1d"]
+
+
+def case_out(b: Bench) -> None:
+    out = b.folder / "deep" / "below" / "out"
+    lord_tune.decompose(str(b.model), str(out), method="svd", rank=8)
+    names = {path.name for path in out.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "decomposition.json", "README.md"} <= names
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def case_method(b: Bench) -> None:
+    whitened, afm = b.decompose(), b.decompose(method="afm")
+    svd, loftq = b.decompose(method="svd"), b.decompose(method="loftq", backbone="nf4")
+    for run, name in ((whitened, "whitened"), (afm, "afm"), (svd, "svd"), (loftq, "loftq")):
+        assert {plan["method"] for plan in run.manifest.values()} == {name}
+    assert whitened.mean("error_calibrated") < 0.9 * svd.mean("error_calibrated")
+    # the plain SVD that is reported beside every method is computed in float32
+    assert svd.mean("error_calibrated") == pytest.approx(svd.mean("error_plain"), rel=1e-4)
+    assert f"{Q}.bias" in afm.tensors and f"{Q}.bias" not in whitened.tensors
+
+
+def case_backbone(b: Bench) -> None:
+    alone, beside = b.decompose(), b.decompose(backbone="nf4")
+    assert f"{Q}.backbone.weight" not in alone.tensors
+    assert beside.tensors[f"{Q}.backbone.weight"].dtype == torch.uint8
+    assert beside.manifest[Q]["backbone"] == "nf4" and alone.manifest[Q]["backbone"] == "none"
+    assert beside.report["layers"][Q]["error_calibrated"] < beside.report["layers"][Q]["error_backbone"]
+
+
+def case_factor_format(b: Bench) -> None:
+    for name, dtype in DTYPES.items():
+        run = b.decompose(factor_format=name)
+        assert run.manifest[Q]["left_format"] == run.manifest[Q]["right_format"] == name
+        assert run.tensors[f"{Q}.left.weight"].dtype == run.tensors[f"{Q}.right.weight"].dtype == dtype
+    packed = b.decompose(factor_format="nf4")
+    assert packed.manifest[Q]["left_format"] == "nf4" and packed.tensors[f"{Q}.left.weight"].dtype == torch.uint8
+    bits = [b.decompose(factor_format=form).report["totals"]["linear_bits_per_weight"] for form in ("fp32", "fp16")]
+    assert bits[1] == bits[0] / 2
+
+
+def case_rank(b: Bench) -> None:
+    for rank in (4, 12):
+        run = b.decompose(rank=rank)
+        assert run.tensors[f"{Q}.left.weight"].shape == (64, rank)
+        assert run.tensors[f"{Q}.right.weight"].shape == (rank, 64)
+        assert set(run.ranks.values()) == {rank}
+    assert b.decompose(rank=12).mean("error_calibrated") < b.decompose(rank=4).mean("error_calibrated")
+    plain = b.decompose(rank=0, backbone="nf4")
+    assert plain.report["layers"][Q]["error_calibrated"] == pytest.approx(plain.report["layers"][Q]["error_backbone"])
+
+
+def case_kept_fraction(b: Bench) -> None:
+    totals = {kept: b.decompose(kept_fraction=kept).report["totals"] for kept in (0.9, 0.6)}
+    for kept, total in totals.items():
+        # a step of the aligned rank costs at most 8 (64 + 160) of the 70,000 to 122,880 numbers
+        assert kept - 0.03 < total["kept_fraction"] <= kept
+    assert totals[0.6]["parameters"] < totals[0.9]["parameters"] < totals[0.9]["parameters_before"]
+
+
+def case_allocation(b: Bench) -> None:
+    uniform = b.decompose(kept_fraction=0.8, allocation="uniform")
+    expected = int(0.8 * 64 * INTERMEDIATE / (64 + INTERMEDIATE)) // ALIGNMENT * ALIGNMENT
+    assert {rank for name, rank in uniform.ranks.items() if "mlp" in name} == {expected}
+    assert len({rank for name, rank in b.decompose(kept_fraction=0.8).ranks.items() if "mlp" in name}) > 1
+
+
+def case_calibration(b: Bench) -> None:
+    prose = b.folder / "prose.txt"
+    prose.write_text("The lighthouse keeper climbed the stairs, counting the steps aloud. " * 60)
+    one, other = b.decompose(), b.decompose(calibration=[str(prose)])
+    both = b.decompose(calibration=[str(b.rows), str(prose)])
+    assert len({run.report["calibration"]["sha256"] for run in (one, other, both)}) == 3
+    assert both.report["calibration"]["source"] == [str(b.rows), str(prose)]
+    assert not torch.allclose(one.product(), other.product())
+    assert b.decompose(calibrated=False, method="svd").report["calibration"]["sha256"] is None
+
+
+def case_calibration_tokens(b: Bench) -> None:
+    few, many = b.decompose(), b.decompose(calibration_tokens=2048)
+    assert few.report["calibration"]["tokens"] == 1024 and many.report["calibration"]["tokens"] == 2048
+    assert 0 < few.report["calibration"]["heldout_tokens"] < many.report["calibration"]["heldout_tokens"]
+    assert not torch.allclose(few.product(), many.product())
+
+
+def case_context_length(b: Bench) -> None:
+    long, short = b.decompose(), b.decompose(context_length=32)
+    assert long.report["calibration"]["context_length"] == 64 and short.report["calibration"]["context_length"] == 32
+    assert not torch.allclose(long.product(), short.product())
+
+
+def case_sensitivity_tokens(b: Bench) -> None:
+    """One window or all sixteen: the estimated sensitivities differ by far more than a rank step is worth."""
+    one = b.decompose(kept_fraction=0.8, sensitivity_tokens=64)
+    assert one.ranks != b.decompose(kept_fraction=0.8, sensitivity_tokens=1024).ranks
+    assert b.decompose(kept_fraction=0.8).ranks == b.decompose(kept_fraction=0.8, sensitivity_tokens=1024).ranks
+
+
+def case_sink_weight(b: Bench) -> None:
+    none, default, heavy = b.decompose(sink_weight=0.0), b.decompose(), b.decompose(sink_weight=50.0)
+    # without it the calibrated error is the optimum, and more weight on position 0 moves away from it
+    assert none.mean("error_calibrated") <= default.mean("error_calibrated") < heavy.mean("error_calibrated")
+    assert not torch.allclose(none.product(), default.product())
+
+
+def case_centred(b: Bench) -> None:
+    centred, plain = b.decompose(method="afm"), b.decompose(method="afm", centred=False)
+    assert centred.manifest[Q]["bias"] and not plain.manifest[Q]["bias"]
+    assert torch.allclose(plain.product(), b.decompose(sink_weight=0.0).product(), atol=1e-5)  # the uncentred optimum
+
+
+def case_iterations(b: Bench) -> None:
+    dense = load_file(b.model / "model.safetensors")[f"{Q}.weight"].double()
+    errors = []
+    for iterations in (1, 5):
+        run = b.decompose(calibrated=False, method="loftq", backbone="nf4", iterations=iterations)
+        model = lord_tune.load(str(run.folder))[0]
+        errors.append(float((model.get_submodule(Q).dense_weight(torch.float64) - dense).norm()))
+    assert errors[1] < errors[0]
+
+
+def case_block_size(b: Bench) -> None:
+    for size in (32, 128):
+        run = b.decompose(calibrated=False, method="svd", backbone="nf4", block_size=size)
+        assert run.manifest[Q]["backbone_options"]["block_size"] == size
+        assert run.tensors[f"{Q}.backbone.absmax"].numel() == 64 * 64 // size
+    factors = b.decompose(calibrated=False, method="svd", factor_format="nf4", block_size=32)
+    assert factors.tensors[f"{Q}.left.absmax"].numel() == 64 * 8 // 32
+
+
+def case_double_quant(b: Bench) -> None:
+    plain, double = (
+        b.decompose(calibrated=False, method="svd", backbone="nf4", double_quant=on) for on in (False, True)
+    )
+    assert double.tensors[f"{Q}.backbone.absmax"].dtype == torch.uint8
+    assert plain.tensors[f"{Q}.backbone.absmax"].dtype == torch.float32
+    assert double.report["layers"][Q]["bits_per_weight"] < plain.report["layers"][Q]["bits_per_weight"]
+
+
+def case_targets(b: Bench) -> None:
+    run = b.decompose(targets="q_proj$")
+    assert list(run.manifest) == [f"model.layers.{i}.self_attn.q_proj" for i in range(LAYERS)]
+    assert run.report["skipped"][DOWN] == "not in --targets" and f"{DOWN}.weight" in run.tensors
+
+
+def case_exclude(b: Bench) -> None:
+    run = b.decompose(exclude=r"layers\.2\.mlp\.down_proj")
+    assert DOWN not in run.manifest and set(run.manifest) | {DOWN} == set(b.decompose().manifest)
+    assert run.report["skipped"][DOWN] == "in --exclude"
+
+
+def case_seed(b: Bench) -> None:
+    first, other = b.decompose(seed=1), b.decompose(seed=2)
+    assert first.report["seed"] == 1 and not torch.allclose(first.product(), other.product())
+    again = lord_tune.decompose(str(b.model), str(b.fresh("again")), rank=8, seed=1, calibration=[str(b.rows)], **SHORT)
+    assert again["layers"][Q]["error_calibrated"] == first.report["layers"][Q]["error_calibrated"]
+
+
+def case_dtype(b: Bench) -> None:
+    run = b.decompose(dtype="bfloat16")
+    assert {t.dtype for t in run.tensors.values() if t.is_floating_point()} == {torch.bfloat16}
+    assert run.manifest[Q]["left_format"] == "bf16"
+    assert b.decompose().tensors["model.embed_tokens.weight"].dtype == torch.float32
+
+
+def case_overwrite(b: Bench) -> None:
+    out = b.fresh("replaced")
+    lord_tune.decompose(str(b.model), str(out), method="svd", rank=8)
+    (out / "stale.txt").write_text("of the earlier run")
+    with pytest.raises(UsageError, match="--overwrite"):
+        lord_tune.decompose(str(b.model), str(out), method="svd", rank=4)
+    assert Run({}, out).manifest[Q]["rank"] == 8
+    lord_tune.decompose(str(b.model), str(out), method="svd", rank=4, overwrite=True)
+    assert Run({}, out).manifest[Q]["rank"] == 4 and not (out / "stale.txt").exists()
+
+
+def case_dry_run(b: Bench) -> None:
+    before, out = sorted(b.folder.iterdir()), b.fresh("dry")
+    plan = lord_tune.decompose("model/that_is_not_there", str(out), method="svd", rank=8, dry_run=True)
+    assert plan["rank"] == 8 and plan["backbone"] == "none"
+    assert sorted(b.folder.iterdir()) == before
+
+
+DECOMPOSE: dict[str, Case] = {
+    "model": case_model,
+    "out": case_out,
+    "method": case_method,
+    "backbone": case_backbone,
+    "factor_format": case_factor_format,
+    "rank": case_rank,
+    "kept_fraction": case_kept_fraction,
+    "allocation": case_allocation,
+    "calibration": case_calibration,
+    "calibration_tokens": case_calibration_tokens,
+    "context_length": case_context_length,
+    "sensitivity_tokens": case_sensitivity_tokens,
+    "sink_weight": case_sink_weight,
+    "centred": case_centred,
+    "iterations": case_iterations,
+    "block_size": case_block_size,
+    "double_quant": case_double_quant,
+    "targets": case_targets,
+    "exclude": case_exclude,
+    "seed": case_seed,
+    "dtype": case_dtype,
+    "overwrite": case_overwrite,
+    "dry_run": case_dry_run,
+}
+
+
+@pytest.mark.parametrize("name", DECOMPOSE)
+def test_decompose(name, bench):
+    DECOMPOSE[name](bench)
+
+
+# ---- train ---------------------------------------------------------------------------------------------------------
+
+
+def losses(metrics: dict[str, Any], key: str = "loss") -> list[float]:
+    return [entry[key] for entry in metrics["history"] if key in entry]
+
+
+def adapter_config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+def trained_layers(folder: Path) -> set[str]:
+    """The layers an adapter holds tensors for."""
+    return {key.removeprefix("base_model.model.").split(".lora_")[0] for key in tensors_of(folder)}
+
+
+def case_train_model(b: Bench) -> None:
+    base = b.decompose(rank=4).folder
+    _, out = b.train(model_name_or_path=str(base))
+    assert adapter_config(out)["base_model_name_or_path"] == str(base)
+    assert tensors_of(out)[f"base_model.model.{Q}.host.lora_A.weight"].shape == (4, 64)
+
+
+def case_train_output(b: Bench) -> None:
+    _, out = b.train()
+    names = {path.name for path in out.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "train_config.json", "train_results.json"} <= names
+    assert "README.md" in names and not [name for name in names if name.startswith("checkpoint")]
+
+
+def case_train_dataset(b: Bench) -> None:
+    pairs = b.folder / "pairs.jsonl"
+    rows = [{"prompt": f"count {n}: ", "completion": "done"} for n in range(8)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, other = b.train()[0], b.train(dataset_name=str(pairs))[0]
+    assert losses(first) != losses(other)
+
+
+def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any, Any]]:
+    """`datasets.load_dataset` for the id 'some/set', with rows that depend on configuration and split."""
+    asked = []
+
+    def load(name: str, config: Any = None, *, split: Any = None, **rest: Any) -> datasets.Dataset:
+        asked.append((name, config, split))
+        return datasets.Dataset.from_dict({"text": [f"{config} {split} {n} " * 8 for n in range(8)]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return asked
+
+
+def case_train_dataset_config(b: Bench) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        asked = hub(patch)
+        python, rust = (b.train(dataset_name="some/set", dataset_config=name)[0] for name in ("python", "rust"))
+    assert asked == [("some/set", "python", "train"), ("some/set", "rust", "train")]
+    assert losses(python) != losses(rust)
+
+
+def case_train_split(b: Bench) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        asked = hub(patch)
+        train, other = (b.train(dataset_name="some/set", dataset_train_split=s)[0] for s in ("train", "validation"))
+    assert [split for *_, split in asked] == ["train", "validation"] and losses(train) != losses(other)
+    # a plain file has the split train and the parts of it that `datasets` can name
+    both = b.train()[0], b.train(dataset_train_split="train[:2]")[0]
+    assert losses(both[0]) != losses(both[1])
+
+
+def case_test_split(b: Bench) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        asked = hub(patch)
+        metrics, _ = b.train(dataset_name="some/set", dataset_test_split="test", eval_strategy="steps", eval_steps=1)
+    assert [split for *_, split in asked] == ["train", "test"] and len(losses(metrics, "eval_loss")) == 2
+
+
+def case_eval_dataset(b: Bench) -> None:
+    """Naming text to evaluate on is enough: no second key switches the evaluation on."""
+    other = write_code_rows(b.folder / "held.jsonl", 4)
+    metrics, _ = b.train(eval_dataset_name=str(other))
+    assert losses(metrics, "eval_loss") and not losses(b.train()[0], "eval_loss")
+
+
+def case_mode(b: Bench) -> None:
+    factors, lora = b.train(mode="factors"), b.train(mode="lora")
+    assert trained_layers(factors[1]) == {f"{name}.host" for name in b.decompose().manifest}
+    pairs = {f"{name}.{side}" for name in b.decompose().manifest for side in ("left", "right")}
+    assert trained_layers(lora[1]) == pairs
+    assert factors[0]["trainable_parameters"] == sum(8 * sum(p["shape"]) for p in b.decompose().manifest.values())
+
+
+def case_lora_r(b: Bench) -> None:
+    for rank in (2, 4):
+        metrics, out = b.train(mode="lora", lora_r=rank)
+        key = f"base_model.model.{Q}.right.lora_A.weight"
+        assert tensors_of(out)[key].shape == (rank, 64) and adapter_config(out)["r"] == rank
+        # per layer: LoRA on R (rank 8, in) and on L (out, rank 8)
+        expected = sum(rank * (sum(plan["shape"]) + 2 * 8) for plan in b.decompose().manifest.values())
+        assert metrics["trainable_parameters"] == expected
+
+
+def case_lora_alpha(b: Bench) -> None:
+    default, given = b.train(mode="lora"), b.train(mode="lora", lora_alpha=64.0)
+    assert adapter_config(default[1])["lora_alpha"] == 16 and adapter_config(given[1])["lora_alpha"] == 64
+    assert losses(default[0])[0] == losses(given[0])[0] and losses(default[0])[1] != losses(given[0])[1]
+
+
+def case_lora_dropout(b: Bench) -> None:
+    """LoRA starts as zero, so dropout is seen from the second step on."""
+    default, given = b.train(mode="lora"), b.train(mode="lora", lora_dropout=0.5)
+    assert adapter_config(given[1])["lora_dropout"] == 0.5
+    first, second = tensors_of(default[1]), tensors_of(given[1])
+    assert any(not torch.equal(first[key], second[key]) for key in first)
+
+
+def case_train_targets(b: Bench) -> None:
+    metrics, out = b.train(targets="q_proj$")
+    assert trained_layers(out) == {f"model.layers.{i}.self_attn.q_proj.host" for i in range(LAYERS)}
+    assert metrics["trainable_parameters"] == LAYERS * 8 * (64 + 64)
+
+
+def case_train_dtype(b: Bench) -> None:
+    wide, narrow = b.train()[0], b.train(dtype="bfloat16")[0]
+    # a relative 2^-9 on every frozen weight moves the loss of 6 nats, but not by much
+    assert losses(wide)[0] != losses(narrow)[0] and losses(wide)[0] == pytest.approx(losses(narrow)[0], rel=0.05)
+
+
+def case_train_dry_run(b: Bench) -> None:
+    out, before = b.fresh("dry"), sorted(b.folder.iterdir())
+    own = {"model_name_or_path": "not/there", "dataset_name": "none.jsonl", "output_dir": str(out)}
+    plan = lord_tune.train(**own, learning_rate=1.0, dry_run=True)
+    assert plan["mode"] == "factors" and plan["learning_rate"] == 1.0
+    assert sorted(b.folder.iterdir()) == before
+    with pytest.raises(UsageError, match="did you mean 'learning_rate'"):
+        lord_tune.train(**own, learnin_rate=1.0, dry_run=True)
+
+
+TRAIN: dict[str, Case] = {
+    "model_name_or_path": case_train_model,
+    "output_dir": case_train_output,
+    "dataset_name": case_train_dataset,
+    "dataset_config": case_train_dataset_config,
+    "dataset_train_split": case_train_split,
+    "dataset_test_split": case_test_split,
+    "eval_dataset_name": case_eval_dataset,
+    "mode": case_mode,
+    "lora_r": case_lora_r,
+    "lora_alpha": case_lora_alpha,
+    "lora_dropout": case_lora_dropout,
+    "targets": case_train_targets,
+    "dtype": case_train_dtype,
+    "dry_run": case_train_dry_run,
+}
+
+
+@pytest.mark.parametrize("name", TRAIN)
+def test_train(name, bench):
+    TRAIN[name](bench)
+
+
+MODES = ("factors", "lora")
+
+
+def test_trl_keys_reach_trl(bench, tmp_path):
+    """Keys that are not ours are trl's, typed as trl types them; ours have defaults of their own."""
+    values = {"output_dir": str(tmp_path), "packing": "true", "max_steps": "7", "report_to": ["none"]}
+    given = trainer_arguments(values | {"lr_scheduler_kwargs": {"num_cycles": 2}}, "factors", True, [])
+    assert isinstance(given, SFTConfig) and given.packing is True and given.max_steps == 7
+    assert given.lr_scheduler_kwargs == {"num_cycles": 2}
+    rates = {mode: trainer_arguments({"output_dir": str(tmp_path)}, mode, True, []).learning_rate for mode in MODES}
+    assert rates == {"factors": 1e-4, "lora": 2e-4}
+    metrics, _ = bench.train(max_steps=3)
+    assert metrics["steps"] == 3 and len(losses(metrics)) == 3
+
+
+def test_a_training_output_loads_from_another_working_directory(bench, tmp_path, monkeypatch):
+    monkeypatch.chdir(bench.decompose().folder.parent)
+    _, out = bench.train(model_name_or_path=bench.decompose().folder.name)
+    monkeypatch.chdir(tmp_path)
+    assert evaluate(bench, model=str(out))["tokens"] == 4 * 63
+
+
+# ---- evaluate ------------------------------------------------------------------------------------------------------
+
+
+def evaluate(b: Bench, **options: Any) -> dict[str, Any]:
+    settings = {"model": str(b.model), "text": [str(b.rows)], "context_length": 64, "max_tokens": 256} | options
+    return lord_tune.evaluate(**settings)
+
+
+def case_evaluate_model(b: Bench) -> None:
+    dense, factored = evaluate(b), evaluate(b, model=str(b.decompose().folder))
+    assert factored["parameters"] < dense["parameters"] and factored["loss"] != dense["loss"]
+    assert evaluate(b, model=str(b.adapter()))["loss"] < factored["loss"]  # two steps of training on this text
+
+
+def case_evaluate_text(b: Bench) -> None:
+    other = b.folder / "digits.txt"
+    other.write_text("0123456789 " * 40)
+    one, both = evaluate(b), evaluate(b, text=[str(b.rows), str(other)])
+    assert list(both["texts"]) == [str(b.rows), str(other)] and both["texts"][str(b.rows)] == one["texts"][str(b.rows)]
+    assert both["tokens"] == sum(entry["tokens"] for entry in both["texts"].values()) > one["tokens"]
+    assert both["loss"] != one["loss"]
+
+
+def case_evaluate_context(b: Bench) -> None:
+    for length in (32, 64):
+        result = evaluate(b, context_length=length)
+        assert result["context_length"] == length
+        assert result["tokens"] == 256 // length * (length - 1)  # the first token of a window is not predicted
+
+
+def case_evaluate_max_tokens(b: Bench) -> None:
+    assert evaluate(b, max_tokens=128)["tokens"] == 2 * 63 and evaluate(b, max_tokens=256)["tokens"] == 4 * 63
+
+
+def case_evaluate_dtype(b: Bench) -> None:
+    wide, narrow = evaluate(b), evaluate(b, dtype="bfloat16")
+    assert narrow["model_bytes"] == wide["model_bytes"] / 2 and narrow["loss"] != wide["loss"]
+
+
+def case_evaluate_json(b: Bench) -> None:
+    file = b.folder / "results" / "first.json"  # its folder is made, as that of OUT is
+    result = evaluate(b, json=str(file))
+    assert json.loads(file.read_text()) == result
+    assert {"perplexity", "loss", "tokens", "parameters", "model_bytes", "linear_bits_per_weight"} <= set(result)
+
+
+def case_evaluate_dry_run(b: Bench) -> None:
+    plan = evaluate(b, model="not/there", text=["none.txt"], dry_run=True, json=str(b.folder / "dry.json"))
+    assert plan["context_length"] == 64 and not (b.folder / "dry.json").exists()
+
+
+EVALUATE: dict[str, Case] = {
+    "model": case_evaluate_model,
+    "text": case_evaluate_text,
+    "context_length": case_evaluate_context,
+    "max_tokens": case_evaluate_max_tokens,
+    "dtype": case_evaluate_dtype,
+    "json_file": case_evaluate_json,
+    "dry_run": case_evaluate_dry_run,
+}
+
+
+@pytest.mark.parametrize("name", EVALUATE)
+def test_evaluate(name, bench):
+    EVALUATE[name](bench)
+
+
+# ---- export --------------------------------------------------------------------------------------------------------
+
+
+def export(b: Bench, form: str, **options: Any) -> tuple[dict[str, Any], Path]:
+    out = b.fresh("exported")
+    return lord_tune.export(options.pop("model", str(b.decompose().folder)), str(out), form, **options), out
+
+
+def case_export_model(b: Bench) -> None:
+    plain, trained = export(b, "dense")[1], export(b, "dense", model=str(b.adapter()))[1]
+    assert not torch.allclose(tensors_of(plain)[f"{Q}.weight"], tensors_of(trained)[f"{Q}.weight"])
+    assert torch.allclose(tensors_of(plain)[f"{Q}.weight"].double(), b.decompose().product(), atol=1e-6)
+
+
+def case_export_out(b: Bench) -> None:
+    _, out = export(b, "dense")
+    names = {path.name for path in out.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "export.json", "README.md"} <= names
+
+
+def case_export_format(b: Bench) -> None:
+    dense, factored = export(b, "dense")[1], export(b, "factored")[1]
+    assert "quantization_config" not in json.loads((dense / "config.json").read_text())
+    assert Run({}, factored).manifest == b.decompose().manifest
+    # stock NF4 wants widths that are multiples of 64, which leaves down_proj out
+    nf4 = b.decompose(calibrated=False, method="svd", backbone="nf4", targets="q_proj$").folder
+    _, peft = export(b, "peft", model=str(nf4))
+    assert (peft / "base" / "model.safetensors").is_file()
+    assert adapter_config(peft / "adapter")["r"] == adapter_config(peft / "adapter")["lora_alpha"] == 8
+
+
+def case_export_dtype(b: Bench) -> None:
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        # 8 mantissa bits on every weight of a random model: far above the threshold meant for real ones
+        result, out = export(b, "dense", dtype=name, threshold=10.0)
+        assert {tensor.dtype for tensor in tensors_of(out).values()} == {dtype} and result["dtype"] == name
+
+
+def case_export_threshold(b: Bench) -> None:
+    result, _ = export(b, "dense", dtype="bfloat16", threshold=10.0)
+    kl, before = result["comparison"]["kl"], sorted(b.folder.iterdir())
+    with pytest.raises(ExportMismatch, match="--threshold"):
+        export(b, "dense", dtype="bfloat16", threshold=kl / 2)
+    assert sorted(b.folder.iterdir()) == before
+    export(b, "dense", dtype="bfloat16", threshold=kl * 2)
+
+
+def case_export_text(b: Bench) -> None:
+    short = b.folder / "short.txt"
+    short.write_text("x = 1\ny = 2\n")
+    assert export(b, "dense", text=str(short))[0]["comparison"]["tokens"] == 12
+    assert export(b, "dense")[0]["comparison"]["tokens"] == 256
+
+
+def case_export_overwrite(b: Bench) -> None:
+    _, out = export(b, "dense")
+    with pytest.raises(UsageError, match="--overwrite"):
+        lord_tune.export(str(b.decompose().folder), str(out), "factored")
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    lord_tune.export(str(b.decompose().folder), str(out), "factored", overwrite=True)
+    assert "quantization_config" in json.loads((out / "config.json").read_text())
+
+
+def case_export_dry_run(b: Bench) -> None:
+    before = sorted(b.folder.iterdir())
+    plan, _ = export(b, "dense", model="not/there", dry_run=True)
+    assert plan["format"] == "dense" and sorted(b.folder.iterdir()) == before
+
+
+EXPORT: dict[str, Case] = {
+    "model": case_export_model,
+    "out": case_export_out,
+    "format": case_export_format,
+    "dtype": case_export_dtype,
+    "threshold": case_export_threshold,
+    "text": case_export_text,
+    "overwrite": case_export_overwrite,
+    "dry_run": case_export_dry_run,
+}
+
+
+@pytest.mark.parametrize("name", EXPORT)
+def test_export(name, bench):
+    EXPORT[name](bench)
+
+
+def test_export_compares_within_the_positions_of_the_model(tmp_path):
+    """The comparison text is 256 tokens; a model of 64 learned positions cannot read so many."""
+    config = gpt2_config()
+    config.n_positions = 64
+    model = save_tiny(GPT2LMHeadModel(config), tmp_path / "short")
+    lord_tune.decompose(str(model), str(tmp_path / "lord"), method="svd", rank=8)
+    result = lord_tune.export(str(tmp_path / "lord"), str(tmp_path / "dense"), "dense")
+    assert result["comparison"]["tokens"] == 64
+
+
+# ---- inspect -------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_model_and_json(bench, tmp_path, capfd):
+    run = bench.decompose()
+    assert lord_tune.inspect(str(run.folder))["layers"] == json.loads(json.dumps(run.report["layers"]))
+    assert Q in capfd.readouterr().out
+    lord_tune.inspect(str(run.folder), json=str(tmp_path / "table.json"))
+    assert json.loads((tmp_path / "table.json").read_text())["layers"].keys() == run.ranks.keys()
+    assert lord_tune.inspect(str(bench.adapter()))["layers"].keys() == run.ranks.keys()  # of its base
+
+
+# ---- all of them ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("record", "cases"),
+    [(DecomposeConfig, DECOMPOSE), (TrainConfig, TRAIN), (EvaluateConfig, EVALUATE), (ExportConfig, EXPORT)],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_every_field_has_a_case(record, cases):
+    assert set(cases) == set(record.model_fields)
+    assert len(set(cases.values())) == len(cases), "two fields share a case"
+
+
+FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
+    "decompose": [
+        (
+            DecomposeConfig,
+            "m o --method whitened --backbone nf4 --factor-format bf16 --rank 3 --calibration a.txt b.txt "
+            "--calibration-tokens 99 --context-length 9 --sink-weight 0.5 --block-size 128 --double-quant "
+            "--targets q --exclude k --seed 7 --dtype float16 --overwrite --dry-run",
+        ),
+        (
+            DecomposeConfig,
+            "m o --method afm --no-centred --kept-fraction 0.7 --allocation loss_weighted --sensitivity-tokens 5 "
+            "--calibration=a.txt --dry_run",
+        ),
+        (DecomposeConfig, "m o --method loftq --backbone nf4 --rank 3 --iterations 2 --dry-run"),
+    ],
+    "train": [
+        (
+            TrainConfig,
+            "--model_name_or_path m --output_dir o --dataset_name d --dataset_config c --dataset_train_split s "
+            "--dataset_test_split t --eval_dataset_name e --mode lora --lora_r 3 --lora_alpha 5.5 --lora_dropout 0.1 "
+            "--targets q --dtype float16 --dry_run --learning_rate 0.5 --packing",
+        )
+    ],
+    "evaluate": [
+        (EvaluateConfig, "m --text a.txt b.txt --context-length 9 --max-tokens 8 --dtype float16 --json j --dry-run")
+    ],
+    "export": [
+        (
+            ExportConfig,
+            "m o --format dense --dtype float16 --threshold 0.5 --text a.txt --overwrite --dry-run",
+        )
+    ],
+    "inspect": [(InspectConfig, "m --json j")],
+}
+
+
+def parsed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The keywords that the command line hands to the Python function of its verb."""
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(lord_tune, words[0], lambda **values: seen.update(values), raising=False)
+    try:
+        main(words)
+    except SystemExit as stop:
+        assert not stop.code
+    return seen
+
+
+@pytest.mark.parametrize("verb", FLAGS)
+def test_every_field_is_a_flag(verb, monkeypatch):
+    reached: set[str] = set()
+    for record, text in FLAGS[verb]:
+        config = record.build(parsed([verb, *text.split()], monkeypatch))
+        defaults = {name: entry.get_default(call_default_factory=True) for name, entry in record.model_fields.items()}
+        reached |= config.model_fields_set & {name for name in defaults if getattr(config, name) != defaults[name]}
+        assert verb != "train" or (config.model_extra or {}) == {"learning_rate": "0.5", "packing": "true"}
+        assert len(getattr(config, "calibration", [])) < 2 or config.calibration == ["a.txt", "b.txt"]
+        assert verb != "evaluate" or config.text == ["a.txt", "b.txt"]
+    same_as_default = {"method", "allocation"} & set(record.model_fields)  # set above, to their defaults in one run
+    assert reached | same_as_default == set(record.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("verb", "values"),
+    [
+        ("decompose", {"model": "a model", "out": "o", "rank": 3, "calibration": ["a b.txt", "c.txt"], "seed": 4}),
+        ("decompose", {"model": "m", "out": "o", "method": "afm", "centred": False, "rank": 3, "calibration": ["c"]}),
+        ("decompose", {"model": "m", "out": "o", "method": "svd", "rank": 0, "backbone": "nf4", "double_quant": True}),
+        ("export", {"model": "m", "out": "o", "format": "dense", "dtype": "float16", "threshold": 0.0}),
+        (
+            "train",
+            {"model_name_or_path": "m", "output_dir": "o", "dataset_name": "d", "mode": "lora", "lora_alpha": 2.0}
+            | {"packing": True, "learning_rate": 1e-3, "report_to": ["none"], "run_name": "first try"},
+        ),
+        (
+            "train",
+            {"model_name_or_path": "m", "output_dir": "o", "dataset_name": "d", "label_names": ["labels", "ids"]}
+            | {"lr_scheduler_kwargs": {"num_cycles": 2}},
+        ),
+    ],
+    ids=["decompose", "decompose afm", "decompose nf4", "export", "train", "train with lists and mappings"],
+)
+def test_the_recorded_command_repeats_the_run(verb, values, monkeypatch):
+    """The `command` in decomposition.json and the cards parses back to the configuration it came from."""
+    from lord_tune.commands import command_line
+
+    record = {"decompose": DecomposeConfig, "export": ExportConfig, "train": TrainConfig}[verb]
+    config = record.build(values)
+    again = record.build(parsed(shlex.split(command_line(verb, config))[1:], monkeypatch))
+    for name in record.model_fields:
+        assert getattr(again, name) == getattr(config, name)
+    if isinstance(config, TrainConfig):
+        first, second = (
+            dataclasses.asdict(trainer_arguments(run.trainer_values(), run.mode, True, [])) for run in (config, again)
+        )
+        assert first == second
+
+
+# ---- precedence ----------------------------------------------------------------------------------------------------
+
+
+def test_command_line_beats_yaml_beats_defaults(bench, tmp_path, capfd):
+    file = tmp_path / "run.yaml"
+    file.write_text("method: svd\nrank: 12\nfactor_format: fp16\ntargets: q_proj$\n")
+    with pytest.raises(SystemExit) as stop:
+        main(["decompose", str(bench.model), str(tmp_path / "out"), "--config", str(file), "--rank", "6"])
+    assert stop.value.code == 0
+    written = json.loads((tmp_path / "out" / "decomposition.json").read_text())["config"]
+    assert written["rank"] == 6  # the command line over YAML
+    assert written["factor_format"] == "fp16" and written["method"] == "svd"  # YAML over the defaults
+    assert written["backbone"] == "none" and written["overwrite"] is False  # the defaults
+    assert Run({}, tmp_path / "out").tensors[f"{Q}.left.weight"].shape == (64, 6)
+
+
+def test_command_line_beats_yaml_for_trl_keys(bench, tmp_path, capfd):
+    file = tmp_path / "run.yaml"
+    out = tmp_path / "out"
+    content = {"model_name_or_path": str(bench.decompose().folder), "dataset_name": str(bench.rows)}
+    content |= {"max_steps": 5, "max_length": 32, "mode": "lora", "lora_r": 2, "save_strategy": "no"}
+    file.write_text(json.dumps(content))  # JSON is YAML
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--config", str(file), "--output_dir", str(out), "--max_steps", "1", "--lora-r", "3"])
+    assert stop.value.code == 0
+    assert json.loads((out / "train_results.json").read_text())["steps"] == 1
+    assert adapter_config(out)["r"] == 3
+
+
+def test_everything_may_stand_in_yaml(bench, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps({"model": str(bench.model), "out": str(tmp_path / "out"), "method": "svd", "rank": 4}))
+    with pytest.raises(SystemExit) as stop:
+        main(["decompose", "--config", str(file)])
+    assert stop.value.code == 0 and Run({}, tmp_path / "out").manifest[Q]["rank"] == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (
+            "decompose MODEL OUT --method svd --rank 8 --dry-run",
+            ("rank", "8", "backbone", "none", "calibration_tokens"),
+        ),
+        ("train --model_name_or_path MODEL --output_dir OUT --dataset_name ROWS --max_steps 9 --dry-run", ("9",)),
+        ("export MODEL OUT --format factored --dry-run", ("factored", "overwrite")),
+        ("evaluate MODEL --text ROWS --json OUT --dry-run", ("context_length", "1024")),
+    ],
+    ids=["decompose", "train", "export", "evaluate"],
+)
+def test_dry_run_prints_the_plan_and_writes_nothing(words, shown, bench, tmp_path, capfd):
+    places = {"MODEL": str(bench.model), "OUT": str(tmp_path / "out"), "ROWS": str(bench.rows)}
+    with pytest.raises(SystemExit) as stop:
+        main([places.get(word, word) for word in words.split()])
+    printed = capfd.readouterr().out
+    assert stop.value.code == 0 and all(part in printed for part in shown)
+    assert list(tmp_path.iterdir()) == []
