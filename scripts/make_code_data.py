@@ -1,6 +1,6 @@
 """Write code_train.jsonl and code_heldout.jsonl into a folder: python scripts/make_code_data.py data
 
-The text is the standard library of the Python that runs this (columns path, text), split by file; it stays on your disk.
+The text is the standard library of the Python that runs this (columns path, text), split by file.
 """
 
 import sys
