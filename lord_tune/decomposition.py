@@ -34,7 +34,6 @@ from .factorizations import (
 )
 from .layer_plan import DTYPES, LayerPlan
 from .layers import build_layer, check_finite, select_linears, shape_of, weight_of
-from .linalg import output_basis
 from .quantizers import Quantizer
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
@@ -201,12 +200,7 @@ def _analyse(weight: Tensor, moments: dict[str, Moments | None], settings: Setti
     assert isinstance(method, Projection)
     calibration, heldout = moments.get("calibration"), moments.get("heldout")
     spectrum = method.spectrum(weight, calibration)
-    curves: dict[str, Tensor] = {}
-    if calibration is not None:
-        plain = Spectrum(*output_basis(weight, None, torch.float32))
-        curves = error_curves(weight, {"calibrated": spectrum, "plain": plain}, calibration)
-    if heldout is not None:
-        curves |= error_curves(weight, {"heldout": spectrum}, heldout)
+    curves = {} if calibration is None else error_curves(weight, spectrum, calibration, heldout)
     keep = spectrum.basis.shape[1]
     if settings.rank is not None or "loss_weights" not in settings.allocator.needs:
         keep = min(max(break_even((weight.shape[0], weight.shape[1])), 1), keep)

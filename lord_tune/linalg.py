@@ -14,7 +14,6 @@ from torch import Tensor
 def output_basis(
     weight: Tensor,  # (out, in)
     gram: Tensor | None,  # (in, in), symmetric positive semidefinite; None is the identity
-    dtype: torch.dtype = torch.float64,  # float32 is enough for a baseline that is only reported
 ) -> tuple[Tensor, Tensor]:
     """Eigenvectors of W H W^T, largest first: an orthonormal basis of the outputs, best at every rank.
 
@@ -24,14 +23,14 @@ def output_basis(
     the eigenvectors are Q times those of T H T^T, orthonormal by construction even where energies vanish.
 
     Returns:
-        basis: (out, k), k = min(out, in), orthonormal columns.
-        energies: (k,), the eigenvalues, decreasing and >= 0; sum over j >= r is the squared error at rank r.
+        basis: (out, k) float64, k = min(out, in), orthonormal columns.
+        energies: (k,) float64, the eigenvalues, decreasing and >= 0; sum over j >= r is the squared error at rank r.
     """
-    w = weight.to(dtype)
+    w = weight.double()
     rotation = None
     if w.shape[0] > w.shape[1]:
         rotation, w = torch.linalg.qr(w)
-    second_moment = w @ w.T if gram is None else w @ gram.to(dtype) @ w.T
+    second_moment = w @ w.T if gram is None else w @ gram.double() @ w.T
     energies, vectors = torch.linalg.eigh((second_moment + second_moment.T) / 2)
     energies, vectors = energies.flip(0).clamp_min(0), vectors.flip(1)
     return (vectors if rotation is None else rotation @ vectors), energies

@@ -3,8 +3,8 @@
     python scripts/bench_spine.py OUT [--parts lord nf4 time]     about 40 minutes on 2 cores
 
 Model `demo`. Calibration: standard-library files of this Python (top level). Held out: its `idlelib` and
-`distutils/command` packages, whose files the calibration never sees. Everything goes through the verbs, as a user would;
-finished rows are kept in OUT/bench.json and not measured again.
+`distutils/command` packages, whose files the calibration never sees. Everything goes through the verbs, as a user
+would; finished rows are kept in OUT/bench.json and not measured again.
 """
 
 from __future__ import annotations

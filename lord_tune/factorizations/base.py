@@ -108,28 +108,52 @@ class Projection:
 
 def error_curves(
     weight: Tensor,  # (out, in)
-    spectra: dict[str, Spectrum],
-    moments: Moments,
+    spectrum: Spectrum,
+    calibration: Moments,
+    heldout: Moments | None = None,
 ) -> dict[str, Tensor]:
-    """Relative output error of each spectrum at every rank 0..k: sqrt(E||y - y'||^2 / E||W x||^2), (k + 1,) float64.
+    """Relative output errors sqrt(E||y - y'||^2 / E||W x||^2) at the ranks 0..k, (k + 1,) each: `calibrated`, `heldout`
+    (the same basis on other text) and `plain` (truncated SVD of W on the calibration text, float32 basis).
 
-    `moments` may be of other text than the spectra were computed from. Each basis is complete for the range of W (its k
-    is min(out, in)), so what is lost at rank r is the energy of the directions from r on. Where out <= in the moment of
-    the outputs, W H W^T, is formed once and shared.
+    The basis is complete for the range of W (k = min(out, in)), so what is lost at rank r is the energy of the
+    directions from r on.
     """
-    w = weight.double()
-    shared = w @ moments.gram @ w.T if w.shape[0] <= w.shape[1] else None
-    reference = row_energies(w, moments.gram).sum() if shared is None else shared.diagonal().sum()
+    w, basis = weight.double(), spectrum.basis.double()
+    by_outputs = w.shape[0] <= w.shape[1]
+    rows = None if by_outputs and spectrum.centre is None else basis.T @ w
     curves = {}
-    for name, spectrum in spectra.items():
-        basis = spectrum.basis.double()
-        if shared is not None and spectrum.centre is None:
-            energies = ((basis.T @ shared) * basis.T).sum(1)
+    for name, moments in {"calibrated": calibration, "heldout": heldout}.items():
+        if moments is None:
+            continue
+        outputs = w @ moments.gram @ w.T if by_outputs else None  # W H W^T, the smaller side
+        reference = row_energies(w, moments.gram).sum() if outputs is None else outputs.diagonal().sum()
+        if rows is not None:
+            energies = row_energies(rows, moments.shifted(spectrum.centre))
         else:
-            energies = row_energies(basis.T @ w, moments.shifted(spectrum.centre))
-        tails = torch.cat([energies.clamp_min(0).flip(0).cumsum(0).flip(0), energies.new_zeros(1)])
-        curves[name] = (tails / reference.clamp_min(1e-300)).sqrt()
+            assert outputs is not None
+            energies = ((basis.T @ outputs) * basis.T).sum(1)
+        curves[name] = _tail_curve(energies, reference)
+        if name == "calibrated":
+            curves["plain"] = _tail_curve(_plain_energies(weight, moments, outputs), reference)
     return curves
+
+
+def _tail_curve(energies: Tensor, reference: Tensor) -> Tensor:
+    """sqrt(sum over j >= r of energies / reference) for r = 0..k. (k + 1,)"""
+    tails = torch.cat([energies.clamp_min(0).flip(0).cumsum(0).flip(0), energies.new_zeros(1)])
+    return (tails / reference.clamp_min(1e-300)).sqrt()
+
+
+def _plain_energies(weight: Tensor, moments: Moments, outputs: Tensor | None) -> Tensor:
+    """Output energy along the left singular vectors u_j of W, from its smaller Gram matrix: u_j^T (W H W^T) u_j, or
+    sigma_j^2 v_j^T H v_j with the right singular vectors where out > in. (k,)"""
+    w = weight.float()
+    if outputs is not None:
+        vectors = torch.linalg.eigh(w @ w.T).eigenvectors.flip(1).double()
+        return ((vectors.T @ outputs) * vectors.T).sum(1)
+    squares, vectors = torch.linalg.eigh(w.T @ w)
+    rows = vectors.flip(1).T.double()
+    return squares.flip(0).clamp_min(0).double() * row_energies(rows, moments.gram)
 
 
 def relative_error(
