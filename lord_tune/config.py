@@ -142,7 +142,9 @@ class TrainConfig(RunConfig):
     lora_alpha: float | None = Field(None, description="mode lora: scaling is alpha / r; default 2 r")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="mode lora: dropout")
     targets: str | None = Field(None, description="regex of factored layers to train; default: all")
-    dtype: Literal["float32", "float16", "bfloat16"] | None = Field(None, description="load the model in this dtype")
+    dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
+        None, description="load the model in this dtype; default: float32 on a CPU, else the checkpoint's"
+    )
     dry_run: bool = Field(False, description="print the resolved configuration and stop")
 
     def check(self) -> None:

@@ -56,6 +56,7 @@ def quickstart(**options: Any) -> dict[str, Any]:
     say(f"model: {config.model} (a .gguf file is converted once and cached)")
     dense = resolve_model(config.model)
     out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "report.json", {"command": command_line("quickstart", config), "rows": {}})  # marks it as ours
     train_files, held_files = standard_library_files()
     code, held = out / "code_train.jsonl", out / "code_heldout.jsonl"
     write_rows(train_files, code)

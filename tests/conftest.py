@@ -37,3 +37,9 @@ def bert_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_code_rows(tmp_path_factory.mktemp("text") / "code.jsonl")
+
+
+@pytest.fixture(scope="session")
+def aligned_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All widths multiples of 64, which bitsandbytes' own loader needs on CPUs."""
+    return save_tiny(tiny_llama(intermediate=192), tmp_path_factory.mktemp("models") / "aligned")

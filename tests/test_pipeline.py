@@ -451,3 +451,44 @@ def test_probe_and_outputs(llama_dir):
     assert outputs_of(model, probe_ids(tokenizer, "abc def")).shape == (7, 300)
     with pytest.raises(UsageError, match="at least 2"):
         probe_ids(tokenizer, "a")
+
+
+def test_a_model_without_a_head_is_decomposed_and_has_no_perplexity(tmp_path, rows_file):
+    """Its sensitivity is that of the last hidden states, which are what an encoder is used for."""
+    from tiny import bert_config, save_tiny
+
+    torch.manual_seed(0)
+    base = save_tiny(transformers.BertModel(bert_config()).eval(), tmp_path / "bert")
+    options = {"kept_fraction": 0.8, "calibration": [str(rows_file)], **CALIBRATION}
+    lord_tune.decompose(str(base), str(tmp_path / "out"), **options)
+    dense, factored_model = (load_dense_or_factored(str(p)) for p in (base, tmp_path / "out"))
+    with torch.no_grad():
+        states = [m(input_ids=IDS).last_hidden_state[0] for m in (dense, factored_model)]
+    assert float(torch.nn.functional.cosine_similarity(*states, dim=-1).mean()) > 0.8
+    with pytest.raises(UsageError, match="no language-model head"):
+        lord_tune.evaluate(str(tmp_path / "out"), text=[str(rows_file)])
+    with pytest.raises(UsageError, match="no language-model head"):
+        lord_tune.train(
+            model_name_or_path=str(tmp_path / "out"), dataset_name=str(rows_file), output_dir=str(tmp_path / "r")
+        )
+    assert lord_tune.export(str(tmp_path / "out"), str(tmp_path / "dense"), "dense")["comparison"]["kl"] < 1e-6
+
+
+def test_bfloat16_checkpoints_keep_their_dtype_and_train_in_float32(tmp_path, rows_file):
+    from tiny import save_tiny, tiny_llama
+
+    base = save_tiny(tiny_llama().to(torch.bfloat16), tmp_path / "bf16")
+    options = {"rank": 8, "backbone": "nf4", "calibration": [str(rows_file)], **CALIBRATION}
+    lord_tune.decompose(str(base), str(tmp_path / "out"), **options)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert stored["model.embed_tokens.weight"].dtype == torch.bfloat16
+    assert stored["model.layers.0.mlp.up_proj.left.weight"].dtype == torch.bfloat16
+    lord_tune.train(
+        model_name_or_path=str(tmp_path / "out"),
+        dataset_name=str(rows_file),
+        output_dir=str(tmp_path / "r"),
+        **TRAINING,
+    )
+    adapter = load_file(tmp_path / "r" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
+    assert lord_tune.export(str(tmp_path / "r"), str(tmp_path / "f"), "factored")["comparison"]["kl"] < 1e-4

@@ -31,10 +31,10 @@ def _special_ids() -> dict[str, int]:
     return {"bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 257}
 
 
-def llama_config() -> LlamaConfig:
+def llama_config(intermediate: int = INTERMEDIATE) -> LlamaConfig:
     return LlamaConfig(
         hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE,
+        intermediate_size=intermediate,
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
         num_key_value_heads=2,
@@ -77,9 +77,9 @@ def _seeded(build: Any, config: Any, seed: int) -> Any:
         return build(config).eval()
 
 
-def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
+def tiny_llama(seed: int = 0, intermediate: int = INTERMEDIATE) -> LlamaForCausalLM:
     """Rotary positions, grouped keys and values, gated MLP, no biases."""
-    return _seeded(LlamaForCausalLM, llama_config(), seed)
+    return _seeded(LlamaForCausalLM, llama_config(intermediate), seed)
 
 
 def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
