@@ -203,7 +203,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("interrupted; nothing was left half-written", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
         if debug:

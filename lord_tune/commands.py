@@ -31,6 +31,7 @@ from .integrations.models import (
     ADAPTER_FILE,
     base_of_adapter,
     default_device,
+    fingerprint,
     kind_of,
     load,
     load_dense_or_factored,
@@ -44,13 +45,12 @@ from .integrations.models import (
 )
 from .integrations.peft_adapters import Coverage
 from .integrations.transformers_quantizer import attach
-from .layer_plan import make_quantizer
+from .layer_plan import FORMAT_VERSION, make_quantizer
 from .layers import factored_layers
 from .quantizers import NF4
 from .storage import atomic_directory, check_destination, check_json_file, read_json, sha256_files, write_json
 from .training import TrainOptions, train_model, trainer_arguments
 
-FORMAT_VERSION = 1
 _SENSITIVITY_LENGTH = 256  # tokens per window of the backward pass: its activations are what peaks
 
 
@@ -58,7 +58,7 @@ def decompose(model: str, out: str, **options: Any) -> dict[str, Any]:
     """Decompose a model into a factored checkpoint at `out`; returns the content of decomposition.json."""
     config = DecomposeConfig.build({"model": model, "out": out, **options})
     if config.dry_run:
-        return _show_plan(config)
+        return show_plan(config)
     quiet()
     settings = _settings(config)
     check_destination(Path(config.out), config.overwrite)
@@ -104,7 +104,7 @@ def train(**options: Any) -> dict[str, Any]:
     held = bool(config.eval_dataset_name or config.dataset_test_split)
     if config.dry_run:
         trainer_arguments(config.trainer_values(), config.mode, True, own, held)
-        return _show_plan(config)
+        return show_plan(config)
     source = resolve_model(config.model_name_or_path)
     if (Path(source) / ADAPTER_FILE).is_file():
         raise UsageError(
@@ -113,8 +113,10 @@ def train(**options: Any) -> dict[str, Any]:
         )
     # bfloat16 gradients are up to 134 times slower than float32 on CPUs without AVX512; L and R train in float32 anyway
     dtype = config.dtype or ("float32" if default_device().type == "cpu" else None)
+    trainer_arguments(config.trainer_values(), config.mode, True, own, held)  # unknown keys cost no loading
     model, tokenizer = load(source, dtype)
     arguments = trainer_arguments(config.trainer_values(), config.mode, kind_of(model) == "causal", own, held)
+    resolved["base"] = fingerprint(source)
     names = TrainOptions.__dataclass_fields__
     chosen = TrainOptions(**{key: value for key, value in resolved.items() if key in names})
     command = command_line("train", config)
@@ -131,7 +133,7 @@ def evaluate(model: str, text: list[str], **options: Any) -> dict[str, Any]:
     """Perplexity on texts, sizes and speed; returns the keys of `--json`."""
     config = EvaluateConfig.build({"model": model, "text": text, **options})
     if config.dry_run:
-        return _show_plan(config)
+        return show_plan(config)
     quiet()
     check_json_file(config.json_file)
     loaded, tokenizer = load(config.model, config.dtype)
@@ -158,13 +160,11 @@ def export(model: str, out: str, format: str, **options: Any) -> dict[str, Any]:
     """Write a factored checkpoint or training output as dense, factored or peft; returns export.json's content."""
     config = ExportConfig.build({"model": model, "out": out, "format": format, **options})
     if config.dry_run:
-        return _show_plan(config)
+        return show_plan(config)
     quiet()
     check_destination(Path(config.out), config.overwrite)
-    text = None
-    if config.text is not None:
-        text = "\n\n".join(documents([config.text]))
     loaded, tokenizer = load(config.model)
+    text = None if config.text is None else "\n\n".join(documents([config.text], tokenizer))
     command = command_line("export", config)
     with atomic_directory(Path(config.out), config.overwrite) as folder:
         comparison = export_model(
@@ -229,13 +229,12 @@ def inspect(model: str, **options: Any) -> dict[str, Any]:
 def command_line(verb: str, config: RunConfig) -> str:
     """The command that repeats a run: positional fields, then every field that differs from its default."""
     words = ["lord-tune", verb]
-    for name in ("model", "out"):
-        if name in type(config).model_fields:
-            words.append(str(getattr(config, name)))
+    positional = [n for n in ("model", "out") if n in type(config).model_fields and verb != "quickstart"]
+    words += [str(getattr(config, name)) for name in positional]
     values = {name: getattr(config, name) for name in type(config).model_fields} | (config.model_extra or {})
     for name, value in values.items():
         field = type(config).model_fields.get(name)
-        if name in ("model", "out", "overwrite", "dry_run"):
+        if name in (*positional, "overwrite", "dry_run"):
             continue
         if field is not None and value == field.get_default(call_default_factory=True):
             continue
@@ -269,7 +268,8 @@ def _identity(name: str, source: str, model: Any) -> dict[str, Any]:
     return {"name": name, "sha256": sha256_files(files) if files else None, "revision": revision}
 
 
-def _show_plan(config: RunConfig) -> dict[str, Any]:
+def show_plan(config: RunConfig) -> dict[str, Any]:
+    """What `--dry-run` prints; returned as a dict."""
     resolved = config.model_dump()
     show_table("resolved configuration", ["key", "value"], [[key, str(value)] for key, value in resolved.items()])
     return resolved

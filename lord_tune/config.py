@@ -62,7 +62,7 @@ class DecomposeConfig(RunConfig):
         None, description="the same rank for every layer; 0 with a backbone is plain rounding, the baseline"
     )
     kept_fraction: float | None = Field(
-        None, description="fraction of the linears' parameters to keep (0.9 removes 10 %); without a backbone only"
+        None, description="fraction of the selected linears' parameters to keep (0.9 removes 10 %); no backbone"
     )
     allocation: Literal["loss_weighted", "uniform"] = Field(
         "loss_weighted", description="how --kept-fraction is shared out over the layers"
@@ -214,4 +214,5 @@ class QuickstartConfig(RunConfig):
     steps: int = Field(32, gt=0, description="training steps of 256 tokens")
     rank: int = Field(16, gt=0, description="of L R beside NF4")
     kept_fraction: float = Field(0.9, gt=0, lt=1, description="of the linears' parameters in the LoRD story")
+    dry_run: bool = Field(False, description="print the resolved configuration and stop")
     overwrite: bool = Field(False, description="replace the run folder of an earlier quickstart")

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sysconfig
 import time
 from pathlib import Path
 from typing import Any
 
-from .commands import command_line, decompose, evaluate, export, train, versions
+from .commands import command_line, decompose, evaluate, export, show_plan, train, versions
 from .config import QuickstartConfig
 from .console import human_bytes, say, show_table
 from .integrations.models import quiet, resolve_model
@@ -45,16 +46,16 @@ def write_rows(paths: list[Path], target: Path) -> None:
 def quickstart(**options: Any) -> dict[str, Any]:
     """Decompose, train, evaluate and export in two stories; returns the report, also written to report.json."""
     config = QuickstartConfig.build(options)
+    if config.dry_run:
+        return show_plan(config)
     quiet()
     start = time.perf_counter()
     out = Path(config.out)
     check_destination(out, config.overwrite)
-    if out.exists() and any(out.iterdir()):
-        import shutil
-
-        shutil.rmtree(out)
     say(f"model: {config.model} (a .gguf file is converted once and cached)")
-    dense = resolve_model(config.model)
+    dense = resolve_model(config.model)  # before anything is removed: it may be missing
+    if out.exists():
+        shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "report.json", {"command": command_line("quickstart", config), "rows": {}})  # marks it as ours
     train_files, held_files = standard_library_files()

@@ -20,6 +20,8 @@ OWN_FILES = ("decomposition.json", "export.json", "train_config.json", "report.j
 
 def check_destination(out: Path, overwrite: bool) -> None:
     """Refuse a destination that holds something; called before any work, so that a refusal costs nothing."""
+    if out.is_dir() and (out.resolve() == Path.cwd() or os.path.ismount(out)):  # cannot be renamed over
+        raise UsageError(f"{out} is the current folder or a mount point; name a folder inside it.")
     ancestor = next(parent for parent in out.absolute().parents if parent.exists())
     if not ancestor.is_dir():
         raise UsageError(f"{ancestor} is a file, a folder was wanted to write {out.name} into; choose another output.")
@@ -39,6 +41,7 @@ def check_destination(out: Path, overwrite: bool) -> None:
 def atomic_directory(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """A temporary sibling of `out` to write into, renamed to `out` at the end; removed if anything fails."""
     check_destination(out, overwrite)
+    out = out.resolve()  # through links, so that what is written lies where the link points
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     os.chmod(temporary, 0o755)
@@ -90,8 +93,3 @@ def sha256_files(paths: list[Path]) -> str:
             while chunk := stream.read(1 << 22):
                 digest.update(chunk)
     return digest.hexdigest()
-
-
-def directory_bytes(folder: Path, pattern: str = "*.safetensors") -> int:
-    """Bytes of the files in `folder` that match `pattern`."""
-    return sum(path.stat().st_size for path in folder.glob(pattern))

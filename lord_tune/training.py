@@ -21,14 +21,13 @@ from torch import nn
 from .calibration.corpus import RowFormat, load_rows, prompt_of, recognise
 from .console import is_main_process
 from .errors import LordError, UsageError
-from .integrations.models import kind_of, max_length
+from .integrations.models import RUN_FILE, kind_of, max_length
 from .integrations.peft_adapters import FACTORS, LORA, add_lora, coverage, expose_factors
 from .storage import read_json, write_json
 
 LEARNING_RATES = {FACTORS: 1e-4, LORA: 2e-4}
-RUN_FILE = "train_config.json"
 _CHECKED_ROWS = 64
-_MAY_CHANGE = {"resume_from_checkpoint", "num_train_epochs", "max_steps", "dry_run"}  # when a run is continued
+_MAY_CHANGE = {"base", "resume_from_checkpoint", "num_train_epochs", "max_steps", "dry_run"}  # when a run is continued
 Notify = Callable[[str, Any], None]  # (event, payload): "coverage", "data", "sample"
 
 
@@ -157,8 +156,15 @@ def train_model(
     from transformers.trainer_utils import get_last_checkpoint
 
     output = Path(arguments.output_dir)
-    checkpoint = arguments.resume_from_checkpoint or (get_last_checkpoint(str(output)) if output.is_dir() else None)
-    _check_output(output, checkpoint, resolved)
+    asked = arguments.resume_from_checkpoint
+    if asked and str(asked).lower() in ("true", "false"):  # transformers' spelling of what is done anyway
+        if str(asked).lower() == "false":
+            raise UsageError("resume_from_checkpoint: false came; choose another output_dir to start anew.")
+        asked = None
+    if asked and not Path(asked).is_dir():
+        raise UsageError(f"The checkpoint {asked} (resume_from_checkpoint) does not exist; check the path.")
+    checkpoint = asked or (get_last_checkpoint(str(output)) if output.is_dir() else None)
+    _check_output(output, checkpoint, resolved, arguments)
     rows, form = prepare_rows(options.dataset_name, options.dataset_train_split, options.dataset_config, tokenizer)
     notify("data", {"rows": len(rows), "format": str(form), "source": options.dataset_name})
     held = None
@@ -200,7 +206,7 @@ def _check_trained(model: nn.Module, arguments: Any) -> None:
         )
 
 
-def _check_output(output: Path, checkpoint: Any, resolved: dict[str, Any]) -> None:
+def _check_output(output: Path, checkpoint: Any, resolved: dict[str, Any], arguments: Any) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     run = output / RUN_FILE
@@ -209,7 +215,9 @@ def _check_output(output: Path, checkpoint: Any, resolved: dict[str, Any]) -> No
     if checkpoint is None and not (output / "adapter_config.json").is_file():
         return  # a run that stopped before its first checkpoint: nothing to continue, nothing to lose
     before = read_json(run)
-    changed = sorted(key for key in {*before, *resolved} - _MAY_CHANGE if before.get(key) != resolved.get(key))
+    # as text: the command line gives "64" where YAML gives 64
+    keys = {*before, *resolved} - _MAY_CHANGE
+    changed = sorted(key for key in keys if str(before.get(key)).lower() != str(resolved.get(key)).lower())
     if changed:
         raise UsageError(
             f"{output} holds a run with another {', '.join(changed[:5])}; choose another output_dir, or remove it to "
@@ -217,6 +225,21 @@ def _check_output(output: Path, checkpoint: Any, resolved: dict[str, Any]) -> No
         )
     if checkpoint is None:
         raise UsageError(f"{output} holds a finished run without checkpoints; choose another output_dir.")
+    if _finished(output, Path(checkpoint), arguments):
+        raise UsageError(f"{output} holds a finished run; raise max_steps or num_train_epochs, or choose another one.")
+
+
+def _finished(output: Path, checkpoint: Path, arguments: Any) -> bool:
+    """Whether the adapter in `output` is that of the whole run: the trainer would go on for one more step."""
+    state_file, results = checkpoint / "trainer_state.json", output / "train_results.json"
+    if not state_file.is_file() or not results.is_file():
+        return False
+    state = read_json(state_file)
+    if read_json(results)["steps"] < state["global_step"]:
+        return False  # stopped between its last checkpoint and the adapter
+    if arguments.max_steps > 0:
+        return state["global_step"] >= arguments.max_steps
+    return state["epoch"] >= arguments.num_train_epochs
 
 
 def _make_trainer(model: Any, tokenizer: Any, arguments: Any, rows: Any, held: Any) -> Any:

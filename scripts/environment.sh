@@ -9,6 +9,6 @@ command -v "$python" >/dev/null || python=python3
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 . .venv/bin/activate
 export PIP_DISABLE_PIP_VERSION_CHECK=1
-python -c 'import torch' 2>/dev/null || { echo "installing torch 2.13.0 ..."; pip install -q torch==2.13.0; }
+python -c 'import torch' 2>/dev/null || { echo "installing torch 2.13.0 ..."; python -m pip install -q torch==2.13.0; }
 echo "installing lord_tune[$1] ..."
-pip install -q -e ".[$1]"
+python -m pip install -q -e ".[$1]"

@@ -339,7 +339,15 @@ def _nan_weight(w: World) -> list[str]:
 
 def _nan_embedding(w: World) -> list[str]:
     def spoil(state: dict[str, torch.Tensor]) -> None:
-        state["model.embed_tokens.weight"][:, 0] = torch.inf
+        state["model.embed_tokens.weight"][:, 0] = torch.nan  # no layer that is decomposed
+
+    return w.decompose(model=_weights(w.copy(), spoil))
+
+
+def _overflowing_activations(w: World) -> list[str]:
+    def spoil(state: dict[str, torch.Tensor]) -> None:  # finite weights whose product overflows float32
+        for name in ("gate_proj", "up_proj"):
+            state[f"model.layers.0.mlp.{name}.weight"] *= 1e30
 
     return w.decompose(model=_weights(w.copy(), spoil))
 
@@ -428,8 +436,9 @@ def _adapter_without_weights(w: World) -> list[str]:
 
 
 FAILED_WORK: list[Case] = [
-    ("NaN weight", _nan_weight, f"'{LAYER}.weight' holds 1 NaN or Inf values; repair the checkpoint or --exclude"),
-    ("Inf activations", _nan_embedding, "run the model in float32"),
+    ("NaN weight", _nan_weight, f"'{LAYER}.weight' holds 1 NaN or Inf values; repair the checkpoint"),
+    ("NaN in an embedding", _nan_embedding, "model.embed_tokens"),
+    ("Inf activations", _overflowing_activations, "run the model in float32"),
     ("tensor absent", _absent_tensor, LAYER),
     ("factor absent", _absent_factor, LAYER),
     ("truncated weights", _truncated, "download or write it again"),
@@ -450,7 +459,7 @@ FAILED_WORK: list[Case] = [
     (
         "every layer stays dense",
         lambda w: w.decompose("--kept-fraction", 0.1, "--allocation", "uniform"),
-        "keep fewer parameters",
+        "choose another --kept-fraction",
     ),
     ("written differs", lambda w: w.export("dense", "--dtype", "bfloat16", "--threshold", 0), "raise --threshold"),
 ]

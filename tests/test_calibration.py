@@ -222,3 +222,16 @@ def test_no_warning_when_the_text_suffices():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         token_windows(["word " * 3000], tiny_tokenizer(), 256, 64, 64, 0)
+
+
+def test_documents_shorter_than_a_window_fill_both_sets():
+    """Only what the held-out window lacks is taken from the next document: 3 x 80 tokens hold two windows of 100."""
+
+    class Characters:
+        eos_token_id = None
+
+        def __call__(self, text, verbose=False):
+            return {"input_ids": list(map(ord, text))}
+
+    calibration, heldout = token_windows(["a" * 80, "b" * 80, "c" * 80], Characters(), 100, 100, 100, 0)
+    assert calibration.shape == heldout.shape == (1, 100)

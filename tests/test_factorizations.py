@@ -91,9 +91,13 @@ def test_output_error_reaches_eckart_young(row, shape):
     singular = torch.linalg.svdvals(x @ w.T)
     best = float(singular[6:].norm() / singular.norm())
     error = output_error(w, x, result)
-    if "output_optimum" in row.excused:
-        if result.factors.bias_shift is None and row.quantizer is None:
-            assert error >= best * (1 - 1e-9)
+    if row.quantizer is not None:
+        alone = float((x @ (w - result.backbone).T).norm() / (x @ w.T).norm())
+        assert error < alone or not row.method.needs  # data-free methods may spoil the output
+    elif result.factors.bias_shift is not None:
+        pytest.skip(row.excused["output_optimum"])
+    elif "output_optimum" in row.excused:
+        assert error >= best * (1 - 1e-9)
     else:
         assert error == pytest.approx(best, rel=1e-6)  # sqrt of a difference of nearly equal energies
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import code_document, tiny_tokenizer, write_code_rows
 
 import lord_tune
@@ -492,3 +492,66 @@ def test_bfloat16_checkpoints_keep_their_dtype_and_train_in_float32(tmp_path, ro
     adapter = load_file(tmp_path / "r" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
     assert lord_tune.export(str(tmp_path / "r"), str(tmp_path / "f"), "factored")["comparison"]["kl"] < 1e-4
+
+
+def test_a_finished_run_is_not_trained_further(factored, rows_file, tmp_path):
+    """The trainer would take one more step from a last checkpoint at an epoch's inside and write another adapter."""
+    base = {"model_name_or_path": str(factored("llama", "nf4")), "dataset_name": str(rows_file)}
+    options = base | {"output_dir": str(tmp_path / "run")} | TRAINING
+    lord_tune.train(**options)
+    with pytest.raises(UsageError, match="finished run"):
+        lord_tune.train(**options)
+
+
+def test_adapters_that_are_truncated_incomplete_or_of_another_base_are_refused(factored, rows_file, tmp_path):
+    base = {"model_name_or_path": str(factored("llama", "nf4")), "dataset_name": str(rows_file)}
+    lord_tune.train(**base, output_dir=str(tmp_path / "run"), **TRAINING)
+    path = tmp_path / "run" / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    state = {key: value.clone() for key, value in load_file(path).items()}  # not mapped to the file that is cut
+    path.write_bytes(whole[:5000])
+    with pytest.raises(CheckpointError, match="could not be read"):
+        lord_tune.load(str(tmp_path / "run"))
+    save_file({key: value for i, (key, value) in enumerate(state.items()) if i}, path)
+    with pytest.raises(CheckpointError, match="not complete|lacks"):
+        lord_tune.load(str(tmp_path / "run"))
+    save_file({key: value[:2].contiguous() for key, value in state.items()}, path)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        lord_tune.load(str(tmp_path / "run"))
+
+
+def test_rank_zero_has_nothing_to_train_in_either_mode(llama_dir, tmp_path):
+    from lord_tune.integrations.peft_adapters import add_lora, expose_factors
+
+    lord_tune.decompose(str(llama_dir), str(tmp_path / "q"), method="svd", rank=0, backbone="nf4")
+    for expose in (add_lora, expose_factors):
+        with pytest.raises(UsageError, match="rank 0"):
+            expose(lord_tune.load(str(tmp_path / "q"))[0])
+
+
+def test_bfloat16_models_export_although_they_compute_in_bfloat16(tmp_path, rows_file):
+    """Large logits make the rounding of the bfloat16 reference alone a KL of 5e-4."""
+    from tiny import save_tiny, tiny_llama
+
+    model = tiny_llama(intermediate=192)
+    model.lm_head.weight.data *= 3
+    base = save_tiny(model.to(torch.bfloat16), tmp_path / "base")
+    options = {"rank": 8, "backbone": "nf4", "calibration": [str(rows_file)], **CALIBRATION}
+    lord_tune.decompose(str(base), str(tmp_path / "d"), **options)
+    kl = [lord_tune.export(str(tmp_path / "d"), str(tmp_path / f), f)["comparison"]["kl"] for f in ("dense", "peft")]
+    assert all(1e-4 < value < 5e-2 for value in kl)
+
+
+def test_an_adapter_of_another_checkpoint_is_refused(llama_dir, rows_file, tmp_path):
+    """Same ranks and shapes, another Q: L and R would be silently wrong."""
+    base = {"backbone": "nf4", "rank": 8}
+    text = {"calibration": [str(rows_file)], **CALIBRATION}
+    lord_tune.decompose(str(llama_dir), str(tmp_path / "base"), **base, **text)
+    lord_tune.train(
+        model_name_or_path=str(tmp_path / "base"), output_dir=str(tmp_path / "r"), dataset_name=str(rows_file),
+        **TRAINING,
+    )  # fmt: skip
+    lord_tune.load(str(tmp_path / "r"))
+    lord_tune.decompose(str(llama_dir), str(tmp_path / "base"), method="loftq", overwrite=True, **base)
+    with pytest.raises(CheckpointError, match="not the checkpoint"):
+        lord_tune.load(str(tmp_path / "r"))

