@@ -512,7 +512,8 @@ def test_adapters_that_are_truncated_incomplete_or_of_another_base_are_refused(f
     path.write_bytes(whole[:5000])
     with pytest.raises(CheckpointError, match="could not be read"):
         lord_tune.load(str(tmp_path / "run"))
-    save_file({key: value for i, (key, value) in enumerate(state.items()) if i}, path)
+    dropped = next(key for key in state if "lora_B" in key)
+    save_file({key: value for key, value in state.items() if key != dropped}, path)
     with pytest.raises(CheckpointError, match="not complete|lacks"):
         lord_tune.load(str(tmp_path / "run"))
     save_file({key: value[:2].contiguous() for key, value in state.items()}, path)
