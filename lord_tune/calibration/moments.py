@@ -48,10 +48,9 @@ class MomentAccumulator:
 
     def __init__(self, width: int, device: torch.device):
         self._gram = torch.zeros(width, width, dtype=torch.float64, device=device)
-        self._sink = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self._first: list[Tensor] = []  # rows at position 0: few, so they are kept and multiplied once
         self._sum = torch.zeros(width, dtype=torch.float64, device=device)
         self._tokens = 0
-        self._sinks = 0
 
     def update(self, inputs: Tensor) -> None:  # (batch, position, in), or (token, in): no position 0 is known then
         rows = inputs.detach().reshape(-1, inputs.shape[-1])
@@ -60,9 +59,7 @@ class MomentAccumulator:
         self._sum += rows.sum(0)
         self._tokens += rows.shape[0]
         if inputs.dim() == 3:
-            first = inputs.detach()[:, 0].double()
-            self._sink += first.T @ first
-            self._sinks += first.shape[0]
+            self._first.append(inputs.detach()[:, 0].double())
 
     def result(self, name: str) -> Moments:
         """The moments; raises CalibrationError naming the layer if an input was NaN or Inf."""
@@ -73,7 +70,8 @@ class MomentAccumulator:
                 f"The inputs of '{name}' hold NaN or Inf on the calibration text; "
                 "check the weights before it, or run the model in float32 (--dtype float32)."
             )
-        return Moments(gram, self._sum / max(self._tokens, 1), self._sink / max(self._sinks, 1), self._tokens)
+        first = torch.cat(self._first) if self._first else gram.new_zeros(1, gram.shape[0])
+        return Moments(gram, self._sum / max(self._tokens, 1), first.T @ first / first.shape[0], self._tokens)
 
 
 def add_gram(
