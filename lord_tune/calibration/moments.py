@@ -63,15 +63,25 @@ class MomentAccumulator:
 
     def result(self, name: str) -> Moments:
         """The moments; raises CalibrationError naming the layer if an input was NaN or Inf."""
-        gram = torch.triu(self._gram)
-        gram = (gram + torch.triu(gram, 1).T) / max(self._tokens, 1)
-        if not torch.isfinite(gram).all():
+        gram = mirrored(self._gram) / max(self._tokens, 1)
+        if not torch.isfinite(gram.sum()):
             raise CalibrationError(
                 f"The inputs of '{name}' hold NaN or Inf on the calibration text; "
                 "check the weights before it, or run the model in float32 (--dtype float32)."
             )
         first = torch.cat(self._first) if self._first else gram.new_zeros(1, gram.shape[0])
         return Moments(gram, self._sum / max(self._tokens, 1), first.T @ first / first.shape[0], self._tokens)
+
+
+def mirrored(total: Tensor) -> Tensor:
+    """The symmetric matrix whose block upper triangle `add_gram` summed. (in, in)"""
+    full = total.clone()
+    for start in range(0, len(full), _PANEL):
+        stop = min(start + _PANEL, len(full))
+        diagonal = full[start:stop, start:stop]
+        full[start:stop, start:stop] = (diagonal + diagonal.T) / 2
+        full[stop:, start:stop] = full[start:stop, stop:].T
+    return full
 
 
 def add_gram(

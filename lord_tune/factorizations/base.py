@@ -126,12 +126,14 @@ def error_curves(
         if moments is None:
             continue
         outputs = w @ moments.gram @ w.T if by_outputs else None  # W H W^T, the smaller side
-        reference = row_energies(w, moments.gram).sum() if outputs is None else outputs.diagonal().sum()
         if rows is not None:
             energies = row_energies(rows, moments.shifted(spectrum.centre))
         else:
             assert outputs is not None
             energies = ((basis.T @ outputs) * basis.T).sum(1)
+        reference = energies.sum()
+        if rows is not None and spectrum.centre is not None:
+            reference = row_energies(rows, moments.gram).sum()
         curves[name] = _tail_curve(energies, reference)
         if name == "calibrated":
             curves["plain"] = _tail_curve(_plain_energies(weight, moments, outputs), reference)
