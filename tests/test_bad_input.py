@@ -494,7 +494,7 @@ def _save_and_fail(error: BaseException) -> Callable[..., None]:
     ("error", "code", "says"),
     [
         (OSError(errno.ENOSPC, "No space left on device", "model.safetensors"), 1, "check permissions and disk space"),
-        (KeyboardInterrupt(), 130, "nothing was left half-written"),
+        (KeyboardInterrupt(), 130, "interrupted"),
         (ZeroDivisionError("division by zero\nsecond line"), 1, "rerun with --debug for the traceback"),
     ],
     ids=["disk full", "Ctrl-C", "defect"],
