@@ -27,7 +27,7 @@ from .storage import read_json, write_json
 
 LEARNING_RATES = {FACTORS: 1e-4, LORA: 2e-4}
 _CHECKED_ROWS = 64
-_MAY_CHANGE = {"base", "resume_from_checkpoint", "num_train_epochs", "max_steps", "dry_run"}  # when a run is continued
+_MAY_CHANGE = {"resume_from_checkpoint", "num_train_epochs", "max_steps", "dry_run"}  # when a run is continued
 Notify = Callable[[str, Any], None]  # (event, payload): "coverage", "data", "sample"
 
 

@@ -221,7 +221,8 @@ def test_evaluation_windows_do_not_overlap_and_honour_the_limit(tmp_path):
 def test_no_warning_when_the_text_suffices():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        token_windows(["word " * 3000], tiny_tokenizer(), 256, 64, 64, 0)
+        windows, held = token_windows(["word " * 3000], tiny_tokenizer(), 256, 64, 64, 0)
+    assert windows.shape == (4, 64) and held.shape == (1, 64)
 
 
 def test_documents_shorter_than_a_window_fill_both_sets():

@@ -556,3 +556,8 @@ def test_an_adapter_of_another_checkpoint_is_refused(llama_dir, rows_file, tmp_p
     lord_tune.decompose(str(llama_dir), str(tmp_path / "base"), method="loftq", overwrite=True, **base)
     with pytest.raises(CheckpointError, match="not the checkpoint"):
         lord_tune.load(str(tmp_path / "r"))
+    with pytest.raises(UsageError, match="another base"):  # nor does a longer run continue on it
+        lord_tune.train(
+            model_name_or_path=str(tmp_path / "base"), output_dir=str(tmp_path / "r"), dataset_name=str(rows_file),
+            **(TRAINING | {"max_steps": 6}),
+        )  # fmt: skip

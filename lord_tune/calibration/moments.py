@@ -31,7 +31,8 @@ class Moments:
 
         Attention gives its largest weights to position 0 (the sink), whose value and MLP outputs are nearly zero; it
         carries under 1e-4 of the energy, so a plain second moment lets a factorization spoil it. beta = 0.05 costs
-        ordinary tokens little and halved the damage of uniform ranks on SmolLM2.
+        ordinary tokens little; a prototype took uniform ranks on SmolLM2 from perplexity 37.4 to 28.9 (dense 12.2).
+        With loss_weighted ranks it makes no difference (10.77 with and without, 20 % removed).
         """
         return self.gram + sink_weight * self.sink_gram if sink_weight else self.gram
 
