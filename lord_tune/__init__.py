@@ -20,6 +20,7 @@ _FUNCTIONS = {
     "evaluate": "commands",
     "export": "commands",
     "inspect": "commands",
+    "plan": "commands",
     "quickstart": "demo",
     "expose_factors": "integrations.peft_adapters",
     "add_lora": "integrations.peft_adapters",
@@ -28,7 +29,7 @@ _FUNCTIONS = {
 }
 
 if TYPE_CHECKING:
-    from .commands import decompose, evaluate, export, inspect, train
+    from .commands import decompose, evaluate, export, inspect, plan, train
     from .demo import quickstart
     from .integrations.models import load
     from .integrations.peft_adapters import add_lora, expose_factors, fold
@@ -42,6 +43,7 @@ __all__ = [
     "fold",
     "inspect",
     "load",
+    "plan",
     "quickstart",
     "train",
 ]

@@ -7,6 +7,7 @@ Heavy imports happen inside the verbs: `--help` needs neither torch nor transfor
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import typing
 import warnings
@@ -23,10 +24,12 @@ from .config import (
     EvaluateConfig,
     ExportConfig,
     InspectConfig,
+    PlanConfig,
     QuickstartConfig,
     RunConfig,
     TrainConfig,
 )
+from .console import is_main_process
 from .errors import LordError, LordWarning, UsageError
 
 app = typer.Typer(
@@ -43,6 +46,8 @@ def _flag_type(field: FieldInfo) -> tuple[Any, str]:
     """The type typer parses and the choices for the help; the record itself checks choices."""
     options = [a for a in typing.get_args(field.annotation) if a is not type(None)]
     annotation: Any = field.annotation
+    if float in options and len(options) > 1:  # a number or a word; the record tells them apart
+        return str, ""
     if typing.get_origin(annotation) is not Literal and len(options) == 1 and annotation != list[str]:
         annotation = options[0]
     if typing.get_origin(annotation) is Literal:
@@ -133,6 +138,7 @@ def _verb(name: str) -> Callable[[dict[str, Any]], Any]:
 
 _RECORDS: dict[str, type[RunConfig]] = {
     "quickstart": QuickstartConfig,
+    "plan": PlanConfig,
     "decompose": DecomposeConfig,
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
@@ -141,6 +147,7 @@ _RECORDS: dict[str, type[RunConfig]] = {
 }
 _SUMMARIES = {
     "quickstart": "The whole story on SmolLM2-135M, offline, in minutes.",
+    "plan": "Parameters, bytes, ranks, memory and time of a decomposition, before any work.",
     "decompose": "Write a factored checkpoint: W = L R, or W = Q + L R.",
     "train": "Train L and R (or LoRA on them); every key of trl's SFTConfig is an option too.",
     "evaluate": "Perplexity, size, bits per weight and speed of a checkpoint.",
@@ -178,8 +185,13 @@ def _expand(words: list[str]) -> list[str]:
 
 
 def _show_warning(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
-    if issubclass(category, LordWarning):
+    if issubclass(category, LordWarning) and is_main_process():
         print(f"warning: {message}", file=sys.stderr)
+
+
+def _who() -> str:
+    """Which of several processes an error is of."""
+    return "" if is_main_process() else f"process {os.environ['RANK']}: "
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -200,7 +212,7 @@ def main(arguments: list[str] | None = None) -> None:
     except LordError as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{_who()}error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -209,7 +221,7 @@ def main(arguments: list[str] | None = None) -> None:
         if debug:
             raise
         what = f"{error.strerror or error}: {error.filename or ''}"
-        print(f"error: {what} (check permissions and disk space)", file=sys.stderr)
+        print(f"{_who()}error: {what} (check permissions and disk space)", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's: unknown option or command, a value of the wrong type
@@ -219,5 +231,5 @@ def main(arguments: list[str] | None = None) -> None:
         if debug:
             raise
         first = (str(error).strip().splitlines() or [""])[0][:300]
-        print(f"error: {type(error).__name__}: {first} (rerun with --debug for the traceback)", file=sys.stderr)
+        print(f"{_who()}error: {type(error).__name__}: {first} (rerun with --debug for the traceback)", file=sys.stderr)
         sys.exit(1)

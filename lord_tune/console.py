@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import resource
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -86,6 +90,70 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
     yield line
 
 
+class LiveTable:
+    """Rows that arrive one by one under a status line: the last ones live on a terminal, plain lines elsewhere."""
+
+    _SHOWN = 12
+
+    def __init__(self, columns: Sequence[str], widths: Sequence[int]):
+        self._columns, self._widths, self._rows = columns, widths, deque[Sequence[str]](maxlen=self._SHOWN)
+        self._status = ""
+        self._live: Live | None = None
+        self._started = False
+
+    def __enter__(self) -> LiveTable:
+        if sys.stderr.isatty() and is_main_process():
+            self._live = Live(console=Console(stderr=True), refresh_per_second=4, transient=True)
+            self._live.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._live is not None:
+            self._live.__exit__(*error)
+
+    def row(self, cells: Sequence[str]) -> None:
+        self._rows.append(cells)
+        if self._live is None and is_main_process():
+            if not self._started:
+                self._print(self._columns)
+                self._started = True
+            self._print(cells)
+
+    def status(self, text: str) -> None:
+        self._status = text
+        if self._live is not None:
+            table = Table(box=None, padding=(0, 1))
+            for index, column in enumerate(self._columns):
+                table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+            for cells in self._rows:
+                table.add_row(*(Text(cell) for cell in cells))
+            self._live.update(Group(table, Text(text, style="bold")) if self._rows else Text(text, style="bold"))
+        elif is_main_process():
+            print(f"  {text}", file=sys.stderr, flush=True)
+
+    def _print(self, cells: Sequence[str]) -> None:
+        first, *rest = cells
+        words = [first.ljust(self._widths[0])]
+        words += [cell.rjust(width) for cell, width in zip(rest, self._widths[1:], strict=True)]
+        print("  " + "  ".join(words), file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """75 -> '1 min 15 s'."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def note(text: str) -> None:
+    """A line for the user beside the output proper."""
+    if is_main_process():
+        print(text, file=sys.stderr, flush=True)
+
+
 def human_bytes(count: float) -> str:
     """1234567 -> '1.2 MB' (powers of 1000)."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
@@ -93,3 +161,9 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     raise AssertionError("unreachable")
+
+
+def peak_rss_bytes() -> int:
+    """The process's largest resident memory so far (ru_maxrss is kilobytes on Linux, bytes on macOS)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -8,9 +8,7 @@ masked token) and not comparable with a causal model's.
 from __future__ import annotations
 
 import math
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .calibration.collect import Blocks, find_blocks
+from .console import peak_rss_bytes
 from .errors import LordError, UsageError
 from .integrations.models import kind_of, summed_loss
 from .layers import FactoredLinear, QuantizedLinear, is_linear, weight_of
@@ -54,17 +53,21 @@ def perplexity(
 def sizes(model: Any) -> dict[str, float]:
     """parameters (stored numbers; a packed code counts as one), model_bytes, linear_bits_per_weight.
 
-    Counted from the tensors a checkpoint of the model holds; tied tensors count once. The bits are those of the linear
+    Counted from the tensors a checkpoint of the model holds (a skeleton on the meta device will do); tied ones count once. The bits are those of the linear
     layers inside the blocks, decomposed or not, without biases, per weight of the dense matrices.
     """
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    packed: dict[int, int] = {}
-    for module in plain.modules():
+    packed: dict[str, int] = {}
+    for name, module in plain.named_modules():
         if isinstance(module, QuantizedLinear):
-            packed[module.weight.data_ptr()] = module.in_features * module.out_features
-    tensors = {(t.data_ptr(), t.numel()): t for t in plain.state_dict().values() if t.numel()}
-    numbers = sum(packed.get(pointer, t.numel()) for (pointer, _), t in tensors.items())
-    stored = sum(t.numel() * t.element_size() for t in tensors.values())
+            packed[f"{name}.weight"] = module.in_features * module.out_features
+    tied = getattr(plain, "all_tied_weights_keys", {}) if any(p.is_meta for p in plain.parameters()) else {}
+    tensors: dict[Any, tuple[str, Tensor]] = {}
+    for name, tensor in plain.state_dict().items():
+        if tensor.numel() and name not in tied:  # a tensor on the meta device has no address
+            tensors[(tensor.data_ptr() or name, tensor.numel())] = name, tensor
+    numbers = sum(packed.get(name, t.numel()) for name, t in tensors.values())
+    stored = sum(t.numel() * t.element_size() for _, t in tensors.values())
     bits, weights = linear_bits(plain)
     return {
         "parameters": numbers,
@@ -112,12 +115,6 @@ def speed(model: Any, window: Tensor) -> float:
                 done = window.shape[1]
             times.append((time.perf_counter() - start) / done)
     return 1 / statistics.median(times[1:])
-
-
-def peak_rss_bytes() -> int:
-    """The process's largest resident memory so far (ru_maxrss is kilobytes on Linux, bytes on macOS)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def evaluate_model(

@@ -11,6 +11,29 @@ import torch
 from torch import Tensor
 
 
+def smaller_side(
+    weight: Tensor,  # (out, in)
+) -> tuple[Tensor | None, Tensor]:
+    """(rotation, core) with W = rotation @ core, core (k, in), k = min(out, in), and orthonormal columns in rotation.
+
+    For out <= in the core is W itself and there is no rotation; for out > in they are the QR factors. Eigenvectors of
+    W H W^T are the rotation times those of the k x k matrix core H core^T, orthonormal even where energies vanish.
+    """
+    w = weight.double()
+    if w.shape[0] <= w.shape[1]:
+        return None, w
+    rotation, core = torch.linalg.qr(w)
+    return rotation, core
+
+
+def principal_axes(
+    moment: Tensor,  # (k, k), positive semidefinite up to rounding
+) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (k,), decreasing and >= 0, and eigenvectors (k, k) in columns, of the symmetric part."""
+    energies, vectors = torch.linalg.eigh((moment + moment.T) / 2)
+    return energies.flip(0).clamp_min(0), vectors.flip(1)
+
+
 def output_basis(
     weight: Tensor,  # (out, in)
     gram: Tensor | None,  # (in, in), symmetric positive semidefinite; None is the identity
@@ -19,20 +42,14 @@ def output_basis(
 
     The minimum of ||(W - W') H^(1/2)||_F over matrices W' of rank r is W' = U_r U_r^T W (Eckart-Young on W H^(1/2),
     whose left singular vectors are the eigenvectors of W H W^T). No inverse and no damping constant occurs, so a
-    singular H is no special case. For out > in the problem is moved to the smaller side by W = Q T (QR):
-    the eigenvectors are Q times those of T H T^T, orthonormal by construction even where energies vanish.
+    singular H is no special case. The problem is solved on the smaller side, see `smaller_side`.
 
     Returns:
         basis: (out, k) float64, k = min(out, in), orthonormal columns.
         energies: (k,) float64, the eigenvalues, decreasing and >= 0; sum over j >= r is the squared error at rank r.
     """
-    w = weight.double()
-    rotation = None
-    if w.shape[0] > w.shape[1]:
-        rotation, w = torch.linalg.qr(w)
-    second_moment = w @ w.T if gram is None else w @ gram.double() @ w.T
-    energies, vectors = torch.linalg.eigh((second_moment + second_moment.T) / 2)
-    energies, vectors = energies.flip(0).clamp_min(0), vectors.flip(1)
+    rotation, core = smaller_side(weight)
+    energies, vectors = principal_axes(core @ core.T if gram is None else core @ gram.double() @ core.T)
     return (vectors if rotation is None else rotation @ vectors), energies
 
 

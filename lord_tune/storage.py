@@ -10,9 +10,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .errors import UsageError
+from .errors import LordError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # An output folder may be replaced (`--overwrite`) only if one of these says that lord_tune wrote it.
 OWN_FILES = ("decomposition.json", "export.json", "train_config.json", "report.json")
@@ -65,6 +68,28 @@ def check_json_file(path: str | None) -> None:
     if Path(path).is_dir():
         raise UsageError(f"--json {path} is a folder; name a file.")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Write a safetensors file, synced to disk, under a temporary name and rename it; returns its sha256.
+
+    The whole file never is in memory a second time. On a full disk: LordError, and no file is left.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, {"format": "pt"})
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        digest = sha256_files([temporary])
+        os.replace(temporary, path)
+    except SafetensorError as error:
+        raise LordError(f"{path} could not be written: {error}; check disk space and permissions.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return digest
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from contracts import FACTORIZATIONS, SHAPES, FactorizationRow, inputs, moments_of, weight
 
+from lord_tune.calibration.moments import SampleAccumulator
 from lord_tune.errors import UsageError
 from lord_tune.factorizations import AFM, METHODS, LoftQ, PlainSVD, Whitened, error_curves, relative_error, truncate
 from lord_tune.linalg import balanced
@@ -189,10 +190,13 @@ def test_loftq_without_quantizer_is_refused():
 
 @pytest.mark.parametrize("method", [PlainSVD(), Whitened(), Whitened(0.0), AFM(), AFM(centred=False)], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_error_curve_equals_the_measured_error_at_every_rank(method, shape):
+@pytest.mark.parametrize("sampled", [False, True], ids=["gram", "rows"])
+def test_error_curve_equals_the_measured_error_at_every_rank(method, shape, sampled):
     w, calibration, other = weight(shape), inputs(shape[1]), inputs(shape[1], seed=7)
-    spectrum = method.spectrum(w, moments_of(calibration))
-    curves = error_curves(w, spectrum, moments_of(calibration), moments_of(other))
+    moments = moments_of(calibration)
+    solution = method.solve(w, moments)
+    spectrum = solution.spectrum
+    curves = error_curves(solution, moments, sample(other) if sampled else moments_of(other))
     plain = PlainSVD().spectrum(w, None)
     for name, x, used in (
         ("calibrated", calibration, spectrum),
@@ -211,6 +215,37 @@ def test_error_curve_equals_the_measured_error_at_every_rank(method, shape):
             tolerance = 1e-3 if name == "plain" else 1e-5
             expected = float((y - measured).norm() / y.norm())
             assert float(curves[name][rank]) == pytest.approx(expected, rel=tolerance, abs=1e-7)
+
+
+def sample(x):
+    accumulator = SampleAccumulator(x.shape[-1], x.device)
+    accumulator.update(x)
+    return accumulator.result("test")
+
+
+def test_the_error_beyond_the_top_direction_ignores_it():
+    """One output direction holds nearly all energy: the plain error looks small, the one beyond it does not."""
+    w, x = weight((16, 16)), inputs(16)
+    x = x + 1e4 * torch.nn.functional.one_hot(torch.tensor(0), 16)
+    moments = moments_of(x)
+    solution = Whitened(0.0).solve(w, moments)
+    curves = error_curves(solution, moments)
+    energies = solution.spectrum.energies
+    assert float(curves["calibrated"][4]) < 0.01
+    expected = float((energies[4:].sum() / energies[1:].sum()).sqrt())
+    assert float(curves["beyond_top"][4]) == pytest.approx(expected, rel=1e-4) and expected > 0.1
+
+
+def test_shrinkage_moves_the_basis_towards_the_diagonal():
+    """Full shrinkage is the whitened solution for H's diagonal alone; with few tokens it helps on other text."""
+    w, x = weight((12, 16)), inputs(16)
+    moments = moments_of(x)
+    diagonal = dataclasses.replace(moments, gram=torch.diag(moments.gram.diagonal()))
+    one = Whitened(0.0, shrinkage=1.0).split(w, moments, 4, None).factors
+    two = Whitened(0.0).split(w, diagonal, 4, None).factors
+    assert torch.allclose(one.left @ one.right, two.left @ two.right, atol=1e-8)
+    with pytest.raises(UsageError, match="0 to 1"):
+        Whitened(shrinkage=1.5)
 
 
 def test_relative_error_equals_the_measured_error():

@@ -12,7 +12,7 @@ import lord_tune
 ROOT = Path(lord_tune.__file__).parent
 # each row imports from rows above it only; files of one row may import each other if they are one folder
 STAIRS = [
-    ["errors", "linalg"],
+    ["errors", "linalg", "parallel"],
     ["storage", "console"],
     ["calibration", "quantizers"],
     ["factorizations"],
@@ -26,6 +26,7 @@ STAIRS = [
     ["commands"],
     ["demo"],
     ["cli"],
+    ["__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(STAIRS) for name in names}
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny import code_document, tiny_tokenizer, write_code_rows
+from tiny import code_document, read_tensors, tiny_tokenizer, write_code_rows
 
 import lord_tune
 from lord_tune.errors import CheckpointError, ExportMismatch, LordWarning, UsageError
@@ -77,7 +77,7 @@ def test_reload_and_resave_are_bit_exact(factored, family, store, tmp_path):
     model = load_dense_or_factored(str(folder))
     assert factored_layers(model) and all(not p.requires_grad for p in model.parameters() if p.dtype == torch.uint8)
     model.save_pretrained(tmp_path / "again")
-    first, second = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "again"))
+    first, second = (read_tensors(path) for path in (folder, tmp_path / "again"))
     assert first.keys() == second.keys()
     assert all(first[key].dtype == second[key].dtype and torch.equal(first[key], second[key]) for key in first)
     again = load_dense_or_factored(str(tmp_path / "again"))
@@ -272,7 +272,7 @@ def test_peft_export_loads_with_stock_libraries(llama_dir, rows_file, tmp_path, 
     assert base["quantization_config"]["quant_method"] == "bitsandbytes"
     stored = load_file(tmp_path / "peft" / "base" / "model.safetensors")
     name = "model.layers.0.self_attn.q_proj"
-    assert torch.equal(stored[f"{name}.weight"], load_file(out / "model.safetensors")[f"{name}.backbone.weight"])
+    assert torch.equal(stored[f"{name}.weight"], read_tensors(out)[f"{name}.backbone.weight"])
 
 
 def test_peft_export_refuses_what_bitsandbytes_decodes_wrongly(factored, tmp_path):
@@ -413,7 +413,7 @@ def test_evaluate_counts_what_is_stored(factored, tmp_path, rows_file):
         result = lord_tune.evaluate(
             str(folder), text=[str(rows_file)], context_length=64, max_tokens=500, json=str(tmp_path / "r.json")
         )
-        stored = load_file(folder / "model.safetensors")
+        stored = read_tensors(folder)
         assert result["model_bytes"] == sum(t.numel() * t.element_size() for t in stored.values())
         keys = ["perplexity", "loss", "tokens", "context_length", "parameters", "model_bytes", "linear_bits_per_weight",
                 "tokens_per_second", "peak_rss_bytes", "texts"]  # fmt: skip
@@ -480,7 +480,7 @@ def test_bfloat16_checkpoints_keep_their_dtype_and_train_in_float32(tmp_path, ro
     base = save_tiny(tiny_llama().to(torch.bfloat16), tmp_path / "bf16")
     options = {"rank": 8, "backbone": "nf4", "calibration": [str(rows_file)], **CALIBRATION}
     lord_tune.decompose(str(base), str(tmp_path / "out"), **options)
-    stored = load_file(tmp_path / "out" / "model.safetensors")
+    stored = read_tensors(tmp_path / "out")
     assert stored["model.embed_tokens.weight"].dtype == torch.bfloat16
     assert stored["model.layers.0.mlp.up_proj.left.weight"].dtype == torch.bfloat16
     lord_tune.train(

@@ -1,4 +1,4 @@
-"""Random models of three families, small enough to decompose in a second, and a tokenizer and text that fit them."""
+"""Random models, small enough to decompose in a second, and a tokenizer and text that fit them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -92,6 +95,67 @@ def tiny_bert(seed: int = 0) -> BertForMaskedLM:
     return _seeded(BertForMaskedLM, bert_config(), seed)
 
 
+_WIDTHS: dict[str, Any] = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": INTERMEDIATE,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": POSITIONS,
+    "initializer_range": _SPREAD,
+    **_special_ids(),
+}
+_GROUPED = _WIDTHS | {"num_key_value_heads": 2}
+_GPT2 = gpt2_config().to_diff_dict() | {"initializer_range": _SPREAD}
+_EXPERTS = _GROUPED | {"num_experts_per_tok": 2}
+# their position ids start after the padding id
+_OFFSET = _WIDTHS | {"pad_token_id": 1}
+_OPT = {key: value for key, value in _WIDTHS.items() if key not in ("intermediate_size", "initializer_range")}
+SLIDING_WINDOW = 32
+
+# name -> class, configuration; what is special about it
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", _GROUPED),
+    "qwen2": ("Qwen2ForCausalLM", _GROUPED),  # q, k, v with bias
+    "qwen3": ("Qwen3ForCausalLM", _GROUPED | {"head_dim": 16}),  # normed q, k
+    "mistral": ("MistralForCausalLM", _GROUPED | {"sliding_window": SLIDING_WINDOW}),
+    "gemma3": (  # masks and rotary frequencies that differ between blocks
+        "Gemma3ForCausalLM",
+        _GROUPED
+        | {"head_dim": 16, "sliding_window": SLIDING_WINDOW}
+        | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
+    "phi": ("PhiForCausalLM", _WIDTHS),  # attention beside the MLP
+    "phi3": ("Phi3ForCausalLM", _GROUPED),  # fused q, k, v and gate, up
+    "gpt2": ("GPT2LMHeadModel", _GPT2),  # Conv1D
+    "bigcode": ("GPTBigCodeForCausalLM", _GPT2 | {"multi_query": True}),
+    "starcoder2": ("Starcoder2ForCausalLM", _GROUPED),
+    "neox": ("GPTNeoXForCausalLM", _WIDTHS),
+    "opt": (  # projections between the embeddings and the blocks
+        "OPTForCausalLM",
+        _OPT | {"ffn_dim": INTERMEDIATE, "word_embed_proj_dim": 32, "init_std": _SPREAD},
+    ),
+    "bert": ("BertForMaskedLM", _WIDTHS),
+    "roberta": ("RobertaForMaskedLM", _OFFSET),
+    "mpnet": ("MPNetForMaskedLM", _OFFSET),  # one position bias for all blocks
+    "mpnet-bare": ("MPNetModel", _OFFSET),
+    "mixtral": ("MixtralForCausalLM", _EXPERTS | {"num_local_experts": 4}),  # fused experts
+    "qwen3-moe": ("Qwen3MoeForCausalLM", _EXPERTS | {"num_experts": 4, "moe_intermediate_size": 48, "head_dim": 16}),
+}
+
+
+def tiny_family(name: str, seed: int = 0) -> Any:
+    """A random model of FAMILIES. Its biases are random too: as the zeros they start from, nobody would miss them."""
+    build = getattr(transformers, FAMILIES[name][0])
+    model = _seeded(build, build.config_class(**FAMILIES[name][1]), seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith("bias"):
+                parameter.normal_(0, 0.1, generator=generator)
+    return model
+
+
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte (byte-level BPE without merges), so any text round-trips and lengths are easy to predict."""
     alphabet = sorted(ByteLevel.alphabet())
@@ -109,6 +173,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         model_max_length=POSITIONS,
         clean_up_tokenization_spaces=False,
     )
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, of one file or many."""
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
 
 
 def save_tiny(model: Any, folder: Path) -> Path:

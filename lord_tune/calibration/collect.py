@@ -1,8 +1,9 @@
-"""Run the calibration windows through a model block by block and collect the moments of each layer's input.
+"""Run windows of text through a model block by block and collect statistics of each layer's input.
 
-Only one block's Gram matrices exist at a time. The blocks are found structurally (the longest ModuleList of modules of
-one class), never by architecture name. Every block's own keyword arguments (masks, position embeddings, which may
-differ between blocks) are recorded once, in a pass in which blocks hand their input on without computing.
+Only one block's weights and Gram matrices exist at a time; the hidden states between blocks lie in files. The blocks
+are found structurally (the longest ModuleList of modules of one class), never by architecture name. Every block's own
+keyword arguments (masks, position embeddings, which may differ between blocks) are recorded once per stream, in a pass
+in which blocks hand their input on without computing.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError, LordWarning
-from .moments import MomentAccumulator, Moments
+from ..parallel import Workers
+from .moments import InputStatistics, MomentAccumulator, SampleAccumulator
+from .states import StateFile, StateWriter
 
 
 @dataclass(frozen=True)
@@ -30,23 +34,32 @@ class Blocks:
     def names(self) -> list[str]:
         return [f"{self.prefix}.{i}" if self.prefix else "" for i in range(len(self.modules))]
 
+    def holds(self, index: int, name: str) -> bool:
+        """Whether the module or tensor `name` lies inside block `index`."""
+        return not self.prefix or name.startswith(f"{self.prefix}.{index}.")
+
 
 def find_blocks(model: nn.Module) -> Blocks:
-    """The longest ModuleList whose members are of one class (the outermost on a tie)."""
-    best = Blocks("", (model,))
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len({type(child) for child in module}) != 1:
-            continue
-        if not best.prefix or len(module) > len(best.modules):
-            best = Blocks(name, tuple(module))
-    if not best.prefix:
+    """The longest ModuleList whose members are of one class; lists inside the members of another (experts) and lists of
+    mere linear layers are no blocks; the first of equals counts."""
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len({type(child) for child in module}) == 1
+        and any(True for _ in next(iter(module)).children())
+    }
+    outer = {n: m for n, m in lists.items() if not any(n.startswith(other + ".") for other in lists)}
+    if not outer:
         warnings.warn(
             "The model has no list of repeated blocks; all layers are calibrated in one pass, which holds every "
-            "Gram matrix in memory at once.",
+            "weight and every Gram matrix in memory at once.",
             LordWarning,
             stacklevel=2,
         )
-    return best
+        return Blocks("", (model,))
+    name = max(outer, key=lambda n: len(outer[n]))
+    return Blocks(name, tuple(outer[name]))
 
 
 class _Stop(Exception):
@@ -54,7 +67,8 @@ class _Stop(Exception):
 
 
 @contextmanager
-def _replaced_forward(modules: dict[int, nn.Module], make: Callable[[int, Callable], Callable]) -> Iterator[None]:
+def replaced_forward(modules: dict[int, nn.Module], make: Callable[[int, Callable], Callable]) -> Iterator[None]:
+    """Give each module another forward for a while: `make(index, original)`."""
     for index, module in modules.items():
         module.forward = make(index, module.forward)
     try:
@@ -64,35 +78,52 @@ def _replaced_forward(modules: dict[int, nn.Module], make: Callable[[int, Callab
             del module.forward
 
 
-def _hidden_of(output: Any) -> Tensor:
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states in what a block returns."""
     return output[0] if isinstance(output, tuple | list) else output
 
 
 class BlockWalk:
-    """Hidden states of several streams of windows (calibration, held-out), carried from block to block.
+    """Hidden states of several streams of windows (calibration, held-out, ...), carried from block to block.
 
-    All windows have one shape (1, length), so the recorded keyword arguments fit every window.
+    All windows of a stream have one shape (1, length), so the keyword arguments recorded on its first window fit every
+    window. `record` and `start` need the parts of the model outside the blocks in memory, and block 0; afterwards only
+    the block at hand is needed. Each process walks its own share of every stream.
     """
 
     def __init__(
         self,
         model: nn.Module,
         blocks: Blocks,
-        streams: dict[str, Tensor],  # name -> (window, length) token ids
+        streams: dict[str, Tensor],  # name -> (window, length) token ids of all processes
         forward: Callable[[nn.Module, Tensor], Any],  # runs the model on (1, length) ids
+        folder: Path,
+        workers: Workers | None = None,
     ):
-        self._blocks, self._streams, self._forward, self._model = blocks, streams, forward, model
-        self._calls: list[tuple[tuple, dict]] = []
-        self._hidden: dict[str, list[Tensor]] = {}
-        if blocks.prefix:
-            self._record_calls(next(iter(streams.values()))[:1])
-            self._hidden = {name: [self._first_input(w[None]) for w in windows] for name, windows in streams.items()}
+        self._blocks, self._model, self._forward, self._folder = blocks, model, forward, folder
+        self._workers = workers or Workers()
+        self._tokens = {name: windows.numel() for name, windows in streams.items()}
+        self._examples = {name: windows[:1] for name, windows in streams.items()}
+        self.windows = {name: w[self._workers.rank :: self._workers.size] for name, w in streams.items()}
+        self._calls: dict[str, list[tuple[tuple, dict]]] = {}
+        self._wrap: Callable[[Tensor], Any] = lambda hidden: hidden
+
+    @property
+    def streamed(self) -> bool:
+        """False when the model has no blocks and is run whole."""
+        return bool(self._blocks.prefix)
 
     @torch.no_grad()
-    def _record_calls(self, window: Tensor) -> None:
+    def record(self) -> None:
+        """Learn every block's arguments; runs one window of each stream through everything but the blocks."""
+        if self.streamed:
+            for stream, window in self._examples.items():
+                self._calls[stream] = self._record_calls(window)
+
+    def _record_calls(self, window: Tensor) -> list[tuple[tuple, dict]]:
         calls: dict[int, tuple[tuple, dict]] = {}
         last = len(self._blocks.modules) - 1
-        wrap: list[Callable[[Tensor], Any]] = []
+        learnt: list[Any] = []
 
         def make(index: int, original: Callable) -> Callable:
             def record(*args: Any, **kwargs: Any) -> Any:
@@ -101,91 +132,200 @@ class BlockWalk:
                         "A block of this model runs more than once in a forward pass; such models are not supported."
                     )
                 calls[index] = (args, kwargs)
+                if not learnt:  # the first block runs for real, to learn the form of a block's output
+                    learnt.append(original(*args, **kwargs))
+                    self._learn_form(learnt[0])
                 if index == last:
                     raise _Stop
-                hidden = args[0] if args else kwargs["hidden_states"]
-                if not wrap:  # the first block runs for real, to learn the form of a block's output
-                    output = original(*args, **kwargs)
-                    rest = output[1:] if isinstance(output, tuple | list) else None
-                    wrap.append(lambda h: h if rest is None else (h, *rest))
-                return wrap[0](hidden)
+                return self._wrap(_hidden_argument(args, kwargs))
 
             return record
 
-        with _replaced_forward(dict(enumerate(self._blocks.modules)), make):
+        with replaced_forward(dict(enumerate(self._blocks.modules)), make):
             try:
                 self._forward(self._model, window)
             except _Stop:
                 pass
+        found = []
         for index in range(last + 1):
             if index not in calls:
                 raise CalibrationError(f"Block {self._blocks.names()[index]} never ran in a forward pass of the model.")
             args, kwargs = calls[index]
-            if args:
-                self._calls.append((args[1:], kwargs))
-            else:
-                self._calls.append(((), {k: v for k, v in kwargs.items() if k != "hidden_states"}))
+            rest = {key: value for key, value in kwargs.items() if args or key != "hidden_states"}
+            found.append((args[1:], rest))
+        return found
+
+    def _learn_form(self, output: Any) -> None:
+        if isinstance(output, tuple | list):
+            rest = tuple(output[1:])
+            self._wrap = lambda hidden: (hidden, *rest)
+
+    def _file(self, index: int, stream: str, kind: str = "states") -> Path:
+        return self._folder / f"{kind}-{stream}-{index:05d}-{self._workers.rank}.bin"
 
     @torch.no_grad()
+    def start(self) -> None:
+        """Write the inputs of block 0."""
+        if not self.streamed:
+            return
+        for stream, windows in self.windows.items():
+            with StateWriter(self._file(0, stream)) as target:
+                for window in windows:
+                    target.append(self._first_input(window[None]))
+
     def _first_input(self, window: Tensor) -> Tensor:
         found: list[Tensor] = []
 
         def make(index: int, original: Callable) -> Callable:
             def record(*args: Any, **kwargs: Any) -> Any:
-                found.append(args[0] if args else kwargs["hidden_states"])
+                found.append(_hidden_argument(args, kwargs))
                 raise _Stop
 
             return record
 
-        with _replaced_forward({0: self._blocks.modules[0]}, make):
+        with replaced_forward({0: self._blocks.modules[0]}, make):
             try:
                 self._forward(self._model, window)
             except _Stop:
                 pass
         return found[0]
 
-    def _run(self, index: int, stream: str, position: int) -> None:
-        if not self._blocks.prefix:
-            self._forward(self._model, self._streams[stream][position][None])
-            return
-        args, kwargs = self._calls[index]
-        output = self._blocks.modules[index](self._hidden[stream][position], *args, **kwargs)
-        self._hidden[stream][position] = _hidden_of(output)
+    def forget(self, index: int, streams: list[str], kind: str = "states") -> None:
+        """Remove the states in front of block `index`."""
+        for stream in streams:
+            self._file(index, stream, kind).unlink(missing_ok=True)
+
+    def block(self, index: int, stream: str, hidden: Tensor) -> Tensor:
+        """The output of block `index` for the hidden states (1, length, width) in front of it."""
+        args, kwargs = self._calls[stream][index]
+        return hidden_of(self._blocks.modules[index](hidden, *args, **kwargs))
 
     @torch.no_grad()
-    def collect(self, index: int, layers: dict[str, nn.Module]) -> dict[str, dict[str, Moments]]:
-        """Run block `index` over all windows and return stream -> layer name -> moments of its input.
+    def advance(self, index: int, stream: str, keep: bool = True) -> None:
+        """Run block `index` over a stream; `keep` writes what comes out."""
+        if not self.streamed:
+            for window in self.windows[stream]:
+                self._forward(self._model, window[None])
+            return
+        device = next(iter(self._blocks.modules[index].parameters())).device
+        source = StateFile(self._file(index, stream))
+        if not keep:
+            for position in range(len(source)):
+                self.block(index, stream, source[position].to(device))
+        else:
+            with StateWriter(self._file(index + 1, stream)) as target:
+                for position in range(len(source)):
+                    target.append(self.block(index, stream, source[position].to(device)))
+        source.close()
+
+    def collect(
+        self,
+        index: int,
+        layers: dict[str, nn.Module],
+        keep: bool = True,  # write the outputs of the block
+        sampled: tuple[str, ...] = (),  # streams that are only measured on: their rows are kept where that is smaller
+        streams: tuple[str, ...] = ("calibration", "heldout"),
+    ) -> dict[str, dict[str, InputStatistics]]:
+        """Run block `index` over the streams and return stream -> layer name -> statistics of its input.
 
         Layers fed by the same tensor (q, k, v; gate, up) share one record. A layer that never ran is absent.
         """
-        return {stream: self._collect_stream(index, stream, layers) for stream in self._streams}
+        found = {}
+        for stream in streams:
+            if stream in self.windows:
+                found[stream] = self._collect_stream(index, stream, layers, keep, stream in sampled)
+        return found
 
-    def _collect_stream(self, index: int, stream: str, layers: dict[str, nn.Module]) -> dict[str, Moments]:
-        sums: dict[str, MomentAccumulator] = {}
+    def _collect_stream(
+        self, index: int, stream: str, layers: dict[str, nn.Module], keep: bool, sampled: bool
+    ) -> dict[str, InputStatistics]:
+        sums: dict[str, MomentAccumulator | SampleAccumulator] = {}
         leader: dict[str, str] = {}
         seen: list[tuple[str, Tensor]] = []  # the distinct inputs of the window in flight
+
+        def accumulator(width: int, device: torch.device) -> MomentAccumulator | SampleAccumulator:
+            # rows are float32, a Gram matrix is float64
+            if sampled and self._tokens[stream] <= 2 * width:
+                return SampleAccumulator(width, device)
+            return MomentAccumulator(width, device)
 
         def hook(name: str) -> Callable:
             def observe(module: nn.Module, args: tuple) -> None:
                 x = args[0]
                 first = next((n for n, t in seen if t is x), None)
-                if first is not None and leader.setdefault(name, first) == first:
-                    return
-                if leader.setdefault(name, name) != name:
+                if first is None:
+                    seen.append((name, x))
+                if leader.setdefault(name, first or name) != (first or name):
                     raise CalibrationError(f"The layers that share the input of '{name}' changed between windows.")
-                seen.append((name, x))
-                sums.setdefault(name, MomentAccumulator(x.shape[-1], x.device)).update(x)
+                if first is None:
+                    if name not in sums:
+                        sums[name] = accumulator(x.shape[-1], x.device)
+                    sums[name].update(x)
 
             return observe
 
         handles = [module.register_forward_pre_hook(hook(name)) for name, module in layers.items()]
+        block = self._blocks.modules[index]
+        # the windows of one forward pass share tensors, those of the next do not
+        handles.append(block.register_forward_pre_hook(lambda module, args: seen.clear()))
         try:
-            for position in range(len(self._streams[stream])):
-                seen.clear()
-                self._run(index, stream, position)
+            self.advance(index, stream, keep)
         finally:
             seen.clear()
             for handle in handles:
                 handle.remove()
-        results = {name: accumulator.result(name) for name, accumulator in sums.items()}
+        self._agree(sums, leader, accumulator)
+        results = {name: sums[name].result(name, self._workers) for name in sorted(sums)}
         return {name: results[leader[name]] for name in layers if name in leader}
+
+    def _agree(self, sums: dict, leader: dict[str, str], accumulator: Callable) -> None:
+        """Make every process know every layer that ran on any of them, so that all add up the same sums."""
+        device = next(iter(self._model.buffers()), torch.zeros(0)).device if not sums else None
+        for other_leader, widths in self._workers.gather((leader, {name: s.width for name, s in sums.items()})):
+            for name, first in other_leader.items():
+                if leader.setdefault(name, first) != first:
+                    raise CalibrationError(f"The layers that share the input of '{name}' differ between processes.")
+            for name, width in widths.items():
+                if name not in sums:
+                    sums[name] = accumulator(width, device or next(iter(sums.values()))._device)
+
+    # --- the way back: gradients of the loss, from the last block to the first ---
+
+    def write_gradients(self, stream: str, loss: Callable[[nn.Module, Tensor], Tensor], device: torch.device) -> None:
+        """Gradients of the loss at the output of the last block. Needs the parts outside the blocks in memory."""
+        last = len(self._blocks.modules) - 1
+        source = StateFile(self._file(last + 1, stream))
+        with StateWriter(self._file(last + 1, stream, "gradients")) as target:
+            for position, window in enumerate(self.windows[stream]):
+                leaf = source[position].to(device).requires_grad_(True)
+
+                def make(index: int, original: Callable, leaf: Tensor = leaf) -> Callable:
+                    def skip(*args: Any, **kwargs: Any) -> Any:
+                        return self._wrap(leaf if index == last else _hidden_argument(args, kwargs))
+
+                    return skip
+
+                with replaced_forward(dict(enumerate(self._blocks.modules)), make), torch.enable_grad():
+                    loss(self._model, window[None]).backward()
+                assert leaf.grad is not None, "the loss depends on the last block"
+                target.append(leaf.grad)
+        source.close()
+
+    def backward(self, index: int, stream: str) -> None:
+        """Recompute block `index` with gradients and write those of its input; hooks on its layers see theirs."""
+        device = next(iter(self._blocks.modules[index].parameters())).device
+        states = StateFile(self._file(index, stream))
+        above = StateFile(self._file(index + 1, stream, "gradients"))
+        with StateWriter(self._file(index, stream, "gradients")) as target:
+            for position in range(len(states)):
+                leaf = states[position].to(device).requires_grad_(True)
+                with torch.enable_grad():
+                    torch.autograd.backward(self.block(index, stream, leaf), above[position].to(device))
+                assert leaf.grad is not None, "a block's output depends on its input"
+                target.append(leaf.grad)
+        states.close()
+        above.close()
+
+
+def _hidden_argument(args: tuple, kwargs: dict) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]

@@ -1,20 +1,35 @@
-"""Streaming second moments of the inputs of one layer.
+"""Second moments of the inputs of one layer, streamed window by window.
 
 Products of a window are taken in the activations' precision (float32 or better) and summed in float64, so the memory
 does not depend on the number of tokens and 10^5 windows lose no digits. Only the block upper triangle of X^T X is
 multiplied: at width 1536 that is 9/16 of the work of the full product, and X^T X is half of the cost of calibration.
+
+Text that only measures (the held-out part) is kept as the rows themselves as long as these are smaller than a Gram
+matrix: 1,024 tokens of a layer with 28,672 inputs are 117 MB, its Gram matrix 6.6 GB. Both kinds of statistics answer
+the same question, `energies`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import CalibrationError
+from ..linalg import row_energies
+from ..parallel import Workers
 
 _PANEL = 192  # columns of a panel of the triangular product; below 128 overhead outweighs the arithmetic saved
+
+
+class InputStatistics(Protocol):
+    """What is known of a layer's input x."""
+
+    def energies(self, rows: Tensor, centre: Tensor | None = None) -> Tensor:
+        """Mean of (row . (x - centre))^2 for each of `rows` (k, in); `centre` is (in,) or zero. (k,) float64"""
+        ...
 
 
 @dataclass(frozen=True)
@@ -23,66 +38,134 @@ class Moments:
 
     gram: Tensor  # (in, in) float64, mean of x x^T over all tokens
     mean: Tensor  # (in,) float64, mean of x
-    sink_gram: Tensor  # (in, in) float64, mean of x x^T over the tokens at position 0
+    first: Tensor  # (windows, in) float64, the inputs at position 0
     tokens: int
 
-    def weighted(self, sink_weight: float) -> Tensor:
-        """H + beta H_0. (in, in)
+    @property
+    def sink_gram(self) -> Tensor:
+        """Mean of x x^T over the tokens at position 0. (in, in)"""
+        return self.first.T @ self.first / max(len(self.first), 1)
+
+    def sink_moment(
+        self,
+        matrix: Tensor,  # (k, in)
+    ) -> Tensor:
+        """matrix H_0 matrix^T with H_0 the moment of position 0, without forming H_0. (k, k)
 
         Attention gives its largest weights to position 0 (the sink), whose value and MLP outputs are nearly zero; it
-        carries under 1e-4 of the energy, so a plain second moment lets a factorization spoil it. beta = 0.05 costs
+        carries under 1e-4 of the energy, so a plain second moment lets a factorization spoil it. Adding 0.05 H_0 costs
         ordinary tokens little; a prototype took uniform ranks on SmolLM2 from perplexity 37.4 to 28.9 (dense 12.2).
         With loss_weighted ranks it makes no difference (10.77 with and without, 20 % removed).
         """
-        return self.gram + sink_weight * self.sink_gram if sink_weight else self.gram
+        outputs = matrix @ self.first.to(matrix).T
+        return outputs @ outputs.T / max(len(self.first), 1)
 
-    def shifted(self, centre: Tensor | None) -> Tensor:
-        """E[(x - c)(x - c)^T] for a fixed centre c (in,), or the uncentred moment for None. (in, in)"""
+    def energies(self, rows: Tensor, centre: Tensor | None = None) -> Tensor:
+        rows = rows.double()
+        energy = row_energies(rows, self.gram)
         if centre is None:
-            return self.gram
-        cross = torch.outer(centre, self.mean)
-        return self.gram - cross - cross.T + torch.outer(centre, centre)
+            return energy
+        shift = rows @ centre
+        return energy - 2 * shift * (rows @ self.mean) + shift * shift
+
+    def describe(self) -> dict[str, float]:
+        """How well the Gram matrix determines anything: tokens, inputs that never fired, the share of the energy in the
+        largest channel (massive activations: above one half, an error is that of one direction)."""
+        diagonal = self.gram.diagonal()
+        total = float(diagonal.sum())
+        return {
+            "tokens": self.tokens,
+            "dead_inputs": int((diagonal == 0).sum()),
+            "largest_input_share": float(diagonal.max()) / total if total > 0 else 0.0,
+        }
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The inputs themselves, for text that is only measured on."""
+
+    rows: Tensor  # (token, in), float32 or float64
+
+    def energies(self, rows: Tensor, centre: Tensor | None = None) -> Tensor:
+        directions = rows.to(self.rows.dtype)
+        outputs = self.rows @ directions.T
+        if centre is not None:
+            outputs = outputs - directions @ centre.to(directions)
+        return (outputs * outputs).double().mean(0)
 
 
 class MomentAccumulator:
-    """Sums over the windows fed to `update`; `result` gives the means."""
+    """Sums over the windows fed to `update`; `result` gives the means over the windows of all processes."""
 
     def __init__(self, width: int, device: torch.device):
+        self.width, self._device = width, device
         self._gram = torch.zeros(width, width, dtype=torch.float64, device=device)
-        self._first: list[Tensor] = []  # rows at position 0: few, so they are kept and multiplied once
+        self._first: list[Tensor] = []  # rows at position 0: few, so they are kept
         self._sum = torch.zeros(width, dtype=torch.float64, device=device)
         self._tokens = 0
 
     def update(self, inputs: Tensor) -> None:  # (batch, position, in), or (token, in): no position 0 is known then
-        rows = inputs.detach().reshape(-1, inputs.shape[-1])
-        rows = rows if rows.dtype == torch.float64 else rows.float()
+        rows = _rows_of(inputs)
         add_gram(self._gram, rows)
         self._sum += rows.sum(0)
         self._tokens += rows.shape[0]
         if inputs.dim() == 3:
             self._first.append(inputs.detach()[:, 0].double())
 
-    def result(self, name: str) -> Moments:
-        """The moments; raises CalibrationError naming the layer if an input was NaN or Inf."""
-        gram = mirrored(self._gram) / max(self._tokens, 1)
-        if not torch.isfinite(gram.sum()):
-            raise CalibrationError(
-                f"The inputs of '{name}' hold NaN or Inf on the calibration text; "
-                "check the weights before it, or run the model in float32 (--dtype float32)."
-            )
-        first = torch.cat(self._first) if self._first else gram.new_zeros(1, gram.shape[0])
-        return Moments(gram, self._sum / max(self._tokens, 1), first.T @ first / first.shape[0], self._tokens)
+    def result(self, name: str, workers: Workers | None = None) -> Moments:
+        """The moments; raises CalibrationError naming the layer if an input was NaN or Inf. Call it once: the sums are
+        turned into the means in place."""
+        workers = workers or Workers()
+        counts = torch.tensor([self._tokens], dtype=torch.float64, device=self._device)
+        for total in (self._gram, self._sum, counts):
+            workers.add_up(total)
+        tokens = int(counts)
+        mirror(self._gram).div_(max(tokens, 1))
+        if not torch.isfinite(self._gram.sum()):
+            raise _not_finite(name)
+        own = torch.cat(self._first) if self._first else self._gram.new_zeros(0, self.width)
+        return Moments(self._gram, self._sum / max(tokens, 1), workers.concatenate(own), tokens)
 
 
-def mirrored(total: Tensor) -> Tensor:
-    """The symmetric matrix whose block upper triangle `add_gram` summed. (in, in)"""
-    full = total.clone()
-    for start in range(0, len(full), _PANEL):
-        stop = min(start + _PANEL, len(full))
-        diagonal = full[start:stop, start:stop]
-        full[start:stop, start:stop] = (diagonal + diagonal.T) / 2
-        full[stop:, start:stop] = full[start:stop, stop:].T
-    return full
+class SampleAccumulator:
+    """Keeps the rows fed to `update`."""
+
+    def __init__(self, width: int, device: torch.device):
+        self.width, self._device = width, device
+        self._rows: list[Tensor] = []
+
+    def update(self, inputs: Tensor) -> None:  # (batch, position, in) or (token, in)
+        self._rows.append(_rows_of(inputs).clone())
+
+    def result(self, name: str, workers: Workers | None = None) -> Sample:
+        """The rows of all processes; raises CalibrationError naming the layer if one was NaN or Inf."""
+        own = torch.cat(self._rows) if self._rows else torch.zeros(0, self.width, device=self._device)
+        rows = (workers or Workers()).concatenate(own)
+        if not torch.isfinite(rows.sum()):
+            raise _not_finite(name)
+        return Sample(rows)
+
+
+def _rows_of(inputs: Tensor) -> Tensor:
+    rows = inputs.detach().reshape(-1, inputs.shape[-1])
+    return rows if rows.dtype == torch.float64 else rows.float()
+
+
+def _not_finite(name: str) -> CalibrationError:
+    return CalibrationError(
+        f"The inputs of '{name}' hold NaN or Inf on the calibration text; "
+        "check the weights before it, or run the model in float32 (--dtype float32)."
+    )
+
+
+def mirror(total: Tensor) -> Tensor:
+    """Complete, in place, the symmetric matrix whose block upper triangle `add_gram` summed. (in, in)"""
+    for start in range(0, len(total), _PANEL):
+        stop = min(start + _PANEL, len(total))
+        diagonal = total[start:stop, start:stop]
+        total[start:stop, start:stop] = (diagonal + diagonal.T) / 2
+        total[stop:, start:stop] = total[start:stop, stop:].T
+    return total
 
 
 def add_gram(

@@ -1,7 +1,19 @@
 """Factorization methods, one file each; `METHODS` lists them by name."""
 
 from .afm import AFM
-from .base import Factorization, Factors, Projection, Spectrum, Split, balance, error_curves, relative_error, truncate
+from .base import (
+    Core,
+    Factorization,
+    Factors,
+    Projection,
+    Solution,
+    Spectrum,
+    Split,
+    balance,
+    error_curves,
+    relative_error,
+    truncate,
+)
 from .loftq import LoftQ
 from .svd import PlainSVD
 from .whitened import Whitened
@@ -11,11 +23,13 @@ METHODS: dict[str, type] = {"svd": PlainSVD, "whitened": Whitened, "afm": AFM, "
 __all__ = [
     "AFM",
     "METHODS",
+    "Core",
     "Factorization",
     "Factors",
     "LoftQ",
     "PlainSVD",
     "Projection",
+    "Solution",
     "Spectrum",
     "Split",
     "Whitened",

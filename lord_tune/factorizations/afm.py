@@ -18,12 +18,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from ..calibration.moments import Moments
-from ..linalg import output_basis
-from .base import Projection, Spectrum
+from .base import Core, Projection
 
 
 @dataclass(frozen=True)
@@ -34,9 +32,7 @@ class AFM(Projection):
     needs: ClassVar[frozenset[str]] = frozenset({"input_gram"})
     centred: bool = True
 
-    def spectrum(self, weight: Tensor, moments: Moments | None) -> Spectrum:
-        assert moments is not None, "the driver collects what `needs` names"
-        if not self.centred:
-            return Spectrum(*output_basis(weight, moments.gram))
-        covariance = moments.gram - torch.outer(moments.mean, moments.mean)
-        return Spectrum(*output_basis(weight, covariance), centre=moments.mean)
+    def selection(self, core: Core, moments: Moments | None) -> tuple[Tensor, Tensor | None]:
+        assert moments is not None and core.outputs is not None, "the driver collects what `needs` names"
+        centre = moments.mean if self.centred else None
+        return core.shifted_outputs(centre, moments.mean), centre

@@ -14,10 +14,33 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from ..calibration.moments import Moments
+from ..calibration.moments import InputStatistics, Moments
 from ..errors import UsageError
-from ..linalg import balanced, row_energies
+from ..linalg import balanced, principal_axes, smaller_side
 from ..quantizers import Quantizer
+
+
+@dataclass(frozen=True)
+class Core:
+    """A layer seen from its smaller side, k = min(out, in): W = rotation @ matrix."""
+
+    rotation: Tensor | None  # (out, k), orthonormal columns; None for out <= in
+    matrix: Tensor  # (k, in) float64
+    outputs: Tensor | None  # (k, k) float64: matrix H matrix^T, None without moments
+
+    @classmethod
+    def of(cls, weight: Tensor, moments: Moments | None) -> Core:
+        rotation, matrix = smaller_side(weight)
+        return cls(rotation, matrix, None if moments is None else matrix @ moments.gram @ matrix.T)
+
+    def shifted_outputs(self, centre: Tensor | None, mean: Tensor) -> Tensor:
+        """The outputs' second moment for inputs taken relative to `centre`. (k, k)"""
+        assert self.outputs is not None
+        if centre is None:
+            return self.outputs
+        shift, average = self.matrix @ centre, self.matrix @ mean
+        cross = torch.outer(shift, average)
+        return self.outputs - cross - cross.T + torch.outer(shift, shift)
 
 
 @dataclass(frozen=True)
@@ -27,6 +50,15 @@ class Spectrum:
     basis: Tensor  # (out, k)
     energies: Tensor  # (k,) float64: the squared error of rank r is the sum over j >= r
     centre: Tensor | None = None  # (in,): inputs are taken relative to it, its output goes to the bias
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A spectrum with what it was computed from, so that errors cost no second product with H."""
+
+    spectrum: Spectrum
+    core: Core
+    axes: Tensor  # (k, k): the basis is rotation @ axes
 
 
 @dataclass(frozen=True)
@@ -87,10 +119,24 @@ def balance(factors: Factors) -> Factors:
 
 
 class Projection:
-    """Base of the methods whose optimum is an orthogonal projection of the outputs, W' = U_r U_r^T W."""
+    """Base of the methods whose optimum is an orthogonal projection of the outputs, W' = U_r U_r^T W.
+
+    U are the eigenvectors of a second moment of the outputs that the method chooses (`selection`).
+    """
+
+    def selection(self, core: Core, moments: Moments | None) -> tuple[Tensor, Tensor | None]:
+        """The (k, k) moment, in the core's coordinates, whose eigenvectors are the basis; and the centre (in,)."""
+        raise TypeError(f"{type(self).__name__} has to define selection")
+
+    def solve(self, weight: Tensor, moments: Moments | None) -> Solution:
+        core = Core.of(weight, moments)
+        moment, centre = self.selection(core, moments)
+        energies, axes = principal_axes(moment)
+        basis = axes if core.rotation is None else core.rotation @ axes
+        return Solution(Spectrum(basis, energies, centre), core, axes)
 
     def spectrum(self, weight: Tensor, moments: Moments | None) -> Spectrum:
-        raise TypeError(f"{type(self).__name__} has to define spectrum")
+        return self.solve(weight, moments).spectrum
 
     def split(self, weight: Tensor, moments: Moments | None, rank: int, quantizer: Quantizer | None) -> Split:
         """Quantize W first if asked to, then factor the residual W - Q."""
@@ -106,38 +152,35 @@ class Projection:
         return Split(truncate(w, spectrum, rank), parts, backbone, spectrum.centre)
 
 
-def error_curves(
-    weight: Tensor,  # (out, in)
-    spectrum: Spectrum,
-    calibration: Moments,
-    heldout: Moments | None = None,
-) -> dict[str, Tensor]:
+def error_curves(solution: Solution, calibration: Moments, heldout: InputStatistics | None = None) -> dict[str, Tensor]:
     """Relative output errors sqrt(E||y - y'||^2 / E||W x||^2) at the ranks 0..k, (k + 1,) each: `calibrated`, `heldout`
-    (the same basis on other text) and `plain` (truncated SVD of W on the calibration text, float32 basis).
+    (the same basis on other text), `plain` (truncated SVD of W on the calibration text, float32 basis) and
+    `beyond_top`, the calibrated error relative to what is left of the outputs without their largest direction: one
+    massive activation can hold most of the energy and make any error look small.
 
     The basis is complete for the range of W (k = min(out, in)), so what is lost at rank r is the energy of the
     directions from r on.
     """
-    w, basis = weight.double(), spectrum.basis.double()
-    by_outputs = w.shape[0] <= w.shape[1]
-    rows = None if by_outputs and spectrum.centre is None else basis.T @ w
-    curves = {}
-    for name, moments in {"calibrated": calibration, "heldout": heldout}.items():
-        if moments is None:
-            continue
-        outputs = w @ moments.gram @ w.T if by_outputs else None  # W H W^T, the smaller side
-        if rows is not None:
-            energies = row_energies(rows, moments.shifted(spectrum.centre))
-        else:
-            assert outputs is not None
-            energies = ((basis.T @ outputs) * basis.T).sum(1)
-        reference = energies.sum()
-        if rows is not None and spectrum.centre is not None:
-            reference = row_energies(rows, moments.gram).sum()
-        curves[name] = _tail_curve(energies, reference)
-        if name == "calibrated":
-            curves["plain"] = _tail_curve(_plain_energies(weight, moments, outputs), reference)
+    core, axes, centre = solution.core, solution.axes, solution.spectrum.centre
+    assert core.outputs is not None, "the driver gives the moments to both"
+    reference = core.outputs.diagonal().sum()
+    energies = _along(axes, core.shifted_outputs(centre, calibration.mean))
+    curves = {"calibrated": _tail_curve(energies, reference)}
+    curves["beyond_top"] = _tail_curve(energies, reference - energies.max()).clamp_max(1.0)
+    if heldout is not None:
+        rows = axes.T @ core.matrix
+        other = heldout.energies(rows, centre)
+        curves["heldout"] = _tail_curve(other, other.sum() if centre is None else heldout.energies(rows).sum())
+    # the same order of work in float32 is enough for a baseline
+    matrix = core.matrix.float()
+    plain = torch.linalg.eigh(matrix @ matrix.T).eigenvectors.flip(1).double()
+    curves["plain"] = _tail_curve(_along(plain, core.outputs), reference)
     return curves
+
+
+def _along(axes: Tensor, moment: Tensor) -> Tensor:
+    """The moment's diagonal in the coordinates of `axes`. (k,)"""
+    return ((axes.T @ moment) * axes.T).sum(1)
 
 
 def _tail_curve(energies: Tensor, reference: Tensor) -> Tensor:
@@ -146,25 +189,13 @@ def _tail_curve(energies: Tensor, reference: Tensor) -> Tensor:
     return (tails / reference.clamp_min(1e-300)).sqrt()
 
 
-def _plain_energies(weight: Tensor, moments: Moments, outputs: Tensor | None) -> Tensor:
-    """Output energy along the left singular vectors u_j of W, from its smaller Gram matrix: u_j^T (W H W^T) u_j, or
-    sigma_j^2 v_j^T H v_j with the right singular vectors where out > in. (k,)"""
-    w = weight.float()
-    if outputs is not None:
-        vectors = torch.linalg.eigh(w @ w.T).eigenvectors.flip(1).double()
-        return ((vectors.T @ outputs) * vectors.T).sum(1)
-    squares, vectors = torch.linalg.eigh(w.T @ w)
-    rows = vectors.flip(1).T.double()
-    return squares.flip(0).clamp_min(0).double() * row_energies(rows, moments.gram)
-
-
 def relative_error(
     residual: Tensor,  # (out, in): W - Q - L R
     weight: Tensor,  # (out, in)
-    moments: Moments,
+    moments: InputStatistics,
     centre: Tensor | None = None,
 ) -> float:
     """sqrt(E||residual (x - centre)||^2 / E||W x||^2)."""
-    error = row_energies(residual.double(), moments.shifted(centre)).sum()
-    reference = row_energies(weight.double(), moments.gram).sum().clamp_min(1e-300)
+    error = moments.energies(residual, centre).sum()
+    reference = moments.energies(weight).sum().clamp_min(1e-300)
     return float((error.clamp_min(0) / reference).sqrt())

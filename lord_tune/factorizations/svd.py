@@ -12,8 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..calibration.moments import Moments
-from ..linalg import output_basis
-from .base import Projection, Spectrum
+from .base import Core, Projection
 
 
 @dataclass(frozen=True)
@@ -23,5 +22,5 @@ class PlainSVD(Projection):
     name: ClassVar[str] = "svd"
     needs: ClassVar[frozenset[str]] = frozenset()
 
-    def spectrum(self, weight: Tensor, moments: Moments | None) -> Spectrum:
-        return Spectrum(*output_basis(weight, None))
+    def selection(self, core: Core, moments: Moments | None) -> tuple[Tensor, Tensor | None]:
+        return core.matrix @ core.matrix.T, None

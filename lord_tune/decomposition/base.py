@@ -1,0 +1,108 @@
+"""The records of a decomposition: what to do, on what text, with which model, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from ..allocation import Allocator
+from ..factorizations import Factorization
+from ..quantizers import Quantizer
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to do with every layer."""
+
+    method: Factorization
+    quantizer: Quantizer | None
+    rank: int | None  # either a rank ...
+    kept_fraction: float | None  # ... or a budget with an allocator
+    allocator: Allocator
+    factor_format: str | None  # a key of DTYPES, a quantizer's name, or None: the weight's own dtype
+    factor_options: dict[str, Any] = field(default_factory=dict)
+    targets: str | None = None
+    exclude: str | None = None
+    propagate: str = "dense"  # or "sequential": later blocks see the outputs of the decomposed ones
+    shrinkages: tuple[float, ...] = ()  # candidates of the method's `shrinkage`, chosen per layer by held-out error
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token ids, (window, length) each."""
+
+    calibration: Tensor
+    heldout: Tensor
+    sensitivity: Tensor  # for the backward pass; shorter windows hold fewer activations
+
+    def tokens(self) -> int:
+        """Of the streams that every layer's errors are measured on."""
+        return self.calibration.numel() + self.heldout.numel()
+
+
+@dataclass(frozen=True)
+class Task:
+    """How this kind of model is run; supplied by integrations, so that nothing here knows a model class."""
+
+    forward: Callable[[nn.Module, Tensor], Any]  # (model, (1, length) ids)
+    loss: Callable[[nn.Module, Tensor], Tensor]  # the same -> scalar, summed over tokens
+    prepare: Callable[[Tensor], Tensor] = lambda ids: ids  # (1, length) -> the ids that `loss` runs the model on
+
+
+class Source(Protocol):
+    """A checkpoint opened lazily: a skeleton whose tensors come and go."""
+
+    model: Any  # the skeleton; parameters on the meta device unless loaded
+
+    def load(self, names: Iterable[str]) -> None:
+        """Fill these parameters and persistent buffers from the checkpoint."""
+        ...
+
+    def release(self, names: Iterable[str]) -> None:
+        """Put them back on the meta device."""
+        ...
+
+    def stored(self, name: str) -> Tensor | None:
+        """The tensor as the checkpoint stores it, in its own dtype; None where it is not stored under one name."""
+        ...
+
+
+@dataclass
+class LayerRecord:
+    """What became of a layer; the errors are relative output errors, None when no text was given.
+
+    Without a backbone they are those of the factors before these are rounded to `factor_format` (below 0.5 % for 16
+    bits, more for NF4); with one they are of what is stored.
+    """
+
+    shape: tuple[int, int]
+    rank: int | str  # "dense" for a layer left alone
+    method: str
+    backbone: str
+    bits_per_weight: float
+    error_calibrated: float | None
+    error_heldout: float | None
+    error_plain: float | None  # plain SVD at the same rank (of W - Q where there is a backbone), on the same text
+    error_backbone: float | None  # Q alone, without L R
+    seconds: float
+    error_beyond_top: float | None = None  # calibrated, relative to the outputs without their largest direction
+    shrinkage: float | None = None  # chosen by held-out error, where the method has one
+    inputs: dict[str, float] = field(default_factory=dict)  # see Moments.describe
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One step of a run, for whoever shows it."""
+
+    phase: str  # calibrating, sensitivity, writing
+    done: int  # blocks
+    total: int
+    remaining: float | None  # seconds to the end of the run, estimated
+    layers: dict[str, LayerRecord]  # finished in this step
+
+
+Notify = Callable[[Progress], None]

@@ -1,0 +1,583 @@
+"""The driver: decompose a checkpoint block by block, in memory bounded by its largest block.
+
+Up to three passes over the blocks. In each, a block's weights are loaded, used and released; hidden states lie in
+files between blocks; a finished block is a file and a line in the journal.
+
+    calibrating   (only when the allocator needs all spectra first) run the text through the block, factorize its layers
+                  at every rank, keep basis and error curves in a file; dense outputs go on to the next block
+    sensitivity   (only for allocators that weigh by the loss) from the last block to the first, the gradients of the loss
+    writing       the factors of the chosen rank. With ranks known from the start this is the only pass and calibrates
+                  too; `propagate: sequential` makes it calibrate on the outputs of the blocks already decomposed
+
+Memory at the peak: one block's weights, the Gram matrices of its distinct inputs, 8 in^2 bytes each, and for the layer
+at hand about 8 (4 out in + 6 k^2) bytes, k = min(out, in). decomposition/estimate.py has the model that `lord-tune plan`
+prints and every run checks.
+
+Processes: each runs its share of the windows; Gram matrices are summed over them; the layers of a block are dealt out.
+
+Projection to one 24 GB GPU, whitened, 128 windows of 2,048 tokens (T = 262,144), from shapes; nothing of it was run:
+
+    time = 2 P T / F16 + sum over distinct inputs of T in^2 / F32 + sum over layers of (2 (out + k) in k + 9 k^3) / F64
+    memory = 2 p_block + 8 sum of in^2 + 8 (4 out in + 6 k^2) of the largest layer
+
+with P linear parameters, p_block those of one block, F the rates in FLOP/s. On an assumed 100 (bf16 matmul), 40 (fp32)
+and 0.5 (fp64, with eigh at a third of that) TFLOP/s:
+
+    7B  (4096 x 11008, 32 blocks): 34 s + 50 s + 51 min (the fp64 term, eigh two thirds of it); 0.4 + 1.4 + 1.8 = 3.6 GB
+    70B (8192 x 28672, 80 blocks): 6 min + 12 min + 13 h (fp64); 1.7 + 8.2 + 10.8 = 21 GB
+
+so on consumer GPUs, whose float64 units are few, float64 decides; more processes divide it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..allocation import LayerSpectrum, break_even, factor_cost
+from ..calibration.collect import Blocks, BlockWalk, find_blocks
+from ..calibration.moments import InputStatistics, Moments
+from ..calibration.sensitivity import output_sensitivity, whole_model_sensitivity
+from ..errors import CalibrationError, LordError, LordWarning, UsageError
+from ..factorizations import Projection
+from ..layer_plan import LayerPlan
+from ..layers import FactoredLinear, check_finite, fused_parameters, select_linears, shape_of, weight_of
+from ..parallel import Workers, share_out
+from ..storage import write_tensors
+from .base import LayerRecord, Notify, Progress, Settings, Source, Task, Windows
+from .estimate import layer_flops
+from .journal import Journal
+from .layerwise import Analysis, Finished, analyse, install, left_dense, project_layer, split_layer
+
+_SENSITIVITY = "sensitivity"
+_COST = {"calibrating": 1.0, "sensitivity": 0.4, "writing": 0.05}  # of a block, relative; for the remaining time
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a model's structure says before any weight is read."""
+
+    blocks: Blocks
+    layers: dict[str, nn.Module]  # to decompose, by name
+    skipped: dict[str, str]  # every other linear layer or fused parameter -> why
+
+    def members(self, index: int) -> dict[str, nn.Module]:
+        return {name: module for name, module in self.layers.items() if self.blocks.holds(index, name)}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a model: the records of all eligible layers, why others were left, the plans and the shards."""
+
+    records: dict[str, LayerRecord]
+    skipped: dict[str, str]
+    plans: dict[str, LayerPlan]
+    weight_map: dict[str, str]  # tensor -> file
+
+
+def survey(model: nn.Module, settings: Settings) -> Survey:
+    """Find the blocks and the layers; works on the meta device. Refuses impossible budgets."""
+    blocks = find_blocks(model)
+    layers, skipped = select_linears(model, blocks.names(), settings.targets, settings.exclude)
+    fused = fused_parameters(model)
+    if fused:
+        warnings.warn(
+            f"{len(fused)} fused expert parameters stay dense, like {next(iter(fused))} "
+            f"({'x'.join(map(str, next(iter(fused.values())).shape))}); they are listed under 'skipped'.",
+            LordWarning,
+            stacklevel=2,
+        )
+    skipped |= dict.fromkeys(fused, "fused experts (3-D parameter)")
+    check_budget(layers, settings)
+    return Survey(blocks, layers, skipped)
+
+
+def needs_text(settings: Settings) -> bool:
+    """Whether the settings cannot be carried out without calibration text."""
+    needs = settings.method.needs | (settings.allocator.needs if settings.kept_fraction is not None else frozenset())
+    return bool(needs & {"input_gram", "loss_weights"})
+
+
+def known_ranks(layers: dict[str, nn.Module], settings: Settings) -> dict[str, int | None] | None:
+    """The rank of every layer (None: dense) where shapes alone decide it."""
+    shapes = {name: shape_of(module) for name, module in layers.items()}
+    if settings.rank is not None:
+        dense = settings.quantizer is None  # above break-even, L and R would be larger than W
+        return {n: None if dense and settings.rank > break_even(s) else settings.rank for n, s in shapes.items()}
+    assert settings.kept_fraction is not None
+    if settings.allocator.needs:
+        return None
+    empty = {name: LayerSpectrum(shape, torch.zeros(min(shape) + 1)) for name, shape in shapes.items()}
+    return settings.allocator.allocate(empty, settings.kept_fraction)
+
+
+def decompose_checkpoint(
+    source: Source,
+    found: Survey,
+    settings: Settings,
+    windows: Windows | None,
+    task: Task,
+    journal: Journal,
+    notify: Notify = lambda step: None,
+) -> Outcome:
+    """Write the shards of the decomposed checkpoint into the journal's folder."""
+    if windows is None and needs_text(settings):
+        raise CalibrationError(
+            f"Method '{settings.method.name}' with these ranks needs calibration text; pass --calibration FILE."
+        )
+    if settings.quantizer is None and not isinstance(settings.method, Projection):
+        raise UsageError(f"Method '{settings.method.name}' needs a quantized backbone; pass --backbone nf4.")
+    run = _Run(source, found, settings, windows, task, journal, notify)
+    ranks = known_ranks(found.layers, settings)
+    if ranks is None:
+        run.calibrate()
+        ranks = run.choose_ranks()
+        stored = settings.propagate == "dense"
+    else:
+        stored = False
+    _check_kept(found, ranks, settings)
+    if all(rank is None for rank in ranks.values()):
+        journal.discard()
+        raise LordError("Every layer stays dense at this budget, so nothing is done; choose another --kept-fraction.")
+    run.write(ranks, from_analysis=stored)
+    run.write_rest()
+    return run.outcome()
+
+
+class _Run:
+    """The passes; what they share is the model's skeleton, the journal and the clock."""
+
+    def __init__(
+        self,
+        source: Source,
+        found: Survey,
+        settings: Settings,
+        windows: Windows | None,
+        task: Task,
+        journal: Journal,
+        notify: Notify,
+    ):
+        self.source, self.found, self.settings, self.windows = source, found, settings, windows
+        self.task, self.journal, self.notify = task, journal, notify
+        self.model, self.blocks, self.workers = source.model, found.blocks, journal.workers
+        self.count = len(self.blocks.modules)
+        self.shards = self.count + (1 if self.blocks.prefix else 0)
+        self._tensors = [n for n in self.model.state_dict() if n not in getattr(self.model, "all_tied_weights_keys", {})]
+        inside = {n for n in self._tensors if any(self.blocks.holds(i, n) for i in range(self.count))}
+        self._rest = [name for name in self._tensors if name not in inside]
+        self._start = time.perf_counter()
+        self._done_cost = 0.0
+        two = known_ranks(found.layers, settings) is None
+        weighted = two and "loss_weights" in settings.allocator.needs
+        again = settings.propagate == "sequential" or not two
+        self._costs = {
+            "calibrating": _COST["calibrating"] if two else 0.0,
+            "sensitivity": _COST["sensitivity"] if weighted else 0.0,
+            "writing": 1.0 if again else _COST["writing"],
+        }
+
+    # --- the calibrating pass ---
+
+    def calibrate(self) -> None:
+        """Analyse every block; keep what the sensitivity pass needs on the way."""
+        assert self.windows is not None
+        weighted = "loss_weights" in self.settings.allocator.needs
+        streams = {"calibration": self.windows.calibration, "heldout": self.windows.heldout}
+        if weighted:
+            prepared = [self.task.prepare(window[None]) for window in self.windows.sensitivity]
+            streams[_SENSITIVITY] = torch.cat(prepared)
+        walk = self._walk(streams, "calibrating")
+        for index in range(self.count):
+            step = f"calibrating/{index}"
+            if self.journal.has(step):
+                continue
+            with self._loaded(index):
+                statistics = self._collect(walk, index, keep=index + 1 < self.count)
+                if weighted and walk.streamed:
+                    walk.advance(index, _SENSITIVITY)
+                members = self.found.members(index)
+                analyses = self._dealt_out(members, lambda n, m: self._analyse(n, m, statistics))
+            path = self.journal.work / f"analysis-{index:05d}.safetensors"
+            tensors = {f"{n}:{k}": t for n, a in analyses.items() if a is not None for k, t in a.tensors().items()}
+            digest = write_tensors(path, tensors) if self.journal.writes else None
+            facts = {name: None if a is None else a.facts for name, a in analyses.items()}
+            self._commit(step, "calibrating", index, path, digest, layers=facts)
+            # one step late: another process may die before process 0 has recorded this one
+            walk.forget(index - 1, ["calibration", "heldout"])
+        if weighted:
+            self._measure_sensitivity(walk)
+
+    def _walk(self, streams: dict[str, Tensor], phase: str) -> BlockWalk:
+        """A walk with its first states written, by this or an earlier process."""
+        folder = self.journal.work / f"states-{phase}"
+        walk = BlockWalk(self.model, self.blocks, streams, self.task.forward, folder, self.workers)
+        if walk.streamed:
+            head = self._head()
+            with _Loaded(self.source, head, self.model):
+                pass  # its values are checked now, not after hours
+            with _Loaded(self.source, [n for n in self._rest if n not in head], self.model), self._loaded(0):
+                walk.record()
+                if not self.journal.has(f"started-{phase}"):
+                    walk.start()
+            if not self.journal.has(f"started-{phase}"):
+                self.journal.commit(f"started-{phase}")
+        return walk
+
+    def _head(self) -> list[str]:
+        """The output head's own tensors, which nothing in front of the blocks needs."""
+        head = self.model.get_output_embeddings()
+        shared = {id(p) for p in self.model.get_input_embeddings().parameters()}
+        own = set() if head is None else {id(p) for p in head.parameters()} - shared
+        return [name for name, p in self.model.named_parameters() if id(p) in own and name in self._rest]
+
+    def _loaded(self, index: int) -> _Loaded:
+        return _Loaded(self.source, [n for n in self._tensors if self.blocks.holds(index, n)], self.model)
+
+    def _collect(self, walk: BlockWalk | None, index: int, keep: bool) -> dict[str, dict[str, InputStatistics]]:
+        if walk is None:
+            return {}
+        return walk.collect(index, self.found.members(index), keep, sampled=("heldout",))
+
+    def _analyse(self, name: str, module: Any, statistics: dict[str, dict[str, InputStatistics]]) -> Analysis | None:
+        calibration = statistics["calibration"].get(name)
+        if calibration is None:  # it never ran
+            return None
+        assert isinstance(calibration, Moments)
+        return analyse(weight_of(module), calibration, statistics["heldout"].get(name), self.settings)
+
+    def _dealt_out(self, members: dict[str, nn.Module], work: Any) -> dict[str, Any]:
+        """name -> work(name, module), each done by one process and sent to all."""
+        owners = share_out({n: layer_flops(shape_of(m)) for n, m in members.items()}, self.workers.size)
+        mine = {n: work(n, m) for n, m in members.items() if owners[n] == self.workers.rank}
+        if self.workers.size == 1:
+            return mine
+        device = next(iter(members.values())).weight.device if members else torch.device("cpu")
+        return {n: self._sent(mine.get(n), owners[n], device) for n in members}
+
+    def _sent(self, value: Any, owner: int, device: Any) -> Any:
+        """An Analysis, a Finished or None of its owner, on every process."""
+        form: Any = None
+        tensors: dict[str, Tensor] | None = None
+        if isinstance(value, Analysis):
+            form, tensors = ("analysis", value.facts, None), value.tensors()
+        elif isinstance(value, Finished):
+            plan = None if value.layer is None else value.layer.plan
+            form, tensors = ("finished", value.record, plan), {} if value.layer is None else value.layer.state_dict()
+        form = self.workers.send(form, owner)
+        if form is None:
+            return None
+        tensors = self.workers.send_tensors(tensors, owner, device)
+        kind, content, plan = form
+        if kind == "analysis":
+            return value if isinstance(value, Analysis) else Analysis.of(tensors, content)
+        if isinstance(value, Finished):
+            return value
+        if plan is None:
+            return Finished(content)
+        layer = FactoredLinear(plan, device="meta")
+        layer.load_state_dict(tensors, strict=True, assign=True)
+        return Finished(content, layer.requires_grad_(False))
+
+    def _commit(self, step: str, phase: str, index: int, path: Any, digest: str | None, **content: Any) -> None:
+        self.journal.commit(step, path, digest, **content)
+        self._report(phase, index, {})
+
+    def _report(self, phase: str, index: int, layers: dict[str, LayerRecord]) -> None:
+        done = index + 1 if phase != "sensitivity" else self.count - index
+        self._done_cost += self._costs[phase]
+        left = 0.0
+        order = list(self._costs)
+        for name, cost in self._costs.items():
+            ahead = self.count if order.index(name) > order.index(phase) else self.count - done if name == phase else 0
+            left += ahead * cost
+        elapsed = time.perf_counter() - self._start
+        remaining = elapsed / self._done_cost * left if self._done_cost else None
+        self.notify(Progress(phase, done, self.count, remaining, layers))
+
+    # --- the sensitivity pass ---
+
+    def _measure_sensitivity(self, walk: BlockWalk) -> None:
+        assert self.windows is not None
+        tokens = self.windows.sensitivity.numel()
+        if not walk.streamed:
+            self._whole_sensitivity(walk, tokens)
+            return
+        if not self.journal.has("started-sensitivity"):
+            # the corrupted ids of a masked model are drawn again by the loss itself: the same ones
+            walk.windows[_SENSITIVITY] = self.windows.sensitivity[self.workers.rank :: self.workers.size]
+            with _Loaded(self.source, self._rest, self.model):
+                walk.write_gradients(_SENSITIVITY, self.task.loss, self.model.get_input_embeddings().weight.device)
+            self.journal.commit("started-sensitivity")
+        for index in reversed(range(self.count)):
+            step = f"sensitivity/{index}"
+            if self.journal.has(step):
+                continue
+            with self._loaded(index):
+                members, bases = self._bases(index)
+                found = output_sensitivity(walk, index, _SENSITIVITY, members, bases, tokens, self.workers)
+            self._commit_sensitivity(step, index, found)
+            walk.forget(index + 2, [_SENSITIVITY])
+            walk.forget(index + 2, [_SENSITIVITY], "gradients")
+
+    def _whole_sensitivity(self, walk: BlockWalk, tokens: int) -> None:
+        if self.journal.has("sensitivity/0"):
+            return
+        assert self.windows is not None
+        with self._loaded(0):
+            members, bases = self._bases(0)
+            own = self.windows.sensitivity[self.workers.rank :: self.workers.size]
+            found = whole_model_sensitivity(self.model, own, members, bases, self.task.loss, tokens, self.workers)
+        self._commit_sensitivity("sensitivity/0", 0, found)
+
+    def _bases(self, index: int) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
+        analyses = self._analyses(index)
+        members = {name: module for name, module in self.found.members(index).items() if analyses[name] is not None}
+        return members, {name: analyses[name].spectrum.basis for name in members}
+
+    def _commit_sensitivity(self, step: str, index: int, found: dict[str, Tensor]) -> None:
+        path = self.journal.work / f"sensitivity-{index:05d}.safetensors"
+        digest = write_tensors(path, found) if self.journal.writes else None
+        self._commit(step, "sensitivity", index, path, digest)
+
+    def _read(self, name: str) -> dict[str, Tensor]:
+        """A working file of process 0, on every process."""
+        from safetensors.torch import load_file
+
+        tensors = load_file(self.journal.work / name) if self.journal.writes else None
+        return self.workers.send_tensors(tensors, 0, torch.device("cpu")) if self.workers.size > 1 else tensors or {}
+
+    def _analyses(self, index: int) -> dict[str, Any]:
+        tensors = self._read(f"analysis-{index:05d}.safetensors")
+        by_layer: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            name, _, part = key.rpartition(":")
+            by_layer.setdefault(name, {})[part] = tensor
+        facts = self.journal.steps[f"calibrating/{index}"]["layers"]
+        return {n: None if f is None else Analysis.of(by_layer[n], f) for n, f in facts.items()}
+
+    # --- ranks ---
+
+    def choose_ranks(self) -> dict[str, int | None]:
+        """Ask the allocator; None is dense. Layers that never ran are left out."""
+        spectra = {}
+        for index in range(self.count):
+            weights = self._read(f"sensitivity-{index:05d}.safetensors") if self._costs["sensitivity"] else {}
+            for name, analysis in self._analyses(index).items():
+                if analysis is not None:
+                    energies = analysis.spectrum.energies.cpu()
+                    weight = weights.get(name)
+                    shape = shape_of(self.found.layers[name])
+                    spectra[name] = LayerSpectrum(shape, energies, None if weight is None else weight.cpu())
+        assert self.settings.kept_fraction is not None
+        return self.settings.allocator.allocate(spectra, self.settings.kept_fraction)
+
+    # --- the writing pass ---
+
+    def write(self, ranks: dict[str, int | None], from_analysis: bool) -> None:
+        """Factorize at the chosen ranks and write one shard per block."""
+        walk = None
+        sequential = self.settings.propagate == "sequential"
+        if self.windows is not None and not from_analysis:
+            walk = self._walk({"calibration": self.windows.calibration, "heldout": self.windows.heldout}, "writing")
+        for index in range(self.count):
+            step = f"writing/{index}"
+            if self.journal.has(step):
+                self._show_plans(step)
+                continue
+            with self._loaded(index) as loaded:
+                last = index + 1 == self.count
+                statistics = self._collect(walk, index, keep=not (last or sequential))
+                analyses = self._analyses(index) if from_analysis else {}
+                members = self.found.members(index)
+                done = self._dealt_out(
+                    members, lambda n, m: self._finish(n, m, statistics, analyses, ranks, walk is not None)  # noqa: B023
+                )
+                del statistics, analyses
+                for name, finished in done.items():
+                    if finished.layer is not None:
+                        self.model.set_submodule(name, finished.layer)
+                if walk is not None and sequential and not last:
+                    for stream in walk.windows:
+                        walk.advance(index, stream)
+                path = self.journal.folder / self._shard_name(index)
+                tensors = self._shard(loaded, set(done))
+                digest = write_tensors(path, tensors) if self.journal.writes else None
+                content = {
+                    "layers": {name: dataclasses.asdict(f.record) for name, f in done.items()},
+                    "plans": {name: f.layer.plan.to_dict() for name, f in done.items() if f.layer is not None},
+                    "tensors": list(tensors),
+                }
+                for name in done:
+                    _to_meta(self.model.get_submodule(name))
+            self.journal.commit(step, path, digest, **content)
+            self._report("writing", index, {name: f.record for name, f in done.items()})
+            if walk is not None:
+                walk.forget(index - 1, list(walk.windows))
+
+    def _show_plans(self, step: str) -> None:
+        """Give the skeleton the layers of a block that an earlier process wrote."""
+        for name, content in self.journal.steps[step]["plans"].items():
+            plan = LayerPlan.from_dict(name, content)
+            dtype = self.found.layers[name].weight.dtype
+            self.model.set_submodule(name, FactoredLinear(plan, device="meta", dtype=dtype))
+
+    def _finish(
+        self,
+        name: str,
+        module: Any,
+        statistics: dict[str, dict[str, InputStatistics]],
+        analyses: dict[str, Any],
+        ranks: dict[str, int | None],
+        walked: bool,
+    ) -> Finished:
+        if analyses:
+            if analyses[name] is None:
+                return left_dense(module, 0.0, "it never ran on the calibration text")
+            return install(module, analyses[name], ranks[name], self.settings)
+        calibration = statistics.get("calibration", {}).get(name)
+        heldout = statistics.get("heldout", {}).get(name)
+        if walked and calibration is None or name not in ranks:
+            return left_dense(module, 0.0, "it never ran on the calibration text")
+        assert calibration is None or isinstance(calibration, Moments)
+        rank = ranks[name]
+        if self.settings.quantizer is not None:
+            assert rank is not None
+            return split_layer(module, calibration, heldout, rank, self.settings)
+        if rank is None and self.settings.rank is not None:
+            limit = break_even(shape_of(module))
+            return left_dense(module, 0.0, f"rank {self.settings.rank} is above its break-even {limit}")
+        return project_layer(module, calibration, heldout, rank, self.settings)
+
+    def _shard_name(self, index: int) -> str:
+        return f"model-{index + 1:05d}-of-{self.shards:05d}.safetensors"
+
+    def _shard(self, loaded: _Loaded, decomposed: set[str]) -> dict[str, Tensor]:
+        """Tensors of a block: of decomposed layers as they are now, all others as the checkpoint stores them."""
+        if not self.journal.writes:
+            return {}
+        tensors = {}
+        for prefix in decomposed:
+            module = self.model.get_submodule(prefix)
+            if isinstance(module, FactoredLinear):
+                tensors |= {f"{prefix}.{key}": tensor for key, tensor in module.state_dict().items()}
+        for name in loaded.names:
+            owner = name.rpartition(".")[0]
+            if not (owner in decomposed and isinstance(self.model.get_submodule(owner), FactoredLinear)):
+                tensors[name] = self._untouched(name)
+        return {name: tensors[name] for name in sorted(tensors)}
+
+    def _untouched(self, name: str) -> Tensor:
+        """As the checkpoint stores it; else, where transformers converts or --dtype casts, as it is in memory."""
+        stored = self.source.stored(name)
+        if stored is not None:
+            return stored
+        owner, _, leaf = name.rpartition(".")
+        return self.model.get_submodule(owner).state_dict()[leaf]
+
+    def write_rest(self) -> None:
+        """The shard of everything outside the blocks."""
+        if not self.blocks.prefix or self.journal.has("rest"):
+            return
+        path = self.journal.folder / self._shard_name(self.count)
+        tensors, digest = {}, None
+        if self.journal.writes:
+            stored = {name: self.source.stored(name) for name in self._rest}
+            with _Loaded(self.source, [name for name, tensor in stored.items() if tensor is None], self.model):
+                tensors = {n: self._untouched(n) if t is None else t for n, t in stored.items()}
+                digest = write_tensors(path, tensors)
+        self.journal.commit("rest", path, digest, tensors=list(tensors))
+
+    def outcome(self) -> Outcome:
+        """From the journal, so that a resumed run tells the same as an uninterrupted one."""
+        records, plans, weight_map = {}, {}, {}
+        for index in range(self.count):
+            line = self.journal.steps[f"writing/{index}"]
+            for name, content in line["layers"].items():
+                records[name] = LayerRecord(**(content | {"shape": tuple(content["shape"])}))
+            plans |= {name: LayerPlan.from_dict(name, content) for name, content in line["plans"].items()}
+            weight_map |= dict.fromkeys(line["tensors"], line["file"])
+        if self.journal.has("rest"):
+            line = self.journal.steps["rest"]
+            weight_map |= dict.fromkeys(line["tensors"], line["file"])
+        for name, record in records.items():
+            for text in record.warnings:
+                warnings.warn(f"{name}: {text}", LordWarning, stacklevel=2)
+        return Outcome({name: records[name] for name in self.found.layers}, self.found.skipped, plans, weight_map)
+
+
+class _Loaded:
+    """A block's tensors in memory for the length of a `with`; raises CheckpointError if one holds NaN or Inf."""
+
+    def __init__(self, source: Source, names: list[str], model: nn.Module):
+        self.source, self.names, self.model = source, names, model
+
+    def __enter__(self) -> _Loaded:
+        self.source.load(self.names)
+        check_finite(self.model)
+        return self
+
+    def __exit__(self, *rest: Any) -> None:
+        self.source.release(self.names)
+
+
+def _to_meta(module: nn.Module) -> None:
+    for name, parameter in list(module.named_parameters()):
+        owner = module.get_submodule(name.rpartition(".")[0])
+        empty = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+        owner.register_parameter(name.rpartition(".")[2], empty)
+
+
+def check_budget(layers: dict[str, nn.Module], settings: Settings) -> None:
+    """Refuse impossible ranks before any calibration."""
+    shapes = {name: shape_of(module) for name, module in layers.items()}
+    if (settings.rank is None) == (settings.kept_fraction is None):
+        raise UsageError("Give either --rank or --kept-fraction, exactly one of them.")
+    if settings.kept_fraction is not None:
+        if settings.quantizer is not None:
+            raise UsageError("--kept-fraction counts parameters of L and R against W; with a --backbone give --rank.")
+        settings.allocator.allocate(
+            {n: LayerSpectrum(s, torch.zeros(min(s) + 1)) for n, s in shapes.items()}, settings.kept_fraction
+        )
+        return
+    rank = settings.rank
+    assert rank is not None
+    if rank < (1 if settings.quantizer is None else 0):
+        raise UsageError(f"--rank {rank} came; a rank is at least 1 (0 is plain rounding and needs a --backbone).")
+    if settings.quantizer is not None:
+        small = {name: shape for name, shape in shapes.items() if rank > min(shape)}
+        if small:
+            name, shape = next(iter(small.items()))
+            raise UsageError(
+                f"--rank {rank} exceeds the smaller side of {len(small)} layers (like {name}, {shape[0]}x{shape[1]}); "
+                f"choose at most {min(map(min, shapes.values()))} or --exclude them."
+            )
+    elif all(rank > break_even(shape) for shape in shapes.values()):
+        best = max(map(break_even, shapes.values()))
+        raise UsageError(
+            f"--rank {rank} is above break-even for every layer: L and R would hold more numbers than W. "
+            f"Choose at most {best}, or add --backbone nf4."
+        )
+
+
+def _check_kept(found: Survey, ranks: dict[str, int | None], settings: Settings) -> None:
+    """Warn where an allocator keeps more than was asked for."""
+    if settings.kept_fraction is None:
+        return
+    shapes = {name: shape_of(found.layers[name]) for name in ranks}
+    numbers = {name: shape[0] * shape[1] for name, shape in shapes.items()}
+    costs = {name: numbers[name] if rank is None else factor_cost(shapes[name], rank) for name, rank in ranks.items()}
+    kept = sum(costs.values()) / sum(numbers.values())
+    if kept > settings.kept_fraction + 1e-9:
+        dense = [name for name, rank in ranks.items() if rank is None]
+        warnings.warn(
+            f"{kept:.3f} of the parameters are kept, {settings.kept_fraction:g} were asked for: {len(dense)} layers, "
+            f"like {dense[0]}, would get less than the smallest rank and stay dense.",
+            LordWarning,
+            stacklevel=2,
+        )

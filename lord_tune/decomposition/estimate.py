@@ -1,0 +1,323 @@
+"""Memory, time and size of a run before any work, from shapes alone.
+
+The skeleton runs once on the meta device, which tells the floating-point operations of a block and which layers share
+an input (and so a Gram matrix). Where a model cannot run there (data-dependent control flow, as in routing experts),
+2 operations per weight and token and one Gram matrix per layer are assumed. Rates are measured by a probe of about a
+second. Every run compares the estimated peak with the measured one and records both.
+
+Peak memory above what the process holds already is the largest of
+
+    start        weights outside the blocks without the output head + one block + one window's activations
+    calibrating  block + 8 in^2 per distinct input + held-out statistics + one window's activations
+                 + the layer at hand: 8 (out in + 2 k in + out k + 6 k^2) bytes in float64, k = min(out, in)
+                 + bases of the block's layers (float32), twice while they are written
+    sensitivity  weights outside the blocks + 5 float32 copies of a window's logits; or
+                 block + bases + one window's activations with gradients
+    writing      block + factors, twice while they are written (and what calibrating needs, if it happens here)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..allocation import factor_cost
+from ..layer_plan import DTYPES, make_quantizer
+from ..layers import shape_of, weight_of
+
+if TYPE_CHECKING:
+    from .base import Settings
+    from .engine import Survey
+
+_EIGH = 9.0  # operations per k^3 of a symmetric eigenproblem with vectors (Golub and Van Loan, 8.3)
+_EIGH_SLOWNESS = 3.0  # it runs at a third of the rate of a matrix product; only for dealing out layers
+
+
+def layer_flops(shape: tuple[int, int]) -> float:
+    """Work of factorizing one layer, in operations at the rate of a float64 matrix product."""
+    out, inputs = shape
+    k = min(shape)
+    rotation = 4.0 * out * k * k if out > inputs else 0.0
+    return rotation + 2.0 * k * inputs * inputs + 4.0 * k * k * inputs + 8.0 * k**3 + 2 * _EIGH * _EIGH_SLOWNESS * k**3
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Operations per second of this machine, as the run uses it."""
+
+    forward: float  # matrix products in the model's dtype
+    single: float  # float32 products (Gram matrices)
+    double: float  # float64 products
+    eigen: float  # _EIGH k^3 over the time of float64 eigh
+
+    @classmethod
+    def measure(cls, dtype: torch.dtype, device: torch.device) -> Rates:
+        """A probe of about a second."""
+
+        def rate(work: Callable[[], Any], operations: float) -> float:
+            work()
+            best = float("inf")
+            for _ in range(3):
+                start = time.perf_counter()
+                work()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                best = min(best, time.perf_counter() - start)
+            return operations / best
+
+        n, k = 768, 384
+        generator = torch.Generator().manual_seed(0)
+        a = torch.randn(n, n, generator=generator).to(device)
+        low, wide = a.to(dtype), a.double()
+        small = (wide @ wide.T)[:k, :k].contiguous()
+        return cls(
+            rate(lambda: nn.functional.linear(low, low), 2.0 * n**3),
+            rate(lambda: a.T @ a, 2.0 * n**3),
+            rate(lambda: wide @ wide, 2.0 * n**3),
+            rate(lambda: torch.linalg.eigh(small), _EIGH * k**3),
+        )
+
+
+@dataclass(frozen=True)
+class TextSize:
+    """How much text a run reads."""
+
+    tokens: int
+    heldout: int
+    length: int  # of a window
+    sensitivity: int = 0
+    sensitivity_length: int = 0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What `lord-tune plan` shows."""
+
+    parameters: int
+    linear_parameters: int
+    blocks: int
+    layers: int
+    model_bytes: int
+    model_bytes_after: int | None  # None: ranks are chosen from the calibration
+    linear_bits_per_weight: float | None
+    ranks: dict[str, int | None] | None  # layer -> rank, None for dense
+    peak_bytes: int  # of the process, with `held_bytes`
+    held_bytes: int  # of the process before the run
+    scratch_bytes: int  # disk, beside the checkpoint
+    seconds: float | None  # None: rates were not measured
+    phases: dict[str, int]  # phase -> bytes above held_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def trace(
+    model: nn.Module, found: Survey, run: Callable[[nn.Module, torch.Tensor], Any], length: int
+) -> tuple[list[set[str]], float]:
+    """(groups of the first block's layers that share an input, operations of a forward pass of all blocks per token).
+
+    `run` gets the skeleton and (1, length) ids on the meta device.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    members = found.members(0)
+    seen: list[tuple[torch.Tensor, set[str]]] = []
+
+    def hook(name: str) -> Callable:
+        def observe(module: nn.Module, args: tuple) -> None:
+            group = next((names for tensor, names in seen if tensor is args[0]), None)
+            if group is None:
+                group = set()
+                seen.append((args[0], group))
+            group.add(name)
+
+        return observe
+
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in members.items()]
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            run(model, torch.zeros(1, length, dtype=torch.long, device="meta"))
+        inside = found.blocks.names()[0]
+        flops = sum(sum(ops.values()) for name, ops in counter.get_flop_counts().items() if name.endswith("." + inside))
+        if flops and {name for _, names in seen for name in names} == set(members):
+            return [names for _, names in seen], flops * len(found.blocks.modules) / length
+    except (RuntimeError, NotImplementedError, TypeError, ValueError):
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    weights = sum(p.numel() for block in found.blocks.modules for p in block.parameters())
+    return [{name} for name in members], 2.0 * weights
+
+
+def estimate(
+    model: Any,  # the skeleton
+    found: Survey,
+    settings: Settings,
+    text: TextSize | None,
+    ranks: dict[str, int | None] | None,  # None where the calibration decides them
+    groups: list[set[str]],
+    forward_flops: float,  # per token
+    held_bytes: int,
+    rates: Rates | None,
+    processes: int = 1,
+) -> Estimate:
+    """See the top of this file for the model of the peak."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tensors = {n: t for n, t in model.state_dict().items() if n not in tied}
+    size = {name: t.numel() * t.element_size() for name, t in tensors.items()}
+    count = len(found.blocks.modules)
+    blocks = [[n for n in tensors if found.blocks.holds(i, n)] for i in range(count)]
+    inside = {name for names in blocks for name in names}
+    block_bytes = [sum(size[n] for n in names) for names in blocks]
+    rest_bytes = sum(s for n, s in size.items() if n not in inside)
+    shapes = {name: shape_of(module) for name, module in found.layers.items()}
+    widest = max(range(count), key=lambda i: (block_bytes[i], -i))
+    members = found.members(widest)
+    stored = {n: _stored_bytes(found.layers[n], (ranks or {}).get(n), settings) for n in members} if ranks else {}
+    layers = list(members)
+    inputs = _distinct_inputs(groups, members, shapes)
+    element = next(iter(tensors.values())).element_size()
+
+    calibrated = text is not None
+    two = ranks is None or settings.propagate == "sequential" and settings.kept_fraction is not None
+    weighted = "loss_weights" in settings.allocator.needs and settings.kept_fraction is not None
+    bases = sum(4 * shapes[n][0] * min(shapes[n]) for n in layers) if weighted else 0
+    factors = sum(stored.values()) if stored else block_bytes[widest]
+    largest = max((_working_bytes(shapes[n], text) for n in layers), default=0)
+    grams = window = 0
+    if text is not None:
+        grams = sum(8 * width * width + min(4 * text.heldout * width, 8 * width * width) for width in inputs)
+        window = text.length * (sum(shapes[n][0] for n in layers) + 4 * max(inputs, default=0)) * max(element, 4)
+    phases = {}
+    if calibrated:
+        head = model.get_output_embeddings()
+        own = set() if head is None else {id(p) for p in head.parameters()} - {
+            id(p) for p in model.get_input_embeddings().parameters()
+        }
+        head_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) in own)
+        phases["start"] = rest_bytes - head_bytes + block_bytes[widest] + window
+    work = block_bytes[widest] + grams + max(window, largest + (2 * bases if weighted else factors))
+    if ranks is None:
+        phases["calibrating"] = work
+    if weighted and text is not None:
+        vocabulary = max((t.shape[0] for n, t in tensors.items() if t.dim() == 2 and n not in inside), default=0)
+        share = text.sensitivity_length / max(text.length, 1)
+        phases["sensitivity"] = max(
+            rest_bytes + 5 * 4 * text.sensitivity_length * vocabulary,
+            block_bytes[widest] + bases + int(3 * share * window),
+        )
+    phases["writing"] = (
+        work if ranks is not None else block_bytes[widest] + bases + 2 * factors + 3 * 8 * _largest(shapes, layers)
+    )
+    if not calibrated:
+        phases["writing"] = block_bytes[widest] + factors + largest
+    phases["rest"] = 2 * rest_bytes
+
+    scratch = 0
+    hidden = min((min(shapes[n]) for n in layers), default=0)
+    if text is not None:
+        width = max(hidden, min(inputs, default=0))
+        scratch += 3 * (text.tokens + text.heldout) * width * element
+        if weighted:
+            scratch += (count + 2) * text.sensitivity * width * element
+            scratch += sum(4 * s[0] * min(s) for s in shapes.values())
+    after = None
+    bits = None
+    if ranks is not None:
+        dense_linear = sum(weight_of(m).numel() * m.weight.element_size() for m in found.layers.values())
+        packed = sum(_stored_bytes(m, ranks[n], settings) for n, m in found.layers.items())
+        after = sum(size.values()) - dense_linear + packed
+        bits = 8.0 * packed / sum(s[0] * s[1] for s in shapes.values())
+    seconds = None
+    if rates is not None:
+        passes = (1 if calibrated else 0) * (2 if settings.propagate == "sequential" else 1)
+        passes += 1 if two and settings.propagate == "sequential" and calibrated else 0
+        seconds = _seconds(shapes, inputs, count, text, forward_flops, rates, passes, weighted, settings) / processes
+    return Estimate(
+        parameters=sum(t.numel() for t in tensors.values()),
+        linear_parameters=sum(s[0] * s[1] for s in shapes.values()),
+        blocks=count,
+        layers=len(shapes),
+        model_bytes=sum(size.values()),
+        model_bytes_after=after,
+        linear_bits_per_weight=bits,
+        ranks=ranks,
+        peak_bytes=held_bytes + max(phases.values()),
+        held_bytes=held_bytes,
+        scratch_bytes=scratch,
+        seconds=seconds,
+        phases=phases,
+    )
+
+
+def _distinct_inputs(groups: list[set[str]], members: dict[str, Any], shapes: dict[str, tuple[int, int]]) -> list[int]:
+    """Widths of the inputs that have a Gram matrix each. The groups are the first block's; others are like it."""
+    if all(name in shapes for group in groups for name in group):
+        return [shapes[next(iter(group))][1] for group in groups]
+    return [shapes[name][1] for name in members]
+
+
+def _largest(shapes: dict[str, tuple[int, int]], layers: list[str]) -> int:
+    return max((shapes[n][0] * shapes[n][1] for n in layers), default=0)
+
+
+def _working_bytes(shape: tuple[int, int], text: TextSize | None) -> int:
+    """Float64 matrices that live together while one layer is factorized."""
+    out, inputs = shape
+    k = min(shape)
+    held = 4 * (text.heldout if text is not None else 0) * k
+    return 8 * (out * inputs + 2 * k * inputs + out * k + 6 * k * k) + held
+
+
+def _stored_bytes(module: Any, rank: int | None, settings: Settings) -> int:
+    """Of the weight of one layer in the checkpoint, without its bias."""
+    out, inputs = shape_of(module)
+    if rank is None:
+        return out * inputs * module.weight.element_size()
+    total = 0
+    if settings.quantizer is not None:
+        parts = settings.quantizer.empty((out, inputs), "meta")
+        total += sum(p.numel() * p.element_size() for p in parts.values())
+    form = settings.factor_format
+    if form is None or form in DTYPES:
+        wide = module.weight.element_size() if form is None else torch.empty((), dtype=DTYPES[form]).element_size()
+        return total + factor_cost((out, inputs), rank) * wide
+    quantizer = make_quantizer(form, settings.factor_options)
+    for shape in ((out, rank), (rank, inputs)):
+        total += sum(p.numel() * p.element_size() for p in quantizer.empty(shape, "meta").values())
+    return total
+
+
+def _seconds(
+    shapes: dict[str, tuple[int, int]],
+    inputs: list[int],  # of one block
+    count: int,
+    text: TextSize | None,
+    forward_flops: float,
+    rates: Rates,
+    passes: int,
+    weighted: bool,
+    settings: Settings,
+) -> float:
+    total = 0.0
+    if text is not None:
+        tokens = text.tokens + text.heldout
+        total += passes * tokens * forward_flops / rates.forward
+        total += count * sum(text.tokens * (width + 192.0) * width for width in inputs) / rates.single
+        if weighted:
+            total += 4 * text.sensitivity * forward_flops / rates.forward
+    for shape in shapes.values():
+        out, width = shape
+        k = min(shape)
+        eigenproblems = _EIGH * k**3 * (1.5 if text is not None else 1.0) * max(1, len(settings.shrinkages))
+        products = 2.0 * k * width * width * (text is not None) + 2.0 * out * k * (width + k) + 6.0 * k**3
+        total += eigenproblems / rates.eigen + products / rates.double
+    return total
+
+

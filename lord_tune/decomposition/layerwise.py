@@ -1,0 +1,226 @@
+"""What is done with one layer, given its weight and the statistics of its input. No model, no files.
+
+Two orders of work. When the rank is known, a layer is split and stored at once (`split_layer`, `project_layer`). When an
+allocator first needs the spectra of all layers, `analyse` keeps the layer's basis (float32) and error curves, never its
+Gram matrix, and `install` cuts the factors from them later: ranks are slices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..allocation import break_even
+from ..calibration.moments import InputStatistics, Moments
+from ..factorizations import (
+    Factors,
+    PlainSVD,
+    Projection,
+    Solution,
+    Spectrum,
+    balance,
+    error_curves,
+    relative_error,
+    truncate,
+)
+from ..layer_plan import DTYPES, LayerPlan
+from ..layers import FactoredLinear, build_layer, weight_of
+from .base import LayerRecord, Settings
+
+_CURVES = ("calibrated", "heldout", "plain", "beyond_top")
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What is kept of a layer between the walk and the choice of its rank."""
+
+    spectrum: Spectrum
+    curves: dict[str, Tensor]  # relative error at rank 0..k
+    facts: dict[str, Any]  # seconds, shrinkage, inputs
+
+    def tensors(self) -> dict[str, Tensor]:
+        """For a safetensors file."""
+        found = {"basis": self.spectrum.basis, "energies": self.spectrum.energies}
+        if self.spectrum.centre is not None:
+            found["centre"] = self.spectrum.centre
+        return found | {f"curve.{name}": curve for name, curve in self.curves.items()}
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Analysis:
+        curves = {name: tensors[f"curve.{name}"] for name in _CURVES if f"curve.{name}" in tensors}
+        return cls(Spectrum(tensors["basis"], tensors["energies"], tensors.get("centre")), curves, facts)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A layer's record, and its replacement unless it stays dense."""
+
+    record: LayerRecord
+    layer: FactoredLinear | None = None
+
+
+def analyse(weight: Tensor, calibration: Moments | None, heldout: InputStatistics | None, settings: Settings) -> Analysis:
+    """Basis and error curves at every rank."""
+    start = time.perf_counter()
+    solution, curves, shrinkage = _solve(weight, calibration, heldout, settings, None)
+    spectrum = solution.spectrum
+    keep = spectrum.basis.shape[1]
+    if "loss_weights" not in settings.allocator.needs:  # otherwise the dropped directions are weighed too
+        keep = min(max(break_even((weight.shape[0], weight.shape[1])), 1), keep)
+    kept = Spectrum(spectrum.basis[:, :keep].float().contiguous(), spectrum.energies, spectrum.centre)
+    facts: dict[str, Any] = {"seconds": time.perf_counter() - start, "shrinkage": shrinkage}
+    facts["inputs"] = {} if calibration is None else calibration.describe()
+    return Analysis(kept, curves, facts)
+
+
+def _solve(
+    weight: Tensor,
+    calibration: Moments | None,
+    heldout: InputStatistics | None,
+    settings: Settings,
+    rank: int | None,
+) -> tuple[Solution, dict[str, Tensor], float | None]:
+    """The method's solution, its error curves, and the shrinkage with the least held-out error (at `rank`, or on
+    average over the ranks below break-even) where candidates are given."""
+    method = settings.method
+    assert isinstance(method, Projection)
+    if not settings.shrinkages or heldout is None:
+        solution = method.solve(weight, calibration)
+        curves = {} if calibration is None else error_curves(solution, calibration, heldout)
+        return solution, curves, getattr(method, "shrinkage", None)
+    limit = min(break_even((weight.shape[0], weight.shape[1])), min(weight.shape))
+    best: tuple[float, Solution, dict[str, Tensor], float] | None = None
+    for amount in settings.shrinkages:
+        solution = dataclasses.replace(method, shrinkage=amount).solve(weight, calibration)  # type: ignore[type-var]
+        assert calibration is not None
+        curves = error_curves(solution, calibration, heldout)
+        curve = curves["heldout"]
+        error = float(curve[rank]) if rank is not None else float(curve[: limit + 1].mean())
+        if best is None or error < best[0]:
+            best = (error, solution, curves, amount)
+    assert best is not None
+    return best[1:]
+
+
+def install(module: Any, analysis: Analysis, rank: int | None, settings: Settings) -> Finished:
+    """Cut the factors of `rank` from the analysis; None leaves the layer dense."""
+    start = time.perf_counter()
+    if rank is None:
+        limit = break_even(_shape(module))
+        above = f"rank {settings.rank} is above its break-even {limit}"
+        return left_dense(module, analysis.facts["seconds"], above if settings.rank is not None else None)
+    layer = _build(module, truncate(weight_of(module), analysis.spectrum, rank), None, settings)
+    record = _record(layer, analysis.curves, rank, analysis.facts)
+    record.seconds += time.perf_counter() - start
+    return Finished(record, layer)
+
+
+def project_layer(
+    module: Any, calibration: Moments | None, heldout: InputStatistics | None, rank: int | None, settings: Settings
+) -> Finished:
+    """The whole way at a known rank, without a backbone."""
+    if rank is None:
+        return left_dense(module, 0.0, None)
+    start = time.perf_counter()
+    weight = weight_of(module)
+    solution, curves, shrinkage = _solve(weight, calibration, heldout, settings, rank)
+    layer = _build(module, truncate(weight, solution.spectrum, rank), None, settings)
+    facts = {"seconds": 0.0, "shrinkage": shrinkage, "inputs": {} if calibration is None else calibration.describe()}
+    record = _record(layer, curves, rank, facts)
+    record.seconds = time.perf_counter() - start
+    return Finished(record, layer)
+
+
+def split_layer(
+    module: Any, calibration: Moments | None, heldout: InputStatistics | None, rank: int, settings: Settings
+) -> Finished:
+    """W = Q + L R with a quantized backbone."""
+    start = time.perf_counter()
+    weight = weight_of(module)
+    quantizer = settings.quantizer
+    assert quantizer is not None
+    method = settings.method if rank else PlainSVD()  # rank 0 is Q alone whatever the method
+    shrinkage = getattr(method, "shrinkage", None)
+    if settings.shrinkages and heldout is not None and rank:
+        backbone = quantizer.dequantize(quantizer.quantize(weight), _shape(module), torch.float64)
+        shrinkage = _solve(weight.double() - backbone, calibration, heldout, settings, rank)[2]
+        method = dataclasses.replace(method, shrinkage=shrinkage)  # type: ignore[type-var]
+    split = method.split(weight, calibration, rank, quantizer)
+    layer = _build(module, split.factors, split.parts, settings)
+    record = _record(layer, {}, rank, {"seconds": 0.0, "shrinkage": shrinkage, "inputs": {}})
+    if calibration is not None and split.backbone is not None:
+        dense = weight.double()
+        first = quantizer.dequantize(quantizer.quantize(weight), layer.plan.shape, torch.float64)
+        plain = truncate(dense - first, PlainSVD().spectrum(dense - first, None), rank)
+        residual = dense - layer.dense_weight(torch.float64)  # with L and R as they are stored
+        record.error_calibrated = relative_error(residual, dense, calibration, split.centre)
+        record.error_heldout = None if heldout is None else relative_error(residual, dense, heldout, split.centre)
+        record.error_plain = relative_error(dense - first - plain.left @ plain.right, dense, calibration)
+        record.error_backbone = relative_error(dense - split.backbone, dense, calibration)
+        record.inputs = calibration.describe()
+    record.seconds = time.perf_counter() - start
+    return Finished(record, layer)
+
+
+def left_dense(module: Any, seconds: float, reason: str | None) -> Finished:
+    """The record of a layer that stays as it is."""
+    bits = 8.0 * module.weight.element_size()
+    notes = [f"left dense: {reason}"] if reason else []
+    record = LayerRecord(_shape(module), "dense", "dense", "none", bits, 0.0, 0.0, 0.0, None, seconds, warnings=notes)
+    return Finished(record)
+
+
+def stored_bits_per_weight(layer: nn.Module, shape: tuple[int, int]) -> float:
+    """Bits of all stored tensors of a layer but its bias, per weight of the dense matrix."""
+    size = sum(p.numel() * p.element_size() for name, p in layer.named_parameters() if name != "bias")
+    return 8.0 * size / (shape[0] * shape[1])
+
+
+def _shape(module: Any) -> tuple[int, int]:
+    weight = weight_of(module)
+    return weight.shape[0], weight.shape[1]
+
+
+def _build(module: Any, factors: Factors, parts: dict[str, Tensor] | None, settings: Settings) -> FactoredLinear:
+    weight, quantizer = weight_of(module), settings.quantizer
+    own = next((name for name, dtype in DTYPES.items() if dtype == weight.dtype), "fp32")
+    form = settings.factor_format or own
+    plan = LayerPlan(
+        shape=_shape(module),
+        rank=factors.left.shape[1],
+        method=settings.method.name,
+        backbone="none" if quantizer is None else quantizer.name,
+        backbone_options={} if quantizer is None else quantizer.options(),
+        left_format=form,
+        right_format=form,
+        factor_options={} if form in DTYPES else settings.factor_options,
+        bias=module.bias is not None or factors.bias_shift is not None,
+        conv1d=not isinstance(module, nn.Linear),
+    )
+    factors = balance(factors) if form in DTYPES else factors
+    return build_layer(plan, factors, parts, module.bias, weight.dtype)
+
+
+def _record(layer: FactoredLinear, curves: dict[str, Tensor], rank: int, facts: dict[str, Any]) -> LayerRecord:
+    plan = layer.plan
+    at = {name: float(curve[rank]) for name, curve in curves.items()}
+    return LayerRecord(
+        plan.shape,
+        rank,
+        plan.method,
+        plan.backbone,
+        stored_bits_per_weight(layer, plan.shape),
+        error_calibrated=at.get("calibrated"),
+        error_heldout=at.get("heldout"),
+        error_plain=at.get("plain"),
+        error_backbone=None,
+        seconds=facts["seconds"],
+        error_beyond_top=at.get("beyond_top"),
+        shrinkage=facts["shrinkage"],
+        inputs=facts["inputs"],
+    )

@@ -1,0 +1,187 @@
+"""A checkpoint opened without loading it: a skeleton on the meta device whose tensors are read one block at a time.
+
+transformers builds the skeleton and accelerate's disk offload the index (`device_map={"": "disk"}`): every renaming and
+conversion between stored and runtime names is theirs, so no family needs code here. Tensors that transformers converts
+on loading (experts stored one by one, fused at run time) are written converted to `scratch`, once. The forward hooks
+that would load weights at every call are removed again: `load` and `release` say when.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.hooks import remove_hook_from_submodules
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, UsageError
+from ..layer_plan import LayerPlan
+from ..storage import write_json
+from .models import default_device, load_dense_or_factored, model_class
+from .transformers_quantizer import LordConfig
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def skeleton(name: str, dtype: str | None = None) -> Any:
+    """The model's structure on the meta device, from config.json alone; dtype as in load_dense_or_factored."""
+    build, config = model_class(name)
+    _check_plain(name, config)
+    wanted = getattr(torch, dtype) if dtype else (getattr(config, "dtype", None) or torch.float32)
+    with torch.device("meta"):
+        make = getattr(build, "_from_config", None) or build.from_config
+        return make(config, dtype=wanted, attn_implementation="eager").eval()  # whose operations can be counted
+
+
+def _check_plain(name: str, config: Any) -> None:
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    if method == "lord":
+        raise UsageError(f"{name} is decomposed already; start from the original dense model.")
+    raise UsageError(f"{name} is quantized ({method}); start from the original dense model.")
+
+
+class Checkpoint:
+    """The lazily opened checkpoint (decomposition.Source)."""
+
+    def __init__(self, name: str, dtype: str | None, scratch: Path, device: torch.device | None = None):
+        _, config = model_class(name)
+        _check_plain(name, config)
+        self._device, self._recast = device or default_device(), dtype is not None
+        scratch.mkdir(parents=True, exist_ok=True)
+        self.model = load_dense_or_factored(name, dtype, device_map={"": "disk"}, offload_folder=str(scratch))
+        self._weights = _index_of(self.model)
+        _check_headers(name, self.model, getattr(self._weights, "index", {}))
+        remove_hook_from_submodules(self.model)
+        self.model.__dict__.pop("hf_device_map", None)
+        self.model.requires_grad_(False)
+        for name, buffer in self.model.named_buffers():  # those that no checkpoint stores (rotary frequencies)
+            if not buffer.is_meta:
+                _put(self.model, name, buffer.to(self._device))
+        self._tied: dict[str, list[str]] = {}
+        for target, origin in (getattr(self.model, "all_tied_weights_keys", None) or {}).items():
+            self._tied.setdefault(origin, []).append(target)
+
+    def load(self, names: Iterable[str]) -> None:
+        """Fill parameters and persistent buffers; tied ones follow. Each gets memory of its own, never a map of the
+        file, whose pages would count against the peak of the process as long as any tensor of the file lives."""
+        for name in names:
+            tensor = self._read(name).to(self._device, copy=True)
+            _put(self.model, name, tensor)
+            for target in self._tied.get(name, ()):
+                _tie(self.model, target, name)
+
+    def release(self, names: Iterable[str]) -> None:
+        for name in names:
+            owner = _owner(self.model, name)
+            if owner is None:  # the layer was replaced
+                continue
+            _put(self.model, name, getattr(owner, name.rpartition(".")[2]).detach().to("meta"))
+            for target in self._tied.get(name, ()):
+                _tie(self.model, target, name)
+
+    def stored(self, name: str) -> Tensor | None:
+        entry = getattr(self._weights, "index", {}).get(name, {})
+        if self._recast or "safetensors_file" not in entry:
+            return None
+        with safe_open(entry["safetensors_file"], framework="pt") as file:
+            return file.get_tensor(entry.get("weight_name", name))
+
+    def _read(self, name: str) -> Tensor:
+        source = next((n for n in (name, *self._tied.get(name, ())) if n in self._weights), None)
+        if source is None:
+            raise CheckpointError(f"The checkpoint lacks the tensor '{name}'; download or write it again.")
+        return self._weights[source]
+
+
+def _index_of(model: nn.Module) -> Any:
+    """accelerate's mapping from tensor names to tensors on disk, found in the hooks of a disk-offloaded model."""
+    for module in model.modules():
+        mapping = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        if mapping is not None:
+            while hasattr(mapping, "dataset"):
+                mapping = mapping.dataset
+            return mapping
+    raise CheckpointError("The checkpoint holds no tensors; download or write it again.")
+
+
+def _check_headers(name: str, model: nn.Module, index: dict[str, Any]) -> None:
+    """CheckpointError if a stored tensor has another shape than the model's, or integers where numbers are wanted:
+    nothing else compares the two when tensors are read one by one."""
+    files: dict[str, list[tuple[str, str]]] = {}
+    for key, entry in index.items():
+        if entry.get("safetensors_file"):
+            files.setdefault(entry["safetensors_file"], []).append((key, entry.get("weight_name", key)))
+    expected = model.state_dict()
+    for path, keys in files.items():
+        with safe_open(path, framework="pt") as file:
+            for key, stored_name in keys:
+                stored, wanted = file.get_slice(stored_name), expected[key]
+                if tuple(stored.get_shape()) != tuple(wanted.shape):
+                    raise CheckpointError(
+                        f"The model '{name}' could not be loaded: '{stored_name}' is {tuple(stored.get_shape())} in "
+                        f"{path}, {tuple(wanted.shape)} by config.json; the two do not belong together."
+                    )
+                if wanted.is_floating_point() and stored.get_dtype() not in _FLOATS:
+                    raise CheckpointError(
+                        f"The model '{name}' could not be loaded: '{stored_name}' holds {stored.get_dtype()} in {path}; "
+                        "floating-point weights are wanted. Start from the original dense model."
+                    )
+
+
+def _owner(model: nn.Module, name: str) -> nn.Module | None:
+    path, _, leaf = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return None
+    return module if leaf in module._parameters or leaf in module._buffers else None
+
+
+def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
+    module, leaf = _owner(model, name), name.rpartition(".")[2]
+    assert module is not None
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[leaf] = tensor
+
+
+def _tie(model: nn.Module, target: str, origin: str) -> None:
+    source, module = _owner(model, origin), _owner(model, target)
+    if source is not None and module is not None:
+        module._parameters[target.rpartition(".")[2]] = source._parameters[origin.rpartition(".")[2]]
+
+
+def write_index(
+    folder: Path,
+    model: Any,  # the skeleton, with the decomposed layers in place
+    tokenizer: Any,
+    plans: dict[str, LayerPlan],
+    weight_map: dict[str, str],  # tensor -> shard
+) -> None:
+    """Everything of a factored checkpoint but its shards: config with the manifest, index, tokenizer, generation
+    config."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.quantization_config = LordConfig({name: plan.to_dict() for name, plan in plans.items()})
+    config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    size = 0
+    for shard in sorted(set(weight_map.values())):
+        with (folder / shard).open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        size += sum(e["data_offsets"][1] - e["data_offsets"][0] for n, e in header.items() if n != "__metadata__")
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(folder / "model.safetensors.index.json", index)
