@@ -402,9 +402,7 @@ def _text_size(windows: Windows | None) -> TextSize | None:
     )
 
 
-def _estimate(
-    shape: Any, settings: Settings, text: TextSize | None, rates: Rates | None, processes: int
-) -> Estimate:
+def _estimate(shape: Any, settings: Settings, text: TextSize | None, rates: Rates | None, processes: int) -> Estimate:
     """For a skeleton on the meta device."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LordWarning)  # the run itself says them
@@ -463,8 +461,8 @@ def _show_estimate(foreseen: Estimate, found: Survey, config: PlanConfig) -> Non
         say(f"not decomposed: {_count_reasons(found.skipped)}")
     parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in foreseen.phases.items())
     say(
-        f"peak memory {human_bytes(foreseen.peak_bytes)} per process: {human_bytes(foreseen.held_bytes)} for Python and "
-        f"the libraries, and the largest of: {parts}"
+        f"peak memory {human_bytes(foreseen.peak_bytes)} per process: {human_bytes(foreseen.held_bytes)} for Python "
+        f"and the libraries, and the largest of: {parts}"
     )
     say(f"scratch files beside the output: {human_bytes(foreseen.scratch_bytes)}")
     if foreseen.seconds is not None:
@@ -583,7 +581,7 @@ def _show_decomposition(report: dict[str, Any], config: DecomposeConfig) -> None
         say(f"not decomposed: {_count_reasons(report['skipped'])}")
     poor = [name for name, entry in report["layers"].items() if _is_poorly_determined(entry)]
     if poor:
-        say(f"{len(poor)} layers saw fewer tokens than they have inputs, or dead inputs, like {poor[0]}; more text helps")
+        say(f"{len(poor)} layers saw fewer tokens than inputs, or dead inputs, like {poor[0]}; give them more text")
     totals = report["totals"]
     say(
         f"peak memory {human_bytes(totals['peak_rss_bytes'])} (estimated "

@@ -73,7 +73,7 @@ class MethodConfig(RunConfig):
     context_length: int = Field(1024, gt=1, description="tokens per calibration window")
     sensitivity_tokens: int = Field(4096, gt=0, description="tokens of the backward pass of loss_weighted")
     propagate: Literal["dense", "sequential"] = Field(
-        "dense", description="what later blocks are calibrated on: the original blocks' outputs, or the decomposed ones'"
+        "dense", description="what later blocks are calibrated on: outputs of the original blocks, or of the decomposed"
     )
     sink_weight: float = Field(
         0.05, ge=0, description="extra weight of position-0 inputs (attention sinks) in the Gram matrix (whitened)"

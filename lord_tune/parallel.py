@@ -34,7 +34,10 @@ class Workers:
     def add_up(self, total: Tensor) -> None:
         """Replace `total` by its sum over the processes."""
         if self.size > 1:
-            dist.all_reduce(total)
+            wire = _on_wire(total)
+            dist.all_reduce(wire)
+            if wire is not total:
+                total.copy_(wire)
 
     def concatenate(self, rows: Tensor) -> Tensor:
         """(n, ...) of every process -> (sum of n, ...), in order of rank."""
@@ -43,9 +46,10 @@ class Workers:
         counts = self.gather(len(rows))
         padded = rows.new_zeros(max(counts), *rows.shape[1:])
         padded[: len(rows)] = rows
+        padded = _on_wire(padded)
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(parts, padded)
-        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]).to(rows.device)
 
     def gather(self, value: Any) -> list[Any]:
         """Small values of every process, in order of rank."""
@@ -76,16 +80,23 @@ class Workers:
         for name, (shape, dtype) in self.send(shapes, owner).items():
             mine = tensors is not None and self.rank == owner
             tensor = tensors[name].contiguous() if mine and tensors is not None else torch.empty(shape, dtype=dtype)
-            tensor = tensor.to(device)
-            if tensor.numel():
-                dist.broadcast(tensor.view(-1).view(torch.uint8), src=owner)
-            received[name] = tensor
+            wire = _on_wire(tensor)
+            if wire.numel():
+                dist.broadcast(wire.view(-1).view(torch.uint8), src=owner)
+            received[name] = wire.to(device)
         return received
 
     def wait(self) -> None:
         """Until every process is here."""
         if self.size > 1:
             dist.barrier()
+
+
+def _on_wire(tensor: Tensor) -> Tensor:
+    """The tensor where the group's backend can send it: NCCL sends from the accelerator only."""
+    if dist.get_backend() == "nccl" and tensor.device.type == "cpu":
+        return tensor.to(torch.device("cuda", torch.cuda.current_device()))
+    return tensor
 
 
 def share_out(costs: Mapping[str, float], size: int) -> dict[str, int]:

@@ -169,7 +169,14 @@ def big(bench: Bench) -> None:
                 f"{totals['seconds'] / 60:.1f} min",
             ]
         )
-    columns = ["TinyLlama's shape, bfloat16", "parameters", "weights", "peak (<= 3 GiB)", "estimated / measured", "time"]
+    columns = [
+        "TinyLlama's shape, bfloat16",
+        "parameters",
+        "weights",
+        "peak (<= 3 GiB)",
+        "estimated / measured",
+        "time",
+    ]
     show_table("a billion parameters, calibrated on 8k tokens", columns, rows)
 
 

@@ -11,7 +11,7 @@ import json
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -19,6 +19,12 @@ from torch import Tensor
 from ..errors import CheckpointError
 
 _HEADER = 256  # bytes
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    values: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(values)
 
 
 class StateWriter:
@@ -43,7 +49,7 @@ class StateWriter:
         if self._shape is None:
             self._shape, self._dtype = tuple(value.shape), value.dtype
         assert (tuple(value.shape), value.dtype) == (self._shape, self._dtype), "windows of a stream have one shape"
-        self._stream.write(memoryview(value.view(-1).view(torch.uint8).numpy()))
+        self._stream.write(_bytes_of(value))
         self._count += 1
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
@@ -82,7 +88,7 @@ class StateFile:
 
     def __getitem__(self, index: int) -> Tensor:
         tensor = torch.empty(self._shape, dtype=self._dtype)
-        target = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        target = _bytes_of(tensor)
         self._stream.seek(_HEADER + index * len(target))
         done = 0
         while done < len(target):

@@ -5,13 +5,13 @@ files between blocks; a finished block is a file and a line in the journal.
 
     calibrating   (only when the allocator needs all spectra first) run the text through the block, factorize its layers
                   at every rank, keep basis and error curves in a file; dense outputs go on to the next block
-    sensitivity   (only for allocators that weigh by the loss) from the last block to the first, the gradients of the loss
+    sensitivity   (only for allocators that weigh by the loss) gradients of the loss, from the last block to the first
     writing       the factors of the chosen rank. With ranks known from the start this is the only pass and calibrates
                   too; `propagate: sequential` makes it calibrate on the outputs of the blocks already decomposed
 
 Memory at the peak: one block's weights, the Gram matrices of its distinct inputs, 8 in^2 bytes each, and for the layer
-at hand about 8 (4 out in + 6 k^2) bytes, k = min(out, in). decomposition/estimate.py has the model that `lord-tune plan`
-prints and every run checks.
+at hand about 8 (4 out in + 6 k^2) bytes, k = min(out, in). estimate.py has the model that `lord-tune plan` prints and
+every run checks.
 
 Processes: each runs its share of the windows; Gram matrices are summed over them; the layers of a block are dealt out.
 
@@ -48,7 +48,7 @@ from ..errors import CalibrationError, LordError, LordWarning, UsageError
 from ..factorizations import Projection
 from ..layer_plan import LayerPlan
 from ..layers import FactoredLinear, check_finite, fused_parameters, select_linears, shape_of, weight_of
-from ..parallel import Workers, share_out
+from ..parallel import share_out
 from ..storage import write_tensors
 from .base import LayerRecord, Notify, Progress, Settings, Source, Task, Windows
 from .estimate import layer_flops
@@ -168,7 +168,9 @@ class _Run:
         self.model, self.blocks, self.workers = source.model, found.blocks, journal.workers
         self.count = len(self.blocks.modules)
         self.shards = self.count + (1 if self.blocks.prefix else 0)
-        self._tensors = [n for n in self.model.state_dict() if n not in getattr(self.model, "all_tied_weights_keys", {})]
+        self._tensors = [
+            n for n in self.model.state_dict() if n not in getattr(self.model, "all_tied_weights_keys", {})
+        ]
         inside = {n for n in self._tensors if any(self.blocks.holds(i, n) for i in range(self.count))}
         self._rest = [name for name in self._tensors if name not in inside]
         self._start = time.perf_counter()
@@ -198,15 +200,14 @@ class _Run:
             if self.journal.has(step):
                 continue
             with self._loaded(index):
-                statistics = self._collect(walk, index, keep=index + 1 < self.count)
+                analyses = self._analyse_block(walk, index)
                 if weighted and walk.streamed:
                     walk.advance(index, _SENSITIVITY)
-                members = self.found.members(index)
-                analyses = self._dealt_out(members, lambda n, m: self._analyse(n, m, statistics))
             path = self.journal.work / f"analysis-{index:05d}.safetensors"
             tensors = {f"{n}:{k}": t for n, a in analyses.items() if a is not None for k, t in a.tensors().items()}
             digest = write_tensors(path, tensors) if self.journal.writes else None
             facts = {name: None if a is None else a.facts for name, a in analyses.items()}
+            del analyses, tensors  # not beside those of the next block
             self._commit(step, "calibrating", index, path, digest, layers=facts)
             # one step late: another process may die before process 0 has recorded this one
             walk.forget(index - 1, ["calibration", "heldout"])
@@ -392,13 +393,7 @@ class _Run:
                 continue
             with self._loaded(index) as loaded:
                 last = index + 1 == self.count
-                statistics = self._collect(walk, index, keep=not (last or sequential))
-                analyses = self._analyses(index) if from_analysis else {}
-                members = self.found.members(index)
-                done = self._dealt_out(
-                    members, lambda n, m: self._finish(n, m, statistics, analyses, ranks, walk is not None)  # noqa: B023
-                )
-                del statistics, analyses
+                done = self._factorize(walk, index, ranks, from_analysis, keep=not (last or sequential))
                 for name, finished in done.items():
                     if finished.layer is not None:
                         self.model.set_submodule(name, finished.layer)
@@ -413,18 +408,40 @@ class _Run:
                     "plans": {name: f.layer.plan.to_dict() for name, f in done.items() if f.layer is not None},
                     "tensors": list(tensors),
                 }
+                del tensors
                 for name in done:
                     _to_meta(self.model.get_submodule(name))
+                    _to_meta(members[name])  # the dense layer it replaced, which the survey still knows
             self.journal.commit(step, path, digest, **content)
             self._report("writing", index, {name: f.record for name, f in done.items()})
             if walk is not None:
                 walk.forget(index - 1, list(walk.windows))
 
+    def _factorize(
+        self, walk: BlockWalk | None, index: int, ranks: dict[str, int | None], from_analysis: bool, keep: bool
+    ) -> dict[str, Finished]:
+        """The layers of the block in memory; the statistics of their inputs are gone on return."""
+        statistics = self._collect(walk, index, keep)
+        analyses = self._analyses(index) if from_analysis else {}
+
+        def finish(name: str, module: nn.Module) -> Finished:
+            return self._finish(name, module, statistics, analyses, ranks, walk is not None)
+
+        return self._dealt_out(self.found.members(index), finish)
+
+    def _analyse_block(self, walk: BlockWalk, index: int) -> dict[str, Analysis | None]:
+        statistics = self._collect(walk, index, keep=index + 1 < self.count)
+
+        def look(name: str, module: nn.Module) -> Analysis | None:
+            return self._analyse(name, module, statistics)
+
+        return self._dealt_out(self.found.members(index), look)
+
     def _show_plans(self, step: str) -> None:
         """Give the skeleton the layers of a block that an earlier process wrote."""
         for name, content in self.journal.steps[step]["plans"].items():
             plan = LayerPlan.from_dict(name, content)
-            dtype = self.found.layers[name].weight.dtype
+            dtype: Any = self.found.layers[name].weight.dtype
             self.model.set_submodule(name, FactoredLinear(plan, device="meta", dtype=dtype))
 
     def _finish(
@@ -461,7 +478,7 @@ class _Run:
         """Tensors of a block: of decomposed layers as they are now, all others as the checkpoint stores them."""
         if not self.journal.writes:
             return {}
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for prefix in decomposed:
             module = self.model.get_submodule(prefix)
             if isinstance(module, FactoredLinear):
@@ -485,7 +502,8 @@ class _Run:
         if not self.blocks.prefix or self.journal.has("rest"):
             return
         path = self.journal.folder / self._shard_name(self.count)
-        tensors, digest = {}, None
+        tensors: dict[str, Tensor] = {}
+        digest = None
         if self.journal.writes:
             stored = {name: self.source.stored(name) for name in self._rest}
             with _Loaded(self.source, [name for name, tensor in stored.items() if tensor is None], self.model):
@@ -495,7 +513,9 @@ class _Run:
 
     def outcome(self) -> Outcome:
         """From the journal, so that a resumed run tells the same as an uninterrupted one."""
-        records, plans, weight_map = {}, {}, {}
+        records: dict[str, LayerRecord] = {}
+        plans: dict[str, LayerPlan] = {}
+        weight_map: dict[str, str] = {}
         for index in range(self.count):
             line = self.journal.steps[f"writing/{index}"]
             for name, content in line["layers"].items():

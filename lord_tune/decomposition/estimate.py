@@ -197,9 +197,11 @@ def estimate(
     phases = {}
     if calibrated:
         head = model.get_output_embeddings()
-        own = set() if head is None else {id(p) for p in head.parameters()} - {
-            id(p) for p in model.get_input_embeddings().parameters()
-        }
+        own = (
+            set()
+            if head is None
+            else {id(p) for p in head.parameters()} - {id(p) for p in model.get_input_embeddings().parameters()}
+        )
         head_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) in own)
         phases["start"] = rest_bytes - head_bytes + block_bytes[widest] + window
     work = block_bytes[widest] + grams + max(window, largest + (2 * bases if weighted else factors))
@@ -230,7 +232,8 @@ def estimate(
     after = None
     bits = None
     if ranks is not None:
-        dense_linear = sum(weight_of(m).numel() * m.weight.element_size() for m in found.layers.values())
+        dense = [weight_of(module) for module in found.layers.values()]
+        dense_linear = sum(weight.numel() * weight.element_size() for weight in dense)
         packed = sum(_stored_bytes(m, ranks[n], settings) for n, m in found.layers.items())
         after = sum(size.values()) - dense_linear + packed
         bits = 8.0 * packed / sum(s[0] * s[1] for s in shapes.values())
@@ -319,5 +322,3 @@ def _seconds(
         products = 2.0 * k * width * width * (text is not None) + 2.0 * out * k * (width + k) + 6.0 * k**3
         total += eigenproblems / rates.eigen + products / rates.double
     return total
-
-

@@ -1,10 +1,10 @@
 """The folder of a run in progress, and the line-by-line record of what is finished in it.
 
-`OUT.partial/` becomes `OUT` by one rename at the end. Until then it holds the finished shards and `.work/`: progress.jsonl,
-the hidden states in front of the next block, and what is kept of analysed layers. The first line of progress.jsonl says
-what the run is (configuration, base weights, text, versions, processes); each further line is one finished step with
-the sha256 of the file it wrote, appended and synced only after that file. So whatever moment a process dies at, the
-lines are true, and a step without a line is done again: same inputs, same bytes.
+`OUT.partial/` becomes `OUT` by one rename at the end. Until then it holds the finished shards and `.work/`:
+progress.jsonl, the hidden states in front of the next block, and what is kept of analysed layers. The first line of
+progress.jsonl says what the run is (configuration, base weights, text, versions, processes); each further line is one
+finished step with the sha256 of the file it wrote, appended and synced only after that file. So whatever moment a
+process dies at, the lines are true, and a step without a line is done again: same inputs, same bytes.
 """
 
 from __future__ import annotations
@@ -40,8 +40,19 @@ class Journal:
 
     def check(self, resume: bool, overwrite: bool) -> None:
         """Refuse a destination before any work."""
+        problem = None
+        if self.writes:  # the others look no earlier than this one is through: it makes the folder soon
+            try:
+                self._check(resume, overwrite)
+            except UsageError as error:
+                problem = error
+        problem = self.workers.send(problem, 0)
+        if problem is not None:
+            raise problem
+
+    def _check(self, resume: bool, overwrite: bool) -> None:
         check_destination(self.out, overwrite)
-        if self.folder.exists() and not self._path.is_file() and any(p != self.work for p in self.folder.iterdir()):
+        if self.folder.exists() and not self._path.is_file() and any(self.folder.iterdir()):
             raise UsageError(f"{self.folder} holds files that lord_tune did not write; move it away.")
         if self._path.is_file() and not resume and not overwrite:
             raise UsageError(

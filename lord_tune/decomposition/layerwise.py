@@ -1,8 +1,8 @@
 """What is done with one layer, given its weight and the statistics of its input. No model, no files.
 
-Two orders of work. When the rank is known, a layer is split and stored at once (`split_layer`, `project_layer`). When an
-allocator first needs the spectra of all layers, `analyse` keeps the layer's basis (float32) and error curves, never its
-Gram matrix, and `install` cuts the factors from them later: ranks are slices.
+Two orders of work. When the rank is known, a layer is split and stored at once (`split_layer`, `project_layer`). When
+an allocator first needs the spectra of all layers, `analyse` keeps the layer's basis (float32) and error curves, never
+its Gram matrix, and `install` cuts the factors from them later: ranks are slices.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ class Finished:
     layer: FactoredLinear | None = None
 
 
-def analyse(weight: Tensor, calibration: Moments | None, heldout: InputStatistics | None, settings: Settings) -> Analysis:
+def analyse(
+    weight: Tensor, calibration: Moments | None, heldout: InputStatistics | None, settings: Settings
+) -> Analysis:
     """Basis and error curves at every rank."""
     start = time.perf_counter()
     solution, curves, shrinkage = _solve(weight, calibration, heldout, settings, None)

@@ -131,8 +131,8 @@ def _check_headers(name: str, model: nn.Module, index: dict[str, Any]) -> None:
                     )
                 if wanted.is_floating_point() and stored.get_dtype() not in _FLOATS:
                     raise CheckpointError(
-                        f"The model '{name}' could not be loaded: '{stored_name}' holds {stored.get_dtype()} in {path}; "
-                        "floating-point weights are wanted. Start from the original dense model."
+                        f"The model '{name}' could not be loaded: '{stored_name}' holds {stored.get_dtype()} in "
+                        f"{path}; floating-point weights are wanted. Start from the original dense model."
                     )
 
 
