@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import code_document, save_tiny, tiny_llama
+from tiny import code_document, read_tensors, save_tiny, tiny_llama
 from transformers import LlamaModel
 
 import lord_tune
@@ -323,10 +323,11 @@ def test_wrong_call(command, says, world, capfd):
 
 
 def _weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
-    path = folder / "model.safetensors"
-    state = load_file(path)
+    state = read_tensors(folder)
     change(state)
-    save_file(state, path, metadata={"format": "pt"})
+    for path in folder.glob("model*.safetensors*"):
+        path.unlink()
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
@@ -482,33 +483,45 @@ def test_diverged_training_keeps_no_adapter(world, capfd):
 # ---- interrupted writing -------------------------------------------------------------------------------------------
 
 
-def _save_and_fail(error: BaseException) -> Callable[..., None]:
-    def save(model: Any, tokenizer: Any, folder: Path) -> None:
-        (folder / "model.safetensors").write_bytes(b"half of it")
+def _write_and_fail(error: BaseException) -> Callable[..., None]:
+    def write(folder: Path, *rest: Any) -> None:
+        (folder / "config.json").write_text("half of it")
         raise error
 
-    return save
+    return write
 
 
 @pytest.mark.parametrize(
     ("error", "code", "says"),
     [
-        (OSError(errno.ENOSPC, "No space left on device", "model.safetensors"), 1, "check permissions and disk space"),
+        (OSError(errno.ENOSPC, "No space left on device", "config.json"), 1, "check permissions and disk space"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (ZeroDivisionError("division by zero\nsecond line"), 1, "rerun with --debug for the traceback"),
     ],
     ids=["disk full", "Ctrl-C", "defect"],
 )
 @pytest.mark.parametrize("earlier", [False, True], ids=["new", "over an earlier run"])
-def test_failed_writing_leaves_what_was_there(error, code, says, earlier, world, capfd, monkeypatch):
+def test_failed_writing_leaves_what_was_there_and_can_be_resumed(
+    error, code, says, earlier, world, capfd, monkeypatch
+):
     if earlier:
         lord_tune.decompose(str(world.llama), str(world.out), method="svd", rank=4)
     before = contents(world.runs)
-    monkeypatch.setattr(commands, "save_model", _save_and_fail(error))
-    came, stderr = run(world.data_free("--method", "svd", "--rank", 8, "--overwrite"), capfd)
+    command = world.data_free("--method", "svd", "--rank", 8, "--overwrite")
+    with monkeypatch.context() as patched:
+        patched.setattr(commands, "write_index", _write_and_fail(error))
+        came, stderr = run(command, capfd)
     assert came == code
     assert says in stderr.splitlines()[-1] and "Traceback" not in stderr
-    assert contents(world.runs) == before
+    partial = world.out.with_name(world.out.name + ".partial")
+    assert f"is kept in {partial}; continue with the same command and --resume" in stderr
+    shards = {path.name for path in partial.glob("*.safetensors")}
+    assert len(shards) == 4  # three blocks and the rest
+    assert {k: v for k, v in contents(world.runs).items() if partial.name not in str(k)} == before
+    came, stderr = run([*command, "--resume"], capfd)
+    assert came == 0 and "3 blocks are written" in stderr and not partial.exists()
+    assert {path.name for path in world.out.glob("*.safetensors")} == shards and not (world.out / ".work").exists()
+    lord_tune.load(str(world.out))
 
 
 def test_debug_shows_the_error_itself(world):

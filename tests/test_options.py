@@ -17,7 +17,7 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import INTERMEDIATE, LAYERS, gpt2_config, save_tiny, write_code_rows
+from tiny import INTERMEDIATE, LAYERS, gpt2_config, read_tensors, save_tiny, write_code_rows
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 from trl import SFTConfig
@@ -34,11 +34,6 @@ SHORT = {"context_length": 64, "calibration_tokens": 1024}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    (file,) = folder.glob("*.safetensors")
-    return load_file(file)
-
-
 @dataclass(frozen=True)
 class Run:
     """What one `decompose` returned and wrote."""
@@ -48,7 +43,7 @@ class Run:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        return tensors_of(self.folder)
+        return read_tensors(self.folder)
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -132,7 +127,7 @@ def case_out(b: Bench) -> None:
     out = b.folder / "deep" / "below" / "out"
     lord_tune.decompose(str(b.model), str(out), method="svd", rank=8)
     names = {path.name for path in out.iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "decomposition.json", "README.md"} <= names
+    assert {"config.json", "model.safetensors.index.json", "tokenizer.json", "decomposition.json", "README.md"} <= names
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
@@ -353,14 +348,14 @@ def adapter_config(folder: Path) -> dict[str, Any]:
 
 def trained_layers(folder: Path) -> set[str]:
     """The layers an adapter holds tensors for."""
-    return {key.removeprefix("base_model.model.").split(".lora_")[0] for key in tensors_of(folder)}
+    return {key.removeprefix("base_model.model.").split(".lora_")[0] for key in read_tensors(folder)}
 
 
 def case_train_model(b: Bench) -> None:
     base = b.decompose(rank=4).folder
     _, out = b.train(model_name_or_path=str(base))
     assert adapter_config(out)["base_model_name_or_path"] == str(base)
-    assert tensors_of(out)[f"base_model.model.{Q}.host.lora_A.weight"].shape == (4, 64)
+    assert read_tensors(out)[f"base_model.model.{Q}.host.lora_A.weight"].shape == (4, 64)
 
 
 def case_train_output(b: Bench) -> None:
@@ -434,7 +429,7 @@ def case_lora_r(b: Bench) -> None:
     for rank in (2, 4):
         metrics, out = b.train(mode="lora", lora_r=rank)
         key = f"base_model.model.{Q}.right.lora_A.weight"
-        assert tensors_of(out)[key].shape == (rank, 64) and adapter_config(out)["r"] == rank
+        assert read_tensors(out)[key].shape == (rank, 64) and adapter_config(out)["r"] == rank
         # per layer: LoRA on R (rank 8, in) and on L (out, rank 8)
         expected = sum(rank * (sum(plan["shape"]) + 2 * 8) for plan in b.decompose().manifest.values())
         assert metrics["trainable_parameters"] == expected
@@ -450,7 +445,7 @@ def case_lora_dropout(b: Bench) -> None:
     """LoRA starts as zero, so dropout is seen from the second step on."""
     default, given = b.train(mode="lora"), b.train(mode="lora", lora_dropout=0.5)
     assert adapter_config(given[1])["lora_dropout"] == 0.5
-    first, second = tensors_of(default[1]), tensors_of(given[1])
+    first, second = read_tensors(default[1]), read_tensors(given[1])
     assert any(not torch.equal(first[key], second[key]) for key in first)
 
 
@@ -598,8 +593,8 @@ def export(b: Bench, form: str, **options: Any) -> tuple[dict[str, Any], Path]:
 
 def case_export_model(b: Bench) -> None:
     plain, trained = export(b, "dense")[1], export(b, "dense", model=str(b.adapter()))[1]
-    assert not torch.allclose(tensors_of(plain)[f"{Q}.weight"], tensors_of(trained)[f"{Q}.weight"])
-    assert torch.allclose(tensors_of(plain)[f"{Q}.weight"].double(), b.decompose().product(), atol=1e-6)
+    assert not torch.allclose(read_tensors(plain)[f"{Q}.weight"], read_tensors(trained)[f"{Q}.weight"])
+    assert torch.allclose(read_tensors(plain)[f"{Q}.weight"].double(), b.decompose().product(), atol=1e-6)
 
 
 def case_export_out(b: Bench) -> None:
@@ -623,7 +618,7 @@ def case_export_dtype(b: Bench) -> None:
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         # 8 mantissa bits on every weight of a random model: far above the threshold meant for real ones
         result, out = export(b, "dense", dtype=name, threshold=10.0)
-        assert {tensor.dtype for tensor in tensors_of(out).values()} == {dtype} and result["dtype"] == name
+        assert {tensor.dtype for tensor in read_tensors(out).values()} == {dtype} and result["dtype"] == name
 
 
 def case_export_threshold(b: Bench) -> None:
@@ -818,7 +813,7 @@ def test_command_line_beats_yaml_beats_defaults(bench, tmp_path, capfd):
     written = json.loads((tmp_path / "out" / "decomposition.json").read_text())["config"]
     assert written["rank"] == 6  # the command line over YAML
     assert written["factor_format"] == "fp16" and written["method"] == "svd"  # YAML over the defaults
-    assert written["backbone"] == "none" and written["overwrite"] is False  # the defaults
+    assert written["backbone"] == "none" and written["seed"] == 0  # the defaults
     assert Run({}, tmp_path / "out").tensors[f"{Q}.left.weight"].shape == (64, 6)
 
 

@@ -411,7 +411,7 @@ class _Run:
                 del tensors
                 for name in done:
                     _to_meta(self.model.get_submodule(name))
-                    _to_meta(members[name])  # the dense layer it replaced, which the survey still knows
+                    _to_meta(self.found.layers[name])  # the dense layer it replaced, which the survey still knows
             self.journal.commit(step, path, digest, **content)
             self._report("writing", index, {name: f.record for name, f in done.items()})
             if walk is not None:
