@@ -34,11 +34,11 @@ from .config import (
 )
 from .console import (
     LiveTable,
+    PeakMemory,
     duration,
     human_bytes,
     is_main_process,
     note,
-    peak_rss_bytes,
     progress,
     say,
     show_spans,
@@ -107,17 +107,23 @@ def decompose(model: str, out: str, **options: Any) -> dict[str, Any]:
     settings = _settings(config)
     workers, device = launched_processes()
     journal = Journal(Path(config.out), workers)
-    finished = _finished(config)
-    if finished is not None:
-        journal.remove_work()
-        say(f"{config.out} is finished already.")
-        return finished
-    journal.check(config.resume, config.overwrite)
+    journal = Journal(Path(config.out), workers)
+    perhaps_finished = config.resume and not config.overwrite and (journal.out / "decomposition.json").is_file()
+    if not perhaps_finished:
+        journal.check(config.resume, config.overwrite)
     source_name = resolve_model(config.model)
     _, base_config = model_class(source_name)
     tokenizer = load_tokenizer(source_name)
     windows, calibration = _windows(config, base_config, tokenizer)
     base = workers.send(_identity(config.model, source_name, base_config) if journal.writes else None, 0)
+    if perhaps_finished:
+        report = read_json(journal.out / "decomposition.json")
+        now = json.loads(json.dumps({"config": _lasting(config), "base": base, "calibration": calibration}))
+        if now == {key: report[key] for key in now}:
+            journal.remove_work()
+            say(f"{config.out} is finished already.")
+            return report
+        journal.check(config.resume, config.overwrite)
     identity = {
         "config": _lasting(config),
         "base": base,
@@ -140,10 +146,10 @@ def decompose(model: str, out: str, **options: Any) -> dict[str, Any]:
             f"memory {human_bytes(foreseen.peak_bytes)}, scratch files {human_bytes(foreseen.scratch_bytes)}"
         )
         task = task_of(tokenizer, kind_of(source.model) == "masked")
-        with LiveTable(_LAYER_COLUMNS, _LAYER_WIDTHS) as table:
+        with PeakMemory() as peak, LiveTable(_LAYER_COLUMNS, _LAYER_WIDTHS) as table:
             outcome = decompose_checkpoint(source, found, settings, windows, task, journal, _shower(table))
         totals = _totals(outcome.records, before, sizes(source.model), time.perf_counter() - start)
-        totals |= {"peak_rss_bytes": peak_rss_bytes(), "estimated_peak_rss_bytes": foreseen.peak_bytes}
+        totals |= {"peak_rss_bytes": peak.bytes, "estimated_peak_rss_bytes": foreseen.peak_bytes}
         report = {
             "format_version": FORMAT_VERSION,
             "base": base,
@@ -378,15 +384,6 @@ def _identity(name: str, source: str, config: Any) -> dict[str, Any]:
 def _lasting(config: RunConfig) -> dict[str, Any]:
     """The configuration without what does not change the result."""
     return config.model_dump(exclude={"resume", "overwrite", "dry_run"})
-
-
-def _finished(config: DecomposeConfig) -> dict[str, Any] | None:
-    """With --resume, the report of a run of the same configuration that is complete."""
-    path = Path(config.out) / "decomposition.json"
-    if not config.resume or config.overwrite or not path.is_file():
-        return None
-    report = read_json(path)
-    return report if report["config"] == json.loads(json.dumps(_lasting(config))) else None
 
 
 def _text_size(windows: Windows | None) -> TextSize | None:

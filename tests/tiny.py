@@ -34,11 +34,11 @@ def _special_ids() -> dict[str, int]:
     return {"bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 257}
 
 
-def llama_config(intermediate: int = INTERMEDIATE) -> LlamaConfig:
+def llama_config(intermediate: int = INTERMEDIATE, hidden: int = HIDDEN, layers: int = LAYERS) -> LlamaConfig:
     return LlamaConfig(
-        hidden_size=HIDDEN,
+        hidden_size=hidden,
         intermediate_size=intermediate,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=HEADS,
         num_key_value_heads=2,
         vocab_size=VOCABULARY,
@@ -80,9 +80,11 @@ def _seeded(build: Any, config: Any, seed: int) -> Any:
         return build(config).eval()
 
 
-def tiny_llama(seed: int = 0, intermediate: int = INTERMEDIATE) -> LlamaForCausalLM:
+def tiny_llama(
+    seed: int = 0, intermediate: int = INTERMEDIATE, hidden: int = HIDDEN, layers: int = LAYERS
+) -> LlamaForCausalLM:
     """Rotary positions, grouped keys and values, gated MLP, no biases."""
-    return _seeded(LlamaForCausalLM, llama_config(intermediate), seed)
+    return _seeded(LlamaForCausalLM, llama_config(intermediate, hidden, layers), seed)
 
 
 def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..errors import CheckpointError, UsageError
 from ..parallel import Workers
-from ..storage import check_destination, sha256_files
+from ..storage import check_destination, named_write, sha256_files
 
 _FORMAT = 1
 
@@ -52,7 +52,7 @@ class Journal:
 
     def _check(self, resume: bool, overwrite: bool) -> None:
         check_destination(self.out, overwrite)
-        if self.folder.exists() and not self._path.is_file() and any(self.folder.iterdir()):
+        if self.folder.exists() and not self._path.is_file() and any(p != self.work for p in self.folder.iterdir()):
             raise UsageError(f"{self.folder} holds files that lord_tune did not write; move it away.")
         if self._path.is_file() and not resume and not overwrite:
             raise UsageError(
@@ -68,6 +68,9 @@ class Journal:
                 if resume and self._path.is_file() and b"\n" in self._path.read_bytes():
                     steps = self._read(identity)
                     continued = True
+                    for path in self.folder.glob(".*"):  # temporary files of a process that died
+                        if path != self.work:
+                            path.unlink()
                 else:
                     shutil.rmtree(self.folder, ignore_errors=True)
                     self.work.mkdir(parents=True, exist_ok=True)
@@ -117,7 +120,7 @@ class Journal:
             self._append(line)
 
     def _append(self, line: dict[str, Any]) -> None:
-        with self._path.open("a") as stream:
+        with named_write(self._path), self._path.open("a") as stream:
             stream.write(json.dumps(line) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
