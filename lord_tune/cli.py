@@ -24,6 +24,7 @@ from .config import (
     EvaluateConfig,
     ExportConfig,
     InspectConfig,
+    MethodConfig,
     PlanConfig,
     QuickstartConfig,
     RunConfig,
@@ -40,6 +41,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 _MANY = ("--calibration", "--text")  # flags that take several values
+_OUTPUT_KEYS = set(DecomposeConfig.model_fields) - set(MethodConfig.model_fields)
 
 
 def _flag_type(field: FieldInfo) -> tuple[Any, str]:
@@ -74,7 +76,11 @@ def _parameter(name: str, field: FieldInfo, positional: bool, trl_names: bool) -
 
 
 def _add(verb: str, record: type[RunConfig], summary: str, call: Callable[[dict[str, Any]], Any]) -> None:
-    """Register a verb whose options are the fields of `record`."""
+    """Register a verb whose options are the fields of `record`.
+
+    `plan` takes the YAML file of a `decompose` run as it is: the keys out, overwrite, resume and dry_run of a file are
+    left out there (on its command line they are unknown options).
+    """
     fields = record.model_fields
     open_ended = record.model_config["extra"] == "allow"  # train: trl's names, with underscores
     positional = [name for name in ("model", "out") if name in fields and verb != "quickstart"]
@@ -94,7 +100,10 @@ def _add(verb: str, record: type[RunConfig], summary: str, call: Callable[[dict[
         if file is not None:
             from .training import load_yaml
 
-            given = load_yaml(file) | given
+            found = load_yaml(file)
+            if record is PlanConfig:  # a recipe of `decompose`: where it would write is of no interest to a plan
+                found = {key: value for key, value in found.items() if key not in _OUTPUT_KEYS}
+            given = found | given
         call(given)
 
     command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
@@ -220,7 +229,7 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         if debug:
             raise
-        what = f"{error.strerror or error}: {error.filename or ''}"
+        what = f"{error.strerror or error}: {error.filename}" if error.filename else str(error.strerror or error)
         print(f"{_who()}error: {what} (check permissions and disk space)", file=sys.stderr)
         sys.exit(1)
     except Exception as error:

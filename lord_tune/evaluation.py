@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from .calibration.collect import Blocks, find_blocks
 from .console import peak_rss_bytes
-from .errors import LordError, UsageError
+from .errors import LordError, LordWarning, UsageError
 from .integrations.models import kind_of, summed_loss
 from .layers import FactoredLinear, QuantizedLinear, is_linear, weight_of
 
@@ -79,7 +80,9 @@ def sizes(model: Any) -> dict[str, float]:
 
 def linear_bits(model: Any, blocks: Blocks | None = None) -> tuple[int, int]:
     """(stored bits, dense weights) of all linear layers inside the blocks."""
-    prefixes = (blocks or find_blocks(model)).names()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LordWarning)  # of a model without blocks: it is about calibrating one
+        prefixes = (blocks or find_blocks(model)).names()
     inside = {n: m for n, m in model.named_modules() if any(p == "" or n.startswith(p + ".") for p in prefixes)}
     bits = weights = 0
     factored = [name for name, module in inside.items() if isinstance(module, FactoredLinear)]

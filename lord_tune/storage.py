@@ -70,6 +70,16 @@ def check_json_file(path: str | None) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
 
 
+@contextlib.contextmanager
+def named_write(path: Path) -> Iterator[None]:
+    """Writing to an open stream fails without saying which file it was: LordError with its name."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise LordError(f"{path} could not be written: {reason}; check disk space and permissions.") from error
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
     """Write a safetensors file, synced to disk, under a temporary name and rename it; returns its sha256.
 

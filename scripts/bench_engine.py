@@ -39,7 +39,7 @@ from lord_tune.storage import read_json, write_json
 
 GIB = 2**30
 TOKENS = 16384
-REPEATS = 3
+REPEATS = 2
 
 
 class Bench:

@@ -8,17 +8,25 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
-from collections.abc import Callable
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny import code_document, read_tensors, save_tiny, tiny_llama
-from transformers import LlamaModel
+import transformers
+from safetensors.torch import save_file
+from tiny import HIDDEN, INTERMEDIATE, code_document, read_tensors, save_tiny, tiny_llama
+from torch import nn
+from transformers import LlamaConfig, LlamaModel, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 
 import lord_tune
 from lord_tune import commands
@@ -165,6 +173,29 @@ def _occupied_training(w: World) -> list[str]:
     return w.train()
 
 
+def _occupied_partial(w: World) -> list[str]:
+    """Not even --overwrite removes what is not ours."""
+    partial = w.runs / "out.partial"
+    partial.mkdir()
+    (partial / "thesis.tex").write_text("years of work")
+    return w.decompose("--overwrite")
+
+
+def _quantized(content: dict[str, Any]) -> None:
+    content["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+
+
+def _config(change: Callable[[dict[str, Any]], Any]) -> Callable[[World], list[str]]:
+    def command(w: World) -> list[str]:
+        path = w.copy() / "config.json"
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+        return w.decompose(model=path.parent)
+
+    return command
+
+
 def _out_is_file(w: World) -> list[str]:
     w.out.write_text("a file")
     return w.decompose("--overwrite")
@@ -293,6 +324,11 @@ WRONG_CALLS: list[Case] = [
     ("calibration not UTF-8", lambda w: w.decompose(text=w.file("a.txt", b"caf\xe9 " * 99)), "not UTF-8"),
     ("evaluation text not UTF-8", lambda w: w.evaluate(text=w.file("a.txt", b"caf\xe9 " * 99)), "not UTF-8"),
     ("evaluation text empty", lambda w: w.evaluate(text=w.file("a.txt", "")), "at least 2 are needed"),
+    ("calibration a folder", lambda w: w.decompose(text=w.llama), "give its files"),
+    ("calibration not Parquet", lambda w: w.decompose(text=w.file("a.parquet", b"PAR1" + bytes(99))), "not be read"),
+    ("calibration dataset with a dot offline", lambda w: w.decompose(text=Path("nobody/data.v1")), "nobody/data.v1"),
+    ("quantized already", _config(_quantized), "is quantized (bitsandbytes); start from the original dense model"),
+    ("partial folder of others", _occupied_partial, "move it away"),
     ("calibration on chat", lambda w: w.decompose(text=chat(w)), "give plain text"),
     ("dataset of other columns", lambda w: w.train(rows=unknown_columns(w)), "Rename the columns"),
     ("calibration of other columns", lambda w: w.decompose(text=unknown_columns(w)), "Rename the columns"),
@@ -329,13 +365,6 @@ def _weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) ->
         path.unlink()
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
-
-
-def _nan_weight(w: World) -> list[str]:
-    def spoil(state: dict[str, torch.Tensor]) -> None:
-        state[f"{LAYER}.weight"][3, 5] = torch.nan
-
-    return w.decompose(model=_weights(w.copy(), spoil))
 
 
 def _nan_embedding(w: World) -> list[str]:
@@ -390,6 +419,21 @@ def _missing_shard(w: World) -> list[str]:
     return w.decompose(model=folder)
 
 
+def _truncated_shard(w: World) -> list[str]:
+    path = sorted(_sharded(w).glob("model-*.safetensors"))[1]
+    path.write_bytes(path.read_bytes()[:-100])
+    return w.decompose(model=path.parent)
+
+
+def _tensor(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[World], list[str]]:
+    """The checkpoint with one weight deep in it replaced."""
+
+    def spoil(state: dict[str, torch.Tensor]) -> None:
+        state[f"{LAYER}.weight"] = change(state[f"{LAYER}.weight"]).contiguous()
+
+    return lambda w: w.decompose(model=_weights(w.copy(), spoil))
+
+
 def _no_weights(w: World) -> list[str]:
     folder = w.copy()
     (folder / "model.safetensors").unlink()
@@ -401,17 +445,6 @@ def _no_tokenizer(w: World) -> list[str]:
     for path in folder.glob("tokenizer*"):
         path.unlink()
     return w.decompose(model=folder)
-
-
-def _config(change: Callable[[dict[str, Any]], Any]) -> Callable[[World], list[str]]:
-    def command(w: World) -> list[str]:
-        path = w.copy() / "config.json"
-        content = json.loads(path.read_text())
-        change(content)
-        path.write_text(json.dumps(content))
-        return w.decompose(model=path.parent)
-
-    return command
 
 
 def _broken_config(w: World) -> list[str]:
@@ -437,7 +470,6 @@ def _adapter_without_weights(w: World) -> list[str]:
 
 
 FAILED_WORK: list[Case] = [
-    ("NaN weight", _nan_weight, f"'{LAYER}.weight' holds 1 NaN or Inf values; repair the checkpoint"),
     ("NaN in an embedding", _nan_embedding, "model.embed_tokens"),
     ("Inf activations", _overflowing_activations, "run the model in float32"),
     ("tensor absent", _absent_tensor, LAYER),
@@ -445,6 +477,9 @@ FAILED_WORK: list[Case] = [
     ("truncated weights", _truncated, "download or write it again"),
     ("corrupt header", _corrupt_header, "download or write it again"),
     ("missing shard", _missing_shard, "download it again"),
+    ("truncated shard", _truncated_shard, "model-00002"),
+    ("tensor of another shape", _tensor(lambda t: t[:100]), f"'{LAYER}.weight' is (100, 64)"),
+    ("integer weights", _tensor(lambda t: (100 * t).to(torch.int8)), f"'{LAYER}.weight' holds I8"),
     ("no weights", _no_weights, "broken"),
     ("no tokenizer", _no_tokenizer, "no usable tokenizer"),
     ("config of another size", _config(lambda c: c.update(intermediate_size=96)), "could not be loaded"),
@@ -501,9 +536,7 @@ def _write_and_fail(error: BaseException) -> Callable[..., None]:
     ids=["disk full", "Ctrl-C", "defect"],
 )
 @pytest.mark.parametrize("earlier", [False, True], ids=["new", "over an earlier run"])
-def test_failed_writing_leaves_what_was_there_and_can_be_resumed(
-    error, code, says, earlier, world, capfd, monkeypatch
-):
+def test_failed_writing_leaves_what_was_there_and_can_be_resumed(error, code, says, earlier, world, capfd, monkeypatch):
     if earlier:
         lord_tune.decompose(str(world.llama), str(world.out), method="svd", rank=4)
     before = contents(world.runs)
@@ -536,3 +569,184 @@ def test_warnings_are_one_line_each(world, capfd):
     warned = [line for line in stderr.splitlines() if line.startswith("warning: ")]
     assert code == 0 and len(warned) == 1 and "windows of 64 tokens" in warned[0]
     assert (world.out / "decomposition.json").is_file()
+
+
+# ---- faults in the middle of a run: what is finished is kept, and --resume finishes it -------------------------------
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """The weights and what describes them; the record and the card also hold times."""
+    kept = [p for p in folder.iterdir() if p.suffix in (".safetensors", ".json") and p.name != "decomposition.json"]
+    return {path.name: path.read_bytes() for path in kept}
+
+
+def errors_of(stderr: str) -> list[str]:
+    assert "Traceback" not in stderr
+    return [line for line in stderr.splitlines() if line.startswith("error: ")]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=["NaN", "Inf"])
+@pytest.mark.parametrize("budget", [("--rank", 8), ("--kept-fraction", 0.8)], ids=["known ranks", "chosen ranks"])
+def test_a_broken_weight_deep_in_the_model_is_named_and_what_is_finished_is_kept(value, budget, world, capfd):
+    def spoil(state: dict[str, torch.Tensor]) -> None:
+        state[f"{LAYER}.weight"][3, 5] = value
+
+    code, stderr = run(world.decompose(*budget, model=_weights(world.copy(), spoil)), capfd)
+    (error,) = errors_of(stderr)
+    assert code == 1 and f"'{LAYER}.weight' holds 1 NaN or Inf values; repair the checkpoint" in error
+    partial = world.runs / "out.partial"
+    assert f"what is finished is kept in {partial}; continue with the same command and --resume" in stderr
+    finished = "model-00001-of-00004.safetensors" if budget[0] == "--rank" else ".work/analysis-00000.safetensors"
+    assert (partial / finished).is_file() and not world.out.exists()
+
+
+def test_a_float64_tensor_is_cast_to_compute_and_kept_as_stored_where_untouched(world, capfd):
+    """One tensor of another precision is no reason to refuse a model, nor to round what is not decomposed."""
+    norm = "model.layers.1.input_layernorm.weight"
+
+    def widen(state: dict[str, torch.Tensor]) -> None:
+        state[norm], state[f"{LAYER}.weight"] = state[norm].double() + 1e-12, state[f"{LAYER}.weight"].double()
+
+    model = _weights(world.copy(), widen)
+    code, _ = run(world.decompose(model=model), capfd)
+    written = read_tensors(world.out)
+    assert code == 0 and torch.equal(written[norm], read_tensors(model)[norm]) and written[norm].dtype == torch.float64
+    assert written[f"{LAYER}.left.weight"].dtype == torch.float32
+
+
+def test_a_dataset_id_may_hold_a_dot(world, capfd, monkeypatch):
+    asked = []
+
+    def load(name: str, *rest: Any, **more: Any) -> datasets.Dataset:
+        asked.append(name)
+        return datasets.Dataset.from_dict({"text": [code_document(n) for n in range(12)]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    code, _ = run(world.decompose("--targets", "q_proj", text=Path("org/data.v1")), capfd)
+    assert code == 0 and asked == ["org/data.v1"]
+    code, stderr = run(world.decompose("--overwrite", text=Path("org/missing.txt")), capfd)
+    assert code == 2 and "The text file org/missing.txt does not exist" in stderr and len(asked) == 1
+
+
+class Unrolled(PreTrainedModel):
+    """A causal model of two different layers: no list of blocks to walk."""
+
+    config_class = LlamaConfig
+    _supports_sdpa = True
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__(config)
+        self.embedding = nn.Embedding(config.vocab_size, HIDDEN)
+        self.up, self.down = nn.Linear(HIDDEN, INTERMEDIATE), nn.Linear(INTERMEDIATE, HIDDEN)
+        self.head = nn.Linear(HIDDEN, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def can_generate(self) -> bool:
+        return True
+
+    def forward(self, input_ids: torch.Tensor, **rest: Any) -> CausalLMOutput:
+        hidden = self.embedding(input_ids)
+        return CausalLMOutput(logits=self.head(hidden + self.down(torch.relu(self.up(hidden)))))
+
+
+@pytest.mark.parametrize("budget", [("--rank", 8), ("--kept-fraction", 0.8)], ids=["known ranks", "chosen ranks"])
+def test_a_model_without_blocks_is_run_whole_with_a_warning(budget, world, capfd, monkeypatch):
+    monkeypatch.setattr(transformers, "Unrolled", Unrolled, raising=False)
+    torch.manual_seed(0)
+    model = save_tiny(Unrolled(tiny_llama().config), world.tmp / "unrolled")
+    code, stderr = run(world.decompose(*budget, model=model), capfd)
+    assert code == 0, stderr
+    warned = [line for line in stderr.splitlines() if line.startswith("warning: ") and "no list of repeated" in line]
+    assert len(warned) == 1
+    layers = json.loads((world.out / "decomposition.json").read_text())["layers"]
+    assert set(layers) == {"up", "down"} and all(0 < entry["error_calibrated"] < 1 for entry in layers.values())
+    assert lord_tune.load(str(world.out))[0](torch.arange(9)[None]).logits.isfinite().all()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1000k", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root: " + mounted.stderr.decode().strip())
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(folder: Path, free: int) -> Path:
+    """A file that leaves `free` bytes."""
+    space = os.statvfs(folder)
+    ballast = folder / "ballast"
+    ballast.write_bytes(bytes(space.f_bavail * space.f_frsize - free))
+    return ballast
+
+
+@pytest.mark.parametrize(
+    ("free", "budget", "what"),
+    [
+        # 16 windows of 64 x 64 float32 are 262 kB of hidden states in front of a block, those of two blocks coexist
+        (200_000, ("--rank", 8, "--calibration-tokens", 1024), "states-writing"),
+        # no text, so no states: a block's shard is 53 kB, and the third does not fit
+        (130_000, ("--method", "svd", "--rank", 12), "model-00003"),
+        # one window in each of three streams is 98 kB of states; bases and curves of a block are 140 kB
+        (170_000, ("--kept-fraction", 0.8, "--targets", "layers.0", "--calibration-tokens", 64), "analysis-00000"),
+    ],
+    ids=["hidden states", "shard", "analysis"],
+)
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_space(
+    free, budget, what, world, small_disk, capfd
+):
+    def command(out: Path) -> list[str]:
+        words = ["decompose", world.llama, out, "--context-length", 64, "--calibration", world.rows, *budget]
+        if "svd" in budget:
+            words = ["decompose", world.llama, out, *budget]
+        return list(map(str, words))
+
+    assert run(command(world.out), capfd)[0] == 0
+    ballast = fill(small_disk, free)
+    code, stderr = run(command(small_disk / "out"), capfd)
+    (error,) = errors_of(stderr)
+    assert code == 1 and "disk space" in error and what in error, stderr
+    assert not (small_disk / "out").exists()
+    assert not [path for path in small_disk.rglob("*") if path.name.endswith(".partial") and path.is_file()]
+    ballast.unlink()
+    code, stderr = run([*command(small_disk / "out"), "--resume"], capfd)
+    assert code == 0, stderr
+    assert files_of(small_disk / "out") == files_of(world.out)
+
+
+def test_ctrl_c_ends_with_130_and_one_line_and_the_run_can_be_resumed(world, capfd):
+    """A real signal to a real process, in the middle of its blocks."""
+    command = world.decompose("--shrinkage", "auto")
+    assert run(command, capfd)[0] == 0
+    whole = files_of(world.out)
+    shutil.rmtree(world.out)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(lord_tune.__file__).parent.parent)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lord_tune", *command], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    seen = []
+    for line in process.stderr:  # until the first block is written
+        seen.append(line)
+        if "writing: block 1/3" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stderr.read()
+    code = process.wait(60)
+    lines = rest.splitlines()
+    assert code == 130, rest
+    assert "Traceback" not in rest and lines[-1] == "interrupted"
+    partial = world.runs / "out.partial"
+    assert lines[-2] == f"what is finished is kept in {partial}; continue with the same command and --resume"
+    code, stderr = run([*command, "--resume"], capfd)
+    assert code == 0 and "continuing the run" in stderr
+    assert files_of(world.out) == whole

@@ -1,6 +1,6 @@
 """Every option does something: setting it changes what is written, or is an error.
 
-`DECOMPOSE`, `TRAIN`, `EVALUATE` and `EXPORT` name the case of every field; a field without a case fails.
+`DECOMPOSE`, `PLAN`, `TRAIN`, `EVALUATE` and `EXPORT` name the case of every field; a field without a case fails.
 """
 
 from __future__ import annotations
@@ -17,15 +17,26 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import INTERMEDIATE, LAYERS, gpt2_config, read_tensors, save_tiny, write_code_rows
+from tiny import HIDDEN, INTERMEDIATE, LAYERS, gpt2_config, read_tensors, save_tiny, write_code_rows
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 from trl import SFTConfig
 
 import lord_tune
+from lord_tune import commands
 from lord_tune.allocation import ALIGNMENT
 from lord_tune.cli import main
-from lord_tune.config import DecomposeConfig, EvaluateConfig, ExportConfig, InspectConfig, RunConfig, TrainConfig
+from lord_tune.config import (
+    DecomposeConfig,
+    EvaluateConfig,
+    ExportConfig,
+    InspectConfig,
+    MethodConfig,
+    PlanConfig,
+    RunConfig,
+    TrainConfig,
+)
+from lord_tune.decomposition import Rates
 from lord_tune.errors import ExportMismatch, UsageError
 from lord_tune.training import trainer_arguments
 
@@ -83,6 +94,16 @@ class Bench:
             model = options.pop("model", str(self.model))
             self.runs[key] = Run(lord_tune.decompose(model, str(out), **options), out)
         return self.runs[key]
+
+    def plan(self, **options: Any) -> dict[str, Any]:
+        """Whitened, rank 8, on a machine of fixed speed, so that equal plans are equal."""
+        budget = {} if {"kept_fraction", "rank"} & set(options) else {"rank": 8}
+        short = {} if options.get("method") == "svd" else {"context_length": 64, "calibration_tokens": 4096}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Rates, "measure", lambda *probe: Rates(1e10, 1e10, 1e10, 1e10))
+            found = lord_tune.plan(options.pop("model", str(self.model)), **(budget | short | options))
+        # the memory of this very process, which grows from test to test
+        return {key: value for key, value in found.items() if key not in ("held_bytes", "peak_bytes")}
 
     def fresh(self, name: str) -> Path:
         """A folder that does not exist yet."""
@@ -285,6 +306,45 @@ def case_dtype(b: Bench) -> None:
     assert b.decompose().tensors["model.embed_tokens.weight"].dtype == torch.float32
 
 
+def case_propagate(b: Bench) -> None:
+    dense, sequential = b.decompose(), b.decompose(propagate="sequential")
+    assert torch.equal(dense.product(), sequential.product())  # nothing in front of block 0 is decomposed
+    assert not torch.allclose(dense.product(DOWN), sequential.product(DOWN))
+    chosen = b.decompose(kept_fraction=0.8, propagate="sequential")  # the ranks are those of the dense walk
+    assert chosen.ranks == b.decompose(kept_fraction=0.8).ranks
+    assert not torch.allclose(chosen.product(DOWN), b.decompose(kept_fraction=0.8).product(DOWN))
+
+
+def case_shrinkage(b: Bench) -> None:
+    none, fixed, auto = b.decompose(), b.decompose(shrinkage=0.3), b.decompose(shrinkage="auto")
+    assert not torch.allclose(none.product(), fixed.product())
+    for run, allowed in ((none, {0.0}), (fixed, {0.3}), (auto, set(commands._SHRINKAGES))):
+        assert {entry["shrinkage"] for entry in run.report["layers"].values()} <= allowed
+    # 1,024 tokens for up to 160 inputs are so few that not every layer is best off without
+    assert len({entry["shrinkage"] for entry in auto.report["layers"].values()}) > 1
+    for name, entry in auto.report["layers"].items():
+        # 0 is among the candidates
+        assert entry["error_heldout"] <= none.report["layers"][name]["error_heldout"]
+
+
+def case_resume(b: Bench) -> None:
+    def fail(*rest: Any) -> None:
+        raise ZeroDivisionError
+
+    out = b.fresh("resumed")
+    command = {"rank": 8, "calibration": [str(b.rows)], **SHORT}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(commands, "write_index", fail)
+        lord_tune.decompose(str(b.model), str(out), **command)
+    with pytest.raises(UsageError, match="--resume"):
+        lord_tune.decompose(str(b.model), str(out), **command)
+    report = lord_tune.decompose(str(b.model), str(out), **command, resume=True)
+    whole = b.decompose()
+    assert all(torch.equal(tensor, whole.tensors[name]) for name, tensor in Run(report, out).tensors.items())
+    again = lord_tune.decompose(str(b.model), str(out), **command, resume=True)
+    assert again == json.loads(json.dumps(report))  # nothing is left to do
+
+
 def case_overwrite(b: Bench) -> None:
     out = b.fresh("replaced")
     lord_tune.decompose(str(b.model), str(out), method="svd", rank=8)
@@ -325,6 +385,9 @@ DECOMPOSE: dict[str, Case] = {
     "exclude": case_exclude,
     "seed": case_seed,
     "dtype": case_dtype,
+    "propagate": case_propagate,
+    "shrinkage": case_shrinkage,
+    "resume": case_resume,
     "overwrite": case_overwrite,
     "dry_run": case_dry_run,
 }
@@ -333,6 +396,175 @@ DECOMPOSE: dict[str, Case] = {
 @pytest.mark.parametrize("name", DECOMPOSE)
 def test_decompose(name, bench):
     DECOMPOSE[name](bench)
+
+
+# ---- plan ----------------------------------------------------------------------------------------------------------
+
+
+def case_plan_model(b: Bench) -> None:
+    llama, gpt2 = b.plan(), b.plan(model=str(b.other_model))
+    assert llama["layers"] == 7 * LAYERS and gpt2["layers"] == 4 * LAYERS
+    assert "transformer.h.0.attn.c_attn" in gpt2["ranks"] and llama["parameters"] != gpt2["parameters"]
+
+
+def case_plan_method(b: Bench) -> None:
+    """A data-free method runs no text; AFM and the whitened SVD do the same work."""
+    whitened, plain = b.plan(), b.plan(method="svd")
+    assert whitened["scratch_bytes"] > 0 == plain["scratch_bytes"] and plain["seconds"] < whitened["seconds"]
+    assert b.plan(method="afm") == whitened
+
+
+def case_plan_backbone(b: Bench) -> None:
+    alone, beside = b.plan(), b.plan(backbone="nf4")
+    # 4 bits and a float32 scale per 64 weights
+    assert beside["linear_bits_per_weight"] == pytest.approx(alone["linear_bits_per_weight"] + 4.5)
+
+
+def case_plan_factor_format(b: Bench) -> None:
+    found = {form: b.plan(factor_format=form) for form in ("fp32", "fp16", "nf4")}
+    assert found["fp32"]["linear_bits_per_weight"] == 2 * found["fp16"]["linear_bits_per_weight"]
+    assert found["nf4"]["model_bytes_after"] < found["fp16"]["model_bytes_after"] < found["fp32"]["model_bytes_after"]
+
+
+def case_plan_rank(b: Bench) -> None:
+    assert set(b.plan(rank=4)["ranks"].values()) == {4} and set(b.plan(rank=12)["ranks"].values()) == {12}
+    # L and R of a 32 x 64 layer hold 24 (32 + 64) numbers, more than its 2,048
+    assert b.plan(rank=24)["ranks"]["model.layers.0.self_attn.k_proj"] is None
+
+
+def case_plan_kept_fraction(b: Bench) -> None:
+    some, less = (b.plan(kept_fraction=kept, allocation="uniform") for kept in (0.9, 0.6))
+    assert less["model_bytes_after"] < some["model_bytes_after"] < some["model_bytes"]
+
+
+def case_plan_allocation(b: Bench) -> None:
+    uniform, weighted = b.plan(kept_fraction=0.8, allocation="uniform"), b.plan(kept_fraction=0.8)
+    assert len(uniform["ranks"]) == uniform["layers"] and "sensitivity" not in uniform["phases"]
+    assert weighted["ranks"] is None and weighted["model_bytes_after"] is None  # the text decides
+    assert weighted["phases"]["sensitivity"] > 0 and weighted["seconds"] > uniform["seconds"]
+
+
+def case_plan_calibration(b: Bench) -> None:
+    """The files are not opened; that there is text makes even a data-free method walk the blocks."""
+    without, with_text = b.plan(method="svd"), b.plan(method="svd", calibration=["not/read.txt"])
+    assert without["scratch_bytes"] == 0 < with_text["scratch_bytes"]
+    assert b.plan(calibration=["not/read.txt"]) == b.plan()
+
+
+def case_plan_calibration_tokens(b: Bench) -> None:
+    few, many = b.plan(), b.plan(calibration_tokens=8192)
+    assert many["scratch_bytes"] == 2 * few["scratch_bytes"] and many["seconds"] > few["seconds"]
+    assert many["phases"]["start"] == few["phases"]["start"]  # memory does not grow with the text
+
+
+def case_plan_context_length(b: Bench) -> None:
+    assert b.plan(context_length=128)["phases"]["start"] > b.plan()["phases"]["start"]
+
+
+def case_plan_sensitivity_tokens(b: Bench) -> None:
+    few, many = (b.plan(kept_fraction=0.8, sensitivity_tokens=count) for count in (1024, 4096))
+    assert few["scratch_bytes"] < many["scratch_bytes"] and few["seconds"] < many["seconds"]
+
+
+def case_plan_propagate(b: Bench) -> None:
+    """Each block runs once more, on the outputs of the decomposed ones."""
+    assert b.plan(propagate="sequential")["seconds"] > b.plan()["seconds"]
+    both = [b.plan(kept_fraction=0.8, propagate=how)["seconds"] for how in ("dense", "sequential")]
+    assert both[0] < both[1]
+
+
+def case_plan_shrinkage(b: Bench) -> None:
+    """Every candidate costs a factorization; which number is given costs nothing."""
+    assert b.plan(shrinkage="auto")["seconds"] > b.plan()["seconds"]
+    assert b.plan(shrinkage=0.3) == b.plan()
+
+
+def case_plan_iterations(b: Bench) -> None:
+    loftq = [b.plan(method="loftq", backbone="nf4", iterations=count) for count in (1, 5)]
+    assert loftq[0]["seconds"] < loftq[1]["seconds"]
+
+
+def case_plan_block_size(b: Bench) -> None:
+    small, large = (b.plan(backbone="nf4", block_size=size)["linear_bits_per_weight"] for size in (32, 128))
+    assert small == pytest.approx(large + 32 / 32 - 32 / 128)
+
+
+def case_plan_double_quant(b: Bench) -> None:
+    plain, double = (b.plan(backbone="nf4", double_quant=on)["model_bytes_after"] for on in (False, True))
+    assert double < plain
+
+
+def case_plan_targets(b: Bench) -> None:
+    found = b.plan(targets="q_proj$")
+    assert list(found["ranks"]) == [f"model.layers.{i}.self_attn.q_proj" for i in range(LAYERS)]
+    assert found["linear_parameters"] == LAYERS * HIDDEN * HIDDEN
+
+
+def case_plan_exclude(b: Bench) -> None:
+    assert set(b.plan()["ranks"]) - set(b.plan(exclude=r"layers\.2\.mlp\.down_proj")["ranks"]) == {DOWN}
+
+
+def case_plan_dtype(b: Bench) -> None:
+    assert b.plan(dtype="bfloat16")["model_bytes"] * 2 == b.plan()["model_bytes"]
+
+
+def case_plan_processes(b: Bench) -> None:
+    assert b.plan(processes=4)["seconds"] < b.plan()["seconds"]
+
+
+def case_plan_json(b: Bench) -> None:
+    file = b.folder / "plans" / "first.json"
+    found = b.plan(json=str(file))
+    assert found == {key: value for key, value in json.loads(file.read_text()).items() if key in found}
+
+
+def unchanged(**options: Any) -> Case:
+    """Options of the method that no shape and no byte depends on: taken, because a command line of `decompose` is
+    planned as it stands, and without effect."""
+
+    def case(b: Bench) -> None:
+        (name, value), *rest = options.items()
+        assert b.plan(**dict(rest), **{name: value}) == b.plan(**dict(rest))
+
+    return case
+
+
+PLAN: dict[str, Case] = {
+    "model": case_plan_model,
+    "method": case_plan_method,
+    "backbone": case_plan_backbone,
+    "factor_format": case_plan_factor_format,
+    "rank": case_plan_rank,
+    "kept_fraction": case_plan_kept_fraction,
+    "allocation": case_plan_allocation,
+    "calibration": case_plan_calibration,
+    "calibration_tokens": case_plan_calibration_tokens,
+    "context_length": case_plan_context_length,
+    "sensitivity_tokens": case_plan_sensitivity_tokens,
+    "propagate": case_plan_propagate,
+    "sink_weight": unchanged(sink_weight=0.5),
+    "shrinkage": case_plan_shrinkage,
+    "centred": unchanged(centred=False, method="afm"),
+    "iterations": case_plan_iterations,
+    "block_size": case_plan_block_size,
+    "double_quant": case_plan_double_quant,
+    "targets": case_plan_targets,
+    "exclude": case_plan_exclude,
+    "seed": unchanged(seed=7),
+    "dtype": case_plan_dtype,
+    "processes": case_plan_processes,
+    "json_file": case_plan_json,
+}
+
+
+@pytest.mark.parametrize("name", PLAN)
+def test_plan(name, bench):
+    PLAN[name](bench)
+
+
+def test_plan_takes_every_option_of_the_method():
+    """What is foreseen with one command line is run with the same one."""
+    assert set(MethodConfig.model_fields) < set(PlanConfig.model_fields)
 
 
 # ---- train ---------------------------------------------------------------------------------------------------------
@@ -696,7 +928,13 @@ def test_inspect_model_and_json(bench, tmp_path, capfd):
 
 @pytest.mark.parametrize(
     ("record", "cases"),
-    [(DecomposeConfig, DECOMPOSE), (TrainConfig, TRAIN), (EvaluateConfig, EVALUATE), (ExportConfig, EXPORT)],
+    [
+        (DecomposeConfig, DECOMPOSE),
+        (PlanConfig, PLAN),
+        (TrainConfig, TRAIN),
+        (EvaluateConfig, EVALUATE),
+        (ExportConfig, EXPORT),
+    ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_every_field_has_a_case(record, cases):
@@ -718,6 +956,19 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
             "--calibration=a.txt --dry_run",
         ),
         (DecomposeConfig, "m o --method loftq --backbone nf4 --rank 3 --iterations 2 --dry-run"),
+        (DecomposeConfig, "m o --rank 3 --calibration a.txt --propagate sequential --shrinkage auto --resume"),
+        (DecomposeConfig, "m o --rank 3 --calibration a.txt --shrinkage 0.25"),
+    ],
+    "plan": [
+        (
+            PlanConfig,
+            "m --backbone nf4 --factor-format bf16 --rank 3 --calibration a.txt b.txt --calibration-tokens 99 "
+            "--context-length 9 --sink-weight 0.5 --shrinkage auto --block-size 128 --double-quant --targets q "
+            "--exclude k --seed 7 --dtype float16 --propagate sequential --processes 2 --json j",
+        ),
+        (PlanConfig, "m --method afm --no-centred --kept-fraction 0.7 --allocation uniform"),
+        (PlanConfig, "m --method loftq --backbone nf4 --rank 3 --iterations 2"),
+        (PlanConfig, "m --kept-fraction 0.7 --sensitivity-tokens 5"),
     ],
     "train": [
         (
@@ -753,6 +1004,7 @@ def parsed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 @pytest.mark.parametrize("verb", FLAGS)
 def test_every_field_is_a_flag(verb, monkeypatch):
+    """And arrives with the type of its field."""
     reached: set[str] = set()
     for record, text in FLAGS[verb]:
         config = record.build(parsed([verb, *text.split()], monkeypatch))
@@ -761,6 +1013,8 @@ def test_every_field_is_a_flag(verb, monkeypatch):
         assert verb != "train" or (config.model_extra or {}) == {"learning_rate": "0.5", "packing": "true"}
         assert len(getattr(config, "calibration", [])) < 2 or config.calibration == ["a.txt", "b.txt"]
         assert verb != "evaluate" or config.text == ["a.txt", "b.txt"]
+        word = next(iter(text.partition("--shrinkage ")[2].split()), "0.0")
+        assert getattr(config, "shrinkage", word) in (word, float(word) if word != "auto" else word)
     same_as_default = {"method", "allocation"} & set(record.model_fields)  # set above, to their defaults in one run
     assert reached | same_as_default == set(record.model_fields)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 ROW_FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_TEXT_FILES = {".txt", ".text", ".md", ".rst", ".tex", ".csv", ".tsv", ".log", ".html", ".xml", ".py", ".c", ".gz"}
 _PROMPTS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "output"))
 
 
@@ -99,7 +101,7 @@ def documents(sources: list[str], tokenizer: Any = None) -> list[str]:
     found: list[str] = []
     for source in sources:
         path = Path(source)
-        if path.suffix.lower() in ROW_FILES or (not path.is_file() and "." not in path.name and not path.is_dir()):
+        if path.suffix.lower() in ROW_FILES or _is_hub_id(source):
             rows = load_rows(source)
             form = recognise(rows.column_names)
             found.extend(_render(row, form, tokenizer, source) for row in rows)
@@ -117,6 +119,16 @@ def documents(sources: list[str], tokenizer: Any = None) -> list[str]:
         else:
             raise UsageError(f"The text file {source} does not exist; check the path.")
     return [text for text in found if text and text.strip()]
+
+
+def _is_hub_id(source: str) -> bool:
+    """Whether a name is meant for the Hub: nothing local has it, and it is a bare word, or org/name without the suffix
+    of a text file; a dataset's name may hold dots."""
+    path = Path(source)
+    if path.exists():
+        return False
+    named = re.fullmatch(r"[\w\-][\w.\-]*/[\w.\-]+", source) and path.suffix.lower() not in _TEXT_FILES
+    return bool(named) or "." not in path.name
 
 
 def _render(row: dict[str, Any], form: RowFormat, tokenizer: Any, source: str) -> str:

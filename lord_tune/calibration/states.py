@@ -7,6 +7,7 @@ writes rather than a memory map: on a full disk a map kills the process with SIG
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..storage import named_write
 
 _HEADER = 256  # bytes
 
@@ -49,22 +51,26 @@ class StateWriter:
         if self._shape is None:
             self._shape, self._dtype = tuple(value.shape), value.dtype
         assert (tuple(value.shape), value.dtype) == (self._shape, self._dtype), "windows of a stream have one shape"
-        self._stream.write(_bytes_of(value))
+        with named_write(self._path):
+            self._stream.write(_bytes_of(value))
         self._count += 1
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         assert self._stream is not None
-        with self._stream as stream:
+        try:
             if kind is None:
-                dtype = str(self._dtype).removeprefix("torch.")
-                header = json.dumps({"count": self._count, "shape": self._shape, "dtype": dtype})
-                stream.seek(0)
-                stream.write(header.encode())
-                stream.flush()
-                os.fsync(stream.fileno())
-        if kind is None:
-            os.replace(self._temporary, self._path)
-        else:
+                with named_write(self._path), self._stream as stream:
+                    dtype = str(self._dtype).removeprefix("torch.")
+                    header = json.dumps({"count": self._count, "shape": self._shape, "dtype": dtype})
+                    stream.seek(0)
+                    stream.write(header.encode())
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                os.replace(self._temporary, self._path)
+            else:
+                with contextlib.suppress(OSError):  # what is still buffered meets the same full disk
+                    self._stream.close()
+        finally:
             self._temporary.unlink(missing_ok=True)
 
 

@@ -9,11 +9,22 @@ Peak memory above what the process holds already is the largest of
 
     start        weights outside the blocks without the output head + one block + one window's activations
     calibrating  block + 8 in^2 per distinct input + held-out statistics + one window's activations
-                 + the layer at hand: 8 (out in + 2 k in + out k + 6 k^2) bytes in float64, k = min(out, in)
-                 + bases of the block's layers (float32), twice while they are written
+                 + the layer at hand + bases of the block's layers (float32), or factors of those that are done
     sensitivity  weights outside the blocks + 5 float32 copies of a window's logits; or
                  block + bases + one window's activations with gradients
-    writing      block + factors, twice while they are written (and what calibrating needs, if it happens here)
+    writing      block + bases + factors + one layer's truncation (and what calibrating needs, if it happens here)
+
+The layer at hand, in float64 matrices that live together; m = out in, k = min(out, in), f = rank (out + in):
+
+    solution     (wide: out <= in) W, then rows of its curves, 2.5 m + 6 k^2;  (tall) rotation and basis, 2 m + 8.5 k^2
+    truncation   2 m + f, tall 3 m + f, while the solution is alive
+    backbone     Q, W, W - Q and, for the error of a plain SVD beside them, the quantized W and two differences:
+                 wide max(7 m, 5 m + 6 k^2), tall max(6 m + 7 k^2, 7 m + 4 k^2); one more Q with --shrinkage auto
+
+glibc gives matrices of more than 32 MiB back to the system when they are freed. Smaller ones stay with the process, in
+pieces that larger requests do not fit in: the activations of a window and the
+largest sum of such matrices over the layers (`_together`) are added. Measured against
+estimated on Llamas of hidden size 512, 1024 and 2048: tests/test_plan.py.
 """
 
 from __future__ import annotations
@@ -185,11 +196,12 @@ def estimate(
     element = next(iter(tensors.values())).element_size()
 
     calibrated = text is not None
-    two = ranks is None or settings.propagate == "sequential" and settings.kept_fraction is not None
+    sequential = settings.propagate == "sequential"
     weighted = "loss_weights" in settings.allocator.needs and settings.kept_fraction is not None
     bases = sum(4 * shapes[n][0] * min(shapes[n]) for n in layers) if weighted else 0
     factors = sum(stored.values()) if stored else block_bytes[widest]
-    largest = max((_working_bytes(shapes[n], text) for n in layers), default=0)
+    kept_ranks = {n: _rank_bound(shapes[n], (ranks or {}).get(n), ranks is None) for n in layers}
+    largest = _together([_working_parts(shapes[n], kept_ranks[n], text, settings) for n in layers])
     grams = window = 0
     if text is not None:
         grams = sum(8 * width * width + min(4 * text.heldout * width, 8 * width * width) for width in inputs)
@@ -204,7 +216,16 @@ def estimate(
         )
         head_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) in own)
         phases["start"] = rest_bytes - head_bytes + block_bytes[widest] + window
-    work = block_bytes[widest] + grams + max(window, largest + (2 * bases if weighted else factors))
+        phases["start"] += max(
+            (s for n, s in size.items() if n not in inside), default=0
+        )  # a page map while it is read
+    at_hand = largest + (bases if ranks is None else factors)
+    widths = [width for n in layers for width in shapes[n]]
+    if text is not None and 4 * text.length * max(widths, default=0) >= _MAPPED:
+        at_hand = max(window, at_hand)  # the activations are gone by then
+    else:
+        at_hand += window
+    work = block_bytes[widest] + grams + at_hand
     if ranks is None:
         phases["calibrating"] = work
     if weighted and text is not None:
@@ -214,12 +235,10 @@ def estimate(
             rest_bytes + 5 * 4 * text.sensitivity_length * vocabulary,
             block_bytes[widest] + bases + int(3 * share * window),
         )
-    phases["writing"] = (
-        work if ranks is not None else block_bytes[widest] + bases + 2 * factors + 3 * 8 * _largest(shapes, layers)
-    )
-    if not calibrated:
-        phases["writing"] = block_bytes[widest] + factors + largest
-    phases["rest"] = 2 * rest_bytes
+    cut = _together([_truncation_parts(shapes[n], kept_ranks[n]) for n in layers])
+    again = ranks is not None or sequential  # the writing pass calibrates
+    phases["writing"] = work if again else block_bytes[widest] + bases + factors + cut
+    phases["rest"] = rest_bytes
 
     scratch = 0
     hidden = min((min(shapes[n]) for n in layers), default=0)
@@ -239,9 +258,8 @@ def estimate(
         bits = 8.0 * packed / sum(s[0] * s[1] for s in shapes.values())
     seconds = None
     if rates is not None:
-        passes = (1 if calibrated else 0) * (2 if settings.propagate == "sequential" else 1)
-        passes += 1 if two and settings.propagate == "sequential" and calibrated else 0
-        seconds = _seconds(shapes, inputs, count, text, forward_flops, rates, passes, weighted, settings) / processes
+        walks = 2 if ranks is None and sequential else 1  # in each, blocks run, layers are factorized
+        seconds = _seconds(shapes, inputs, count, text, forward_flops, rates, walks, weighted, settings) / processes
     return Estimate(
         parameters=sum(t.numel() for t in tensors.values()),
         linear_parameters=sum(s[0] * s[1] for s in shapes.values()),
@@ -266,16 +284,52 @@ def _distinct_inputs(groups: list[set[str]], members: dict[str, Any], shapes: di
     return [shapes[name][1] for name in members]
 
 
-def _largest(shapes: dict[str, tuple[int, int]], layers: list[str]) -> int:
-    return max((shapes[n][0] * shapes[n][1] for n in layers), default=0)
+_MAPPED = 32 << 20  # glibc's largest DEFAULT_MMAP_THRESHOLD: freed blocks below it stay with the process
+Parts = list[tuple[float, int]]  # (how many, bytes of one)
 
 
-def _working_bytes(shape: tuple[int, int], text: TextSize | None) -> int:
-    """Float64 matrices that live together while one layer is factorized."""
+def _together(layers: list[Parts]) -> int:
+    """The largest sum of the mapped blocks of a layer, and of the retained ones of any."""
+    mapped = max((sum(n * size for n, size in parts if size >= _MAPPED) for parts in layers), default=0)
+    retained = max((sum(n * size for n, size in parts if size < _MAPPED) for parts in layers), default=0)
+    return int(mapped + retained)
+
+
+def _rank_bound(shape: tuple[int, int], rank: int | None, chosen_later: bool) -> int:
+    """The rank, or break-even where the calibration chooses it; 0 for a dense layer."""
+    return shape[0] * shape[1] // sum(shape) if chosen_later else rank or 0
+
+
+def _truncation_parts(shape: tuple[int, int], rank: int) -> Parts:
     out, inputs = shape
-    k = min(shape)
-    held = 4 * (text.heldout if text is not None else 0) * k
-    return 8 * (out * inputs + 2 * k * inputs + out * k + 6 * k * k) + held
+    return [(1.0, 8 * out * inputs), (2.0, 8 * rank * (out + inputs))]
+
+
+def _working_parts(shape: tuple[int, int], rank: int, text: TextSize | None, settings: Settings) -> Parts:
+    """Float64 matrices that live together while one layer is factorized; see the top of this file."""
+    out, inputs = shape
+    k, tall = min(shape), out > inputs
+    m, square = 8 * out * inputs, 8 * k * k
+    if settings.quantizer is not None and text is not None:
+        choices = [(6.0, 7.0), (7.0, 4.0)] if tall else [(7.0, 0.0), (5.0, 6.0)]
+        extra = 1.0 if settings.shrinkages else 0.0
+        return [
+            (whole + extra, m) if i == 0 else (whole, square) for i, whole in enumerate(_larger(choices, m, square))
+        ]
+    above = 2.0 if settings.quantizer is not None else 0.0  # W and Q beside the residual's solution
+    if text is None:
+        choices = [(2.0, 7.0)] if tall else [(1.0, 6.0)]
+        return [(above + choices[0][0], m), (choices[0][1], square)]
+    rows_only = text.heldout <= 2 * inputs  # else a Gram matrix and two products with it
+    measured = 2 * 8 * text.heldout * k if rows_only else 0
+    choices = [(2.0, 8.5)] if tall else [(2.5 if rows_only else 4.0, 6.0)]
+    parts = [(choices[0][0], m), (choices[0][1], square), (1.0, measured)]
+    cut = [((3.0 if tall else 2.0), m), (3.0, square), (1.0, 8 * rank * (out + inputs))]
+    return max(parts, cut, key=lambda found: sum(n * size for n, size in found))
+
+
+def _larger(choices: list[tuple[float, float]], m: int, square: int) -> tuple[float, float]:
+    return max(choices, key=lambda choice: choice[0] * m + choice[1] * square)
 
 
 def _stored_bytes(module: Any, rank: int | None, settings: Settings) -> int:
@@ -304,21 +358,25 @@ def _seconds(
     text: TextSize | None,
     forward_flops: float,
     rates: Rates,
-    passes: int,
+    walks: int,
     weighted: bool,
     settings: Settings,
 ) -> float:
     total = 0.0
     if text is not None:
         tokens = text.tokens + text.heldout
-        total += passes * tokens * forward_flops / rates.forward
-        total += count * sum(text.tokens * (width + 192.0) * width for width in inputs) / rates.single
+        runs = walks + (
+            settings.propagate == "sequential"
+        )  # once more to hand on what the decomposed block makes of it
+        total += runs * tokens * forward_flops / rates.forward
+        total += walks * count * sum(text.tokens * (width + 192.0) * width for width in inputs) / rates.single
         if weighted:
             total += 4 * text.sensitivity * forward_flops / rates.forward
     for shape in shapes.values():
         out, width = shape
         k = min(shape)
-        eigenproblems = _EIGH * k**3 * (1.5 if text is not None else 1.0) * max(1, len(settings.shrinkages))
+        tries = max(1, len(settings.shrinkages)) * walks * getattr(settings.method, "iterations", 1)
+        eigenproblems = _EIGH * k**3 * (1.5 if text is not None else 1.0)
         products = 2.0 * k * width * width * (text is not None) + 2.0 * out * k * (width + k) + 6.0 * k**3
-        total += eigenproblems / rates.eigen + products / rates.double
+        total += tries * (eigenproblems / rates.eigen + products / rates.double)
     return total
