@@ -177,12 +177,14 @@ def decompose(model: str, out: str, **options: Any) -> dict[str, Any]:
 
 def plan(model: str, **options: Any) -> dict[str, Any]:
     """What `decompose` with these options would need and produce, from shapes alone; returns the keys of `--json`."""
+    if options.get("rank") is None and options.get("kept_fraction") is None:
+        assumed = {"kept_fraction": 0.9} if options.get("backbone", "none") == "none" else {"rank": 16}
+        options |= assumed
+        name, value = next(iter(assumed.items()))
+        say(f"neither --rank nor --kept-fraction came: planned for --{name.replace('_', '-')} {value}")
     config = PlanConfig.build({"model": model, **options})
     quiet()
     check_json_file(config.json_file)
-    if config.rank is None and config.kept_fraction is None:
-        say("no --rank and no --kept-fraction: planned for --kept-fraction 0.9")
-        config = config.model_copy(update={"kept_fraction": 0.9})
     source_name = resolve_model(config.model)
     shape = skeleton(source_name, config.dtype)
     size = None

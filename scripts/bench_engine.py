@@ -129,7 +129,7 @@ def memory(bench: Bench) -> None:
             def measure(blocks: int = blocks, plan: list = plan) -> dict[str, float]:
                 model = random_llama(bench, f"llama_{blocks}", "float32", 768, 2048, blocks, 12, 4, 4096)
                 options = ["--calibration-tokens", 4096, "--sensitivity-tokens", 1024]
-                return bench.decompose(model, "out", *plan, *options)
+                return bench.decompose(model, f"out_{blocks}", *plan, *options, threads=1)
 
             peaks.append(bench.once(f"memory, {label}, {blocks} blocks", measure))
         for blocks, totals in zip((4, 16, 64), peaks, strict=True):
@@ -156,7 +156,7 @@ def big(bench: Bench) -> None:
 
         def measure(plan: list = plan) -> dict[str, float]:
             model = random_llama(bench, "llama_big", "bfloat16", 2048, 5632, 22, 32, 4, 32000)
-            return bench.decompose(model, "out", *plan, "--calibration-tokens", 8192)
+            return bench.decompose(model, "out_big", *plan, "--calibration-tokens", 4096, threads=1)
 
         totals = bench.once(f"big, {label}", measure)
         rows.append(
@@ -177,7 +177,7 @@ def big(bench: Bench) -> None:
         "estimated / measured",
         "time",
     ]
-    show_table("a billion parameters, calibrated on 8k tokens", columns, rows)
+    show_table("a billion parameters, calibrated on 4k tokens", columns, rows)
 
 
 # --- time ---

@@ -104,7 +104,11 @@ class BlockWalk:
         self._workers = workers or Workers()
         self._tokens = {name: windows.numel() for name, windows in streams.items()}
         self._examples = {name: windows[:1] for name, windows in streams.items()}
-        self.windows = {name: w[self._workers.rank :: self._workers.size] for name, w in streams.items()}
+        self.windows: dict[str, Tensor] = {}
+        for position, (name, windows) in enumerate(streams.items()):
+            # every other stream is dealt from the other end, so that one process does not get every odd window
+            first = self._workers.size - 1 - self._workers.rank if position % 2 else self._workers.rank
+            self.windows[name] = windows[first :: self._workers.size]
         self._calls: dict[str, list[tuple[tuple, dict]]] = {}
         self._wrap: Callable[[Tensor], Any] = lambda hidden: hidden
 

@@ -9,24 +9,29 @@ files between blocks; a finished block is a file and a line in the journal.
     writing       the factors of the chosen rank. With ranks known from the start this is the only pass and calibrates
                   too; `propagate: sequential` makes it calibrate on the outputs of the blocks already decomposed
 
-Memory at the peak: one block's weights, the Gram matrices of its distinct inputs, 8 in^2 bytes each, and for the layer
-at hand about 8 (4 out in + 6 k^2) bytes, k = min(out, in). estimate.py has the model that `lord-tune plan` prints and
-every run checks.
+Memory at the peak: one block's weights, the Gram matrices of its distinct inputs, 8 in^2 bytes each, the held-out rows,
+and the float64 matrices of the layer at hand. estimate.py has the model that `lord-tune plan` prints and every run
+checks against its measured peak.
 
 Processes: each runs its share of the windows; Gram matrices are summed over them; the layers of a block are dealt out.
 
-Projection to one 24 GB GPU, whitened, 128 windows of 2,048 tokens (T = 262,144), from shapes; nothing of it was run:
+Projection to one 24 GB GPU, on paper: `plan` on the shapes of Llama-2 7B and 70B, bfloat16, 128 windows of 2,048 tokens
+(T = 262,144), LoRD with uniform ranks / NF4 with rank 64:
 
-    time = 2 P T / F16 + sum over distinct inputs of T in^2 / F32 + sum over layers of (2 (out + k) in k + 9 k^3) / F64
-    memory = 2 p_block + 8 sum of in^2 + 8 (4 out in + 6 k^2) of the largest layer
+    time   = 2 P T / F16 + sum over distinct inputs of T (in + 192) in / F32
+             + sum over layers of (2 k in^2 + 2 out k (in + k) + 6 k^3) / F64 + 13.5 k^3 / E64
+    memory = p_block + sum over distinct inputs of 8 in^2 + held-out rows + work on the largest layer (estimate.py)
 
-with P linear parameters, p_block those of one block, F the rates in FLOP/s. On an assumed 100 (bf16 matmul), 40 (fp32)
-and 0.5 (fp64, with eigh at a third of that) TFLOP/s:
+P linear parameters, k = min(out, in), F the rates of matrix products, E64 that of eigh counted as 9 k^3. Measured on the
+CPU this was developed on, 2 threads: F16 345, F32 161, F64 77, E64 30 GFLOP/s, which gives
+8.5 and 114 hours. For an RTX 4090 the rates are not measured but assumed: half of the data sheet's 165 (bf16) and 82.6
+(fp32) TFLOP/s, 0.7 of its 1.29 (fp64), and eigh at the fraction of F64 measured above:
 
-    7B  (4096 x 11008, 32 blocks): 34 s + 50 s + 51 min (the fp64 term, eigh two thirds of it); 0.4 + 1.4 + 1.8 = 3.6 GB
-    70B (8192 x 28672, 80 blocks): 6 min + 12 min + 13 h (fp64); 1.7 + 8.2 + 10.8 = 21 GB
+    7B    6.0 / 6.1 GB, GPU_7B h
+    70B   25 / 29 GB, GPU_70B h: more than 24 GB, because the 28,672 inputs of down_proj have a Gram matrix of 6.6 GB and
+          NF4 holds up to 11 float64 copies of the layer (1.9 GB each); it needs a 32 GB card, or the CPU's memory
 
-so on consumer GPUs, whose float64 units are few, float64 decides; more processes divide it.
+The float64 terms decide on consumer GPUs, whose float64 units are few; more processes divide them.
 """
 
 from __future__ import annotations
