@@ -22,14 +22,14 @@ Projection to one 24 GB GPU, on paper: `plan` on the shapes of Llama-2 7B and 70
              + sum over layers of (2 k in^2 + 2 out k (in + k) + 6 k^3) / F64 + 13.5 k^3 / E64
     memory = p_block + sum over distinct inputs of 8 in^2 + held-out rows + work on the largest layer (estimate.py)
 
-P linear parameters, k = min(out, in), F the rates of matrix products, E64 that of eigh counted as 9 k^3. Measured on the
-CPU this was developed on, 2 threads: F16 345, F32 161, F64 77, E64 30 GFLOP/s, which gives
-8.5 and 114 hours. For an RTX 4090 the rates are not measured but assumed: half of the data sheet's 165 (bf16) and 82.6
-(fp32) TFLOP/s, 0.7 of its 1.29 (fp64), and eigh at the fraction of F64 measured above:
+P linear parameters, k = min(out, in), F the rates of matrix products, E64 that of eigh counted as 9 k^3. Measured on
+the CPU this was developed on, 2 threads: F16 345, F32 161, F64 77, E64 30 GFLOP/s, which gives 8.5 hours for 7B and 114
+for 70B. For an RTX 4090 rates are assumed, not measured: half of the data sheet's 165 (bf16) and 82.6 (fp32) TFLOP/s,
+0.7 of its 1.29 (fp64), and eigh at the fraction of F64 measured above:
 
-    7B    6.0 / 6.1 GB, GPU_7B h
-    70B   25 / 29 GB, GPU_70B h: more than 24 GB, because the 28,672 inputs of down_proj have a Gram matrix of 6.6 GB and
-          NF4 holds up to 11 float64 copies of the layer (1.9 GB each); it needs a 32 GB card, or the CPU's memory
+    7B    6.0 / 6.1 GB, 16 minutes
+    70B   25 / 29 GB, 4.1 hours: more than 24 GB, because the 28,672 inputs of down_proj have a Gram matrix of 6.6 GB
+          and NF4 holds up to 11 float64 copies of the layer (1.9 GB each); it needs a 32 GB card, or the CPU's memory
 
 The float64 terms decide on consumer GPUs, whose float64 units are few; more processes divide them.
 """
