@@ -34,7 +34,6 @@ from .config import (
 )
 from .console import (
     LiveTable,
-    PeakMemory,
     duration,
     human_bytes,
     is_main_process,
@@ -87,6 +86,7 @@ from .integrations.models import (
 from .integrations.peft_adapters import Coverage
 from .layer_plan import FORMAT_VERSION, make_quantizer
 from .layers import shape_of
+from .memory import PeakMemory
 from .quantizers import NF4
 from .storage import atomic_directory, check_destination, check_json_file, read_json, sha256_files, write_json
 from .training import TrainOptions, train_model, trainer_arguments

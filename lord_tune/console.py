@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import os
-import resource
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import psutil
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -164,44 +160,3 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     raise AssertionError("unreachable")
-
-
-def peak_rss_bytes() -> int:
-    """The process's largest resident memory so far. Linux: VmHWM; ru_maxrss starts at the size of the parent process.
-    Elsewhere ru_maxrss, in bytes on macOS."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
-
-
-class PeakMemory:
-    """The largest resident memory while a `with` block runs, `.bytes`.
-
-    The process's own peak where the block raised it; a sample 20 times a second where something earlier was larger.
-    """
-
-    def __enter__(self) -> PeakMemory:
-        self._before = peak_rss_bytes()
-        self._sampled = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        process = psutil.Process()
-        while not self._stop.wait(0.05):
-            self._sampled = max(self._sampled, process.memory_info().rss)
-
-    def __exit__(self, *error: Any) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    @property
-    def bytes(self) -> int:
-        peak = peak_rss_bytes()
-        return peak if peak > self._before else self._sampled

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from .calibration.collect import Blocks, find_blocks
-from .console import peak_rss_bytes
 from .errors import LordError, LordWarning, UsageError
 from .integrations.models import kind_of, summed_loss
 from .layers import FactoredLinear, QuantizedLinear, is_linear, weight_of
+from .memory import peak_rss_bytes
 
 _GENERATED = 16  # tokens per timed generation
 _REPEATS = 3

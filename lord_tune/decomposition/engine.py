@@ -43,6 +43,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..allocation import LayerSpectrum, break_even, factor_cost
@@ -53,6 +54,7 @@ from ..errors import CalibrationError, LordError, LordWarning, UsageError
 from ..factorizations import Projection
 from ..layer_plan import LayerPlan
 from ..layers import FactoredLinear, check_finite, fused_parameters, select_linears, shape_of, weight_of
+from ..memory import give_back
 from ..parallel import share_out
 from ..storage import write_tensors
 from .base import LayerRecord, Notify, Progress, Settings, Source, Task, Windows
@@ -351,11 +353,13 @@ class _Run:
         digest = write_tensors(path, found) if self.journal.writes else None
         self._commit(step, "sensitivity", index, path, digest)
 
-    def _read(self, name: str) -> dict[str, Tensor]:
-        """A working file of process 0, on every process."""
-        from safetensors.torch import load_file
-
-        tensors = load_file(self.journal.work / name) if self.journal.writes else None
+    def _read(self, name: str, ending: str = "") -> dict[str, Tensor]:
+        """A working file of process 0, or its tensors of this ending, on every process."""
+        tensors = None
+        if self.journal.writes:
+            with safe_open(self.journal.work / name, framework="pt") as file:
+                # copies: a tensor of the file would keep all of its pages
+                tensors = {key: file.get_tensor(key).clone() for key in file.keys() if key.endswith(ending)}
         return self.workers.send_tensors(tensors, 0, torch.device("cpu")) if self.workers.size > 1 else tensors or {}
 
     def _analyses(self, index: int) -> dict[str, Any]:
@@ -374,12 +378,11 @@ class _Run:
         spectra = {}
         for index in range(self.count):
             weights = self._read(f"sensitivity-{index:05d}.safetensors") if self._costs["sensitivity"] else {}
-            for name, analysis in self._analyses(index).items():
-                if analysis is not None:
-                    energies = analysis.spectrum.energies.cpu()
-                    weight = weights.get(name)
-                    shape = shape_of(self.found.layers[name])
-                    spectra[name] = LayerSpectrum(shape, energies, None if weight is None else weight.cpu())
+            for key, energies in self._read(f"analysis-{index:05d}.safetensors", ":energies").items():
+                name = key.removesuffix(":energies")
+                weight = weights.get(name)
+                shape = shape_of(self.found.layers[name])
+                spectra[name] = LayerSpectrum(shape, energies.cpu(), None if weight is None else weight.cpu())
         assert self.settings.kept_fraction is not None
         return self.settings.allocator.allocate(spectra, self.settings.kept_fraction)
 
@@ -549,6 +552,7 @@ class _Loaded:
 
     def __exit__(self, *rest: Any) -> None:
         self.source.release(self.names)
+        give_back()
 
 
 def _to_meta(module: nn.Module) -> None:
