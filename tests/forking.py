@@ -34,7 +34,8 @@ class Ended:
 
     @property
     def killed(self) -> bool:
-        return all(code == -signal.SIGKILL for code in self.codes)
+        """The first process was; another may notice the broken connection before it is killed too."""
+        return self.codes[0] == -signal.SIGKILL and 0 not in self.codes
 
 
 class ForkServer:

@@ -730,8 +730,13 @@ def test_ctrl_c_ends_with_130_and_one_line_and_the_run_can_be_resumed(world, cap
     whole = files_of(world.out)
     shutil.rmtree(world.out)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(lord_tune.__file__).parent.parent)}
+    # the real command line, which pauses after each block: on a busy machine the signal would come after the end
+    paused = (
+        "import sys, time; from lord_tune.cli import main; from lord_tune.console import LiveTable; "
+        "show = LiveTable.status; LiveTable.status = lambda *call: (show(*call), time.sleep(20)); main(sys.argv[1:])"
+    )
     process = subprocess.Popen(
-        [sys.executable, "-m", "lord_tune", *command], env=environment, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", paused, *command], env=environment, stderr=subprocess.PIPE, text=True
     )
     assert process.stderr is not None
     seen = []
