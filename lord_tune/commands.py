@@ -414,7 +414,7 @@ def _estimate(shape: Any, settings: Settings, text: TextSize | None, rates: Rate
 
 
 _LAYER_COLUMNS = ["layer", "shape", "rank", "calibrated", "held-out", "plain SVD", "seconds"]
-_LAYER_WIDTHS = [40, 12, 6, 10, 9, 9, 8]
+_LAYER_WIDTHS = [40, 11, 5, 10, 8, 9, 7]
 
 
 def _shower(table: LiveTable) -> Notify:

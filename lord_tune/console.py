@@ -92,7 +92,7 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
 class LiveTable:
     """Rows that arrive one by one under a status line: the last ones live on a terminal, plain lines elsewhere."""
 
-    _SHOWN = 12
+    _SHOWN, _NAME = 12, 22  # rows, and characters of the first column, in the live form
 
     def __init__(self, columns: Sequence[str], widths: Sequence[int]):
         self._columns, self._widths, self._rows = columns, widths, deque[Sequence[str]](maxlen=self._SHOWN)
@@ -121,11 +121,15 @@ class LiveTable:
     def status(self, text: str) -> None:
         self._status = text
         if self._live is not None:
-            table = Table(box=None, padding=(0, 1))
-            for index, column in enumerate(self._columns):
-                table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
-            for cells in self._rows:
-                table.add_row(*(Text(cell) for cell in cells))
+            table = Table(box=None, padding=(0, 1, 0, 0))
+            for index, (column, width) in enumerate(zip(self._columns, self._widths, strict=True)):
+                narrow = 1 if index == 0 else width
+                table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True, min_width=narrow)
+            for first, *rest in self._rows:
+                name = (
+                    first if len(first) <= self._NAME else "…" + first[1 - self._NAME :]
+                )  # the end tells layers apart
+                table.add_row(Text(name), *(Text(cell) for cell in rest))
             self._live.update(Group(table, Text(text, style="bold")) if self._rows else Text(text, style="bold"))
         elif is_main_process():
             print(f"  {text}", file=sys.stderr, flush=True)
