@@ -732,7 +732,8 @@ def test_ctrl_c_ends_with_130_and_one_line_and_the_run_can_be_resumed(world, cap
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(lord_tune.__file__).parent.parent)}
     # the real command line, which pauses after each block: on a busy machine the signal would come after the end
     paused = (
-        "import sys, time; from lord_tune.cli import main; from lord_tune.console import LiveTable; "
+        "import signal, sys, time; from lord_tune.cli import main; from lord_tune.console import LiveTable; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "  # a shell's background jobs ignore it
         "show = LiveTable.status; LiveTable.status = lambda *call: (show(*call), time.sleep(20)); main(sys.argv[1:])"
     )
     process = subprocess.Popen(
