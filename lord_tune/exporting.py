@@ -159,6 +159,10 @@ def _check_peft_exportable(model: Any) -> None:
                 f"--format peft needs an NF4 backbone; '{name}' has backbone {layer.plan.backbone}, whose LoRA base "
                 "would be dense zeros. Export --format factored or dense."
             )
+        if layer.plan.backbone_options.get("incoherence"):
+            raise UsageError(
+                f"'{name}' has a rotated backbone, which bitsandbytes cannot decode; export another format."
+            )
         if layer.bias is not None and layer.plan.method == "afm":
             raise UsageError(f"'{name}' has an afm bias, which a LoRA adapter cannot carry; export --format factored.")
         if layer.plan.backbone_options.get("block_size", 64) != 64:

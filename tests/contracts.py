@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lord_tune.calibration.moments import MomentAccumulator, Moments
-from lord_tune.factorizations import AFM, LoftQ, PlainSVD, Whitened
-from lord_tune.quantizers import NF4
+from lord_tune.factorizations import AFM, Caldera, LoftQ, PlainSVD, Whitened
+from lord_tune.quantizers import E8P2, E8P3, E8P4, NF4, Int2, Int3, Int4, Int8, Lloyd2, Lloyd3, Lloyd4, Rotated
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,30 @@ FACTORIZATIONS = [
             "error_falls_with_rank": "each rank alternates to another Q; the law is tested for T=1",
         },
     ),
+    FactorizationRow(
+        Caldera(iterations=2),
+        Int4(group_size=8),
+        {
+            "weight_optimum": _QUANTIZED,
+            "output_optimum": _QUANTIZED,
+            "error_falls_with_rank": "each rank alternates to another Q; tests/test_caldera.py bounds it by LDLQ alone",
+        },
+    ),
     FactorizationRow(LoftQ(iterations=1), NF4(), {"weight_optimum": _QUANTIZED, "output_optimum": _QUANTIZED}),
 ]
 
-QUANTIZERS = [NF4(), NF4(double_quant=True), NF4(block_size=32), NF4(block_size=256, double_quant=True)]
+QUANTIZERS = [
+    NF4(),
+    NF4(double_quant=True),
+    NF4(block_size=32),
+    NF4(block_size=256, double_quant=True),
+    *(form() for form in (Int2, Int3, Int4, Int8, Lloyd2, Lloyd3, Lloyd4, E8P2, E8P3, E8P4)),
+    Int3(group_size=24, symmetric=True),
+    Lloyd2(group_size=17),
+    Rotated(E8P2(), 3),
+    Rotated(Lloyd3()),
+    Rotated(NF4(block_size=32)),
+]
 
 SHAPES = [(24, 24), (40, 16), (16, 40), (33, 17)]
 

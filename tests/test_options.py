@@ -262,6 +262,38 @@ def case_iterations(b: Bench) -> None:
     assert errors[1] < errors[0]
 
 
+def case_downdate(b: Bench) -> None:
+    runs = {mode: b.decompose(method="caldera", backbone="lloyd2", downdate=mode) for mode in ("on", "off", "auto")}
+    errors = {mode: run.report["layers"][Q]["error_calibrated"] for mode, run in runs.items()}
+    # float32 factors are rounded once more when they are stored
+    assert errors["auto"] <= min(errors["on"], errors["off"]) * (1 + 1e-4) and errors["on"] != errors["off"]
+
+
+def case_incoherence(b: Bench) -> None:
+    """On by default for the formats without a scale per few weights, and stored as signs."""
+    turned = b.decompose(calibrated=False, method="svd", backbone="int2", incoherence=True)
+    plain = b.decompose(calibrated=False, method="svd", backbone="int2")
+    assert (
+        turned.manifest[Q]["backbone_options"]["incoherence"]
+        and "incoherence" not in (plain.manifest[Q]["backbone_options"])
+    )
+    assert f"{Q}.backbone.in_signs" in turned.tensors and f"{Q}.backbone.in_signs" not in plain.tensors
+    default = b.decompose(calibrated=False, method="svd", backbone="e8-2")
+    assert default.manifest[Q]["backbone_options"] == {"incoherence": True, "seed": 0}
+
+
+def case_group_size(b: Bench) -> None:
+    for size in (16, 64):
+        run = b.decompose(calibrated=False, method="svd", backbone="int4", group_size=size)
+        assert run.tensors[f"{Q}.backbone.scales"].shape == (64, 64 // size)
+
+
+def case_symmetric(b: Bench) -> None:
+    run = b.decompose(calibrated=False, method="svd", backbone="int4", symmetric=True)
+    assert f"{Q}.backbone.minimum" not in run.tensors
+    assert f"{Q}.backbone.minimum" in b.decompose(calibrated=False, method="svd", backbone="int4").tensors
+
+
 def case_block_size(b: Bench) -> None:
     for size in (32, 128):
         run = b.decompose(calibrated=False, method="svd", backbone="nf4", block_size=size)
@@ -379,6 +411,10 @@ DECOMPOSE: dict[str, Case] = {
     "sink_weight": case_sink_weight,
     "centred": case_centred,
     "iterations": case_iterations,
+    "downdate": case_downdate,
+    "incoherence": case_incoherence,
+    "group_size": case_group_size,
+    "symmetric": case_symmetric,
     "block_size": case_block_size,
     "double_quant": case_double_quant,
     "targets": case_targets,
@@ -529,6 +565,21 @@ def unchanged(**options: Any) -> Case:
     return case
 
 
+def case_plan_incoherence(b: Bench) -> None:
+    bits = [b.plan(backbone="int2", incoherence=on)["linear_bits_per_weight"] for on in (True, False)]
+    assert bits[0] > bits[1]  # one bit for each input and output
+
+
+def case_plan_group_size(b: Bench) -> None:
+    bits = [b.plan(backbone="int4", group_size=size)["linear_bits_per_weight"] for size in (16, 64)]
+    assert bits[0] > bits[1]
+
+
+def case_plan_symmetric(b: Bench) -> None:
+    bits = [b.plan(backbone="int4", symmetric=on)["linear_bits_per_weight"] for on in (False, True)]
+    assert bits[0] > bits[1]
+
+
 PLAN: dict[str, Case] = {
     "model": case_plan_model,
     "method": case_plan_method,
@@ -546,6 +597,10 @@ PLAN: dict[str, Case] = {
     "shrinkage": case_plan_shrinkage,
     "centred": unchanged(centred=False, method="afm"),
     "iterations": case_plan_iterations,
+    "downdate": unchanged(downdate="on", method="caldera", backbone="e8-2"),
+    "incoherence": case_plan_incoherence,
+    "group_size": case_plan_group_size,
+    "symmetric": case_plan_symmetric,
     "block_size": case_plan_block_size,
     "double_quant": case_plan_double_quant,
     "targets": case_plan_targets,
@@ -957,6 +1012,11 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
         ),
         (DecomposeConfig, "m o --method loftq --backbone nf4 --rank 3 --iterations 2 --dry-run"),
         (DecomposeConfig, "m o --rank 3 --calibration a.txt --propagate sequential --shrinkage auto --resume"),
+        (
+            DecomposeConfig,
+            "m o --method caldera --backbone int4 --rank 3 --downdate off --incoherence --group-size 16 --symmetric "
+            "--calibration a.txt",
+        ),
         (DecomposeConfig, "m o --rank 3 --calibration a.txt --shrinkage 0.25"),
     ],
     "plan": [
@@ -968,6 +1028,10 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
         ),
         (PlanConfig, "m --method afm --no-centred --kept-fraction 0.7 --allocation uniform"),
         (PlanConfig, "m --method loftq --backbone nf4 --rank 3 --iterations 2"),
+        (
+            PlanConfig,
+            "m --method caldera --backbone int4 --rank 3 --downdate off --incoherence --group-size 16 --symmetric",
+        ),
         (PlanConfig, "m --kept-fraction 0.7 --sensitivity-tokens 5"),
     ],
     "train": [

@@ -31,6 +31,8 @@ STORES = {
     "nf4": {"backbone": "nf4", "rank": 8},
     "nf4-loftq": {"backbone": "nf4", "rank": 8, "method": "loftq", "double_quant": True, "factor_format": "bf16"},
     "nf4-alone": {"backbone": "nf4", "rank": 0, "method": "svd"},
+    "int3": {"backbone": "int3", "rank": 8, "group_size": 24},
+    "e8-caldera": {"backbone": "e8-2", "rank": 8, "method": "caldera", "iterations": 2, "factor_format": "lloyd4"},
 }
 CALIBRATION = {"calibration_tokens": 512, "context_length": 64}
 IDS = torch.tensor([tiny_tokenizer()(code_document(40))["input_ids"][:48]])
@@ -109,7 +111,7 @@ def test_expose_train_save_reload_and_fold(factored, family, store, mode, tmp_pa
     folder = str(factored(family, store))
     model = load_dense_or_factored(folder)
     before, ranks = logits(model), {name: layer.rank for name, layer in factored_layers(model).items()}
-    if mode == "factors" and store == "lord-nf4":
+    if mode == "factors" and STORES[store].get("factor_format") in ("nf4", "lloyd4"):
         with pytest.raises(UsageError, match="mode: lora"):
             expose_factors(model)
         return

@@ -146,13 +146,14 @@ def split_layer(
     weight = weight_of(module)
     quantizer = settings.quantizer
     assert quantizer is not None
-    method = settings.method if rank else PlainSVD()  # rank 0 is Q alone whatever the method
+    feedback = settings.method.name == "caldera"  # its Q alone is not plain rounding
+    method = settings.method if rank or feedback else PlainSVD()  # rank 0 is Q alone
     shrinkage = getattr(method, "shrinkage", None)
     if settings.shrinkages and heldout is not None and rank:
         backbone = quantizer.dequantize(quantizer.quantize(weight), _shape(module), torch.float64)
         shrinkage = _solve(weight.double() - backbone, calibration, heldout, settings, rank)[2]
         method = dataclasses.replace(method, shrinkage=shrinkage)  # type: ignore[type-var]
-    split = method.split(weight, calibration, rank, quantizer)
+    split = method.split(weight, calibration, rank, quantizer, heldout)
     layer = _build(module, split.factors, split.parts, settings)
     record = _record(layer, {}, rank, {"seconds": 0.0, "shrinkage": shrinkage, "inputs": {}})
     if calibration is not None and split.backbone is not None:

@@ -14,15 +14,17 @@ from .base import (
     relative_error,
     truncate,
 )
+from .caldera import Caldera
 from .loftq import LoftQ
 from .svd import PlainSVD
 from .whitened import Whitened
 
-METHODS: dict[str, type] = {"svd": PlainSVD, "whitened": Whitened, "afm": AFM, "loftq": LoftQ}
+METHODS: dict[str, type] = {"svd": PlainSVD, "whitened": Whitened, "afm": AFM, "loftq": LoftQ, "caldera": Caldera}
 
 __all__ = [
     "AFM",
     "METHODS",
+    "Caldera",
     "Core",
     "Factorization",
     "Factors",

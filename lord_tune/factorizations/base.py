@@ -8,6 +8,7 @@ is a slice: rank allocation is built on that.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -68,6 +69,8 @@ class Factors:
     left: Tensor  # (out, rank)
     right: Tensor  # (rank, in)
     bias_shift: Tensor | None = None  # (out,)
+    left_parts: dict[str, Tensor] | None = None  # where the method has rounded L already: its stored parts
+    right_parts: dict[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class Factorization(Protocol):
         moments: Moments | None,
         rank: int,
         quantizer: Quantizer | None,
+        heldout: InputStatistics | None = None,  # for choices that would overfit the calibration text
     ) -> Split: ...
 
 
@@ -115,7 +119,7 @@ def truncate(
 def balance(factors: Factors) -> Factors:
     """The same factors scaled for training (equal gradient scale); without it L has orthonormal columns."""
     left, right = balanced(factors.left, factors.right)
-    return Factors(left, right, factors.bias_shift)
+    return dataclasses.replace(factors, left=left, right=right)
 
 
 class Projection:
@@ -138,7 +142,14 @@ class Projection:
     def spectrum(self, weight: Tensor, moments: Moments | None) -> Spectrum:
         return self.solve(weight, moments).spectrum
 
-    def split(self, weight: Tensor, moments: Moments | None, rank: int, quantizer: Quantizer | None) -> Split:
+    def split(
+        self,
+        weight: Tensor,
+        moments: Moments | None,
+        rank: int,
+        quantizer: Quantizer | None,
+        heldout: InputStatistics | None = None,
+    ) -> Split:
         """Quantize W first if asked to, then factor the residual W - Q."""
         w = weight.double()
         parts, backbone = None, None

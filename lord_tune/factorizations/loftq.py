@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..calibration.moments import Moments
+from ..calibration.moments import InputStatistics, Moments
 from ..errors import UsageError
 from ..linalg import output_basis
 from ..quantizers import Quantizer
@@ -33,7 +33,14 @@ class LoftQ:
         if self.iterations < 1:
             raise UsageError(f"LoftQ came with {self.iterations} iterations; at least 1 is needed.")
 
-    def split(self, weight: Tensor, moments: Moments | None, rank: int, quantizer: Quantizer | None) -> Split:
+    def split(
+        self,
+        weight: Tensor,
+        moments: Moments | None,
+        rank: int,
+        quantizer: Quantizer | None,
+        heldout: InputStatistics | None = None,
+    ) -> Split:
         if quantizer is None:
             raise UsageError("LoftQ splits W into Q + L R and needs a quantized backbone; pass --backbone nf4.")
         w, shape = weight.double(), (weight.shape[0], weight.shape[1])

@@ -97,6 +97,9 @@ def build_layer(
     sentinel = torch.zeros(0, dtype=torch.uint8, device=factors.left.device)
     layer.weight = nn.Parameter(sentinel, requires_grad=False)
     layer.set_factors(factors.left, factors.right)
+    for module, stored in ((layer.left, factors.left_parts), (layer.right, factors.right_parts)):
+        if stored is not None:  # rounded by the method: rounding the decoded values again may change the scales
+            module.set_parts(stored)
     if parts is not None:
         layer.backbone.set_parts(parts)
     if plan.bias:

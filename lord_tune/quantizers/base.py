@@ -34,6 +34,10 @@ class Quantizer(Protocol):
         """x Q^T with a gradient to x, (..., in) -> (..., out)."""
         ...
 
+    def rounder(self, weight: Tensor, stretch: float = 1.0) -> Any:
+        """A ldlq.Rounder in the scales of `weight` (out, in) times `stretch`."""
+        ...
+
     def options(self) -> dict[str, int | bool]:
         """The hyperparameters, as the manifest stores them."""
         ...

@@ -115,5 +115,43 @@ class NF4:
             return decoded_linear(x, self, parts, shape)
         return bnb.matmul_4bit(x, parts["weight"], quant_state=self.state(parts, shape, x.dtype))
 
+    def rounder(self, weight: Tensor, stretch: float = 1.0) -> NF4Rounder:
+        """Rounds columns one by one in the block scales of `weight` times `stretch`."""
+        return NF4Rounder(self, weight, stretch)
+
     def options(self) -> dict[str, int | bool]:
         return {"block_size": self.block_size, "double_quant": self.double_quant}
+
+
+class NF4Rounder:
+    """A matrix being rounded column by column (ldlq.Rounder). Needs blocks that lie inside rows."""
+
+    block = 1
+
+    def __init__(self, form: NF4, weight: Tensor, stretch: float):
+        if weight.shape[1] % form.block_size:
+            raise UsageError(
+                f"NF4 with error feedback needs inputs that are a multiple of its block size {form.block_size}, "
+                f"{weight.shape[1]} came; choose another --block-size or --exclude the layer."
+            )
+        self._form = form
+        parts = form.quantize(weight.float() * stretch)  # its codes are replaced
+        self._scales = {name: value for name, value in parts.items() if name != "weight"}
+        ones = torch.full_like(parts["weight"], 0xFF)  # code 15 is the value 1: decodes to the stored scales
+        shape = (weight.shape[0], weight.shape[1])
+        full = form.dequantize({"weight": ones, **self._scales}, shape, torch.float32)
+        self._factor = full[:, :: form.block_size]
+        self._book, _ = _codebooks(str(weight.device))
+        self._codes = torch.empty(shape, dtype=torch.uint8, device=weight.device)
+
+    def round(self, values: Tensor, start: int) -> Tensor:
+        factor = self._factor[:, start // self._form.block_size, None]
+        scaled = torch.where(factor == 0, torch.zeros_like(values), values / factor)
+        codes = torch.bucketize(scaled.contiguous(), (self._book[1:] + self._book[:-1]) / 2)
+        self._codes[:, start : start + values.shape[1]] = codes.to(torch.uint8)
+        return self._book[codes] * factor
+
+    def parts(self) -> dict[str, Tensor]:
+        flat = self._codes.view(-1)
+        flat = torch.nn.functional.pad(flat, (0, len(flat) % 2))
+        return {"weight": ((flat[0::2] << 4) | flat[1::2])[:, None], **self._scales}

@@ -1,0 +1,159 @@
+"""Randomized orthogonal rotations that make any weight look normal before it is quantized (QuIP#, arXiv 2402.04396,
+section 3), for any dimension.
+
+U_n = DCT_m (x) H_(2^p) for n = m 2^p with m odd: an orthonormal DCT-II of the odd part and a Hadamard matrix of the
+power of two; entries are at most sqrt(2 / n). It exists for every n, unlike tables of Hadamard matrices. In front of it
+a diagonal of random signs. It is applied as small products, never as an n x n matrix.
+
+A rotated format stores the code of (U_out D_out) W (U_in D_in)^T. Signs come from a seed and the dimension alone, so
+that layers with one input (q, k, v; gate, up) share theirs; they are stored, one bit each, and a loader needs no
+generator.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .packing import pack, unpack_values, word_table
+
+_LARGEST_HADAMARD = 64  # larger powers of two are split: 2^9 = 64 x 8, two small products
+
+
+def odd_part(size: int) -> int:
+    """The m of size = m 2^p."""
+    while size % 2 == 0:
+        size //= 2
+    return size
+
+
+@cache
+def _hadamard(size: int, device: str, dtype: torch.dtype) -> Tensor:
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return (matrix / size**0.5).to(device=device, dtype=dtype)
+
+
+@cache
+def _cosines(size: int, device: str, dtype: torch.dtype) -> Tensor:
+    """Orthonormal DCT-II."""
+    n = torch.arange(size, dtype=torch.float64)
+    matrix = torch.cos(torch.pi / size * (n[None, :] + 0.5) * n[:, None]) * (2 / size) ** 0.5
+    matrix[0] /= 2**0.5
+    return matrix.to(device=device, dtype=dtype)
+
+
+def _factors(size: int, device: str, dtype: torch.dtype) -> list[Tensor]:
+    """Orthonormal matrices whose Kronecker product is U, first factor outermost."""
+    m = odd_part(size)
+    power = size // m
+    found = [_cosines(m, device, dtype)] if m > 1 else []
+    while power > 1:
+        part = min(power, _LARGEST_HADAMARD)
+        found.append(_hadamard(part, device, dtype))
+        power //= part
+    return found
+
+
+def rotate(x: Tensor, inverse: bool = False) -> Tensor:
+    """U x (or U^T x) along the last dimension. (..., n) -> (..., n)"""
+    size = x.shape[-1]
+    lead = x.shape[:-1]
+    before, after = 1, size
+    for matrix in _factors(size, str(x.device), x.dtype):
+        width = len(matrix)
+        after //= width
+        used = matrix.T if inverse else matrix
+        x = torch.matmul(used, x.reshape(*lead, before, width, after))
+        before *= width
+        x = x.reshape(*lead, size)
+    return x
+
+
+def random_signs(size: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
+    """(size,) float32 of +-1."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + size)
+    return (torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1.0).to(device)
+
+
+def into(x: Tensor, signs: Tensor) -> Tensor:
+    """U (D x) along the last dimension."""
+    return rotate(x * signs.to(x.dtype))
+
+
+def out_of(x: Tensor, signs: Tensor) -> Tensor:
+    """D (U^T x), the inverse of `into`."""
+    return rotate(x, inverse=True) * signs.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """A format applied in rotated coordinates."""
+
+    inner: Any  # Quantizer
+    seed: int = 0
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.inner.name
+
+    def signs(self, shape: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """(out signs, in signs), in the order of the dimensions."""
+        return random_signs(shape[0], self.seed, device), random_signs(shape[1], self.seed, device)
+
+    def rotated(self, weight: Tensor) -> Tensor:
+        """(U_out D_out) W (U_in D_in)^T"""
+        out, inputs = self.signs((weight.shape[0], weight.shape[1]), weight.device)
+        return into(into(weight, inputs).T, out).T
+
+    def rotated_gram(self, gram: Tensor) -> Tensor:
+        """The Gram matrix of the rotated inputs. (in, in)"""
+        signs = random_signs(len(gram), self.seed, gram.device)
+        return into(into(gram, signs).T, signs)
+
+    def with_signs(self, parts: dict[str, Tensor], shape: tuple[int, int]) -> dict[str, Tensor]:
+        """Parts of the inner format, completed by the packed signs."""
+        out, inputs = self.signs(shape, parts["weight"].device)
+        return parts | {"out_signs": pack((out < 0).int(), 1), "in_signs": pack((inputs < 0).int(), 1)}
+
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        shape = (weight.shape[0], weight.shape[1])
+        return self.with_signs(self.inner.quantize(self.rotated(weight.detach().float())), shape)
+
+    def _stored_signs(self, parts: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        table = word_table(torch.tensor([1.0, -1.0], device=parts["weight"].device), 1)
+        return (
+            unpack_values(parts["out_signs"], table, 1, (shape[0],)),
+            unpack_values(parts["in_signs"], table, 1, (shape[1],)),
+        )
+
+    def dequantize(self, parts: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        out, inputs = self._stored_signs(parts, shape)
+        inner = self.inner.dequantize(parts, shape, torch.promote_types(dtype, torch.float32))
+        return out_of(out_of(inner, inputs).T, out).T.to(dtype).contiguous()
+
+    def empty(self, shape: tuple[int, int], device: torch.device | str) -> dict[str, Tensor]:
+        parts = self.inner.empty(shape, device)
+        parts["out_signs"] = torch.empty(-(-shape[0] // 8), dtype=torch.uint8, device=device)
+        parts["in_signs"] = torch.empty(-(-shape[1] // 8), dtype=torch.uint8, device=device)
+        return parts
+
+    def linear(self, x: Tensor, parts: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
+        """Rotates x and the product instead of the matrix."""
+        out, inputs = self._stored_signs(parts, shape)
+        turned = into(x, inputs)
+        return out_of(self.inner.linear(turned, parts, shape), out)
+
+    def options(self) -> dict[str, int | bool]:
+        return {**self.inner.options(), "incoherence": True, "seed": self.seed}
+
+
+def kurtosis(values: Tensor) -> float:
+    """Of a sample; 3 for a normal distribution."""
+    centred = values.double().flatten() - values.double().mean()
+    return float(centred.pow(4).mean() / centred.square().mean() ** 2)

@@ -1,0 +1,76 @@
+"""Uniform integer codes per group: affine (minimum to maximum, the default) or symmetric (no zero point).
+
+Plain rounding to the nearest, as in GPTQ's and AWQ's storage. Scales are float16; an affine zero point is a float16
+minimum, so that constant groups and any range are exact at their ends.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .grouped import Grouped
+
+
+@dataclass(frozen=True)
+class _Integer(Grouped):
+    """weight = scale * code + minimum, or scale * (code - 2^(bits-1))."""
+
+    symmetric: bool = False
+
+    def book(self, device: torch.device) -> Tensor:
+        codes = torch.arange(2**self.bits, dtype=torch.float32, device=device)
+        return codes - 2 ** (self.bits - 1) if self.symmetric else codes
+
+    def group_scales(self, groups: Tensor, counts: Tensor) -> dict[str, Tensor]:
+        if self.symmetric:
+            largest = groups.abs().amax(-1)
+            return {"scales": (largest / (2 ** (self.bits - 1) - 1)).half()}
+        inside = torch.arange(groups.shape[-1], device=groups.device) < counts[:, None]
+        low = torch.where(inside, groups, torch.inf).amin(-1).half()
+        high = torch.where(inside, groups, -torch.inf).amax(-1)
+        return {"scales": ((high - low.float()) / (2**self.bits - 1)).half(), "minimum": low}
+
+    def affine(self, scales: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        return scales["scales"].float(), None if self.symmetric else scales["minimum"].float()
+
+    def nearest(self, normalised: Tensor) -> Tensor:
+        shift = 2 ** (self.bits - 1) if self.symmetric else 0
+        return (normalised + shift).round().clamp(0, 2**self.bits - 1).to(torch.uint8)
+
+    def scale_dtypes(self) -> dict[str, torch.dtype]:
+        return {"scales": torch.float16} | ({} if self.symmetric else {"minimum": torch.float16})
+
+    def options(self) -> dict[str, int | bool]:
+        return {"group_size": self.group_size, "symmetric": self.symmetric}
+
+
+class Int2(_Integer):
+    """2.5 bits per weight at groups of 64 (symmetric: 2.25)."""
+
+    name: ClassVar[str] = "int2"
+    bits: ClassVar[int] = 2
+
+
+class Int3(_Integer):
+    """3.5 bits per weight at groups of 64 (symmetric: 3.25)."""
+
+    name: ClassVar[str] = "int3"
+    bits: ClassVar[int] = 3
+
+
+class Int4(_Integer):
+    """4.5 bits per weight at groups of 64 (symmetric: 4.25)."""
+
+    name: ClassVar[str] = "int4"
+    bits: ClassVar[int] = 4
+
+
+class Int8(_Integer):
+    """8.5 bits per weight at groups of 64 (symmetric: 8.25)."""
+
+    name: ClassVar[str] = "int8"
+    bits: ClassVar[int] = 8

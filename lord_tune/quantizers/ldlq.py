@@ -1,0 +1,106 @@
+"""Rounding with error feedback: LDLQ (QuIP, arXiv 2307.13304, section 3.2; block form in QuIP#), the same as GPTQ.
+
+H = L D L^T with unit (block) lower triangular L. From the last block of columns to the first,
+
+    Q_k = round(W_k + (W - Q)_(>k) L_(>k, k))
+
+and the error is sum over k of tr(eta_k D_k eta_k^T) with eta_k the rounding error of block k alone: tr D instead of
+tr H. H is damped, H + sigma mean(diag H) I: with few tokens the small eigenvalues are noise and feedback fits to them.
+CALDERA chooses sigma by held-out error (`choose`).
+
+A format takes part through a `Rounder`: it fixes its scales for the whole matrix first, then rounds blocks of columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+Result = TypeVar("Result")
+_PANEL = 128  # columns whose corrections from the right are one product
+
+
+class Rounder(Protocol):
+    """One matrix being rounded, in its scales."""
+
+    block: int  # columns rounded together
+
+    def round(self, values: Tensor, start: int) -> Tensor:
+        """Decoded values of columns start..start + width, (out, width), width <= block; remembers their codes."""
+        ...
+
+    def parts(self) -> dict[str, Tensor]:
+        """The stored parts, when every column has been rounded."""
+        ...
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """H = L D L^T in blocks of columns, ready for any number of matrices with these inputs."""
+
+    lower: Tensor  # (in, in) float32, unit block lower triangular
+    diagonal: Tensor  # (in, in) float64, block diagonal; for the error formula
+    block: int
+
+    @classmethod
+    def of(
+        cls,
+        gram: Tensor,  # (in, in) float64
+        damping: float,
+        block: int,
+    ) -> Feedback:
+        """Raises torch.linalg.LinAlgError if H plus damping is not positive definite."""
+        width = len(gram)
+        mean = gram.diagonal().mean()
+        scale = float(mean) if float(mean) > 0 else 1.0
+        damped = gram / scale + damping * torch.eye(width, dtype=gram.dtype, device=gram.device)
+        root = torch.linalg.cholesky(damped)
+        lower = torch.empty_like(root)
+        diagonal = torch.zeros_like(root)
+        for start in range(0, width, block):
+            stop = min(start + block, width)
+            corner = root[start:stop, start:stop]
+            lower[:, start:stop] = torch.linalg.solve_triangular(corner, root[:, start:stop], upper=False, left=False)
+            diagonal[start:stop, start:stop] = corner @ corner.T * scale
+        return cls(lower.float(), diagonal, block)
+
+
+def ldlq(weight: Tensor, feedback: Feedback, rounder: Rounder) -> Tensor:
+    """Round `weight` (out, in) with feedback; returns Q (out, in) float32. The codes are in the rounder."""
+    values = weight.float()
+    width, block = values.shape[1], feedback.block
+    error = torch.zeros_like(values)
+    decoded = torch.empty_like(values)
+    starts = list(range(0, width, block))
+    per_panel = max(1, _PANEL // block)
+    for first in range((len(starts) - 1) // per_panel * per_panel, -1, -per_panel):
+        panel = starts[first : first + per_panel]
+        left, right = panel[0], min(panel[-1] + block, width)
+        corrected = values[:, left:right] + error[:, right:] @ feedback.lower[right:, left:right]
+        for start in reversed(panel):
+            stop = min(start + block, width)
+            target = corrected[:, start - left : stop - left]
+            target = target + error[:, stop:right] @ feedback.lower[stop:right, start:stop]
+            decoded[:, start:stop] = rounder.round(target, start)
+            error[:, start:stop] = values[:, start:stop] - decoded[:, start:stop]
+    return decoded
+
+
+def choose(dampings: tuple[float, ...], attempt: Callable[[float], tuple[float, Result]]) -> tuple[float, Result]:
+    """(damping, result) with the least error among the candidates that are positive definite; `attempt` gives (error,
+    result)."""
+    best: tuple[float, float, Result] | None = None
+    for damping in dampings:
+        try:
+            error, result = attempt(damping)
+        except torch.linalg.LinAlgError:
+            continue
+        if best is None or error < best[0]:
+            best = (error, damping, result)
+    if best is None:
+        raise torch.linalg.LinAlgError("no damping makes the Gram matrix positive definite")
+    return best[1], best[2]

@@ -1,0 +1,59 @@
+"""Dense packing of small integer codes into bytes, and decoding through lookup tables.
+
+Codes run along the flattened matrix, so any shape packs without padding rows. 2-, 4- and 8-bit codes fill whole bytes,
+first code in the low bits; eight 3-bit codes fill three bytes (two 12-bit words of four codes). The tail of a matrix
+whose size is no multiple of the unit is padded with zeros. Decoding looks several codes up at once: a table of 256 or
+4,096 rows of values is small enough for the caches, and `index_select` with int32 ids is the fast path on CPUs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+CODES_PER_WORD = {1: 8, 2: 4, 3: 4, 4: 2, 8: 1}  # words of 8 bits, of 12 for 3-bit codes
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes of `count` codes."""
+    if bits == 3:
+        return -(-count // 8) * 3
+    return -(-count * bits // 8)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes of any shape, integers below 2^bits -> (packed_bytes,) uint8."""
+    flat = codes.reshape(-1).to(torch.int32)
+    unit = 8 if bits == 3 else CODES_PER_WORD[bits]
+    flat = torch.nn.functional.pad(flat, (0, -len(flat) % unit))
+    per_word = CODES_PER_WORD[bits]
+    shifts = torch.arange(per_word, dtype=torch.int32, device=flat.device) * bits
+    words = (flat.view(-1, per_word) << shifts).sum(1, dtype=torch.int32)
+    if bits != 3:
+        return words.to(torch.uint8)
+    low, high = words.view(-1, 2).unbind(1)
+    return torch.stack([low & 255, (low >> 8) | ((high & 15) << 4), high >> 4], 1).reshape(-1).to(torch.uint8)
+
+
+def words_of(packed: Tensor, bits: int) -> Tensor:
+    """The table rows to look up, int32: bytes, or for 3-bit codes 12-bit words."""
+    if bits != 3:
+        return packed.to(torch.int32)
+    first, second, third = packed.to(torch.int32).view(-1, 3).unbind(1)
+    return torch.stack([first | ((second & 15) << 8), (second >> 4) | (third << 4)], 1).view(-1)
+
+
+def word_table(values: Tensor, bits: int) -> Tensor:
+    """(2^bits,) value of each code -> (words, codes per word) values of each word."""
+    per_word = CODES_PER_WORD[bits]
+    words = torch.arange(2 ** (per_word * bits), device=values.device)
+    codes = (words[:, None] >> (torch.arange(per_word, device=values.device) * bits)) & (2**bits - 1)
+    return values[codes].contiguous()
+
+
+def unpack_values(packed: Tensor, table: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
+    """The value of every code, by `table` from word_table."""
+    count = math.prod(shape)
+    return table.index_select(0, words_of(packed, bits)).view(-1)[:count].view(shape)
