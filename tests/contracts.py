@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lord_tune.calibration.moments import MomentAccumulator, Moments
 from lord_tune.factorizations import AFM, Caldera, LoftQ, PlainSVD, Whitened
-from lord_tune.quantizers import E8P2, E8P3, E8P4, NF4, Int2, Int3, Int4, Int8, Lloyd2, Lloyd3, Lloyd4, Rotated
+from lord_tune.quantizers import E8P2, E8P3, E8P4, NF4, Int2, Int3, Int4, Int8, Lloyd2, Lloyd3, Lloyd4, Rotated, SpQR
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,9 @@ QUANTIZERS = [
     *(form() for form in (Int2, Int3, Int4, Int8, Lloyd2, Lloyd3, Lloyd4, E8P2, E8P3, E8P4)),
     Int3(group_size=24, symmetric=True),
     Lloyd2(group_size=17),
+    SpQR(),
+    SpQR(bits=4, group_size=8),
+    SpQR(outlier_fraction=0.0),
     Rotated(E8P2(), 3),
     Rotated(Lloyd3()),
     Rotated(NF4(block_size=32)),

@@ -3,14 +3,26 @@
 A quantizer is a frozen dataclass of its hyperparameters. It sees tensors, never a model. `quantize` returns the parts
 that are stored; `dequantize` of these parts is the backbone Q, exactly: factorizations work on W - dequantize(parts),
 and a reload decodes the same bytes, so what was compensated is what is there.
+
+No product holds more of Q than TILE weights: rows of Q are decoded, used and dropped, forward and backward. Decoding
+itself goes CHUNK weights at a time, so that its temporaries stay in the second-level cache; that is why every format
+can decode a range of rows alone, to the same bits.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Iterator
+from functools import cache, wraps
+from typing import Any, ClassVar, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+TILE = 2**22  # weights decoded at once for a product: 16 MiB of float32
+CHUNK = 2**18  # weights decoded at once on a CPU: 1 MiB of float32
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 class Quantizer(Protocol):
@@ -30,17 +42,81 @@ class Quantizer(Protocol):
         """Parts of the right shapes and dtypes with undefined content (meta device included)."""
         ...
 
+    def row_step(self, shape: tuple[int, int]) -> int:
+        """The least number of rows between two whose codes and scales start on a stored boundary."""
+        ...
+
+    def rows(self, parts: dict[str, Tensor], shape: tuple[int, int], start: int, stop: int) -> dict[str, Tensor]:
+        """Parts of rows start..stop alone, views where possible: decoded with shape (stop - start, in) they are these
+        rows of Q to the bit. `start` is a multiple of row_step; `stop` is one too or `out`."""
+        ...
+
     def linear(self, x: Tensor, parts: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
         """x Q^T with a gradient to x, (..., in) -> (..., out)."""
         ...
 
-    def rounder(self, weight: Tensor, stretch: float = 1.0) -> Any:
-        """A ldlq.Rounder in the scales of `weight` (out, in) times `stretch`."""
+    def rounder(
+        self,
+        weight: Tensor,  # (out, in)
+        stretch: float | Tensor = 1.0,  # times the scales; of each row as (out, 1)
+        importance: Tensor | None = None,  # (in,) >= 0: what an error in this input costs, for formats with outliers
+    ) -> Any:
+        """A ldlq.Rounder in the scales of `weight` times `stretch`."""
         ...
 
-    def options(self) -> dict[str, int | bool]:
+    def options(self) -> dict[str, Any]:
         """The hyperparameters, as the manifest stores them."""
         ...
+
+
+class Decoder(Protocol):
+    """A format that decodes through `in_chunks`."""
+
+    def row_step(self, shape: tuple[int, int]) -> int: ...
+
+    def rows(self, parts: dict[str, Tensor], shape: tuple[int, int], start: int, stop: int) -> dict[str, Tensor]: ...
+
+    def decode(self, parts: dict[str, Tensor], out: Tensor) -> None:
+        """Write Q into `out` (rows, in), float32 and contiguous."""
+        ...
+
+
+def constant(build: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Cache by arguments, for tensors on a named device: whoever calls first, under inference mode or a default device,
+    leaves an ordinary tensor for all."""
+
+    @cache
+    @wraps(build)
+    def built(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+            return build(*args, **kwargs)
+
+    return cast(Callable[Arguments, Result], built)
+
+
+def spans(shape: tuple[int, int], step: int, weights: int) -> Iterator[tuple[int, int]]:
+    """Ranges (start, stop) of rows with at most so many weights, starting at multiples of `step`."""
+    rows = max(step, weights // max(shape[1], 1) // step * step)
+    for start in range(0, shape[0], rows):
+        yield start, min(start + rows, shape[0])
+
+
+def in_chunks(form: Decoder, parts: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """The `dequantize` of a Decoder. (out, in)"""
+    device = parts["weight"].device
+    q = torch.empty(shape, dtype=dtype, device=device)
+    for start, stop in spans(shape, form.row_step(shape), CHUNK if device.type == "cpu" else TILE):
+        target = q[start:stop]
+        out = target if dtype == torch.float32 else torch.empty(target.shape, dtype=torch.float32, device=device)
+        form.decode(form.rows(parts, shape, start, stop), out)
+        if out is not target:
+            target.copy_(out)
+    return q
+
+
+def one_tile(shape: tuple[int, int]) -> bool:
+    """Whether a product may decode the whole matrix."""
+    return shape[0] * shape[1] <= TILE
 
 
 class _DecodedLinear(torch.autograd.Function):
@@ -50,16 +126,40 @@ class _DecodedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, quantizer: Quantizer, shape: tuple[int, int], names: list[str], *values: Tensor):
         ctx.quantizer, ctx.shape, ctx.names = quantizer, shape, names
         ctx.save_for_backward(*values)
-        q = quantizer.dequantize(dict(zip(names, values, strict=True)), shape, x.dtype)
-        return torch.nn.functional.linear(x, q)
+        parts = dict(zip(names, values, strict=True))
+        output = None
+        for start, stop in spans(shape, quantizer.row_step(shape), TILE):
+            product = torch.nn.functional.linear(x, _tile(quantizer, parts, shape, start, stop, x.dtype))
+            if stop - start == shape[0]:
+                return product
+            if output is None:
+                output = product.new_empty(*x.shape[:-1], shape[0])
+            output[..., start:stop] = product
+        return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = gradients[0]
         parts = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-        q = ctx.quantizer.dequantize(parts, ctx.shape, gradients[0].dtype)
-        return (gradients[0] @ q, None, None, None, *(None for _ in parts))
+        total: Tensor | None = None
+        for start, stop in spans(ctx.shape, ctx.quantizer.row_step(ctx.shape), TILE):
+            share = gradient[..., start:stop] @ _tile(ctx.quantizer, parts, ctx.shape, start, stop, gradient.dtype)
+            if stop - start == ctx.shape[0]:
+                total = share
+            elif total is None:  # sums of tiles in float32 at least
+                total = share.to(torch.promote_types(share.dtype, torch.float32))
+            else:
+                total += share
+        assert total is not None
+        return (total.to(gradient.dtype), None, None, None, *(None for _ in parts))
+
+
+def _tile(
+    form: Quantizer, parts: dict[str, Tensor], shape: tuple[int, int], start: int, stop: int, dtype: torch.dtype
+) -> Tensor:
+    return form.dequantize(form.rows(parts, shape, start, stop), (stop - start, shape[1]), dtype)
 
 
 def decoded_linear(x: Tensor, quantizer: Quantizer, parts: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
-    """The `linear` of any format, by decoding the whole matrix. (..., in) -> (..., out)"""
+    """The `linear` of any format, by decoding tiles of rows. (..., in) -> (..., out)"""
     return _DecodedLinear.apply(x, quantizer, shape, list(parts), *parts.values())

@@ -22,17 +22,17 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import decoded_linear
+from .base import constant, decoded_linear, in_chunks
+from .packing import gather
 
 BLOCK = 8
 _CHUNK = 32768  # rows of the search at a time: what the caches hold
 _EXTRAS = 29
-_RATIO_3, _RATIO_4 = 2.04, 3.45  # what the residual is multiplied by before the second stage
 
 
 @cache
@@ -58,7 +58,7 @@ def _pattern_ids() -> Tensor:
     return table
 
 
-@cache
+@constant
 def codebook() -> Tensor:
     """(65536, 8) float32: word = pattern id + 256 * (h > 0) + 512 * (negative coordinates 0..6, first lowest)."""
     words = torch.arange(2**16)
@@ -136,7 +136,7 @@ def nearest_words(
     return torch.cat(found) if found else torch.zeros(0, dtype=torch.long, device=x.device)
 
 
-@cache
+@constant
 def small_book() -> Tensor:
     """(256, 8) float32: 0, the 240 roots of E8 and 15 of the 16 vectors +-2 e_i."""
     points = [torch.zeros(BLOCK)]
@@ -169,20 +169,31 @@ class _E8:
 
     name: ClassVar[str]
     bytes_per_block: ClassVar[int]
+    ratio: ClassVar[float]  # what the residual is multiplied by before the second stage
     best_scale: ClassVar[float]  # of unit normal weights before rounding
 
     def round_blocks(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """(codes (n, bytes) uint8, decoded (n, 8)) of blocks of about unit variance, already times best_scale."""
         words = nearest_words(blocks)
-        codes, decoded = _to_bytes(words), codebook().to(blocks)[words]
-        if self.bytes_per_block == 2:
-            return codes, decoded
-        if self.bytes_per_block == 3:
-            rest = nearest_small((blocks - decoded) * _RATIO_3)
-            second = small_book().to(blocks)[rest] / _RATIO_3
-            return torch.cat([codes, rest[:, None].to(torch.uint8)], 1), decoded + second
-        rest = nearest_words((blocks - decoded) * _RATIO_4)
-        return torch.cat([codes, _to_bytes(rest)], 1), decoded + codebook().to(blocks)[rest] / _RATIO_4
+        codes = _to_bytes(words)
+        decoded = self.points(words)
+        if self.bytes_per_block > 2:
+            rest = (blocks - decoded / 4) * self.ratio
+            second = nearest_small(rest) if self.bytes_per_block == 3 else nearest_words(rest)
+            codes = torch.cat(
+                [codes, second[:, None].to(torch.uint8) if self.bytes_per_block == 3 else _to_bytes(second)], 1
+            )
+            decoded = self.points(words, second)
+        return codes, decoded / 4
+
+    def points(self, words: Tensor, second: Tensor | None = None) -> Tensor:
+        """4 times the sum of the stages. (n, 8) float32"""
+        device = str(words.device)
+        values = gather(_quarters(device), words).float()
+        if second is not None:
+            book = _small_quarters(device) if self.bytes_per_block == 3 else _quarters(device)
+            values += gather(book, second).float().mul_(1 / self.ratio)
+        return values.view(-1, BLOCK)
 
     def row_scales(self, weight: Tensor) -> Tensor:
         """(out, 1) float16: what decoded blocks are multiplied by."""
@@ -202,18 +213,22 @@ class _E8:
         return {"weight": codes.view(out, -1, self.bytes_per_block), "scales": scales}
 
     def dequantize(self, parts: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        codes = parts["weight"]
-        book = codebook().to(codes.device)
-        low, high = codes[..., 0].to(torch.int32), codes[..., 1].to(torch.int32)
-        values = book.index_select(0, (low | (high << 8)).view(-1))
-        if self.bytes_per_block == 3:
-            rest = (small_book() / _RATIO_3).to(codes.device)
-            values = values.add_(rest.index_select(0, codes[..., 2].to(torch.int32).view(-1)))
-        elif self.bytes_per_block == 4:
-            low, high = codes[..., 2].to(torch.int32), codes[..., 3].to(torch.int32)
-            values = values.add_(book.index_select(0, (low | (high << 8)).view(-1)), alpha=1 / _RATIO_4)
-        wide = values.view(shape[0], -1).mul_(parts["scales"].float())
-        return wide[:, : shape[1]].to(dtype).contiguous()
+        return in_chunks(self, parts, shape, dtype)
+
+    def decode(self, parts: dict[str, Tensor], out: Tensor) -> None:
+        codes = parts["weight"].flatten(0, 1)
+        values = self.points(_word(codes, 0), None if self.bytes_per_block == 2 else self.second_words(codes))
+        quarter = parts["scales"].float() / 4  # exact, as every multiple of a power of two
+        torch.mul(values.view(out.shape[0], -1)[:, : out.shape[1]], quarter, out=out)
+
+    def second_words(self, codes: Tensor) -> Tensor:
+        return codes[:, 2].to(torch.int32) if self.bytes_per_block == 3 else _word(codes, 1)
+
+    def row_step(self, shape: tuple[int, int]) -> int:
+        return 1
+
+    def rows(self, parts: dict[str, Tensor], shape: tuple[int, int], start: int, stop: int) -> dict[str, Tensor]:
+        return parts | {name: parts[name][start:stop] for name in ("weight", "scales")}
 
     def empty(self, shape: tuple[int, int], device: torch.device | str) -> dict[str, Tensor]:
         size = (shape[0], self.blocks_of(shape[1]), self.bytes_per_block)
@@ -225,11 +240,11 @@ class _E8:
     def linear(self, x: Tensor, parts: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
         return decoded_linear(x, self, parts, shape)
 
-    def rounder(self, weight: Tensor, stretch: float = 1.0) -> BlockRounder:
+    def rounder(self, weight: Tensor, stretch: float | Tensor = 1.0, importance: Tensor | None = None) -> BlockRounder:
         """Rounds 8 columns at a time in the row scales of `weight` times `stretch`."""
         return BlockRounder(self, weight, stretch)
 
-    def options(self) -> dict[str, int | bool]:
+    def options(self) -> dict[str, Any]:
         return {}
 
 
@@ -238,7 +253,7 @@ class BlockRounder:
 
     block = BLOCK
 
-    def __init__(self, form: _E8, weight: Tensor, stretch: float):
+    def __init__(self, form: _E8, weight: Tensor, stretch: float | Tensor):
         self._form = form
         self._scales = (form.row_scales(weight).float() * stretch).half()
         self._factor = self._scales.float()
@@ -260,6 +275,25 @@ def _to_bytes(words: Tensor) -> Tensor:
     return torch.stack([words & 255, words >> 8], 1).to(torch.uint8)
 
 
+def _word(codes: Tensor, place: int) -> Tensor:
+    """A 16-bit word of each block (n, bytes). (n,) int32"""
+    if codes.shape[1] % 2 == 0:
+        return codes.view(torch.int16)[:, place].to(torch.int32).bitwise_and_(0xFFFF)  # the same on little-endian hosts
+    return (codes[:, 1].to(torch.int32) << 8) + codes[:, 0]
+
+
+@constant
+def _quarters(device: str) -> Tensor:
+    """The code book times 4, (65536, 8) int8: 512 KiB, which stays in the second-level cache."""
+    return (codebook() * 4).to(torch.int8).to(device)
+
+
+@constant
+def _small_quarters(device: str) -> Tensor:
+    """The book of the 1-bit stage times 4, (256, 8) int8."""
+    return (small_book() * 4).to(torch.int8).to(device)
+
+
 class E8P2(_E8):
     """E8P, 2 bits."""
 
@@ -273,6 +307,7 @@ class E8P3(_E8):
 
     name: ClassVar[str] = "e8-3"
     bytes_per_block: ClassVar[int] = 3
+    ratio: ClassVar[float] = 2.04
     best_scale: ClassVar[float] = 0.98
 
 
@@ -281,4 +316,5 @@ class E8P4(_E8):
 
     name: ClassVar[str] = "e8-4"
     bytes_per_block: ClassVar[int] = 4
+    ratio: ClassVar[float] = 3.45
     best_scale: ClassVar[float] = 0.98

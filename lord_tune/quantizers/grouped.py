@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from .base import decoded_linear
-from .packing import pack, packed_bytes, unpack_values, word_table
+from .base import constant, decoded_linear, in_chunks
+from .packing import aligned_codes, pack, packed_bytes, unpack_values, word_table
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Grouped:
     def groups_of(self, width: int) -> int:
         return -(-width // self.group_size)
 
-    def _grouped(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def grouped(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """(out, groups, group_size) padded with zeros, and the (groups,) true sizes."""
         width = weight.shape[1]
         groups = self.groups_of(width)
@@ -70,39 +70,47 @@ class Grouped:
 
     def scales_of(self, weight: Tensor) -> dict[str, Tensor]:
         """The stored scales of a whole matrix. (out, groups) each"""
-        groups, counts = self._grouped(weight.detach().float())
+        groups, counts = self.grouped(weight.detach().float())
         return self.group_scales(groups, counts)
 
     def round_with(self, values: Tensor, factor: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor]:
         """(codes uint8, decoded) of values with given per-element factor and offset, all broadcastable."""
         shifted = values if offset is None else values - offset
         codes = self.nearest(torch.where(factor == 0, torch.zeros_like(shifted), shifted / factor))
-        decoded = self.book(values.device)[codes.long()].to(values.dtype) * factor
+        decoded = _book(self, str(values.device))[codes.long()].to(values.dtype) * factor
         return codes, decoded if offset is None else decoded + offset
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         scales = self.scales_of(weight)
         factor, offset = self.affine(scales)
-        groups, _ = self._grouped(weight.detach().float())
+        groups, _ = self.grouped(weight.detach().float())
         codes, _ = self.round_with(groups, factor[..., None], None if offset is None else offset[..., None])
         codes = codes.reshape(weight.shape[0], -1)[:, : weight.shape[1]]
         return {"weight": pack(codes, self.bits), **scales}
 
     def dequantize(self, parts: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        device = parts["weight"].device
-        table = word_table(self.book(device), self.bits)
-        values = unpack_values(parts["weight"], table, self.bits, shape)
-        factor, offset = self.affine(parts)
-        if shape[1] % self.group_size == 0:
-            grouped = values.view(shape[0], -1, self.group_size)
-            grouped = grouped.mul_(factor[..., None])
-            values = (grouped if offset is None else grouped.add_(offset[..., None])).view(shape)
-        else:
-            wide = factor.repeat_interleave(self.group_size, 1)[:, : shape[1]]
-            values = values * wide
-            if offset is not None:
-                values = values + offset.repeat_interleave(self.group_size, 1)[:, : shape[1]]
-        return values.to(dtype)
+        return in_chunks(self, parts, shape, dtype)
+
+    def code_values(self, packed: Tensor, shape: tuple[int, int]) -> Tensor:
+        """Value of each code before scaling. float32"""
+        return unpack_values(packed, _table(self, str(packed.device)), self.bits, shape)
+
+    def decode(self, parts: dict[str, Tensor], out: Tensor) -> None:
+        shape = (out.shape[0], out.shape[1])
+        scale_groups(out, self.code_values(parts["weight"], shape), *self.affine(parts), self.group_size)
+
+    def row_step(self, shape: tuple[int, int]) -> int:
+        codes = aligned_codes(self.bits)
+        return codes // math.gcd(codes, shape[1])
+
+    def rows(self, parts: dict[str, Tensor], shape: tuple[int, int], start: int, stop: int) -> dict[str, Tensor]:
+        scales = {name: parts[name][start:stop] for name in self.scale_dtypes()}
+        return parts | {"weight": self.code_rows(parts["weight"], shape, start, stop)} | scales
+
+    def code_rows(self, packed: Tensor, shape: tuple[int, int], start: int, stop: int) -> Tensor:
+        """The packed codes of rows start..stop; start is a multiple of row_step."""
+        first, last = (packed_bytes(row * shape[1], self.bits) for row in (start, stop))
+        return packed[first:last]
 
     def empty(self, shape: tuple[int, int], device: torch.device | str) -> dict[str, Tensor]:
         size = packed_bytes(math.prod(shape), self.bits)
@@ -114,12 +122,43 @@ class Grouped:
     def linear(self, x: Tensor, parts: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
         return decoded_linear(x, self, parts, shape)
 
-    def rounder(self, weight: Tensor, stretch: float = 1.0) -> GroupRounder:
+    def rounder(self, weight: Tensor, stretch: float | Tensor = 1.0, importance: Tensor | None = None) -> GroupRounder:
         """Rounds columns one by one in the scales of `weight` times `stretch`."""
         return GroupRounder(self, weight, stretch)
 
-    def options(self) -> dict[str, int | bool]:
+    def options(self) -> dict[str, Any]:
         return {"group_size": self.group_size}
+
+
+@constant
+def _book(form: Grouped, device: str) -> Tensor:
+    return form.book(torch.device(device))
+
+
+@constant
+def _table(form: Grouped, device: str) -> Tensor:
+    return word_table(form.book(torch.device(device)), form.bits)
+
+
+def scale_groups(
+    out: Tensor,  # (rows, in)
+    values: Tensor,  # (rows, in)
+    factor: Tensor,  # (rows, groups)
+    offset: Tensor | None,
+    group_size: int,
+) -> None:
+    """out = factor * values + offset by groups of consecutive columns. The product is rounded before the sum: addcmul
+    rounds once or twice depending on where its vectors end, and would make tiles differ from the whole."""
+    width = values.shape[1]
+    whole = width // group_size * group_size
+    for start, stop, size in ((0, whole, group_size), (whole, width, width - whole)):
+        if start == stop:
+            continue
+        groups = slice(start // group_size, -(-stop // group_size))
+        target = out[:, start:stop].unflatten(1, (-1, size))
+        torch.mul(values[:, start:stop].unflatten(1, (-1, size)), factor[:, groups, None], out=target)
+        if offset is not None:
+            target.add_(offset[:, groups, None])
 
 
 class GroupRounder:
@@ -127,9 +166,9 @@ class GroupRounder:
 
     block = 1
 
-    def __init__(self, form: Grouped, weight: Tensor, stretch: float):
+    def __init__(self, form: Grouped, weight: Tensor, stretch: float | Tensor):
         scales = form.scales_of(weight)
-        if stretch != 1.0:
+        if isinstance(stretch, Tensor) or stretch != 1.0:
             scales = {name: (value.float() * stretch).to(value.dtype) for name, value in scales.items()}
         self._form, self._scales = form, scales
         self._factor, self._offset = form.affine(scales)

@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .base import constant
 from .grouped import Grouped
 
 
@@ -34,21 +35,32 @@ def levels(bits: int) -> tuple[float, ...]:
     return tuple(points.tolist())
 
 
+@constant
+def _levels(bits: int, device: str) -> Tensor:
+    return torch.tensor(levels(bits), dtype=torch.float32, device=device)
+
+
+@constant
+def _edges(bits: int, device: str) -> Tensor:
+    """Where the nearest level changes. (2^bits - 1,)"""
+    book = _levels(bits, device)
+    return (book[1:] + book[:-1]) / 2
+
+
 class _Lloyd(Grouped):
     """16-bit scale per group; the code book is the same for every layer."""
 
     bits: ClassVar[int]
 
     def book(self, device: torch.device) -> Tensor:
-        return torch.tensor(levels(self.bits), dtype=torch.float32, device=device)
+        return _levels(self.bits, str(device))
 
     def group_scales(self, groups: Tensor, counts: Tensor) -> dict[str, Tensor]:
         rms = (groups.square().sum(-1) / counts).sqrt()
         return {"scales": rms.half()}
 
     def nearest(self, normalised: Tensor) -> Tensor:
-        book = self.book(normalised.device)
-        return torch.bucketize(normalised.contiguous(), (book[1:] + book[:-1]) / 2).to(torch.uint8)
+        return torch.bucketize(normalised.contiguous(), _edges(self.bits, str(normalised.device))).to(torch.uint8)
 
 
 class Lloyd2(_Lloyd):

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from .base import decoded_linear
+from .base import constant, decoded_linear, one_tile
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -30,7 +29,7 @@ _NESTED_BLOCK = 256
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
-@cache
+@constant
 def _codebooks(device: str) -> tuple[Tensor, Tensor]:
     import bitsandbytes.functional as bnb
 
@@ -70,7 +69,7 @@ class NF4:
         device = parts["weight"].device
         code, nested_code = _codebooks(str(device))
         nested = None
-        if self.double_quant:
+        if "nested_absmax" in parts:
             nested = QuantState(parts["nested_absmax"], code=nested_code, blocksize=_NESTED_BLOCK, dtype=torch.float32)
         return QuantState(
             parts["absmax"],
@@ -79,7 +78,7 @@ class NF4:
             blocksize=self.block_size,
             quant_type="nf4",
             dtype=dtype,
-            offset=parts["nested_offset"] if self.double_quant else None,
+            offset=None if nested is None else parts["nested_offset"],
             state2=nested,
         )
 
@@ -88,6 +87,30 @@ class NF4:
         takes each row's first weights for a block of its own and decodes garbage (relative error 0.25 instead of 0.09).
         """
         return shape[1] % self.block_size == 0
+
+    def block_scales(self, parts: dict[str, Tensor], start: int = 0, stop: int | None = None) -> Tensor:
+        """Absolute maxima of blocks start..stop, float32; a view unless they are stored in 8 bits."""
+        import bitsandbytes.functional as bnb
+
+        absmax = parts["absmax"][start:stop]
+        if "nested_absmax" not in parts:
+            return absmax
+        first = start // _NESTED_BLOCK
+        whole, nested = parts["absmax"][first * _NESTED_BLOCK : stop], parts["nested_absmax"][first:]
+        _, code = _codebooks(str(absmax.device))
+        scales = bnb.dequantize_blockwise(whole, absmax=nested.contiguous(), code=code, blocksize=_NESTED_BLOCK)
+        return (scales + parts["nested_offset"])[start - first * _NESTED_BLOCK :]
+
+    def row_step(self, shape: tuple[int, int]) -> int:
+        return self.block_size // math.gcd(self.block_size, shape[1])  # of even blocks, so codes start on a byte
+
+    def rows(self, parts: dict[str, Tensor], shape: tuple[int, int], start: int, stop: int) -> dict[str, Tensor]:
+        """With double quantization the block scales come decoded."""
+        first, last = start * shape[1], stop * shape[1]
+        blocks = first // self.block_size, -(-last // self.block_size)
+        kept = {name: value for name, value in parts.items() if not name.startswith("nested_")}
+        codes = parts["weight"][first // 2 : (last + 1) // 2]
+        return kept | {"weight": codes, "absmax": self.block_scales(parts, *blocks)}
 
     def dequantize(self, parts: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         import bitsandbytes.functional as bnb
@@ -111,41 +134,42 @@ class NF4:
     def linear(self, x: Tensor, parts: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
         import bitsandbytes as bnb
 
-        if not self.rows_are_blocks(shape):
+        fused = x.is_cuda and x.numel() == shape[1]
+        if not self.rows_are_blocks(shape) or not (fused or one_tile(shape)):
             return decoded_linear(x, self, parts, shape)
         return bnb.matmul_4bit(x, parts["weight"], quant_state=self.state(parts, shape, x.dtype))
 
-    def rounder(self, weight: Tensor, stretch: float = 1.0) -> NF4Rounder:
+    def rounder(self, weight: Tensor, stretch: float | Tensor = 1.0, importance: Tensor | None = None) -> NF4Rounder:
         """Rounds columns one by one in the block scales of `weight` times `stretch`."""
         return NF4Rounder(self, weight, stretch)
 
-    def options(self) -> dict[str, int | bool]:
+    def options(self) -> dict[str, Any]:
         return {"block_size": self.block_size, "double_quant": self.double_quant}
 
 
 class NF4Rounder:
-    """A matrix being rounded column by column (ldlq.Rounder). Needs blocks that lie inside rows."""
+    """A matrix being rounded column by column (ldlq.Rounder)."""
 
     block = 1
 
-    def __init__(self, form: NF4, weight: Tensor, stretch: float):
-        if weight.shape[1] % form.block_size:
-            raise UsageError(
-                f"NF4 with error feedback needs inputs that are a multiple of its block size {form.block_size}, "
-                f"{weight.shape[1]} came; choose another --block-size or --exclude the layer."
-            )
-        self._form = form
+    def __init__(self, form: NF4, weight: Tensor, stretch: float | Tensor):
         parts = form.quantize(weight.float() * stretch)  # its codes are replaced
+        self._form = form
         self._scales = {name: value for name, value in parts.items() if name != "weight"}
-        ones = torch.full_like(parts["weight"], 0xFF)  # code 15 is the value 1: decodes to the stored scales
-        shape = (weight.shape[0], weight.shape[1])
-        full = form.dequantize({"weight": ones, **self._scales}, shape, torch.float32)
-        self._factor = full[:, :: form.block_size]
+        self._absmax = form.block_scales(parts)
         self._book, _ = _codebooks(str(weight.device))
-        self._codes = torch.empty(shape, dtype=torch.uint8, device=weight.device)
+        self._codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+
+    def _factor(self, start: int, stop: int) -> Tensor:
+        """The block scale of every weight of these columns; blocks may cross rows."""
+        out, width = self._codes.shape
+        columns = torch.arange(start, stop, device=self._codes.device)
+        return self._absmax[
+            (torch.arange(0, out * width, width, device=columns.device)[:, None] + columns) // self._form.block_size
+        ]
 
     def round(self, values: Tensor, start: int) -> Tensor:
-        factor = self._factor[:, start // self._form.block_size, None]
+        factor = self._factor(start, start + values.shape[1])
         scaled = torch.where(factor == 0, torch.zeros_like(values), values / factor)
         codes = torch.bucketize(scaled.contiguous(), (self._book[1:] + self._book[:-1]) / 2)
         self._codes[:, start : start + values.shape[1]] = codes.to(torch.uint8)

@@ -4,6 +4,8 @@ Codes run along the flattened matrix, so any shape packs without padding rows. 2
 first code in the low bits; eight 3-bit codes fill three bytes (two 12-bit words of four codes). The tail of a matrix
 whose size is no multiple of the unit is padded with zeros. Decoding looks several codes up at once: a table of 256 or
 4,096 rows of values is small enough for the caches, and `index_select` with int32 ids is the fast path on CPUs.
+
+Where codes of a matrix start on a byte is where it can be cut (`aligned_codes`).
 """
 
 from __future__ import annotations
@@ -16,6 +18,14 @@ from torch import Tensor
 CODES_PER_WORD = {1: 8, 2: 4, 3: 4, 4: 2, 8: 1}  # words of 8 bits, of 12 for 3-bit codes
 
 
+_NUMBERS = {8: torch.int64, 16: torch.complex128}  # by bytes
+
+
+def aligned_codes(bits: int) -> int:
+    """Codes between two that start on a stored boundary."""
+    return 8 if bits == 3 else 8 // bits
+
+
 def packed_bytes(count: int, bits: int) -> int:
     """Bytes of `count` codes."""
     if bits == 3:
@@ -26,8 +36,7 @@ def packed_bytes(count: int, bits: int) -> int:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Codes of any shape, integers below 2^bits -> (packed_bytes,) uint8."""
     flat = codes.reshape(-1).to(torch.int32)
-    unit = 8 if bits == 3 else CODES_PER_WORD[bits]
-    flat = torch.nn.functional.pad(flat, (0, -len(flat) % unit))
+    flat = torch.nn.functional.pad(flat, (0, -len(flat) % aligned_codes(bits)))
     per_word = CODES_PER_WORD[bits]
     shifts = torch.arange(per_word, dtype=torch.int32, device=flat.device) * bits
     words = (flat.view(-1, per_word) << shifts).sum(1, dtype=torch.int32)
@@ -41,8 +50,9 @@ def words_of(packed: Tensor, bits: int) -> Tensor:
     """The table rows to look up, int32: bytes, or for 3-bit codes 12-bit words."""
     if bits != 3:
         return packed.to(torch.int32)
-    first, second, third = packed.to(torch.int32).view(-1, 3).unbind(1)
-    return torch.stack([first | ((second & 15) << 8), (second >> 4) | (third << 4)], 1).view(-1)
+    first, second, third = packed.view(-1, 3).unbind(1)
+    middle = second.to(torch.int32)
+    return torch.stack([((middle & 15) << 8) + first, (middle >> 4) + (third.to(torch.int32) << 4)], 1).view(-1)
 
 
 def word_table(values: Tensor, bits: int) -> Tensor:
@@ -53,7 +63,18 @@ def word_table(values: Tensor, bits: int) -> Tensor:
     return values[codes].contiguous()
 
 
+def gather(
+    table: Tensor,  # (words, n)
+    ids: Tensor,  # int32
+) -> Tensor:
+    """Rows of a table one after another, flat. On CPUs rows of 8 and 16 bytes move as one number each, which
+    `index_select` does 3 to 5 times as fast as rows."""
+    number = _NUMBERS.get(table.shape[1] * table.element_size()) if table.device.type == "cpu" else None
+    if number is None:
+        return table.index_select(0, ids).view(-1)
+    return table.view(number).view(-1).index_select(0, ids).view(table.dtype)
+
+
 def unpack_values(packed: Tensor, table: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
     """The value of every code, by `table` from word_table."""
-    count = math.prod(shape)
-    return table.index_select(0, words_of(packed, bits)).view(-1)[:count].view(shape)
+    return gather(table, words_of(packed, bits))[: math.prod(shape)].view(shape)
