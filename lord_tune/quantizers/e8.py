@@ -20,8 +20,7 @@ scale for normal weights.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -35,7 +34,7 @@ _CHUNK = 32768  # rows of the search at a time: what the caches hold
 _EXTRAS = 29
 
 
-@cache
+@constant
 def _patterns() -> Tensor:
     """(256, 8) absolute values in halves of odd numbers; the last 29 are those with |a|^2 = 12."""
     inside, outside = [], []
@@ -47,15 +46,6 @@ def _patterns() -> Tensor:
             outside.append(halves)
     assert len(inside) == 227 and len(outside) == 56
     return torch.tensor(inside + outside[:_EXTRAS], dtype=torch.float32) / 2
-
-
-@cache
-def _pattern_ids() -> Tensor:
-    """(3^8,) id of the pattern with coordinates 1/2, 3/2, 5/2 by base-3 digits, first coordinate lowest; -1: none."""
-    digits = (_patterns() - 0.5).to(torch.long)
-    table = torch.full((3**BLOCK,), -1, dtype=torch.long)
-    table[(digits * 3 ** torch.arange(BLOCK)).sum(1)] = torch.arange(len(digits))
-    return table
 
 
 @constant
@@ -70,70 +60,102 @@ def codebook() -> Tensor:
     return signs * absolute + torch.where((words >> 8) & 1 == 1, 0.25, -0.25)[:, None]
 
 
-def _best_of_coset(y: Tensor) -> tuple[Tensor, Tensor]:
-    """For rows y (n, 8): the score <y, v> - |v|^2 / 2 of the best v = s * a, and its |a| as base-3 digits (n, 8)."""
+@dataclass(frozen=True)
+class _Search:
+    """Constant tensors of the search on one device. A choice is one of 7 leaders, or 7 + k for the extra pattern k."""
+
+    shifts: Tensor  # (2, 1, 1): what is added to x before the search in each coset
+    dots: Tensor  # (8, 8): sorted |y| to scores; one column per leader, the last for five 3/2 (any of 56 patterns)
+    squares: Tensor  # (8,): -|a|^2 / 2
+    signs: Tensor  # (8, 2): negative coordinates to (their bits in the word, their number)
+    extras: Tensor  # (29, 8)
+    powers: Tensor  # (8,): 3^k
+    digits: Tensor  # (36, 4): of the largest, second, ... |y| in base 3, for each choice; extras: 0
+    offsets: Tensor  # (36,): added to the base-3 number, so that extras have rows of their own behind the patterns
+    ids: Tensor  # (3^8 + 29,): pattern by base-3 number
+    parity: Tensor  # (36,): of the sum of a
+    bits: Tensor  # (8,): the sign bit of a coordinate in the word; the last is implied
+
+
+@constant
+def _search(device: str) -> _Search:
+    leaders = torch.full((8, BLOCK), 0.5)
+    for k in range(1, 5):
+        leaders[k, :k] = 1.5
+    leaders[5, 0] = leaders[6, 0] = 2.5
+    leaders[6, 1] = 1.5
+    leaders[7, :5] = 1.5
+    odd = leaders.sum(1) % 2
+    dots = leaders.T.clone()
+    dots[7] *= 1 - 2 * odd  # the smallest |y| comes with the sign that an even pattern gives it
+    bits = torch.tensor([*(1 << (9 + i) for i in range(BLOCK - 1)), 0])
+    patterns = _patterns()
+    ids = torch.full((3**BLOCK + _EXTRAS,), -1)
+    ids[((patterns - 0.5).long() * 3 ** torch.arange(BLOCK)).sum(1)] = torch.arange(len(patterns))
+    ids[-_EXTRAS:] = torch.arange(len(patterns) - _EXTRAS, len(patterns))
+    found = _Search(
+        shifts=torch.tensor([-0.25, 0.25])[:, None, None],
+        dots=dots,
+        squares=-leaders.square().sum(1) / 2,
+        signs=torch.stack([bits.float(), torch.ones(BLOCK)], 1),
+        extras=patterns[-_EXTRAS:],
+        powers=3 ** torch.arange(BLOCK),
+        digits=torch.cat([(leaders[:7, :4] - 0.5).long(), torch.zeros(_EXTRAS, 4, dtype=torch.long)]),
+        offsets=torch.cat([torch.zeros(7, dtype=torch.long), 3**BLOCK + torch.arange(_EXTRAS)]),
+        ids=ids,
+        parity=torch.cat([odd[:7], torch.ones(_EXTRAS)]),
+        bits=bits,
+    )
+    return _Search(*(getattr(found, field.name).to(device) for field in fields(found)))
+
+
+def _extra_patterns(
+    size: Tensor,  # (n, 8): |y|
+    odd: Tensor,  # (n,): parity of the negatives of y
+    search: _Search,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(score, choice, coordinate cheapest to change the sign of) of the best of the 29."""
+    costs = size[:, None] * search.extras  # (n, 29, 8)
+    least, where = costs.min(2)
+    best, which = (costs.sum(2) - 6 - 2 * (1 - odd[:, None]) * least).max(1)
+    return best, which + 7, where.gather(1, which[:, None]).squeeze(1)
+
+
+def _nearest_words(x: Tensor, search: _Search) -> Tensor:
+    """Few operations on both cosets at once: error feedback comes with a few hundred rows at a time."""
+    n = len(x)
+    y = (x + search.shifts).view(2 * n, BLOCK)
     size = y.abs()
     ordered, order = size.sort(1, descending=True)
-    odd = (y < 0).sum(1) % 2  # parity of the negatives of y
-    half = ordered.sum(1) / 2
-    sums = ordered[:, :4].cumsum(1)
-    zero = torch.zeros_like(half)
-    dots = torch.stack(
-        [zero, sums[:, 0], sums[:, 1], sums[:, 2], sums[:, 3], 2 * ordered[:, 0], 2 * ordered[:, 0] + ordered[:, 1]], 1
-    )
-    squares = torch.tensor([1.0, 2, 3, 4, 5, 4, 5], device=y.device)  # |a|^2 / 2
-    parity = torch.tensor([0, 1, 0, 1, 0, 0, 1], device=y.device)  # of the sum of a
-    penalty = (parity != odd[:, None]) * ordered[:, 7:]  # the smallest |y| changes its sign: 2 * |y| * 1/2
-    scores = half[:, None] + dots - squares - penalty
-    best, leader = scores.max(1)
-    leaders = torch.zeros(7, BLOCK, dtype=torch.long, device=y.device)
-    for k in range(1, 5):
-        leaders[k, :k] = 1
-    leaders[5, 0] = leaders[6, 0] = 2
-    leaders[6, 1] = 1
-    digits = torch.zeros_like(order).scatter_(1, order, leaders[leader])
-    # 56 patterns with five 3/2: at most this, whichever 29 are in the book
-    bound = 3 * half - ordered[:, 5:].sum(1) - 6
-    rows = (bound > best).nonzero().squeeze(1)
+    sign_bits, negatives = ((y < 0).to(y.dtype) @ search.signs).unbind(1)
+    odd = negatives.remainder_(2)
+    ordered[:, 7].mul_(1 - 2 * odd)
+    scores = torch.addmm(search.squares, ordered, search.dots)
+    best, choice = scores.max(1)
+    rows = (choice == 7).nonzero().squeeze(1)  # the bound of the 29 extra patterns is above all leaders
     if len(rows):
-        extras = _patterns()[-_EXTRAS:].to(y.device)
-        products = size[rows, None] * extras  # (rows, 29, 8)
-        mismatch = (extras.sum(1).long() % 2) != odd[rows, None]
-        other = products.sum(2) - 6 - mismatch * 2 * products.amin(2)
-        value, which = other.max(1)
-        better = value > best[rows]
-        best[rows[better]] = value[better]
-        digits[rows[better]] = (extras[which[better]] - 0.5).long()
-    return best, digits
-
-
-def _words_of_coset(y: Tensor, digits: Tensor, positive: Tensor) -> Tensor:
-    """The code words for the chosen |a| of rows y = x - h."""
-    negative = y < 0
-    absolute = digits.to(y.dtype) + 0.5
-    wrong = (negative.sum(1) + absolute.sum(1).long()) % 2 == 1
-    cheapest = (y.abs() * absolute).argmin(1)
-    flip = torch.nn.functional.one_hot(cheapest, BLOCK).bool() & wrong[:, None]
-    negative = negative ^ flip
-    ids = _pattern_ids().to(y.device)[(digits * 3 ** torch.arange(BLOCK, device=y.device)).sum(1)]
-    signs = (negative[:, :-1].long() << (9 + torch.arange(BLOCK - 1, device=y.device))).sum(1)
-    return ids + (positive.long() << 8) + signs
+        value, leader = scores[rows, :7].max(1)
+        other, extra, cheapest = _extra_patterns(size[rows], odd[rows], search)
+        better = other > value
+        best[rows] = torch.maximum(value, other)
+        choice[rows] = torch.where(better, extra, leader)
+        order[rows, 7] = torch.where(better, cheapest, order[rows, 7])
+    # |y|^2 / 2 - score of the two cosets: |x - 1/4|^2 - |x + 1/4|^2 = -sum of x
+    positive = best[:n] - best[n:] + x.sum(1) / 2 >= 0
+    chosen = torch.arange(n, device=x.device).add_(n * ~positive)
+    choice, order = choice[chosen], order[chosen]
+    ids = search.ids[(search.powers[order[:, :4]] * search.digits[choice]).sum(1) + search.offsets[choice]]
+    flip = search.bits[order[:, 7]] * (search.parity[choice] != odd[chosen])
+    return ids + (positive.long() << 8) + (sign_bits[chosen].long() ^ flip)
 
 
 def nearest_words(
     x: Tensor,  # (n, 8) float32
 ) -> Tensor:
     """The code word nearest to each row. (n,) int64"""
-    found = []
-    for part in x.split(_CHUNK):
-        up, down = part - 0.25, part + 0.25
-        score_up, digits_up = _best_of_coset(up)
-        score_down, digits_down = _best_of_coset(down)
-        positive = up.square().sum(1) - 2 * score_up <= down.square().sum(1) - 2 * score_down
-        y = torch.where(positive[:, None], up, down)
-        digits = torch.where(positive[:, None], digits_up, digits_down)
-        found.append(_words_of_coset(y, digits, positive))
-    return torch.cat(found) if found else torch.zeros(0, dtype=torch.long, device=x.device)
+    search = _search(str(x.device))
+    found = [_nearest_words(part, search) for part in x.split(_CHUNK)]
+    return torch.cat(found) if len(found) != 1 else found[0]
 
 
 @constant
@@ -160,7 +182,7 @@ def nearest_small(x: Tensor) -> Tensor:
     """Index into small_book of the point nearest to each row (n, 8). (n,) int64"""
     book = small_book().to(x)
     half = book.square().sum(1) / 2
-    return torch.cat([(part @ book.T - half).argmax(1) for part in x.split(_CHUNK)])
+    return torch.cat([torch.addmm(-half, part, book.T).argmax(1) for part in x.split(_CHUNK)])
 
 
 @dataclass(frozen=True)
@@ -207,7 +229,7 @@ class _E8:
         out, width = weight.shape
         scales = self.row_scales(weight)
         factor = scales.float()
-        values = torch.where(factor == 0, torch.zeros((), device=weight.device), weight.detach().float() / factor)
+        values = weight.detach().float() * _inverse(factor)
         values = torch.nn.functional.pad(values, (0, self.blocks_of(width) * BLOCK - width))
         codes, _ = self.round_blocks(values.reshape(-1, BLOCK))
         return {"weight": codes.view(out, -1, self.bytes_per_block), "scales": scales}
@@ -257,13 +279,16 @@ class BlockRounder:
         self._form = form
         self._scales = (form.row_scales(weight).float() * stretch).half()
         self._factor = self._scales.float()
+        self._inverse = _inverse(self._factor)
         size = (weight.shape[0], form.blocks_of(weight.shape[1]), form.bytes_per_block)
         self._codes = torch.empty(size, dtype=torch.uint8, device=weight.device)
 
     def round(self, values: Tensor, start: int) -> Tensor:
         width = values.shape[1]
-        scaled = torch.where(self._factor == 0, torch.zeros_like(values), values / self._factor)
-        codes, decoded = self._form.round_blocks(torch.nn.functional.pad(scaled, (0, BLOCK - width)))
+        scaled = values * self._inverse
+        if width < BLOCK:
+            scaled = torch.nn.functional.pad(scaled, (0, BLOCK - width))
+        codes, decoded = self._form.round_blocks(scaled)
         self._codes[:, start // BLOCK] = codes
         return decoded[:, :width] * self._factor
 
@@ -271,8 +296,14 @@ class BlockRounder:
         return {"weight": self._codes, "scales": self._scales}
 
 
+def _inverse(factor: Tensor) -> Tensor:
+    """1 / factor, and 0 for rows of zeros."""
+    return torch.where(factor == 0, 0.0, 1 / factor)
+
+
 def _to_bytes(words: Tensor) -> Tensor:
-    return torch.stack([words & 255, words >> 8], 1).to(torch.uint8)
+    """(n,) -> (n, 2) uint8, low byte first"""
+    return words.to(torch.int16).view(-1, 1).view(torch.uint8)
 
 
 def _word(codes: Tensor, place: int) -> Tensor:

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from .base import decoded_linear, in_chunks
-from .grouped import Grouped, scale_groups
+from .base import decoded_linear
+from .grouped import Grouped
 from .integer import Int2, Int3, Int4
 from .packing import pack
 
@@ -102,17 +102,14 @@ class SpQR:
         return rounder.parts()
 
     def dequantize(self, parts: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        return in_chunks(self, parts, shape, dtype)
-
-    def decode(self, parts: dict[str, Tensor], out: Tensor) -> None:
-        shape = (out.shape[0], out.shape[1])
-        values = self.inner.code_values(parts["weight"], shape)
-        scale_groups(out, values, *self.affine(parts, shape), self.group_size)
-        counts = parts["outlier_rows"].diff()
+        scale, zero = self.affine(parts, shape)
+        inner = {"weight": parts["weight"], "scales": scale, "minimum": zero}
+        q = self.inner.dequantize(inner, shape, dtype)
         columns = parts["outlier_columns"].to(torch.int64) & 0xFFFF
         starts = torch.arange(0, shape[0] * shape[1], shape[1], device=columns.device)
-        places = columns + starts.repeat_interleave(counts, output_size=len(columns))
-        out.view(-1).index_copy_(0, places, parts["outlier_values"].float())
+        places = columns + starts.repeat_interleave(parts["outlier_rows"].diff(), output_size=len(columns))
+        q.view(-1).index_copy_(0, places, parts["outlier_values"].to(dtype))
+        return q
 
     def empty(self, shape: tuple[int, int], device: torch.device | str) -> dict[str, Tensor]:
         count, groups = self.outliers(shape), self.inner.groups_of(shape[1])
