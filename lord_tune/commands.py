@@ -6,6 +6,7 @@ Keyword arguments are the fields of the verb's record in config.py.
 from __future__ import annotations
 
 import json
+import math
 import platform
 import shlex
 import time
@@ -56,6 +57,7 @@ from .decomposition import (
     Windows,
     decompose_checkpoint,
     estimate,
+    fit_format,
     known_ranks,
     survey,
     trace,
@@ -85,7 +87,7 @@ from .integrations.models import (
 )
 from .integrations.peft_adapters import Coverage
 from .layer_plan import DTYPES, FORMAT_VERSION, make_quantizer
-from .layers import shape_of
+from .layers import dequantize_once, shape_of
 from .memory import PeakMemory
 from .storage import atomic_directory, check_destination, check_json_file, read_json, sha256_files, write_json
 from .training import TrainOptions, train_model, trainer_arguments
@@ -103,7 +105,7 @@ def decompose(model: str, out: str, **options: Any) -> dict[str, Any]:
     if config.dry_run:
         return show_plan(config)
     quiet()
-    settings = _settings(config)
+    _check_formats(config)
     workers, device = launched_processes()
     journal = Journal(Path(config.out), workers)
     journal = Journal(Path(config.out), workers)
@@ -136,10 +138,12 @@ def decompose(model: str, out: str, **options: Any) -> dict[str, Any]:
         note(f"continuing the run in {journal.folder}: {blocks} blocks are written")
     try:
         source = Checkpoint(source_name, config.dtype, journal.work / f"converted-{workers.rank}", device)
+        shape = skeleton(source_name, config.dtype)
+        settings = _settings(config, shape)
         found = survey(source.model, settings)
         before = sizes(source.model)
-        foreseen = _estimate(skeleton(source_name, config.dtype), settings, _text_size(windows), None, workers.size)
-        say(f"decomposing {config.model}: {_summary(config)}")
+        foreseen = _estimate(shape, settings, _text_size(windows), None, workers.size)
+        say(f"decomposing {config.model}: {_summary(config, settings)}")
         say(
             f"{foreseen.parameters:,} parameters, {foreseen.layers} layers in {foreseen.blocks} blocks; estimated peak "
             f"memory {human_bytes(foreseen.peak_bytes)}, scratch files {human_bytes(foreseen.scratch_bytes)}"
@@ -176,11 +180,11 @@ def decompose(model: str, out: str, **options: Any) -> dict[str, Any]:
 
 def plan(model: str, **options: Any) -> dict[str, Any]:
     """What `decompose` with these options would need and produce, from shapes alone; returns the keys of `--json`."""
-    if options.get("rank") is None and options.get("kept_fraction") is None:
+    if all(options.get(name) is None for name in ("rank", "kept_fraction", "bits_per_weight")):
         assumed = {"kept_fraction": 0.9} if options.get("backbone", "none") == "none" else {"rank": 16}
         options |= assumed
         name, value = next(iter(assumed.items()))
-        say(f"neither --rank nor --kept-fraction came: planned for --{name.replace('_', '-')} {value}")
+        say(f"no budget came: planned for --{name.replace('_', '-')} {value}")
     config = PlanConfig.build({"model": model, **options})
     quiet()
     check_json_file(config.json_file)
@@ -195,14 +199,13 @@ def plan(model: str, **options: Any) -> dict[str, Any]:
         weighted = max(1, config.sensitivity_tokens // short) * short
         size = TextSize(tokens, heldout, length, weighted, short)
     device = default_device()
-    foreseen = _estimate(
-        shape, _settings(config), size, Rates.measure(next(shape.parameters()).dtype, device), config.processes
-    )
+    settings = _settings(config, shape)
+    foreseen = _estimate(shape, settings, size, Rates.measure(next(shape.parameters()).dtype, device), config.processes)
     result = {"model": config.model, **foreseen.to_dict()}
     if config.json_file:
         write_json(Path(config.json_file), result)
         return result
-    _show_estimate(foreseen, survey(shape, _settings(config)), config)
+    _show_estimate(foreseen, survey(shape, settings), config, settings)
     return result
 
 
@@ -226,6 +229,8 @@ def train(**options: Any) -> dict[str, Any]:
     dtype = config.dtype or ("float32" if default_device().type == "cpu" else None)
     trainer_arguments(config.trainer_values(), config.mode, True, own, held)  # unknown keys cost no loading
     model, tokenizer = load(source, dtype)
+    if config.dequantize_once:
+        _keep_dense(model)
     arguments = trainer_arguments(config.trainer_values(), config.mode, kind_of(model) == "causal", own, held)
     resolved["base"] = fingerprint(source)
     names = TrainOptions.__dataclass_fields__
@@ -248,6 +253,8 @@ def evaluate(model: str, text: list[str], **options: Any) -> dict[str, Any]:
     quiet()
     check_json_file(config.json_file)
     loaded, tokenizer = load(config.model, config.dtype)
+    if config.dequantize_once:
+        _keep_dense(loaded)
     length = window_length(config.context_length, loaded)
     windows = {path: file_windows(path, tokenizer, length, config.max_tokens) for path in config.text}
     with progress() as update:
@@ -306,6 +313,13 @@ def export(model: str, out: str, format: str, **options: Any) -> dict[str, Any]:
         f"{comparison.max_logit_difference:.2g}, top-1 agreement {comparison.top1_agreement:.3f}"
     )
     return result
+
+
+def _keep_dense(model: Any) -> None:
+    held = dequantize_once(model, model.dtype)
+    if not held:
+        raise UsageError("--dequantize-once came and the model has no quantized layers; remove it.")
+    say(f"quantized weights are decoded once: {human_bytes(held)} more memory")
 
 
 def inspect(model: str, **options: Any) -> dict[str, Any]:
@@ -431,7 +445,7 @@ def _shower(table: LiveTable) -> Notify:
     return show
 
 
-def _show_estimate(foreseen: Estimate, found: Survey, config: PlanConfig) -> None:
+def _show_estimate(foreseen: Estimate, found: Survey, config: PlanConfig, settings: Settings) -> None:
     kinds: dict[str, list[str]] = {}
     for name in found.layers:
         kinds.setdefault(_kind(name), []).append(name)
@@ -443,7 +457,11 @@ def _show_estimate(foreseen: Estimate, found: Survey, config: PlanConfig) -> Non
             chosen = {foreseen.ranks[name] for name in names}
             rank = ", ".join("dense" if r is None else str(r) for r in sorted(chosen, key=lambda r: r or 0))
         rows.append([kind, f"{shape[0]}x{shape[1]}", str(len(names)), rank, str(break_even(shape))])
-    show_table(f"plan for {config.model}: {_summary(config)}", ["layer", "shape", "count", "rank", "break-even"], rows)
+    show_table(
+        f"plan for {config.model}: {_summary(config, settings)}",
+        ["layer", "shape", "count", "rank", "break-even"],
+        rows,
+    )
     after = "decided by the calibration"
     if config.kept_fraction is not None and foreseen.model_bytes_after is None:
         share = foreseen.linear_parameters * (1 - config.kept_fraction)
@@ -484,53 +502,72 @@ def show_plan(config: RunConfig) -> dict[str, Any]:
     return resolved
 
 
-def _format_options(config: MethodConfig, form: str, backbone: bool) -> dict[str, Any]:
+def _format_options(config: MethodConfig, form: str) -> dict[str, Any]:
     """The hyperparameters of a storage format."""
     if form == "nf4":
         options: dict[str, Any] = {"block_size": config.block_size, "double_quant": config.double_quant}
-    elif form.startswith("int"):
-        options = {"group_size": config.group_size, "symmetric": config.symmetric}
+    elif form == "spqr":
+        options = {"bits": config.spqr_bits, "outlier_fraction": config.outliers}
+        options["group_size"] = config.group_size or 16
+    elif form.startswith(("int", "lloyd")):
+        options = {"group_size": config.group_size or 64}
+        options |= {"symmetric": config.symmetric} if form.startswith("int") else {}
     else:
-        options = {"group_size": config.group_size} if form.startswith("lloyd") else {}
+        options = {}
     by_default = form.startswith(("lloyd", "e8"))
-    if backbone and (by_default if config.incoherence is None else config.incoherence):
+    if by_default if config.incoherence is None else config.incoherence:
         options |= {"incoherence": True, "seed": config.seed}
     return options
 
 
-def _settings(config: MethodConfig) -> Settings:
-    quantizer = None
-    if config.backbone != "none":
-        quantizer = make_quantizer(config.backbone, _format_options(config, config.backbone, True))
-    form = config.factor_format
-    stored = form is not None and form not in DTYPES
-    factor_options = _format_options(config, form, False) if form is not None and stored else {}
+def _check_formats(config: MethodConfig) -> None:
+    """Refuse bad hyperparameters of the formats before any work."""
+    for form in (config.backbone, config.factor_format):
+        if form is not None and form != "none" and form not in DTYPES:
+            make_quantizer(form, _format_options(config, form))
+
+
+def _settings(config: MethodConfig, shape: Any) -> Settings:
+    """What to do with every layer; `shape` is the skeleton, on which widths in bits are tried."""
+    form, top = config.factor_format, config.top_format
+    iterations = {} if config.iterations is None else {"iterations": config.iterations}
     by_method: dict[str, dict[str, Any]] = {
         "whitened": {
             "sink_weight": config.sink_weight,
             "shrinkage": 0.0 if config.shrinkage == "auto" else config.shrinkage,
         },
         "afm": {"centred": config.centred},
-        "loftq": {"iterations": config.iterations},
-        "caldera": {
-            "iterations": config.iterations,
-            "downdate": config.downdate,
-            "factor_format": make_quantizer(form, factor_options) if form is not None and stored else None,
-        },
+        "loftq": iterations,
+        "caldera": iterations | {"downdate": config.downdate, "weighting": config.weighting},
     }
-    return Settings(
+    choose_format = config.bits_per_weight is not None and config.backbone == "none"
+    formats = config.families() if choose_format else [] if config.backbone == "none" else [config.backbone]
+    quantizers = [make_quantizer(name, _format_options(config, name)) for name in formats]
+    settings = Settings(
         method=METHODS[config.method](**by_method.get(config.method, {})),
-        quantizer=quantizer,
+        quantizer=quantizers[0] if quantizers else None,
         rank=config.rank,
         kept_fraction=config.kept_fraction,
         allocator=ALLOCATORS[config.allocation](),
         factor_format=form,
-        factor_options=factor_options,
+        factor_options={} if form is None or form in DTYPES else _format_options(config, form),
+        top_rank=config.top_rank,
+        top_format=top,
+        top_options={} if top in DTYPES else {"group_size": 64},
+        bits_per_weight=None if config.rank is not None else config.bits_per_weight,
         targets=config.targets,
         exclude=config.exclude,
         propagate=config.propagate,
         shrinkages=_SHRINKAGES if config.shrinkage == "auto" else (),
     )
+    if not choose_format:
+        return settings
+    assert config.bits_per_weight is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LordWarning)  # the run itself says them
+        layers = survey(shape, settings).layers
+    smallest = {} if config.rank is None else {"smallest_rank": config.rank}
+    return fit_format(layers, settings, quantizers, config.bits_per_weight, **smallest)
 
 
 def _windows(config: DecomposeConfig, model: Any, tokenizer: Any) -> tuple[Windows | None, dict[str, Any]]:
@@ -556,9 +593,15 @@ def _windows(config: DecomposeConfig, model: Any, tokenizer: Any) -> tuple[Windo
     return Windows(calibration, heldout, sensitivity), described
 
 
-def _summary(config: MethodConfig) -> str:
-    budget = f"rank {config.rank}" if config.rank is not None else f"{config.kept_fraction:g} kept, {config.allocation}"
-    backbone = "L R only" if config.backbone == "none" else f"{config.backbone} + L R"
+def _summary(config: MethodConfig, settings: Settings) -> str:
+    if config.bits_per_weight is not None:
+        budget = f"{config.bits_per_weight:g} bits per weight"
+        budget += "" if config.rank is None else f" with rank {config.rank}"
+    elif config.rank is not None:
+        budget = f"rank {config.rank}"
+    else:
+        budget = f"{config.kept_fraction:g} kept, {config.allocation}"
+    backbone = "L R only" if settings.quantizer is None else f"{settings.quantizer.name} + L R"
     return f"{backbone}, method {config.method}, {budget}"
 
 
@@ -597,6 +640,7 @@ def _show_decomposition(report: dict[str, Any], config: DecomposeConfig) -> None
         rows.append([kind, shape, f"{len(ranks)}/{len(entries)}", span, *cells])
     columns = ["layer", "shape", "factored", "rank", "calibrated", "held-out", "plain SVD", "Q alone"]
     show_table("mean relative output error by kind of layer", columns, rows)
+    _show_equal_bits(report["layers"])
     _show_totals(report["totals"])
     if report["skipped"]:
         say(f"not decomposed: {_count_reasons(report['skipped'])}")
@@ -610,6 +654,44 @@ def _show_decomposition(report: dict[str, Any], config: DecomposeConfig) -> None
     )
     say(f"wrote {config.out}")
     say(f"next: lord-tune evaluate {config.out} --text FILE   or   lord-tune inspect {config.out}")
+
+
+def _show_equal_bits(layers: dict[str, dict[str, Any]]) -> None:
+    """Whether L R pays: feedback rounding without it, at 2, 3 and 4 bits and, between them, at the bits of this run."""
+    compared = {name: entry for name, entry in layers.items() if entry["equal_bits"]}
+    if not compared:
+        return
+    rows, ratios = [], []
+    for name, entry in compared.items():
+        key = "calibrated" if entry["error_heldout"] is None else "heldout"
+        own = entry[f"error_{key}"]
+        curve = sorted((point["bits"], point[key]) for point in entry["equal_bits"].values())
+        equal = _interpolated(curve, entry["bits_per_weight"])
+        ratios.append(own / equal)
+        cells = [f"{error:.4f} ({bits:.2f})" for bits, error in curve]
+        beyond = "< " if entry["bits_per_weight"] > curve[-1][0] else ""
+        rows.append([_kind(name), f"{own:.4f} ({entry['bits_per_weight']:.2f})", *cells, f"{beyond}{equal:.4f}"])
+    block = next(iter(compared)).removesuffix("." + _kind(next(iter(compared))))
+    columns = ["layer", "Q + L R", "2-bit Q", "3-bit Q", "4-bit Q", "Q at equal bits"]
+    text = "calibration" if any(e["error_heldout"] is None for e in compared.values()) else "held-out"
+    show_table(
+        f"the same bits without L R: {block}, relative error on {text} text (bits per weight), E8 with feedback",
+        columns,
+        rows,
+    )
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    verdict = "L R pays at this width" if mean < 1 else "at this width L R pays as what trains, not as compression"
+    say(f"error of Q + L R / error of Q alone at the same bits (4 at most): {mean:.2f}; {verdict}")
+
+
+def _interpolated(curve: list[tuple[float, float]], bits: float) -> float:
+    """The error at `bits`, its logarithm linear in the bits; beyond the ends that of the end."""
+    if bits <= curve[0][0] or bits >= curve[-1][0]:
+        return curve[0][1] if bits <= curve[0][0] else curve[-1][1]
+    upper = next(i for i, (width, _) in enumerate(curve) if width >= bits)
+    (a, low), (b, high) = curve[upper - 1], curve[upper]
+    share = (bits - a) / (b - a)
+    return max(low, 1e-300) ** (1 - share) * max(high, 1e-300) ** share
 
 
 def _is_poorly_determined(entry: dict[str, Any]) -> bool:

@@ -46,6 +46,11 @@ class RunConfig(BaseModel):
         return [name for name in names if name in self.model_fields_set and getattr(self, name) is not None]
 
 
+_QUANTIZED = ("nf4", "int2", "int3", "int4", "int8", "lloyd2", "lloyd3", "lloyd4", "e8-2", "e8-3", "e8-4", "spqr")
+FORMATS = ("none", *_QUANTIZED)
+FACTOR_FORMATS = ("fp32", "fp16", "bf16", *_QUANTIZED)
+
+
 class MethodConfig(RunConfig):
     """What `decompose` does and `plan` foresees."""
 
@@ -55,18 +60,28 @@ class MethodConfig(RunConfig):
         description="how L and R (and Q) are computed: whitened (from calibration text), svd, afm (LoRD), loftq, "
         "caldera (Q by rounding with error feedback, in alternation with L R; with --rank 0 the feedback alone)",
     )
-    backbone: Literal[
-        "none", "nf4", "int2", "int3", "int4", "int8", "lloyd2", "lloyd3", "lloyd4", "e8-2", "e8-3", "e8-4"
-    ] = Field("none", description="what stays beside L R: none (LoRD) or a low-precision format")
-    factor_format: (
-        Literal["fp32", "fp16", "bf16", "nf4", "int4", "int8", "lloyd2", "lloyd3", "lloyd4", "e8-2", "e8-3", "e8-4"]
-        | None
-    ) = Field(None, description="storage of L and R; default: the dtype of the weights")
+    backbone: Literal[FORMATS] = Field(  # type: ignore[valid-type]
+        "none", description="what stays beside L R: none (LoRD) or a low-precision format"
+    )
+    factor_format: Literal[FACTOR_FORMATS] | None = Field(  # type: ignore[valid-type]
+        None,
+        description="storage of L and R; default: the dtype of the weights. Low-precision ones are rounded with error "
+        "feedback where there is calibration text",
+    )
+    top_rank: int = Field(
+        0, ge=0, description="store this many of the first components of L and R in --top-format (train: mode split)"
+    )
+    top_format: Literal["fp32", "fp16", "bf16", "int8"] = Field("fp16", description="see --top-rank")
     rank: int | None = Field(
         None, description="the same rank for every layer; 0 with a backbone is plain rounding, the baseline"
     )
     kept_fraction: float | None = Field(
         None, description="fraction of the selected linears' parameters to keep (0.9 removes 10 %); no backbone"
+    )
+    bits_per_weight: float | None = Field(
+        None,
+        description="stored bits per weight of the decomposed layers, Q and L R together: with --backbone the rank "
+        "that fits, with --rank the widest format that fits, with neither the widest format that leaves rank 8",
     )
     allocation: Literal["loss_weighted", "uniform"] = Field(
         "loss_weighted", description="how --kept-fraction is shared out over the layers"
@@ -76,7 +91,7 @@ class MethodConfig(RunConfig):
     )
     calibration_tokens: int = Field(16384, gt=0, description="tokens to calibrate on; a sixteenth more is held out")
     context_length: int = Field(1024, gt=1, description="tokens per calibration window")
-    sensitivity_tokens: int = Field(4096, gt=0, description="tokens of the backward pass of loss_weighted")
+    sensitivity_tokens: int = Field(4096, gt=0, description="tokens of the backward pass (loss_weighted, fisher)")
     propagate: Literal["dense", "sequential"] = Field(
         "dense", description="what later blocks are calibrated on: outputs of the original blocks, or of the decomposed"
     )
@@ -87,14 +102,22 @@ class MethodConfig(RunConfig):
         0.0, description="whitened: share of the Gram matrix's diagonal; auto: per layer, by held-out error"
     )
     centred: bool = Field(True, description="afm: centre the outputs and correct the bias, as LoRD is published")
-    iterations: int = Field(5, gt=0, description="loftq and caldera: alternations of Q and L R")
+    iterations: int | None = Field(None, gt=0, description="alternations of Q and L R; default: loftq 5, caldera 6")
     downdate: Literal["auto", "on", "off"] = Field(
         "auto", description="caldera: spend no feedback on directions that L R carries; auto keeps the better"
     )
-    incoherence: bool | None = Field(
-        None, description="rotate weights by random orthogonal matrices before rounding; default: for lloyd and e8"
+    weighting: Literal["activations", "fisher"] = Field(
+        "activations",
+        description="caldera: what an error costs: by the inputs' second moment, or by row and column means of squared "
+        "gradients (LQ-LoRA)",
     )
-    group_size: int = Field(64, gt=0, description="int and lloyd formats: weights per scale")
+    incoherence: bool | None = Field(
+        None,
+        description="rotate matrices by random orthogonal ones before rounding; default: for the formats lloyd and e8",
+    )
+    group_size: int | None = Field(None, gt=0, description="int, lloyd, spqr: weights per scale; default 64, spqr 16")
+    spqr_bits: int = Field(3, ge=2, le=4, description="spqr: bits of a weight that is no outlier")
+    outliers: float = Field(0.01, ge=0, lt=0.5, description="spqr: fraction of weights kept in 16 bits")
     symmetric: bool = Field(False, description="int formats: no zero point")
     block_size: int = Field(64, description="nf4: weights per scale")
     double_quant: bool = Field(False, description="nf4: store the scales in 8 bits")
@@ -109,43 +132,83 @@ class MethodConfig(RunConfig):
         weighted = self.kept_fraction is not None and self.allocation == "loss_weighted"
         return self.method in ("whitened", "afm", "caldera") or weighted
 
+    def check_budget(self) -> None:
+        """Exactly one budget, and a rank beside a width only where the width chooses the format."""
+        came = self.given("rank", "kept_fraction", "bits_per_weight")
+        flags = [f"--{name.replace('_', '-')}" for name in came]
+        if sorted(came) == ["bits_per_weight", "rank"] and self.backbone == "none":
+            return
+        if len(came) != 1:
+            what = " and ".join(flags) if came else "none"
+            raise UsageError(f"One of --rank, --kept-fraction and --bits-per-weight is wanted, {what} came.")
+
     def check_method(self, calibrated: bool) -> None:
         """Refuse what cannot work and options that would be ignored."""
-        if self.method == "loftq" and self.backbone == "none":
+        quantized = self.backbone != "none" or self.bits_per_weight is not None
+        if self.method == "loftq" and not quantized:
             raise UsageError("LoftQ splits W into Q + L R and needs a quantized backbone; pass --backbone nf4.")
-        if self.method == "caldera" and self.backbone == "none":
+        if self.method == "caldera" and not quantized:
             raise UsageError("CALDERA splits W into Q + L R and needs a quantized backbone; pass --backbone e8-2.")
         if self.kept_fraction is not None and self.backbone != "none":
             raise UsageError("--kept-fraction counts parameters of L and R against W; with a --backbone give --rank.")
         if self.kept_fraction is not None and not 0 < self.kept_fraction < 1:
             raise UsageError(f"--kept-fraction {self.kept_fraction} came; a number between 0 and 1 is wanted.")
+        if self.bits_per_weight is not None and not 0 < self.bits_per_weight <= 32:
+            raise UsageError(f"--bits-per-weight {self.bits_per_weight} came; a number from 0 to 32 is wanted.")
         if isinstance(self.shrinkage, float) and not 0 <= self.shrinkage <= 1:
             raise UsageError(f"--shrinkage {self.shrinkage} came; a number from 0 to 1, or auto, is wanted.")
+        factors = self.factor_format in _QUANTIZED and self.rank != 0
+        if self.top_rank and not factors:
+            raise UsageError(
+                "--top-rank stores components finer than the others; it needs a low-precision --factor-format."
+            )
+        if self.rank is not None and 0 < self.rank <= self.top_rank:
+            raise UsageError(
+                f"--top-rank {self.top_rank} is not below --rank {self.rank}; for all of L and R set --factor-format."
+            )
         formats = [form or "none" for form in (self.backbone, self.factor_format)]
+        if self.bits_per_weight is not None and self.backbone == "none":
+            formats += self.families()
         nf4 = "nf4" in formats
         integer = any(form.startswith("int") for form in formats)
+        lloyd, spqr = any(form.startswith("lloyd") for form in formats), "spqr" in formats
+        alternates = self.method == "caldera" and self.rank != 0
         unused = {
             "sink_weight": self.method == "whitened",
             "shrinkage": self.method == "whitened",
             "centred": self.method == "afm",
-            "iterations": self.method == "loftq" or (self.method == "caldera" and self.rank != 0),
-            "downdate": self.method == "caldera" and self.rank != 0,
-            "incoherence": self.backbone != "none",
-            "group_size": integer or any(form.startswith("lloyd") for form in formats),
+            "iterations": self.method == "loftq" or alternates,
+            "downdate": alternates,
+            "weighting": self.method == "caldera",
+            "incoherence": any(form in _QUANTIZED for form in formats),
+            "group_size": integer or lloyd or spqr,
             "symmetric": integer,
+            "spqr_bits": spqr,
+            "outliers": spqr,
             "block_size": nf4,
             "double_quant": nf4,
+            "top_format": self.top_rank > 0,
             "allocation": self.kept_fraction is not None,
-            "sensitivity_tokens": self.kept_fraction is not None and self.allocation == "loss_weighted",
+            "sensitivity_tokens": self.needs_gradients,
             "calibration_tokens": calibrated,
             "context_length": calibrated,
             "propagate": calibrated,
-            "seed": calibrated or self.backbone.startswith(("lloyd", "e8")) or bool(self.incoherence),
+            "seed": calibrated or any(form.startswith(("lloyd", "e8")) for form in formats) or bool(self.incoherence),
         }
         for name in self.given(*unused):
             if not unused[name]:
                 flag = "--" + name.replace("_", "-")
                 raise UsageError(f"{flag} has no effect with this method, backbone and budget; remove it.")
+
+    def families(self) -> list[str]:
+        """The formats that --bits-per-weight chooses from, narrowest first."""
+        return ["e8-2", "e8-3", "e8-4", "int8"] if self.method == "caldera" else ["lloyd2", "lloyd3", "lloyd4", "int8"]
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether a backward pass is part of the run."""
+        weighted = self.kept_fraction is not None and self.allocation == "loss_weighted"
+        return weighted or (self.method == "caldera" and self.weighting == "fisher")
 
 
 class DecomposeConfig(MethodConfig):
@@ -157,9 +220,7 @@ class DecomposeConfig(MethodConfig):
     dry_run: bool = Field(False, description="print the resolved configuration and stop")
 
     def check(self) -> None:
-        if (self.rank is None) == (self.kept_fraction is None):
-            came = "both came" if self.rank is not None else "neither came"
-            raise UsageError(f"One of --rank and --kept-fraction is wanted, {came}.")
+        self.check_budget()
         self.check_method(bool(self.calibration))
         if self.needs_text and not self.calibration:
             raise UsageError(
@@ -175,8 +236,7 @@ class PlanConfig(MethodConfig):
     json_file: str | None = Field(None, description="write the plan here as JSON instead (--json)", alias="json")
 
     def check(self) -> None:
-        if self.rank is not None and self.kept_fraction is not None:
-            raise UsageError("One of --rank and --kept-fraction is wanted, both came.")
+        self.check_budget()
         self.check_method(True)
 
 
@@ -192,7 +252,10 @@ class TrainConfig(RunConfig):
     dataset_train_split: str = Field("train", description="split to train on")
     dataset_test_split: str | None = Field(None, description="split to evaluate on during training")
     eval_dataset_name: str | None = Field(None, description="file or Hub dataset to evaluate on during training")
-    mode: Literal["factors", "lora"] = Field("factors", description="factors: L and R train; lora: LoRA on L and R")
+    mode: Literal["factors", "split", "lora"] = Field(
+        "factors",
+        description="factors: L and R train; split: the components stored apart (--top-rank); lora: LoRA on L and R",
+    )
     lora_r: int = Field(8, gt=0, description="mode lora: rank on each factor")
     lora_alpha: float | None = Field(None, description="mode lora: scaling is alpha / r; default 2 r")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="mode lora: dropout")
@@ -200,12 +263,15 @@ class TrainConfig(RunConfig):
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
         None, description="load the model in this dtype; default: float32 on a CPU, else the checkpoint's"
     )
+    dequantize_once: bool = Field(
+        False, description="decode quantized weights once and keep them dense in memory: faster where decoding is slow"
+    )
     dry_run: bool = Field(False, description="print the resolved configuration and stop")
 
     def check(self) -> None:
         for name in self.given("lora_r", "lora_alpha", "lora_dropout"):
             if self.mode != "lora":
-                raise UsageError(f"{name} has no effect in mode: factors; remove it or set mode: lora.")
+                raise UsageError(f"{name} has no effect in mode: {self.mode}; remove it or set mode: lora.")
 
     def trainer_values(self) -> dict[str, Any]:
         """The keys meant for trl."""
@@ -220,6 +286,7 @@ class EvaluateConfig(RunConfig):
     context_length: int = Field(1024, gt=1, description="tokens per window")
     max_tokens: int | None = Field(None, gt=1, description="at most this many tokens of each text")
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(None, description="load the model in this dtype")
+    dequantize_once: bool = Field(False, description="decode quantized weights once and keep them dense in memory")
     json_file: str | None = Field(None, description="also write the result here (--json)", alias="json")
     dry_run: bool = Field(False, description="print the resolved configuration and stop")
 

@@ -26,7 +26,7 @@ from .errors import ExportMismatch, UsageError
 from .integrations.models import DTYPE_NAMES, load_dense_or_factored, max_length, save_model
 from .integrations.peft_adapters import fold, mode_of
 from .integrations.transformers_quantizer import attach, detach
-from .layers import dense_factor, densify, factored_layers, is_linear
+from .layers import densify, factored_layers, is_linear
 from .quantizers import NF4
 
 FORMATS = ("dense", "factored", "peft")
@@ -181,8 +181,9 @@ def _write_peft(factored: Any, tokenizer: Any, folder: Path, ids: Tensor, final:
     state: dict[str, Tensor] = {}
     adapter: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        adapter[f"base_model.model.{name}.lora_A.weight"] = _plain(layer.right)
-        adapter[f"base_model.model.{name}.lora_B.weight"] = _plain(layer.left)
+        left, right = (factor.float().cpu().contiguous() for factor in layer.dense_factors())
+        adapter[f"base_model.model.{name}.lora_A.weight"] = right
+        adapter[f"base_model.model.{name}.lora_B.weight"] = left
     names = set(layers)
     for key, value in factored.state_dict().items():
         owner = next((n for n in names if key.startswith(n + ".")), None)
@@ -236,10 +237,6 @@ def _write_peft(factored: Any, tokenizer: Any, folder: Path, ids: Tensor, final:
     }
     (lora / "adapter_config.json").write_text(json.dumps(lora_config, indent=2) + "\n")
     return _stock_outputs(base, lora, ids, type(factored).__name__)
-
-
-def _plain(factor: Any) -> Tensor:
-    return dense_factor(factor).float().cpu().contiguous()
 
 
 def _drop_tied(model: Any, state: dict[str, Tensor]) -> None:

@@ -45,6 +45,9 @@ class LayerPlan:
     left_format: str = "fp32"  # a key of DTYPES or a quantizer's name
     right_format: str = "fp32"
     factor_options: dict[str, Any] = field(default_factory=dict)
+    top_rank: int = 0  # of the rank: the first components, stored apart
+    top_format: str = "fp32"
+    top_options: dict[str, Any] = field(default_factory=dict)
     bias: bool = False
     conv1d: bool = False  # the original was a transformers Conv1D, whose weight is (in, out)
 

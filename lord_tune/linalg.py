@@ -61,6 +61,16 @@ def row_energies(
     return (rows * rows).sum(1) if gram is None else ((rows @ gram.to(rows.dtype)) * rows).sum(1)
 
 
+def solve_psd(
+    matrix: Tensor,  # (k, k), symmetric positive semidefinite
+    right: Tensor,  # (k, n)
+) -> Tensor:
+    """The solution of (matrix + 1e-10 mean(diag) I) X = right: a singular matrix gives a bounded, near-least one."""
+    jitter = 1e-10 * float(matrix.diagonal().mean().clamp_min(1e-290))
+    root = torch.linalg.cholesky(matrix + jitter * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device))
+    return torch.cholesky_solve(right, root)
+
+
 def balanced(
     left: Tensor,  # (out, rank)
     right: Tensor,  # (rank, in)

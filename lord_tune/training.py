@@ -22,10 +22,10 @@ from .calibration.corpus import RowFormat, load_rows, prompt_of, recognise
 from .console import is_main_process
 from .errors import LordError, UsageError
 from .integrations.models import RUN_FILE, kind_of, max_length
-from .integrations.peft_adapters import FACTORS, LORA, add_lora, coverage, expose_factors
+from .integrations.peft_adapters import FACTORS, LORA, SPLIT, add_lora, coverage, expose_factors
 from .storage import read_json, write_json
 
-LEARNING_RATES = {FACTORS: 1e-4, LORA: 2e-4}
+LEARNING_RATES = {FACTORS: 1e-4, SPLIT: 1e-4, LORA: 2e-4}
 _CHECKED_ROWS = 64
 _MAY_CHANGE = {"resume_from_checkpoint", "num_train_epochs", "max_steps", "dry_run"}  # when a run is continued
 Notify = Callable[[str, Any], None]  # (event, payload): "coverage", "data", "sample"
@@ -118,11 +118,11 @@ def _bf16_works() -> bool:
 
 def expose(model: nn.Module, options: TrainOptions) -> Any:
     """The PEFT model of a mode."""
-    if options.mode == FACTORS:
-        return expose_factors(model, options.targets)
+    if options.mode in (FACTORS, SPLIT):
+        return expose_factors(model, options.targets, mode=options.mode)
     if options.mode == LORA:
         return add_lora(model, options.lora_r, options.lora_alpha, options.lora_dropout, options.targets)
-    raise UsageError(f"mode: {options.mode} is unknown; use {FACTORS} (L and R train) or {LORA} (LoRA on L and R).")
+    raise UsageError(f"mode: {options.mode} is unknown; use {FACTORS}, {SPLIT} or {LORA}.")
 
 
 def prepare_rows(source: str, split: str, config: str | None, tokenizer: Any) -> tuple[Any, RowFormat]:

@@ -265,7 +265,7 @@ WRONG_CALLS: list[Case] = [
     ("unknown verb", lambda w: ["decompos", str(w.llama), str(w.out)], "Did you mean 'decompose'?"),
     ("out missing", lambda w: ["decompose", str(w.llama)], "OUT is missing; see lord-tune decompose --help"),
     ("training key missing", lambda w: ["train", "--output_dir", str(w.out)], "model_name_or_path is missing"),
-    ("neither budget", lambda w: w.data_free("--method", "svd"), "One of --rank and --kept-fraction"),
+    ("neither budget", lambda w: w.data_free("--method", "svd"), "One of --rank, --kept-fraction and --bits-per-weight"),
     ("both budgets", lambda w: w.decompose("--rank", 8, "--kept-fraction", 0.9), "both came"),
     ("kept fraction above 1", lambda w: w.decompose("--kept-fraction", 1.5), "a number between 0 and 1"),
     ("kept fraction of 0", lambda w: w.decompose("--kept-fraction", 0), "a number between 0 and 1"),

@@ -9,7 +9,7 @@ import torch
 from contracts import inputs, moments_of, weight
 
 from lord_tune.errors import UsageError
-from lord_tune.factorizations import LoftQ, PlainSVD, Whitened, relative_error
+from lord_tune.factorizations import FactorForm, LoftQ, PlainSVD, Whitened, relative_error
 from lord_tune.factorizations.caldera import Caldera
 from lord_tune.quantizers import E8P2, NF4, Int2, Int4, Lloyd2, Lloyd4, Rotated
 
@@ -20,7 +20,7 @@ MOMENTS, HELDOUT = moments_of(X), moments_of(inputs(96, tokens=1024, seed=5))
 
 
 def error(split) -> float:
-    residual = W - split.backbone - split.factors.left.double() @ split.factors.right.double()
+    residual = W - split.backbone - split.factors.product()
     return relative_error(residual, W, MOMENTS)
 
 
@@ -43,14 +43,14 @@ def test_it_beats_loftq_at_two_bits():
 @pytest.mark.parametrize("factor_format", [None, Lloyd4(), Lloyd2()], ids=str)
 def test_more_iterations_are_never_worse_and_never_worse_than_feedback_alone(factor_format):
     form = Rotated(Lloyd2())
-    method = Caldera(factor_format=factor_format)
+    method = Caldera(factor_form=None if factor_format is None else FactorForm(factor_format))
     errors = [error(dataclasses.replace(method, iterations=n).split(W, MOMENTS, 4, form)) for n in (1, 2, 4)]
     alone = error(method.split(W, MOMENTS, 0, form))
     assert errors[0] <= alone + 1e-12 and all(b <= a + 1e-12 for a, b in zip(errors, errors[1:], strict=False))
 
 
 def test_rounded_factors_are_what_is_stored():
-    split = Caldera(iterations=2, factor_format=Lloyd4()).split(W, MOMENTS, 8, Rotated(E8P2()))
+    split = Caldera(iterations=2, factor_form=FactorForm(Lloyd4())).split(W, MOMENTS, 8, Rotated(E8P2()))
     factors = split.factors
     for parts, value in ((factors.left_parts, factors.left), (factors.right_parts, factors.right)):
         assert torch.equal(Lloyd4().dequantize(parts, tuple(value.shape), torch.float64), value)

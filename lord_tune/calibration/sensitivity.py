@@ -5,6 +5,9 @@ moment. To second order (Gauss-Newton with the empirical Fisher), dropping the o
 sigma_j^2 * u_j^T G u_j (methods of K-FAC, Martens and Grosse 2015, with the output factor only). G itself is never
 formed: only the products U^T g are squared and summed, so memory is one number per direction.
 
+`fisher_means` gives what LQ-LoRA weighs a matrix with: the mean squared gradient of the loss by its elements, over
+rows and over columns.
+
 The backward pass goes block by block, from the last to the first: a block is run again from its stored input with
 gradients enabled and handed the gradient of its output, so only one block's weights and activations are in memory.
 """
@@ -38,6 +41,36 @@ def output_sensitivity(
     return _means(sums, tokens, workers or Workers())
 
 
+def fisher_means(
+    walk: BlockWalk,
+    index: int,
+    stream: str,
+    layers: dict[str, nn.Module],
+    shapes: dict[str, tuple[int, int]],  # (out, in) of each
+    windows: int,  # of the stream, over all processes
+    workers: Workers | None = None,
+) -> dict[str, Tensor]:
+    """name:rows (out,) and name:columns (in,), float64: means over windows of the squared gradient by the weight."""
+    with _weight_gradients(layers, shapes) as sums:
+        walk.backward(index, stream)
+    return _means(sums, windows, workers or Workers())
+
+
+def whole_model_fisher(
+    model: Any,
+    windows: Tensor,  # of this process
+    layers: dict[str, nn.Module],
+    shapes: dict[str, tuple[int, int]],
+    objective: Callable[[nn.Module, Tensor], Tensor],
+    count: int,  # of all processes
+    workers: Workers | None = None,
+) -> dict[str, Tensor]:
+    """The same for a model without a block list, with every activation of a window in memory."""
+    with _weight_gradients(layers, shapes) as sums:
+        _run_backward(model, windows, objective)
+    return _means(sums, count, workers or Workers())
+
+
 def whole_model_sensitivity(
     model: Any,  # without a block list: run whole
     windows: Tensor,  # (window, length) token ids of this process
@@ -49,15 +82,19 @@ def whole_model_sensitivity(
 ) -> dict[str, Tensor]:
     """The same with every activation of a window in memory."""
     with _observed(layers, bases) as sums:
-        # gradients must start somewhere before the first layer: at the embeddings' output
-        start = model.get_input_embeddings().register_forward_hook(lambda m, args, output: output.requires_grad_(True))
-        try:
-            for window in windows:
-                with torch.enable_grad():
-                    objective(model, window[None]).backward()
-        finally:
-            start.remove()
+        _run_backward(model, windows, objective)
     return _means(sums, tokens, workers or Workers())
+
+
+def _run_backward(model: Any, windows: Tensor, objective: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    # gradients must start somewhere before the first layer: at the embeddings' output
+    start = model.get_input_embeddings().register_forward_hook(lambda m, args, output: output.requires_grad_(True))
+    try:
+        for window in windows:
+            with torch.enable_grad():
+                objective(model, window[None]).backward()
+    finally:
+        start.remove()
 
 
 @contextmanager
@@ -84,9 +121,41 @@ def _observed(layers: dict[str, nn.Module], bases: dict[str, Tensor]) -> Iterato
             handle.remove()
 
 
-def _means(sums: dict[str, Tensor], tokens: int, workers: Workers) -> dict[str, Tensor]:
+@contextmanager
+def _weight_gradients(layers: dict[str, nn.Module], shapes: dict[str, tuple[int, int]]) -> Iterator[dict[str, Tensor]]:
+    """Row and column sums of the squared gradient by each weight, window by window, while the body runs backward."""
+    sums: dict[str, Tensor] = {}
+    for name in layers:
+        out, inputs = shapes[name]
+        sums[f"{name}:rows"] = torch.zeros(out, dtype=torch.float64)
+        sums[f"{name}:columns"] = torch.zeros(inputs, dtype=torch.float64)
+
+    def hook(name: str) -> Callable:
+        def forward_hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            inputs = args[0].detach()
+
+            def add(gradient: Tensor) -> None:
+                rows = gradient.detach().reshape(-1, gradient.shape[-1]).float()
+                squared = (rows.T @ inputs.reshape(-1, inputs.shape[-1]).float()).square()
+                sums[f"{name}:rows"] += squared.mean(1).double().cpu()
+                sums[f"{name}:columns"] += squared.mean(0).double().cpu()
+
+            if output.requires_grad:
+                output.register_hook(add)
+
+        return forward_hook
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in layers.items()]
+    try:
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _means(sums: dict[str, Tensor], count: int, workers: Workers) -> dict[str, Tensor]:
     for name in sorted(sums):
         workers.add_up(sums[name])
         if not torch.isfinite(sums[name]).all():
             raise CalibrationError(f"The loss gradient at the output of '{name}' is not finite; use --dtype float32.")
-    return {name: total / tokens for name, total in sums.items()}
+    return {name: total / count for name, total in sums.items()}

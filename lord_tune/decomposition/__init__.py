@@ -1,7 +1,7 @@
 """Decompose a checkpoint: engine.py drives, layerwise.py does one layer, journal.py makes it resumable."""
 
 from .base import LayerRecord, Notify, Progress, Settings, Source, Task, Windows
-from .engine import Outcome, Survey, decompose_checkpoint, known_ranks, survey
+from .engine import Outcome, Survey, decompose_checkpoint, fit_format, known_ranks, survey
 from .estimate import Estimate, Rates, TextSize, estimate, trace
 from .journal import Journal
 
@@ -21,6 +21,7 @@ __all__ = [
     "Windows",
     "decompose_checkpoint",
     "estimate",
+    "fit_format",
     "known_ranks",
     "survey",
     "trace",

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ..allocation import Allocator
-from ..factorizations import Factorization
+from ..factorizations import FactorForm, Factorization
+from ..layer_plan import DTYPES, make_quantizer
 from ..quantizers import Quantizer
 
 
@@ -20,14 +21,36 @@ class Settings:
     method: Factorization
     quantizer: Quantizer | None
     rank: int | None  # either a rank ...
-    kept_fraction: float | None  # ... or a budget with an allocator
+    kept_fraction: float | None  # ... or a budget with an allocator, or bits_per_weight
     allocator: Allocator
     factor_format: str | None  # a key of DTYPES, a quantizer's name, or None: the weight's own dtype
     factor_options: dict[str, Any] = field(default_factory=dict)
+    top_rank: int = 0  # of the rank: the first components, stored apart in
+    top_format: str = "fp32"
+    top_options: dict[str, Any] = field(default_factory=dict)
+    bits_per_weight: float | None = None  # or, with a quantizer, the rank that fits these
     targets: str | None = None
     exclude: str | None = None
     propagate: str = "dense"  # or "sequential": later blocks see the outputs of the decomposed ones
     shrinkages: tuple[float, ...] = ()  # candidates of the method's `shrinkage`, chosen per layer by held-out error
+
+    @property
+    def rounds_factors(self) -> bool:
+        """Whether L and R are stored in a quantized format, and so rounded with feedback where there is text."""
+        return self.factor_format is not None and self.factor_format not in DTYPES
+
+    def factor_form(self, rank: int) -> FactorForm | None:
+        """How L and R of a layer of this rank are stored, if in a quantized format."""
+        if not self.rounds_factors or rank < 1:
+            return None
+        assert self.factor_format is not None
+        top = self.top_rank_of(rank)
+        top_form = DTYPES.get(self.top_format) or make_quantizer(self.top_format, self.top_options)
+        return FactorForm(make_quantizer(self.factor_format, self.factor_options), top, top_form)
+
+    def top_rank_of(self, rank: int) -> int:
+        """How many components are stored apart: all but one at most."""
+        return max(0, min(self.top_rank, rank - 1))
 
 
 @dataclass(frozen=True)
@@ -74,8 +97,8 @@ class Source(Protocol):
 class LayerRecord:
     """What became of a layer; the errors are relative output errors, None when no text was given.
 
-    Without a backbone they are those of the factors before these are rounded to `factor_format` (below 0.5 % for 16
-    bits, more for NF4); with one they are of what is stored.
+    They are of what is stored, except that without a backbone the rounding of L and R to 16 bits (below 0.5 %) is left
+    out.
     """
 
     shape: tuple[int, int]
@@ -91,6 +114,8 @@ class LayerRecord:
     error_beyond_top: float | None = None  # calibrated, relative to the outputs without their largest direction
     shrinkage: float | None = None  # chosen by held-out error, where the method has one
     inputs: dict[str, float] = field(default_factory=dict)  # see Moments.describe
+    # of one block: feedback rounding without L R at other widths, format -> {bits, calibrated, heldout}
+    equal_bits: dict[str, dict[str, float | None]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
 

@@ -5,7 +5,8 @@ files between blocks; a finished block is a file and a line in the journal.
 
     calibrating   (only when the allocator needs all spectra first) run the text through the block, factorize its layers
                   at every rank, keep basis and error curves in a file; dense outputs go on to the next block
-    sensitivity   (only for allocators that weigh by the loss) gradients of the loss, from the last block to the first
+    sensitivity   (only for allocators that weigh by the loss, or methods that weigh by gradients: then the pass before
+                  it only runs the blocks) gradients of the loss, from the last block to the first
     writing       the factors of the chosen rank. With ranks known from the start this is the only pass and calibrates
                   too; `propagate: sequential` makes it calibrate on the outputs of the blocks already decomposed
 
@@ -46,24 +47,30 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..allocation import LayerSpectrum, break_even, factor_cost
+from ..allocation import ALIGNMENT, LayerSpectrum, break_even, factor_cost
 from ..calibration.collect import Blocks, BlockWalk, find_blocks
 from ..calibration.moments import InputStatistics, Moments
-from ..calibration.sensitivity import output_sensitivity, whole_model_sensitivity
+from ..calibration.sensitivity import fisher_means, output_sensitivity, whole_model_fisher, whole_model_sensitivity
 from ..errors import CalibrationError, LordError, LordWarning, UsageError
-from ..factorizations import Projection
+from ..factorizations import Fisher, Projection
 from ..layer_plan import LayerPlan
 from ..layers import FactoredLinear, check_finite, fused_parameters, select_linears, shape_of, weight_of
 from ..memory import give_back
 from ..parallel import share_out
+from ..quantizers import Quantizer
 from ..storage import write_tensors
 from .base import LayerRecord, Notify, Progress, Settings, Source, Task, Windows
-from .estimate import layer_flops
+from .estimate import bits_at, layer_flops
 from .journal import Journal
 from .layerwise import Analysis, Finished, analyse, install, left_dense, project_layer, split_layer
 
 _SENSITIVITY = "sensitivity"
-_COST = {"calibrating": 1.0, "sensitivity": 0.4, "writing": 0.05}  # of a block, relative; for the remaining time
+_COST = {
+    "calibrating": 1.0,
+    "gradients": 0.05,
+    "sensitivity": 0.4,
+    "writing": 0.05,
+}  # of a block, relative; for the remaining time
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,16 @@ def survey(model: nn.Module, settings: Settings) -> Survey:
 def needs_text(settings: Settings) -> bool:
     """Whether the settings cannot be carried out without calibration text."""
     needs = settings.method.needs | (settings.allocator.needs if settings.kept_fraction is not None else frozenset())
-    return bool(needs & {"input_gram", "loss_weights"})
+    return bool(needs & {"input_gram", "loss_weights", "fisher"})
+
+
+def _rank_within(module: Any, bits: float, settings: Settings) -> int:
+    """The largest multiple of 8, or 0, at which the layer takes at most `bits` per weight."""
+    low, high = 0, min(shape_of(module)) // ALIGNMENT
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if bits_at(module, middle * ALIGNMENT, settings) <= bits else (low, middle - 1)
+    return low * ALIGNMENT
 
 
 def known_ranks(layers: dict[str, nn.Module], settings: Settings) -> dict[str, int | None] | None:
@@ -117,6 +133,14 @@ def known_ranks(layers: dict[str, nn.Module], settings: Settings) -> dict[str, i
     if settings.rank is not None:
         dense = settings.quantizer is None  # above break-even, L and R would be larger than W
         return {n: None if dense and settings.rank > break_even(s) else settings.rank for n, s in shapes.items()}
+    if settings.bits_per_weight is not None:
+        budget = settings.bits_per_weight
+        by_shape: dict[tuple, int] = {}
+        for name, module in layers.items():
+            key = (shapes[name], module.weight.dtype)
+            if key not in by_shape:
+                by_shape[key] = _rank_within(module, budget, settings)
+        return {name: by_shape[shapes[name], module.weight.dtype] for name, module in layers.items()}
     assert settings.kept_fraction is not None
     if settings.allocator.needs:
         return None
@@ -145,9 +169,11 @@ def decompose_checkpoint(
     if ranks is None:
         run.calibrate()
         ranks = run.choose_ranks()
-        stored = settings.propagate == "dense"
+        stored = settings.propagate == "dense" and not settings.rounds_factors
     else:
         stored = False
+        if "fisher" in settings.method.needs:
+            run.measure_gradients()
     _check_kept(found, ranks, settings)
     if all(rank is None for rank in ranks.values()):
         journal.discard()
@@ -183,11 +209,13 @@ class _Run:
         self._start = time.perf_counter()
         self._done_cost = 0.0
         two = known_ranks(found.layers, settings) is None
+        self._fisher = "fisher" in settings.method.needs
+        self._middle = self.count // 2  # the block whose layers are compared with feedback rounding alone
         weighted = two and "loss_weights" in settings.allocator.needs
-        again = settings.propagate == "sequential" or not two
+        again = settings.propagate == "sequential" or settings.rounds_factors or not two
         self._costs = {
-            "calibrating": _COST["calibrating"] if two else 0.0,
-            "sensitivity": _COST["sensitivity"] if weighted else 0.0,
+            "calibrating": _COST["calibrating"] if two else _COST["gradients"] if self._fisher else 0.0,
+            "sensitivity": _COST["sensitivity"] if weighted or self._fisher else 0.0,
             "writing": 1.0 if again else _COST["writing"],
         }
 
@@ -199,8 +227,7 @@ class _Run:
         weighted = "loss_weights" in self.settings.allocator.needs
         streams = {"calibration": self.windows.calibration, "heldout": self.windows.heldout}
         if weighted:
-            prepared = [self.task.prepare(window[None]) for window in self.windows.sensitivity]
-            streams[_SENSITIVITY] = torch.cat(prepared)
+            streams[_SENSITIVITY] = self._prepared()
         walk = self._walk(streams, "calibrating")
         for index in range(self.count):
             step = f"calibrating/{index}"
@@ -220,6 +247,23 @@ class _Run:
             walk.forget(index - 1, ["calibration", "heldout"])
         if weighted:
             self._measure_sensitivity(walk)
+
+    def _prepared(self) -> Tensor:
+        """The windows that the loss runs the model on."""
+        assert self.windows is not None
+        return torch.cat([self.task.prepare(window[None]) for window in self.windows.sensitivity])
+
+    def measure_gradients(self) -> None:
+        """Squared gradients by every weight, for methods that weigh with them."""
+        walk = self._walk({_SENSITIVITY: self._prepared()}, "calibrating")
+        for index in range(self.count if walk.streamed else 0):
+            step = f"calibrating/{index}"
+            if not self.journal.has(step):
+                with self._loaded(index):
+                    walk.advance(index, _SENSITIVITY)
+                self.journal.commit(step)
+                self._report("calibrating", index, {})
+        self._measure_sensitivity(walk)
 
     def _walk(self, streams: dict[str, Tensor], phase: str) -> BlockWalk:
         """A walk with its first states written, by this or an earlier process."""
@@ -327,8 +371,11 @@ class _Run:
             if self.journal.has(step):
                 continue
             with self._loaded(index):
-                members, bases = self._bases(index)
-                found = output_sensitivity(walk, index, _SENSITIVITY, members, bases, tokens, self.workers)
+                if self._fisher:
+                    found = self._gradients(index, walk)
+                else:
+                    members, bases = self._bases(index)
+                    found = output_sensitivity(walk, index, _SENSITIVITY, members, bases, tokens, self.workers)
             self._commit_sensitivity(step, index, found)
             walk.forget(index + 2, [_SENSITIVITY])
             walk.forget(index + 2, [_SENSITIVITY], "gradients")
@@ -338,10 +385,22 @@ class _Run:
             return
         assert self.windows is not None
         with self._loaded(0):
-            members, bases = self._bases(0)
             own = self.windows.sensitivity[self.workers.rank :: self.workers.size]
-            found = whole_model_sensitivity(self.model, own, members, bases, self.task.loss, tokens, self.workers)
+            if self._fisher:
+                found = self._gradients(0, own)
+            else:
+                members, bases = self._bases(0)
+                found = whole_model_sensitivity(self.model, own, members, bases, self.task.loss, tokens, self.workers)
         self._commit_sensitivity("sensitivity/0", 0, found)
+
+    def _gradients(self, index: int, source: BlockWalk | Tensor) -> dict[str, Tensor]:
+        """Row and column means of the squared gradients by the block's weights."""
+        assert self.windows is not None
+        members, count = self.found.members(index), len(self.windows.sensitivity)
+        shapes = {name: shape_of(module) for name, module in members.items()}
+        if isinstance(source, BlockWalk):
+            return fisher_means(source, index, _SENSITIVITY, members, shapes, count, self.workers)
+        return whole_model_fisher(self.model, source, members, shapes, self.task.loss, count, self.workers)
 
     def _bases(self, index: int) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
         analyses = self._analyses(index)
@@ -431,9 +490,15 @@ class _Run:
         """The layers of the block in memory; the statistics of their inputs are gone on return."""
         statistics = self._collect(walk, index, keep)
         analyses = self._analyses(index) if from_analysis else {}
+        gradients = self._read(f"sensitivity-{index:05d}.safetensors") if self._fisher else {}
 
         def finish(name: str, module: nn.Module) -> Finished:
-            return self._finish(name, module, statistics, analyses, ranks, walk is not None)
+            fisher = None
+            if self._fisher:
+                rows, columns = gradients[f"{name}:rows"].sqrt(), gradients[f"{name}:columns"].sqrt()
+                fisher = Fisher(rows, columns)
+            compare = index == self._middle
+            return self._finish(name, module, statistics, analyses, ranks, walk is not None, fisher, compare)
 
         return self._dealt_out(self.found.members(index), finish)
 
@@ -460,6 +525,8 @@ class _Run:
         analyses: dict[str, Any],
         ranks: dict[str, int | None],
         walked: bool,
+        fisher: Fisher | None,
+        compare: bool,
     ) -> Finished:
         if analyses:
             if analyses[name] is None:
@@ -473,7 +540,7 @@ class _Run:
         rank = ranks[name]
         if self.settings.quantizer is not None:
             assert rank is not None
-            return split_layer(module, calibration, heldout, rank, self.settings)
+            return split_layer(module, calibration, heldout, rank, self.settings, fisher, compare and rank > 0)
         if rank is None and self.settings.rank is not None:
             limit = break_even(shape_of(module))
             return left_dense(module, 0.0, f"rank {self.settings.rank} is above its break-even {limit}")
@@ -565,8 +632,12 @@ def _to_meta(module: nn.Module) -> None:
 def check_budget(layers: dict[str, nn.Module], settings: Settings) -> None:
     """Refuse impossible ranks before any calibration."""
     shapes = {name: shape_of(module) for name, module in layers.items()}
-    if (settings.rank is None) == (settings.kept_fraction is None):
-        raise UsageError("Give either --rank or --kept-fraction, exactly one of them.")
+    budgets = (settings.rank, settings.kept_fraction, settings.bits_per_weight)
+    if sum(budget is not None for budget in budgets) != 1:
+        raise UsageError("Give --rank, --kept-fraction or --bits-per-weight, exactly one of them.")
+    if settings.bits_per_weight is not None:
+        _check_bits(layers, settings)
+        return
     if settings.kept_fraction is not None:
         if settings.quantizer is not None:
             raise UsageError("--kept-fraction counts parameters of L and R against W; with a --backbone give --rank.")
@@ -592,6 +663,43 @@ def check_budget(layers: dict[str, nn.Module], settings: Settings) -> None:
             f"--rank {rank} is above break-even for every layer: L and R would hold more numbers than W. "
             f"Choose at most {best}, or add --backbone nf4."
         )
+
+
+def _check_bits(layers: dict[str, nn.Module], settings: Settings) -> None:
+    if settings.quantizer is None:
+        raise UsageError("--bits-per-weight shares bits between Q and L R; with --backbone none give --kept-fraction.")
+    assert settings.bits_per_weight is not None
+    needed = {name: bits_at(module, 0, settings) for name, module in layers.items()}
+    name = max(needed, key=lambda n: needed[n])
+    if needed[name] > settings.bits_per_weight:
+        raise UsageError(
+            f"--bits-per-weight {settings.bits_per_weight:g} came; {settings.quantizer.name} alone takes "
+            f"{needed[name]:.3f} for '{name}'. Give more, or a --backbone of fewer bits."
+        )
+
+
+def fit_format(
+    layers: dict[str, nn.Module],
+    settings: Settings,
+    formats: list[Quantizer],  # narrowest first
+    bits: float,
+    smallest_rank: int = ALIGNMENT,
+) -> Settings:
+    """The settings with the widest format that leaves every layer at least `smallest_rank` within `bits` per weight.
+
+    Width goes to Q first: at equal bits feedback rounding gains more from another bit than from a rank at widths up to
+    a few thousand (the table of equal bits after each run says by how much), and L R is there to be trained.
+    """
+    for quantizer in reversed(formats):
+        tried = dataclasses.replace(settings, quantizer=quantizer)
+        if all(bits_at(module, smallest_rank, tried) <= bits for module in layers.values()):
+            return tried
+    least = dataclasses.replace(settings, quantizer=formats[0])
+    needed = max(bits_at(module, smallest_rank, least) for module in layers.values())
+    raise UsageError(
+        f"--bits-per-weight {bits:g} came; the narrowest format, {formats[0].name}, takes {needed:.3f} with rank "
+        f"{smallest_rank}. Give at least that, a coarser --factor-format, or --rank 0."
+    )
 
 
 def _check_kept(found: Survey, ranks: dict[str, int | None], settings: Settings) -> None:

@@ -334,6 +334,12 @@ def _larger(choices: list[tuple[float, float]], m: int, square: int) -> tuple[fl
     return max(choices, key=lambda choice: choice[0] * m + choice[1] * square)
 
 
+def bits_at(module: Any, rank: int, settings: Settings) -> float:
+    """Stored bits per weight of a layer decomposed at this rank."""
+    out, inputs = shape_of(module)
+    return 8.0 * _stored_bytes(module, rank, settings) / (out * inputs)
+
+
 def _stored_bytes(module: Any, rank: int | None, settings: Settings) -> int:
     """Of the weight of one layer in the checkpoint, without its bias."""
     out, inputs = shape_of(module)
@@ -344,13 +350,21 @@ def _stored_bytes(module: Any, rank: int | None, settings: Settings) -> int:
         parts = settings.quantizer.empty((out, inputs), "meta")
         total += sum(p.numel() * p.element_size() for p in parts.values())
     form = settings.factor_format
-    if form is None or form in DTYPES:
-        wide = module.weight.element_size() if form is None else torch.empty((), dtype=DTYPES[form]).element_size()
-        return total + factor_cost((out, inputs), rank) * wide
-    quantizer = make_quantizer(form, settings.factor_options)
-    for shape in ((out, rank), (rank, inputs)):
-        total += sum(p.numel() * p.element_size() for p in quantizer.empty(shape, "meta").values())
-    return total
+    own = next((name for name, dtype in DTYPES.items() if dtype == module.weight.dtype), "fp32")
+    top = settings.top_rank_of(rank) if settings.rounds_factors else 0
+    total += _factor_bytes((out, inputs), top, settings.top_format, settings.top_options)
+    return total + _factor_bytes((out, inputs), rank - top, form or own, settings.factor_options)
+
+
+def _factor_bytes(shape: tuple[int, int], rank: int, form: str, options: dict[str, Any]) -> int:
+    """Of L and R."""
+    if form in DTYPES:
+        return factor_cost(shape, rank) * DTYPES[form].itemsize
+    if not rank:
+        return 0
+    quantizer = make_quantizer(form, options)
+    parts = [quantizer.empty(part, "meta") for part in ((shape[0], rank), (rank, shape[1]))]
+    return sum(p.numel() * p.element_size() for found in parts for p in found.values())
 
 
 def _seconds(

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from ..allocation import break_even
 from ..calibration.moments import InputStatistics, Moments
 from ..factorizations import (
+    Caldera,
     Factors,
+    Fisher,
     PlainSVD,
     Projection,
     Solution,
@@ -26,10 +28,12 @@ from ..factorizations import (
     balance,
     error_curves,
     relative_error,
+    round_factors,
     truncate,
 )
 from ..layer_plan import DTYPES, LayerPlan
 from ..layers import FactoredLinear, build_layer, weight_of
+from ..quantizers import E8P2, E8P3, E8P4, Rotated
 from .base import LayerRecord, Settings
 
 _CURVES = ("calibrated", "heldout", "plain", "beyond_top")
@@ -131,43 +135,115 @@ def project_layer(
     start = time.perf_counter()
     weight = weight_of(module)
     solution, curves, shrinkage = _solve(weight, calibration, heldout, settings, rank)
-    layer = _build(module, truncate(weight, solution.spectrum, rank), None, settings)
+    centre = solution.spectrum.centre
+    factors = _rounded(truncate(weight, solution.spectrum, rank), weight, calibration, settings, centre)
+    layer = _build(module, factors, None, settings)
     facts = {"seconds": 0.0, "shrinkage": shrinkage, "inputs": {} if calibration is None else calibration.describe()}
     record = _record(layer, curves, rank, facts)
+    if settings.rounds_factors and calibration is not None:
+        _measure_stored(record, layer, weight, calibration, heldout, centre)
     record.seconds = time.perf_counter() - start
     return Finished(record, layer)
 
 
+def _measure_stored(
+    record: LayerRecord,
+    layer: FactoredLinear,
+    weight: Tensor,
+    calibration: Moments,
+    heldout: InputStatistics | None,
+    centre: Tensor | None,
+) -> None:
+    """Put the errors with L and R as they are stored into the record."""
+    dense = weight.double()
+    residual = dense - layer.dense_weight(torch.float64)
+    before = record.error_calibrated
+    record.error_calibrated = relative_error(residual, dense, calibration, centre)
+    record.error_heldout = None if heldout is None else relative_error(residual, dense, heldout, centre)
+    if record.error_beyond_top is not None and before:  # the same energy over another reference
+        record.error_beyond_top = min(1.0, record.error_beyond_top * record.error_calibrated / before)
+
+
+def _rounded(
+    factors: Factors, target: Tensor, calibration: Moments | None, settings: Settings, centre: Tensor | None
+) -> Factors:
+    """L and R rounded with feedback to fit `target`, where they are stored in a quantized format."""
+    form = settings.factor_form(factors.rank)
+    if form is None:
+        return factors
+    aim = target.double() if centre is None else factors.product()  # a centred method leaves W's mean to the bias
+    return round_factors(aim, None if calibration is None else calibration.gram, factors, form)
+
+
 def split_layer(
-    module: Any, calibration: Moments | None, heldout: InputStatistics | None, rank: int, settings: Settings
+    module: Any,
+    calibration: Moments | None,
+    heldout: InputStatistics | None,
+    rank: int,
+    settings: Settings,
+    fisher: Fisher | None = None,
+    compare: bool = False,  # with feedback rounding alone at other widths
 ) -> Finished:
     """W = Q + L R with a quantized backbone."""
     start = time.perf_counter()
     weight = weight_of(module)
     quantizer = settings.quantizer
     assert quantizer is not None
-    feedback = settings.method.name == "caldera"  # its Q alone is not plain rounding
-    method = settings.method if rank or feedback else PlainSVD()  # rank 0 is Q alone
+    alternates = isinstance(settings.method, Caldera)  # its Q alone is not plain rounding
+    method = settings.method if rank or alternates else PlainSVD()  # rank 0 is Q alone
     shrinkage = getattr(method, "shrinkage", None)
     if settings.shrinkages and heldout is not None and rank:
         backbone = quantizer.dequantize(quantizer.quantize(weight), _shape(module), torch.float64)
         shrinkage = _solve(weight.double() - backbone, calibration, heldout, settings, rank)[2]
         method = dataclasses.replace(method, shrinkage=shrinkage)  # type: ignore[type-var]
-    split = method.split(weight, calibration, rank, quantizer, heldout)
-    layer = _build(module, split.factors, split.parts, settings)
+        del backbone
+    if isinstance(method, Caldera):
+        method = dataclasses.replace(method, factor_form=settings.factor_form(rank))
+    split = method.split(weight, calibration, rank, quantizer, heldout, fisher)
+    assert split.backbone is not None
+    factors = split.factors
+    if not alternates:
+        factors = _rounded(factors, weight.double() - split.backbone, calibration, settings, split.centre)
+    layer = _build(module, factors, split.parts, settings)
     record = _record(layer, {}, rank, {"seconds": 0.0, "shrinkage": shrinkage, "inputs": {}})
-    if calibration is not None and split.backbone is not None:
+    if calibration is not None:
         dense = weight.double()
-        first = quantizer.dequantize(quantizer.quantize(weight), layer.plan.shape, torch.float64)
-        plain = truncate(dense - first, PlainSVD().spectrum(dense - first, None), rank)
-        residual = dense - layer.dense_weight(torch.float64)  # with L and R as they are stored
-        record.error_calibrated = relative_error(residual, dense, calibration, split.centre)
-        record.error_heldout = None if heldout is None else relative_error(residual, dense, heldout, split.centre)
-        record.error_plain = relative_error(dense - first - plain.left @ plain.right, dense, calibration)
         record.error_backbone = relative_error(dense - split.backbone, dense, calibration)
+        centre = split.centre
+        del split, factors
+        first = dense - quantizer.dequantize(quantizer.quantize(weight), layer.plan.shape, torch.float64)
+        plain = truncate(first, PlainSVD().spectrum(first, None), rank)
+        record.error_plain = relative_error(first - plain.product(), dense, calibration)
+        del first, plain
+        _measure_stored(record, layer, weight, calibration, heldout, centre)
         record.inputs = calibration.describe()
+        if compare:
+            record.equal_bits = _equal_bits(weight, calibration, heldout)
     record.seconds = time.perf_counter() - start
     return Finished(record, layer)
+
+
+_REFERENCES = (E8P2, E8P3, E8P4)
+
+
+def _equal_bits(
+    weight: Tensor, calibration: Moments, heldout: InputStatistics | None
+) -> dict[str, dict[str, float | None]]:
+    """Feedback rounding alone at 2, 3 and 4 bits: what the bits of L R would have bought without it."""
+    dense, found = weight.double(), {}
+    shape = (weight.shape[0], weight.shape[1])
+    for form in _REFERENCES:
+        quantizer: Any = Rotated(form())
+        split = Caldera().split(weight, calibration, 0, quantizer, heldout)
+        assert split.parts is not None and split.backbone is not None
+        residual = dense - split.backbone
+        size = sum(t.numel() * t.element_size() for t in split.parts.values())
+        found[form.name] = {
+            "bits": 8.0 * size / (shape[0] * shape[1]),
+            "calibrated": relative_error(residual, dense, calibration),
+            "heldout": None if heldout is None else relative_error(residual, dense, heldout),
+        }
+    return found
 
 
 def left_dense(module: Any, seconds: float, reason: str | None) -> Finished:
@@ -195,13 +271,16 @@ def _build(module: Any, factors: Factors, parts: dict[str, Tensor] | None, setti
     form = settings.factor_format or own
     plan = LayerPlan(
         shape=_shape(module),
-        rank=factors.left.shape[1],
+        rank=factors.rank,
         method=settings.method.name,
         backbone="none" if quantizer is None else quantizer.name,
         backbone_options={} if quantizer is None else quantizer.options(),
         left_format=form,
         right_format=form,
         factor_options={} if form in DTYPES else settings.factor_options,
+        top_rank=0 if factors.top is None else factors.top.rank,
+        top_format="fp32" if factors.top is None else settings.top_format,
+        top_options={} if factors.top is None else settings.top_options,
         bias=module.bias is not None or factors.bias_shift is not None,
         conv1d=not isinstance(module, nn.Linear),
     )

@@ -5,6 +5,7 @@ from .base import (
     Core,
     Factorization,
     Factors,
+    Fisher,
     Projection,
     Solution,
     Spectrum,
@@ -16,6 +17,7 @@ from .base import (
 )
 from .caldera import Caldera
 from .loftq import LoftQ
+from .rounding import FactorForm, round_factors
 from .svd import PlainSVD
 from .whitened import Whitened
 
@@ -26,8 +28,10 @@ __all__ = [
     "METHODS",
     "Caldera",
     "Core",
+    "FactorForm",
     "Factorization",
     "Factors",
+    "Fisher",
     "LoftQ",
     "PlainSVD",
     "Projection",
@@ -38,5 +42,6 @@ __all__ = [
     "balance",
     "error_curves",
     "relative_error",
+    "round_factors",
     "truncate",
 ]

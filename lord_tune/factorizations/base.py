@@ -1,9 +1,9 @@
 """The contract of a factorization, and the truncation that svd, whitened and afm share.
 
 A factorization is a frozen dataclass of its hyperparameters and sees tensors, never a model. It declares the statistics
-it `needs` ("input_gram": the moments of the layer's input); the driver collects only those. `split` returns W ~ Q + L R
-(Q absent without a quantizer). Methods whose truncations are nested also give their `spectrum`, from which every rank
-is a slice: rank allocation is built on that.
+it `needs` ("input_gram": the moments of the layer's input; "fisher": gradients of the loss by its weight); the driver
+collects only those. `split` returns W ~ Q + L R (Q absent without a quantizer). Methods whose truncations are nested
+also give their `spectrum`, from which every rank is a slice: rank allocation is built on that.
 """
 
 from __future__ import annotations
@@ -63,6 +63,15 @@ class Solution:
 
 
 @dataclass(frozen=True)
+class Fisher:
+    """Mean squared gradients of the loss by a weight matrix, over its rows and columns (LQ-LoRA, Guo et al.,
+    arXiv 2311.12023, section 3.3)."""
+
+    rows: Tensor  # (out,) float64: sqrt of the mean over j of E[g_ij^2]
+    columns: Tensor  # (in,) float64: sqrt of the mean over i
+
+
+@dataclass(frozen=True)
 class Factors:
     """L and R, and what has to be added to the layer's bias (afm only)."""
 
@@ -71,6 +80,16 @@ class Factors:
     bias_shift: Tensor | None = None  # (out,)
     left_parts: dict[str, Tensor] | None = None  # where the method has rounded L already: its stored parts
     right_parts: dict[str, Tensor] | None = None
+    top: Factors | None = None  # the first components, stored apart in a finer format; then L R means what is left
+
+    @property
+    def rank(self) -> int:
+        return self.left.shape[1] + (0 if self.top is None else self.top.rank)
+
+    def product(self) -> Tensor:
+        """L R with the components stored apart. (out, in)"""
+        own = self.left @ self.right
+        return own if self.top is None else own + self.top.product()
 
 
 @dataclass(frozen=True)
@@ -87,7 +106,9 @@ class Factorization(Protocol):
     """One layer in, its factors out."""
 
     name: ClassVar[str]
-    needs: ClassVar[frozenset[str]]
+
+    @property
+    def needs(self) -> frozenset[str]: ...
 
     def split(
         self,
@@ -96,6 +117,7 @@ class Factorization(Protocol):
         rank: int,
         quantizer: Quantizer | None,
         heldout: InputStatistics | None = None,  # for choices that would overfit the calibration text
+        fisher: Fisher | None = None,  # where `needs` names it
     ) -> Split: ...
 
 
@@ -149,6 +171,7 @@ class Projection:
         rank: int,
         quantizer: Quantizer | None,
         heldout: InputStatistics | None = None,
+        fisher: Fisher | None = None,
     ) -> Split:
         """Quantize W first if asked to, then factor the residual W - Q."""
         w = weight.double()

@@ -4,15 +4,18 @@
 
 Q step: LDLQ on W - L R, in the format's rotated coordinates if it has them (quantizers/incoherence.py). L R step: the
 optimal rank-r factors of W - Q, U_r and U_r^T (W - Q) with U the eigenvectors of (W - Q) H (W - Q)^T, no inverse; with
-a factor format, LPLR: alternately L = A H R^T (R H R^T)^-1 and R = L^+ A, each rounded, the best pair kept.
+a factor form they are rounded as rounding.py does.
 
 Feedback for directions that L R carries is wasted: the down-dated Gram matrix H - H R^T (R H R^T)^-1 R H (a Schur
-complement; the paper subtracts the top right singular vectors of L R H^(1/2), which span the same space) helps 16-bit
-factors and hurts 4-bit ones, so with `downdate="auto"` both are tried.
+complement; the paper subtracts the top right singular vectors of L R H^(1/2), which span the same space) mostly helps
+16-bit factors and hurts coarse ones, so with `downdate="auto"` the first iteration tries both and the better goes on.
 
 The best iterate on H is returned: more iterations are never worse. The first iterate has L R = 0, LDLQ alone, so the
-result never is worse than that. The damping of H and the stretch of the scales are chosen on that first Q: the damping
-by held-out error where held-out text is given, because feedback fits to noise.
+result never is worse than that. The damping of H and the stretch of each row's scales are chosen on that first Q: the
+damping by held-out error where held-out text is given, because feedback fits to noise.
+
+`weighting="fisher"` replaces H by the diagonal of the squared gradients' column means and weighs the rows by their row
+means (LQ-LoRA, Guo et al., arXiv 2311.12023, section 3.3): the same two steps for another norm.
 """
 
 from __future__ import annotations
@@ -25,9 +28,17 @@ from torch import Tensor
 
 from ..calibration.moments import InputStatistics, Moments
 from ..errors import UsageError
-from ..linalg import principal_axes, smaller_side
-from ..quantizers.ldlq import Feedback, choose, ldlq
-from .base import Factors, Split
+from ..linalg import principal_axes, smaller_side, solve_psd
+from ..quantizers.ldlq import (
+    Feedback,
+    block_of,
+    choose,
+    round_with_feedback,
+    rounding_gram,
+    rounding_inputs,
+)
+from .base import Factors, Fisher, Split
+from .rounding import FactorForm, factor_feedback, refine
 
 DAMPINGS = (0.01, 0.1, 0.3)
 STRETCHES = (0.92, 1.0, 1.08)
@@ -38,11 +49,14 @@ class Caldera:
     """Alternation of LDLQ and activation-aware low rank."""
 
     name: ClassVar[str] = "caldera"
-    needs: ClassVar[frozenset[str]] = frozenset({"input_gram"})
-    iterations: int = 6  # 0: LDLQ alone where the rank is 0
-    inner_iterations: int = 5  # of LPLR, with a factor format
+    iterations: int = 6
     downdate: str = "auto"  # auto, on, off
-    factor_format: Any = None  # a Quantizer for L and R, or None: 16 bits or more
+    weighting: str = "activations"  # or "fisher"
+    factor_form: FactorForm | None = None  # None: L and R stay as they are (16 bits or more)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"input_gram"} if self.weighting == "activations" else {"input_gram", "fisher"})
 
     def split(
         self,
@@ -51,140 +65,173 @@ class Caldera:
         rank: int,
         quantizer: Any,
         heldout: InputStatistics | None = None,
+        fisher: Fisher | None = None,
     ) -> Split:
-        if not hasattr(getattr(quantizer, "inner", quantizer), "rounder"):
-            raise UsageError("CALDERA needs a backbone that can be rounded with feedback; pass --backbone e8-2.")
+        if quantizer is None:
+            raise UsageError("CALDERA splits W into Q + L R and needs a quantized backbone; pass --backbone e8-2.")
         assert moments is not None, "the driver collects what `needs` names"
         if not 0 <= rank <= min(weight.shape):
             limit = min(weight.shape)
             raise UsageError(f"Rank {rank} came for a {tuple(weight.shape)} matrix; choose 0 to {limit}.")
-        problem = _Problem(weight.double(), moments, heldout, quantizer)
-        best = problem.start()
+        weighting = fisher if self.weighting == "fisher" else None
+        problem = _Problem(weight.double(), moments, heldout, quantizer, weighting, self.factor_form)
+        start = problem.start()
         if rank == 0:
-            return best.split
+            return start.split
+        first = problem.with_factors(start, rank)
         modes = {"auto": (False, True), "on": (True,), "off": (False,)}[self.downdate]
-        start = best
-        for downdate in modes:
-            current = start
-            for _ in range(max(self.iterations, 1)):
-                low = self._low_rank(problem, current.backbone, rank)
-                half = problem.iterate(current.parts, current.backbone, low)
-                best = min(best, half, key=lambda iterate: iterate.error)
-                current = problem.round(low, downdate)
-                best = min(best, current, key=lambda iterate: iterate.error)
-            low = self._low_rank(problem, current.backbone, rank)  # the best L R for the last Q
-            best = min(best, problem.iterate(current.parts, current.backbone, low), key=lambda iterate: iterate.error)
+        runs = {downdate: problem.iterate(first, rank, downdate) for downdate in modes}
+        best = min([start, first, *(iterate for run in runs.values() for iterate in run)], key=_error)
+        downdate = min(modes, key=lambda mode: runs[mode][-1].error)
+        current = runs[downdate][-1]
+        for _ in range(self.iterations - 1):
+            run = problem.iterate(current, rank, downdate)
+            best = min([best, *run], key=_error)
+            current = run[-1]
         return best.split
-
-    def _low_rank(self, problem: _Problem, backbone: Tensor, rank: int) -> Factors:
-        residual = problem.weight - backbone
-        left, right = _optimal(residual, problem.gram, rank)
-        form = self.factor_format
-        if form is None:
-            return Factors(left, right)
-        best: tuple[float, Factors] | None = None
-        for _ in range(max(self.inner_iterations, 1)):
-            gram_right = problem.gram @ right.T
-            left = torch.linalg.lstsq(right @ gram_right, (residual @ gram_right).T).solution.T
-            left_parts, left = _rounded(form, left)
-            right = torch.linalg.lstsq(left, residual).solution
-            right_parts, right = _rounded(form, right)
-            error = problem.error_of(residual - left @ right)
-            if best is None or error < best[0]:
-                best = (error, Factors(left, right, left_parts=left_parts, right_parts=right_parts))
-        assert best is not None
-        return best[1]
-
-
-def _optimal(residual: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """L and R, balanced, of the best rank-r approximation of the residual's outputs."""
-    rotation, core = smaller_side(residual)
-    _, axes = principal_axes(core @ gram @ core.T)
-    basis = axes[:, :rank] if rotation is None else rotation @ axes[:, :rank]
-    right = basis.T @ residual
-    scale = right.norm(dim=1).clamp_min(1e-300).sqrt()
-    return basis * scale, right / scale[:, None]
-
-
-def _rounded(form: Any, factor: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    parts = form.quantize(factor)
-    return parts, form.dequantize(parts, (factor.shape[0], factor.shape[1]), torch.float64)
 
 
 @dataclass(frozen=True)
 class _Iterate:
     error: float
-    parts: dict[str, Tensor]
-    backbone: Tensor  # (out, in) float64
     split: Split
+
+
+def _error(iterate: _Iterate) -> float:
+    return iterate.error
 
 
 class _Problem:
     """One layer: its weight, its Gram matrix in both coordinate systems, and the choices made on the first Q."""
 
-    def __init__(self, weight: Tensor, moments: Moments, heldout: InputStatistics | None, quantizer: Any):
-        self.weight, self.gram, self.heldout, self.quantizer = weight, moments.gram, heldout, quantizer
-        self.shape = (weight.shape[0], weight.shape[1])
-        self.rotated = hasattr(quantizer, "rotated")
-        self.inner = quantizer.inner if self.rotated else quantizer
-        self.block = self.inner.rounder(weight[:1].float()).block
-        self.damping, self.stretch = DAMPINGS[0], 1.0
-        self.energy = float((weight @ self.gram * weight).sum())
+    def __init__(
+        self,
+        weight: Tensor,  # (out, in) float64
+        moments: Moments,
+        heldout: InputStatistics | None,
+        quantizer: Any,
+        fisher: Fisher | None,
+        factor_form: FactorForm | None,
+    ):
+        self.weight, self.quantizer, self.form = weight, quantizer, factor_form
+        self.heldout = heldout if fisher is None else None  # judged in the same norm as all else
+        self.gram, self.rows = moments.gram, None
+        if fisher is not None:
+            self.gram = torch.diag(_bounded(fisher.columns).square()).to(weight)
+            self.rows = _bounded(fisher.rows).to(weight)
+        self.rounding_gram = rounding_gram(quantizer, self.gram)
+        self.block = block_of(quantizer)
+        self.damping = DAMPINGS[0]
+        self.stretch: Tensor | float = 1.0
+        self.energy = self._energies(weight).sum().clamp_min(1e-300)
+        self.factor_feedback = None if factor_form is None else factor_feedback(factor_form, self.gram)
+        self._plain: Feedback | None = None  # without down-date
+        self._root: Tensor | None = None  # H^(1/2), for tall matrices
 
-    def error_of(self, residual: Tensor) -> float:
-        return float((residual @ self.gram * residual).sum()) / max(self.energy, 1e-300)
+    def _weighted(self, matrix: Tensor) -> Tensor:
+        return matrix if self.rows is None else self.rows[:, None] * matrix
 
-    def _feedback(self, gram: Tensor, damping: float) -> Feedback:
-        return Feedback.of(self.quantizer.rotated_gram(gram) if self.rotated else gram, damping, self.block)
+    def _energies(self, residual: Tensor) -> Tensor:
+        """Of each row. (out,)"""
+        rows = self._weighted(residual)
+        return (rows @ self.gram * rows).sum(1)
 
-    def _round(self, target: Tensor, feedback: Feedback, stretch: float) -> tuple[dict[str, Tensor], Tensor]:
-        """(parts, Q float64) of `target`, decoded from what is stored."""
-        values = self.quantizer.rotated(target.float()) if self.rotated else target.float()
-        rounder = self.inner.rounder(values, stretch)
-        ldlq(values, feedback, rounder)
-        parts = rounder.parts()
-        if self.rotated:
-            parts = self.quantizer.with_signs(parts, self.shape)
-        return parts, self.quantizer.dequantize(parts, self.shape, torch.float64)
+    def _iterate(self, parts: dict[str, Tensor], backbone: Tensor, factors: Factors | None) -> _Iterate:
+        residual = self.weight - backbone if factors is None else self.weight - backbone - factors.product()
+        empty = Factors(self.weight[:, :0], self.weight[:0])
+        error = float(self._energies(residual).sum() / self.energy)
+        return _Iterate(error, Split(factors or empty, parts, backbone))
 
     def start(self) -> _Iterate:
-        """LDLQ alone, after choosing damping and stretch."""
+        """LDLQ alone, after choosing the damping and, for every row, the stretch of its scales."""
 
-        def attempt(damping: float) -> tuple[float, tuple[Feedback, dict[str, Tensor], Tensor]]:
-            feedback = self._feedback(self.gram, damping)
-            parts, backbone = self._round(self.weight, feedback, 1.0)
-            residual = self.weight - backbone
-            judged = self.error_of(residual) if self.heldout is None else float(self.heldout.energies(residual).sum())
-            return judged, (feedback, parts, backbone)
+        def attempt(damping: float) -> tuple[float, tuple[Feedback, _Iterate]]:
+            feedback = Feedback.of(self.rounding_gram, damping, self.block)
+            found = self._iterate(*round_with_feedback(self.quantizer, self.weight, feedback, 1.0), None)
+            if self.heldout is None:
+                return found.error, (feedback, found)
+            assert found.split.backbone is not None
+            return float(self.heldout.energies(self.weight - found.split.backbone).sum()), (feedback, found)
 
-        self.damping, (feedback, parts, backbone) = choose(DAMPINGS, attempt)
-        best = self.iterate(parts, backbone, None)
+        self.damping, (feedback, plain) = choose(DAMPINGS, attempt)
+        energies = []
         for stretch in STRETCHES:
-            if stretch != 1.0:
-                other = self.iterate(*self._round(self.weight, feedback, stretch), None)
-                if other.error < best.error:
-                    best, self.stretch = other, stretch
-        return best
+            if stretch == 1.0:
+                backbone = plain.split.backbone
+            else:
+                _, backbone = round_with_feedback(self.quantizer, self.weight, feedback, stretch)
+            assert backbone is not None
+            energies.append(_own_energies(self.quantizer, self.weight - backbone, self.rounding_gram))
+        which = torch.stack(energies).argmin(0)
+        self.stretch = torch.tensor(STRETCHES, device=which.device)[which][:, None]
+        tuned = self._iterate(*round_with_feedback(self.quantizer, self.weight, feedback, self.stretch), None)
+        return min(plain, tuned, key=_error)
 
-    def round(self, low: Factors, downdate: bool) -> _Iterate:
-        """The Q step for given factors."""
-        feedback = None
+    def iterate(self, before: _Iterate, rank: int, downdate: bool) -> list[_Iterate]:
+        """The Q step for these factors, and the L R step after it; both iterates."""
+        factors = before.split.factors
+        feedback = self._feedback(factors, downdate)
+        parts, backbone = round_with_feedback(self.quantizer, self.weight - factors.product(), feedback, self.stretch)
+        rounded = self._iterate(parts, backbone, factors)
+        return [rounded, self.with_factors(rounded, rank)]
+
+    def with_factors(self, before: _Iterate, rank: int) -> _Iterate:
+        """The optimal L R for this Q."""
+        parts, backbone = before.split.parts, before.split.backbone
+        assert parts is not None and backbone is not None
+        residual = self.weight - backbone
+        factors = self._optimal(residual, rank)
+        if self.form is not None:
+            assert self.factor_feedback is not None
+            factors = refine(residual, self.gram, factors, self.form, self.factor_feedback, self.rows)
+        return self._iterate(parts, backbone, factors)
+
+    def _optimal(self, residual: Tensor, rank: int) -> Factors:
+        """L and R, balanced, of the best rank-r approximation of the residual's outputs."""
+        weighted = self._weighted(residual)
+        out, inputs = weighted.shape
+        if out > inputs and 4 * rank <= inputs:  # the small side is that of the inputs; no QR of the whole residual
+            if self._root is None:
+                energies, vectors = principal_axes(self.gram)
+                self._root = vectors * energies.sqrt()
+            seen = weighted @ self._root
+            _, axes = principal_axes(seen.T @ seen)
+            basis = torch.linalg.qr(seen @ axes[:, :rank]).Q
+        else:
+            rotation, core = smaller_side(weighted)
+            _, axes = principal_axes(core @ self.gram @ core.T)
+            basis = axes[:, :rank] if rotation is None else rotation @ axes[:, :rank]
+        right = basis.T @ weighted
+        scale = right.norm(dim=1).clamp_min(1e-300).sqrt()
+        left = basis * scale
+        return Factors(left if self.rows is None else left / self.rows[:, None], right / scale[:, None])
+
+    def _feedback(self, factors: Factors, downdate: bool) -> Feedback:
         if downdate:
-            reach = low.right @ self.gram
-            rest = self.gram - reach.T @ torch.linalg.lstsq(reach @ low.right.T, reach).solution
+            right = factors.right if factors.top is None else torch.cat([factors.top.right, factors.right])
+            right = rounding_inputs(self.quantizer, right)
+            reach = right @ self.rounding_gram
+            rest = self.rounding_gram - reach.T @ solve_psd(reach @ right.T, reach)
+            rest = (rest + rest.T) / 2
             for damping in (self.damping, *(d for d in DAMPINGS if d > self.damping)):
                 try:
-                    feedback = self._feedback((rest + rest.T) / 2, damping)
-                    break
+                    return Feedback.of(rest, damping, self.block)
                 except torch.linalg.LinAlgError:  # L R carries all of H, and what is left is rounding
                     continue
-        feedback = feedback or self._feedback(self.gram, self.damping)
-        parts, backbone = self._round(self.weight - low.left @ low.right, feedback, self.stretch)
-        return self.iterate(parts, backbone, low)
+        if self._plain is None:
+            self._plain = Feedback.of(self.rounding_gram, self.damping, self.block)
+        return self._plain
 
-    def iterate(self, parts: dict[str, Tensor], backbone: Tensor, low: Factors | None) -> _Iterate:
-        if low is None:
-            empty = Factors(self.weight[:, :0], self.weight[:0])
-            return _Iterate(self.error_of(self.weight - backbone), parts, backbone, Split(empty, parts, backbone))
-        residual = self.weight - backbone - low.left @ low.right
-        return _Iterate(self.error_of(residual), parts, backbone, Split(low, parts, backbone))
+
+def _own_energies(quantizer: Any, residual: Tensor, gram: Tensor) -> Tensor:
+    """The error of each row in the coordinates the format rounds in, where rows are rounded independently. (out,)"""
+    turned = quantizer.rotated(residual) if hasattr(quantizer, "rotated") else residual
+    return (turned @ gram * turned).sum(1)
+
+
+def _bounded(weights: Tensor) -> Tensor:
+    """Weights relative to their mean, none below a thousandth: a dead row or column must not divide by zero."""
+    mean = weights.mean()
+    if not float(mean) > 0:
+        return torch.ones_like(weights)
+    return (weights / mean).clamp_min(1e-3)

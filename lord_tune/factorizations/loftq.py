@@ -18,7 +18,7 @@ from ..calibration.moments import InputStatistics, Moments
 from ..errors import UsageError
 from ..linalg import output_basis
 from ..quantizers import Quantizer
-from .base import Spectrum, Split, truncate
+from .base import Fisher, Spectrum, Split, truncate
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class LoftQ:
         rank: int,
         quantizer: Quantizer | None,
         heldout: InputStatistics | None = None,
+        fisher: Fisher | None = None,
     ) -> Split:
         if quantizer is None:
             raise UsageError("LoftQ splits W into Q + L R and needs a quantized backbone; pass --backbone nf4.")

@@ -7,6 +7,9 @@ child has a name of its own, because a stock `PeftModel.from_pretrained` on the 
 find the backbone and add L R a second time; like this it stops with "target modules not found", and `lord_tune.load`
 is the way in. `disable_adapter()` then means Q alone.
 
+split: the same with the first components of L and R only (`decompose --top-rank`); the host is then Q with the others,
+which stay in their low-precision format.
+
 lora: stock LoRA on the `left` and `right` children, which may themselves be NF4 (QLoRA over LoRD).
 
 Merging is ours in both modes: A and B are folded back into R and L, exactly. PEFT's merge would round into the 4-bit
@@ -27,10 +30,18 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, LordError, LordWarning, UsageError
-from ..layers import CastLinear, FactoredLinear, QuantizedLinear, ZeroLinear, dense_factor, factored_layers
+from ..layers import (
+    CastLinear,
+    FactoredLinear,
+    FrozenSum,
+    QuantizedLinear,
+    ZeroLinear,
+    dense_factor,
+    factored_layers,
+)
 from .transformers_quantizer import realised_plan
 
-FACTORS, LORA = "factors", "lora"
+FACTORS, SPLIT, LORA = "factors", "split", "lora"
 _HOST = r"(.*\.)?({})\.host"
 _PAIR = r"(.*\.)?({})\.(left|right)"
 
@@ -68,26 +79,18 @@ def _alternatives(names: list[str]) -> str:
     return "|".join(re.escape(name) for name in names)
 
 
-def expose_factors(model: Any, targets: str | None = None, adapter_name: str = "default") -> Any:
+def expose_factors(model: Any, targets: str | None = None, adapter_name: str = "default", mode: str = FACTORS) -> Any:
     """Make L and R of the factored layers (those matching the regex `targets`) the trainable PEFT adapter.
 
-    Factors stored in 16 bits are widened to float32 for training; quantized factors have no gradient, so they are
-    refused (use `add_lora`).
+    mode: "factors", or "split" for the components that were stored apart (`--top-rank`). Factors stored in 16 bits are
+    widened to float32 for training; quantized ones have no gradient, so they are refused (use `add_lora`).
     """
     chosen, _ = _chosen(model, targets)
+    take = _take_top if mode == SPLIT else _take_all
     for name, layer in chosen.items():
-        if isinstance(layer.left, QuantizedLinear) or isinstance(layer.right, QuantizedLinear):
-            raise UsageError(
-                f"The factors of '{name}' are stored as {layer.plan.left_format}, which cannot be trained directly; "
-                "use mode: lora."
-            )
-    ranks = {name: layer.rank for name, layer in chosen.items()}
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, layer in chosen.items():
-        left, right = layer.left.weight, layer.right.weight
-        factors[name] = (left, right)
-        layer.host = layer.backbone or ZeroLinear(layer.in_features, layer.out_features, left.device)
-        layer.left = layer.right = layer.backbone = None
+        _check_trainable(name, layer, mode)
+    factors: dict[str, tuple[Tensor, Tensor]] = {name: take(layer) for name, layer in chosen.items()}
+    ranks = {name: right.shape[0] for name, (_, right) in factors.items()}
     largest = max(ranks.values())
     patterns = {rf"^{re.escape(name)}\.host$": rank for name, rank in ranks.items()}
     config = LoraConfig(
@@ -109,6 +112,33 @@ def expose_factors(model: Any, targets: str | None = None, adapter_name: str = "
             matrices[adapter_name].weight = value.requires_grad_(True)
     _check_realised(peft_model, chosen, ranks, adapter_name)
     return peft_model
+
+
+def _check_trainable(name: str, layer: FactoredLinear, mode: str) -> None:
+    if mode == SPLIT and layer.top_left is None:
+        raise UsageError(f"'{name}' has no components stored apart; decompose with --top-rank, or use mode: factors.")
+    if mode == FACTORS and layer.top_left is not None:
+        raise UsageError(f"'{name}' has its first {layer.plan.top_rank} components stored apart; use mode: split.")
+    pair = (layer.top_left, layer.top_right) if mode == SPLIT else (layer.left, layer.right)
+    if any(isinstance(factor, QuantizedLinear) for factor in pair):
+        form = layer.plan.top_format if mode == SPLIT else layer.plan.left_format
+        raise UsageError(
+            f"The factors of '{name}' are stored as {form}, which cannot be trained directly; use mode: lora."
+        )
+
+
+def _take_all(layer: FactoredLinear) -> tuple[Tensor, Tensor]:
+    left, right = layer.left.weight, layer.right.weight
+    layer.host = layer.backbone or ZeroLinear(layer.in_features, layer.out_features, left.device)
+    layer.left = layer.right = layer.backbone = None
+    return left, right
+
+
+def _take_top(layer: FactoredLinear) -> tuple[Tensor, Tensor]:
+    left, right = layer.top_left.weight, layer.top_right.weight
+    layer.host = FrozenSum(layer.left, layer.right, layer.backbone)
+    layer.left = layer.right = layer.backbone = layer.top_left = layer.top_right = None
+    return left, right
 
 
 def add_lora(
@@ -162,10 +192,11 @@ def _check_realised(model: Any, layers: dict[str, FactoredLinear], ranks: dict[s
 
 
 def mode_of(model: Any) -> str | None:
-    """factors, lora, or None for a model without our adapters."""
+    """factors, split, lora, or None for a model without our adapters."""
     layers = factored_layers(model).values()
-    if any(layer.host is not None for layer in layers):
-        return FACTORS
+    for layer in layers:
+        if layer.host is not None:
+            return SPLIT if isinstance(_base_of(layer), FrozenSum) else FACTORS
     return LORA if any(isinstance(layer.left, LoraLayer) for layer in layers) else None
 
 
@@ -206,7 +237,8 @@ def load_adapter(model: Any, folder: Path, adapter_name: str = "default") -> Any
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LordWarning)  # a partial match was reported when the adapter was trained
         if factors_mode:
-            peft_model = expose_factors(model, targets, adapter_name)
+            mode = SPLIT if all(factored_layers(model)[name].top_left is not None for name in names) else FACTORS
+            peft_model = expose_factors(model, targets, adapter_name, mode)
         else:
             peft_model = add_lora(model, config.r, config.lora_alpha, config.lora_dropout, targets, adapter_name)
     try:
@@ -229,8 +261,8 @@ def load_adapter(model: Any, folder: Path, adapter_name: str = "default") -> Any
 def fold(model: Any, adapter_name: str = "default") -> Any:
     """Fold the adapter back into L and R and return the plain factored model; exact, the ranks are unchanged.
 
-    factors: the trained parameters become `left` and `right` again. lora: L + dL and R + dR, in float32 if they were
-    trained beside low-precision factors (which are decoded first, so the update is not rounded away).
+    factors, split: the trained parameters become `left` and `right` again. lora: L + dL and R + dR, in float32 if they
+    were trained beside low-precision factors (which are decoded first, so the update is not rounded away).
     """
     base = model.get_base_model()
     for layer in factored_layers(base).values():
@@ -252,12 +284,21 @@ def _linear_of(value: Tensor) -> CastLinear:
     return module
 
 
+def _base_of(layer: FactoredLinear) -> Any:
+    """Q, zero or their sum with frozen components: what PEFT's layer wraps."""
+    return layer.host.get_base_layer() if isinstance(layer.host, LoraLayer) else layer.host
+
+
 def _fold_host(layer: FactoredLinear, adapter_name: str) -> None:
-    host = layer.host
-    layer.left = _linear_of(host.lora_B[adapter_name].weight)
-    layer.right = _linear_of(host.lora_A[adapter_name].weight)
-    base = host.get_base_layer()
-    layer.backbone = base if isinstance(base, QuantizedLinear) else None
+    left = _linear_of(layer.host.lora_B[adapter_name].weight)
+    right = _linear_of(layer.host.lora_A[adapter_name].weight)
+    base = _base_of(layer)
+    if isinstance(base, FrozenSum):
+        layer.top_left, layer.top_right = left, right
+        layer.left, layer.right, layer.backbone = base.left, base.right, base.backbone
+    else:
+        layer.left, layer.right = left, right
+        layer.backbone = base if isinstance(base, QuantizedLinear) else None
     layer.host = None
 
 

@@ -94,21 +94,27 @@ class LordQuantizer(HfQuantizer):
 def realised_plan(layer: FactoredLinear) -> LayerPlan:
     """The plan with the rank and formats the layer's modules have now."""
     assert layer.left is not None and layer.right is not None, "factors are exposed; fold them first"
-    options = layer.plan.factor_options
-    forms = []
-    for factor in (layer.left, layer.right):
-        if isinstance(factor, QuantizedLinear):
-            forms.append(factor.quantizer.name)
-        else:
-            forms.append(next(key for key, dtype in DTYPES.items() if dtype == factor.weight.dtype))
+    plan = layer.plan
+    forms = [_form_of(factor) for factor in (layer.left, layer.right)]
+    top_form = "fp32" if layer.top_right is None else _form_of(layer.top_right)
+    top_rank = 0 if layer.top_right is None else layer.top_right.out_features
     return dataclasses.replace(
-        layer.plan,
-        rank=layer.right.out_features,
+        plan,
+        rank=layer.right.out_features + top_rank,
         left_format=forms[0],
         right_format=forms[1],
-        factor_options=options if any(form not in DTYPES for form in forms) else {},
+        factor_options=plan.factor_options if any(form not in DTYPES for form in forms) else {},
+        top_rank=top_rank,
+        top_format=top_form,
+        top_options={} if top_form in DTYPES else plan.top_options,
         bias=layer.bias is not None,
     )
+
+
+def _form_of(factor: Any) -> str:
+    if isinstance(factor, QuantizedLinear):
+        return factor.quantizer.name
+    return next(key for key, dtype in DTYPES.items() if dtype == factor.weight.dtype)
 
 
 def manifest_of(model: nn.Module) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Runtime layers and the surgery that puts them into a model."""
 
-from .factored_linear import FactoredLinear, build_layer, dense_factor, store_factor
-from .quantized_linear import CastLinear, QuantizedLinear, ZeroLinear
+from .factored_linear import FactoredLinear, FrozenSum, build_layer, dense_factor
+from .quantized_linear import CastLinear, QuantizedLinear, ZeroLinear, dequantize_once
 from .surgery import (
     check_finite,
     densify,
@@ -16,17 +16,18 @@ from .surgery import (
 __all__ = [
     "CastLinear",
     "FactoredLinear",
+    "FrozenSum",
     "QuantizedLinear",
     "ZeroLinear",
     "build_layer",
     "check_finite",
     "dense_factor",
     "densify",
+    "dequantize_once",
     "factored_layers",
     "fused_parameters",
     "is_linear",
     "select_linears",
     "shape_of",
-    "store_factor",
     "weight_of",
 ]

@@ -1,4 +1,4 @@
-"""The one runtime layer: y = L (R x) + Q x + bias."""
+"""The one runtime layer: y = L (R x) + Q x + bias, L and R in up to two formats."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from .quantized_linear import CastLinear, QuantizedLinear
 class FactoredLinear(nn.Module):
     """A linear layer with weight W = Q + L R, children `left` (L), `right` (R) and, unless absent, `backbone` (Q).
 
+    Where the first components are stored apart, `left` and `right` hold the others, `top_left` and `top_right` these.
     While PEFT trains the factors themselves, they live in the LoRA layer around the child `host` (which then holds the
-    backbone or nothing) and `left`, `right`, `backbone` are None; see integrations/peft_adapters.py.
+    backbone or nothing) and `left`, `right`, `backbone` are None; see integrations/peft_adapters.py. In mode split only
+    `top_left` and `top_right` move there.
 
     The parameter `weight` is a sentinel of shape (0,) under the key of the original weight. Without it, transformers
     without lord_tune would load the checkpoint as a model with random weights and only log a line; with it, it raises.
@@ -30,8 +32,15 @@ class FactoredLinear(nn.Module):
         self.weight = nn.Parameter(torch.zeros(0, dtype=torch.uint8, device=device), requires_grad=False)
         bias = torch.zeros(self.out_features, device=device, dtype=dtype) if plan.bias else None
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.right: Any = _factor(self.in_features, plan.rank, plan.right_format, plan.factor_options, device)
-        self.left: Any = _factor(plan.rank, self.out_features, plan.left_format, plan.factor_options, device)
+        rest, options = plan.rank - plan.top_rank, plan.factor_options
+        self.right: Any = _factor(self.in_features, rest, plan.right_format, options, device)
+        self.left: Any = _factor(rest, self.out_features, plan.left_format, options, device)
+        self.top_right: Any = None
+        self.top_left: Any = None
+        if plan.top_rank:
+            top = plan.top_rank, plan.top_format, plan.top_options
+            self.top_right = _factor(self.in_features, *top, device)
+            self.top_left = _factor(top[0], self.out_features, *top[1:], device)
         self.backbone: Any = None
         if plan.backbone != "none":
             quantizer = make_quantizer(plan.backbone, plan.backbone_options)
@@ -47,24 +56,55 @@ class FactoredLinear(nn.Module):
             output = self.host(x)
         else:
             output = self.left(self.right(x))
+            if self.top_left is not None:
+                output = output + self.top_left(self.top_right(x))
             if self.backbone is not None:
                 output = output + self.backbone(x)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W = Q + L R, summed in float64. (out, in)"""
-        total = dense_factor(self.left) @ dense_factor(self.right)
+        left, right = self.dense_factors()
+        total = left @ right
         if self.backbone is not None:
             total = total + self.backbone.dequantize(torch.float64)
         return total.to(dtype)
 
-    def set_factors(self, left: Tensor, right: Tensor) -> None:
-        """Store L (out, rank) and R (rank, in) in the formats of the plan."""
-        store_factor(self.left, left)
-        store_factor(self.right, right)
+    def dense_factors(self) -> tuple[Tensor, Tensor]:
+        """L (out, rank) and R (rank, in) with all components, float64."""
+        left, right = dense_factor(self.left), dense_factor(self.right)
+        if self.top_left is None:
+            return left, right
+        return torch.cat([dense_factor(self.top_left), left], 1), torch.cat([dense_factor(self.top_right), right])
+
+    def set_factors(self, factors: Factors) -> None:
+        """Store L and R in the formats of the plan; parts that the method has rounded are taken over (rounding the
+        decoded values again may change the scales)."""
+        _store(self.left, factors.left, factors.left_parts)
+        _store(self.right, factors.right, factors.right_parts)
+        if factors.top is not None:
+            _store(self.top_left, factors.top.left, factors.top.left_parts)
+            _store(self.top_right, factors.top.right, factors.top.right_parts)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.rank} -> {self.out_features}, backbone={self.plan.backbone}"
+
+
+class FrozenSum(nn.Linear):
+    """x -> L (R x) + Q x, frozen: PEFT hangs the components that train on it. Q may be absent."""
+
+    def __init__(self, left: nn.Linear, right: nn.Linear, backbone: nn.Linear | None):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = right.in_features, left.out_features
+        self._is_hf_initialized = True
+        empty = torch.empty(0, device=next(left.parameters()).device)
+        self.weight = nn.Parameter(empty, requires_grad=False)
+        self.register_parameter("bias", None)
+        self.left, self.right, self.backbone = left, right, backbone
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        output = self.left(self.right(x))
+        return output if self.backbone is None else output + self.backbone(x)
 
 
 def _factor(
@@ -80,10 +120,10 @@ def dense_factor(factor: nn.Linear) -> Tensor:
     return factor.dequantize(torch.float64) if isinstance(factor, QuantizedLinear) else factor.weight.detach().double()
 
 
-def store_factor(module: nn.Linear, value: Tensor) -> None:
+def _store(module: nn.Linear, value: Tensor, parts: dict[str, Tensor] | None) -> None:
     """Write a matrix into a factor module in the module's own format."""
     if isinstance(module, QuantizedLinear):
-        module.set_parts(module.quantizer.quantize(value))
+        module.set_parts(module.quantizer.quantize(value) if parts is None else parts)
     else:
         module.weight = nn.Parameter(value.to(module.weight.dtype).contiguous(), requires_grad=False)
 
@@ -96,10 +136,7 @@ def build_layer(
     layer = FactoredLinear(plan, device="meta")
     sentinel = torch.zeros(0, dtype=torch.uint8, device=factors.left.device)
     layer.weight = nn.Parameter(sentinel, requires_grad=False)
-    layer.set_factors(factors.left, factors.right)
-    for module, stored in ((layer.left, factors.left_parts), (layer.right, factors.right_parts)):
-        if stored is not None:  # rounded by the method: rounding the decoded values again may change the scales
-            module.set_parts(stored)
+    layer.set_factors(factors)
     if parts is not None:
         layer.backbone.set_parts(parts)
     if plan.bias:

@@ -124,7 +124,7 @@ def _extra_patterns(
 def _nearest_words(x: Tensor, search: _Search) -> Tensor:
     """Few operations on both cosets at once: error feedback comes with a few hundred rows at a time."""
     n = len(x)
-    y = (x + search.shifts).view(2 * n, BLOCK)
+    y = (x + search.shifts).reshape(2 * n, BLOCK)
     size = y.abs()
     ordered, order = size.sort(1, descending=True)
     sign_bits, negatives = ((y < 0).to(y.dtype) @ search.signs).unbind(1)

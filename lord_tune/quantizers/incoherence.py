@@ -12,6 +12,8 @@ generator.
 
 from __future__ import annotations
 
+import threading
+import weakref
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -19,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .packing import pack, unpack_values, word_table
+from .packing import pack
 
-_LARGEST_HADAMARD = 64  # larger powers of two are split: 2^9 = 64 x 8, two small products
+_WIDEST = 64  # of a factor; 576 = 9 2^6 is 36 x 16
 
 
 def odd_part(size: int) -> int:
@@ -31,7 +33,6 @@ def odd_part(size: int) -> int:
     return size
 
 
-@cache
 def _hadamard(size: int, device: str, dtype: torch.dtype) -> Tensor:
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < size:
@@ -39,7 +40,6 @@ def _hadamard(size: int, device: str, dtype: torch.dtype) -> Tensor:
     return (matrix / size**0.5).to(device=device, dtype=dtype)
 
 
-@cache
 def _cosines(size: int, device: str, dtype: torch.dtype) -> Tensor:
     """Orthonormal DCT-II."""
     n = torch.arange(size, dtype=torch.float64)
@@ -48,31 +48,38 @@ def _cosines(size: int, device: str, dtype: torch.dtype) -> Tensor:
     return matrix.to(device=device, dtype=dtype)
 
 
+@cache
 def _factors(size: int, device: str, dtype: torch.dtype) -> list[Tensor]:
-    """Orthonormal matrices whose Kronecker product is U, first factor outermost."""
-    m = odd_part(size)
-    power = size // m
-    found = [_cosines(m, device, dtype)] if m > 1 else []
-    while power > 1:
-        part = min(power, _LARGEST_HADAMARD)
-        found.append(_hadamard(part, device, dtype))
-        power //= part
-    return found
+    """Orthonormal matrices whose Kronecker product is U, outermost first; of width up to 64 unless the odd part is
+    wider: few wide factors are faster than many narrow ones."""
+    with torch.inference_mode(False):  # kept for later calls, which may need gradients
+        first = _cosines(odd_part(size), device, dtype)
+        power = size // len(first)
+        while power > 1 and 2 * len(first) <= _WIDEST:
+            first, power = torch.kron(first, _hadamard(2, device, dtype)), power // 2
+        found = [first] if len(first) > 1 else []
+        while power > 1:
+            part = min(power, _WIDEST)
+            found.append(_hadamard(part, device, dtype))
+            power //= part
+        return found
 
 
 def rotate(x: Tensor, inverse: bool = False) -> Tensor:
     """U x (or U^T x) along the last dimension. (..., n) -> (..., n)"""
     size = x.shape[-1]
-    lead = x.shape[:-1]
-    before, after = 1, size
+    shape = x.shape
+    after = size
     for matrix in _factors(size, str(x.device), x.dtype):
         width = len(matrix)
         after //= width
-        used = matrix.T if inverse else matrix
-        x = torch.matmul(used, x.reshape(*lead, before, width, after))
-        before *= width
-        x = x.reshape(*lead, size)
-    return x
+        used = matrix if inverse else matrix.T
+        if after == 1:
+            x = x.reshape(-1, width) @ used
+        else:  # transposed, so that each factor is one large product
+            turned = x.reshape(-1, width, after).transpose(1, 2).reshape(-1, width) @ used
+            x = turned.view(-1, after, width).transpose(1, 2)
+    return x.reshape(shape)
 
 
 def random_signs(size: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
@@ -89,6 +96,36 @@ def into(x: Tensor, signs: Tensor) -> Tensor:
 def out_of(x: Tensor, signs: Tensor) -> Tensor:
     """D (U^T x), the inverse of `into`."""
     return rotate(x, inverse=True) * signs.to(x.dtype)
+
+
+class _Shared(threading.local):
+    """The last rotated input. q, k and v (gate and up) get the same tensor one after the other and rotate it alike."""
+
+    def __init__(self) -> None:
+        self._input: weakref.ref[Tensor] | None = None
+        self._state: tuple[int, bool, bool] = (0, False, False)
+        self._signs: Tensor | None = None
+        self._turned: Tensor | None = None
+
+    def into(self, x: Tensor, packed_signs: Tensor) -> Tensor:
+        """`into(x, signs)`, computed once while x lives, is not written to, and gradients are as much wanted."""
+        if x.is_inference():  # has no version that would tell of a write
+            return into(x, _unpacked(packed_signs, x.shape[-1]))
+        state = (x._version, torch.is_grad_enabled(), x.requires_grad)
+        if self._input is not None and self._input() is x and self._state == state:
+            assert self._turned is not None and self._signs is not None
+            if torch.equal(self._signs, packed_signs):
+                return self._turned
+        turned = into(x, _unpacked(packed_signs, x.shape[-1]))
+        self._input, self._state, self._signs, self._turned = weakref.ref(x, self._forget), state, packed_signs, turned
+        return turned
+
+    def _forget(self, reference: weakref.ref) -> None:
+        if self._input is reference:
+            self._input = self._signs = self._turned = None
+
+
+_shared = _Shared()
 
 
 @dataclass(frozen=True)
@@ -116,6 +153,10 @@ class Rotated:
         signs = random_signs(len(gram), self.seed, gram.device)
         return into(into(gram, signs).T, signs)
 
+    def rotated_inputs(self, rows: Tensor) -> Tensor:
+        """Linear forms of the inputs, (k, in), as forms of the rotated ones."""
+        return into(rows, random_signs(rows.shape[1], self.seed, rows.device))
+
     def with_signs(self, parts: dict[str, Tensor], shape: tuple[int, int]) -> dict[str, Tensor]:
         """Parts of the inner format, completed by the packed signs."""
         out, inputs = self.signs(shape, parts["weight"].device)
@@ -125,15 +166,8 @@ class Rotated:
         shape = (weight.shape[0], weight.shape[1])
         return self.with_signs(self.inner.quantize(self.rotated(weight.detach().float())), shape)
 
-    def _stored_signs(self, parts: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        table = word_table(torch.tensor([1.0, -1.0], device=parts["weight"].device), 1)
-        return (
-            unpack_values(parts["out_signs"], table, 1, (shape[0],)),
-            unpack_values(parts["in_signs"], table, 1, (shape[1],)),
-        )
-
     def dequantize(self, parts: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        out, inputs = self._stored_signs(parts, shape)
+        out, inputs = _unpacked(parts["out_signs"], shape[0]), _unpacked(parts["in_signs"], shape[1])
         inner = self.inner.dequantize(parts, shape, torch.promote_types(dtype, torch.float32))
         return out_of(out_of(inner, inputs).T, out).T.to(dtype).contiguous()
 
@@ -145,12 +179,18 @@ class Rotated:
 
     def linear(self, x: Tensor, parts: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
         """Rotates x and the product instead of the matrix."""
-        out, inputs = self._stored_signs(parts, shape)
-        turned = into(x, inputs)
+        out = _unpacked(parts["out_signs"], shape[0])
+        turned = _shared.into(x, parts["in_signs"])
         return out_of(self.inner.linear(turned, parts, shape), out)
 
     def options(self) -> dict[str, int | bool]:
         return {**self.inner.options(), "incoherence": True, "seed": self.seed}
+
+
+def _unpacked(packed: Tensor, size: int) -> Tensor:
+    """(size,) float32 of +-1."""
+    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
+    return 1.0 - 2.0 * bits.reshape(-1)[:size].float()
 
 
 def kurtosis(values: Tensor) -> float:

@@ -9,16 +9,19 @@ tr H. H is damped, H + sigma mean(diag H) I: with few tokens the small eigenvalu
 CALDERA chooses sigma by held-out error (`choose`).
 
 A format takes part through a `Rounder`: it fixes its scales for the whole matrix first, then rounds blocks of columns.
+A rotated format (incoherence.py) is rounded in its own coordinates, with the Gram matrix of the rotated inputs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+from .incoherence import Rotated
 
 Result = TypeVar("Result")
 _PANEL = 128  # columns whose corrections from the right are one product
@@ -71,7 +74,7 @@ class Feedback:
 
 def ldlq(weight: Tensor, feedback: Feedback, rounder: Rounder) -> Tensor:
     """Round `weight` (out, in) with feedback; returns Q (out, in) float32. The codes are in the rounder."""
-    values = weight.float()
+    values = weight.float().contiguous()
     width, block = values.shape[1], feedback.block
     error = torch.zeros_like(values)
     decoded = torch.empty_like(values)
@@ -88,6 +91,41 @@ def ldlq(weight: Tensor, feedback: Feedback, rounder: Rounder) -> Tensor:
             decoded[:, start:stop] = rounder.round(target, start)
             error[:, start:stop] = values[:, start:stop] - decoded[:, start:stop]
     return decoded
+
+
+def rounding_gram(quantizer: Any, gram: Tensor) -> Tensor:
+    """The Gram matrix in the coordinates the format rounds in. (in, in)"""
+    return quantizer.rotated_gram(gram) if isinstance(quantizer, Rotated) else gram
+
+
+def rounding_inputs(quantizer: Any, rows: Tensor) -> Tensor:
+    """Linear forms of the inputs, (k, in), in the coordinates the format rounds in."""
+    return quantizer.rotated_inputs(rows) if isinstance(quantizer, Rotated) else rows
+
+
+def block_of(quantizer: Any) -> int:
+    """Columns that the format rounds together."""
+    inner = quantizer.inner if isinstance(quantizer, Rotated) else quantizer
+    return inner.rounder(torch.zeros(1, 8)).block
+
+
+def round_with_feedback(
+    quantizer: Any,
+    weight: Tensor,  # (out, in)
+    feedback: Feedback,  # of rounding_gram
+    stretch: Tensor | float = 1.0,  # of the scales; (out, 1) or one for all
+) -> tuple[dict[str, Tensor], Tensor]:
+    """(stored parts, Q float64 as a reload decodes it)."""
+    shape = (weight.shape[0], weight.shape[1])
+    rotated = isinstance(quantizer, Rotated)
+    inner = quantizer.inner if rotated else quantizer
+    values = quantizer.rotated(weight.float()) if rotated else weight.float()
+    rounder = inner.rounder(values, stretch, feedback.diagonal.diagonal().float())
+    ldlq(values, feedback, rounder)
+    parts = rounder.parts()
+    if rotated:
+        parts = quantizer.with_signs(parts, shape)
+    return parts, quantizer.dequantize(parts, shape, torch.float64)
 
 
 def choose(dampings: tuple[float, ...], attempt: Callable[[float], tuple[float, Result]]) -> tuple[float, Result]:

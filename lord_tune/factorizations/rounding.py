@@ -1,0 +1,108 @@
+"""L and R in low precision: each is rounded with error feedback and the other is fitted to it (LPLR, Saha et al.,
+arXiv 2310.11028; in CALDERA, arXiv 2405.18886, algorithm 2, with plain rounding).
+
+    R = L^+ A, rounded with feedback under H;   L = A H R^T (R H R^T)^-1, rounded with feedback under R H R^T
+
+for min tr((A - L R) H (A - L R)^T); the best pair is kept. Measured on SmolLM2, layer 10, q_proj at rank 128 (error
+before rounding 0.140): E8 at 2 bits 0.69 by plain rounding, 0.33 in rotated coordinates, 0.19 there with feedback; at 4
+bits 0.50, 0.17 and 0.14.
+
+The first components carry most of the energy, and their rounding error costs most: `top` of them can be stored in
+another, finer format (or in 16 bits, to be trained); the rest is fitted to what these leave.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..linalg import solve_psd
+from ..quantizers.ldlq import Feedback, block_of, round_with_feedback, rounding_gram
+from .base import Factors
+
+_DAMPING = 0.01
+_ROUNDS = 2  # further ones gain under 1 %
+
+
+@dataclass(frozen=True)
+class FactorForm:
+    """How L and R are stored."""
+
+    quantizer: Any  # of all components but the first `top`
+    top: int = 0
+    top_form: Any = torch.float32  # of these: a Quantizer or a floating dtype
+
+    def __post_init__(self) -> None:
+        assert self.top >= 0
+
+
+def round_factors(
+    target: Tensor,  # A (out, in) float64
+    gram: Tensor | None,  # H (in, in); None: the identity
+    factors: Factors,  # float64, most important component first
+    form: FactorForm,
+    rows: Tensor | None = None,  # (out,): the error's rows are weighted by these
+    rounds: int = _ROUNDS,
+) -> Factors:
+    """The factors as they will be stored, with their parts; `bias_shift` is passed on."""
+    h = torch.eye(target.shape[1], dtype=target.dtype, device=target.device) if gram is None else gram
+    return refine(target, h, factors, form, factor_feedback(form, h), rows, rounds)
+
+
+def refine(
+    target: Tensor,
+    gram: Tensor,
+    factors: Factors,
+    form: FactorForm,
+    feedback: Feedback,  # factor_feedback(form, gram), which CALDERA computes once
+    rows: Tensor | None = None,
+    rounds: int = _ROUNDS,
+) -> Factors:
+    """`round_factors` with a prepared feedback."""
+    top = None
+    left, right = factors.left, factors.right
+    if form.top:
+        top = _stored_top(left[:, : form.top], right[: form.top], form.top_form)
+        left, right = left[:, form.top :], right[form.top :]
+        target = target - top.left @ top.right
+    scale = torch.ones(len(target), 1, dtype=target.dtype) if rows is None else rows[:, None]
+    scale = scale.to(target.device)
+    best: tuple[float, Factors] | None = None
+    for step in range(max(rounds, 1)):
+        if step:
+            weighted = scale * scale * left
+            right = solve_psd(weighted.T @ left, weighted.T @ target)
+        right_parts, right = round_with_feedback(form.quantizer, right, feedback)
+        reach = right @ gram
+        inner = reach @ right.T
+        left = solve_psd(inner, reach @ target.T).T
+        left_parts, left = round_with_feedback(form.quantizer, left, _feedback(form.quantizer, inner))
+        error = scale * (target - left @ right)
+        energy = float((error @ gram * error).sum())
+        if best is None or energy < best[0]:
+            best = (energy, Factors(left, right, factors.bias_shift, left_parts, right_parts, top))
+    assert best is not None
+    return best[1]
+
+
+def factor_feedback(form: FactorForm, gram: Tensor) -> Feedback:
+    """For the rows of R."""
+    return _feedback(form.quantizer, gram)
+
+
+def _feedback(quantizer: Any, gram: Tensor) -> Feedback:
+    return Feedback.of(rounding_gram(quantizer, gram), _DAMPING, block_of(quantizer))
+
+
+def _stored_top(left: Tensor, right: Tensor, form: Any) -> Factors:
+    if isinstance(form, torch.dtype):
+        return Factors(left.to(form).double(), right.to(form).double())
+    stored = []
+    for matrix in (left, right):
+        parts = form.quantize(matrix)
+        stored.append((parts, form.dequantize(parts, (matrix.shape[0], matrix.shape[1]), torch.float64)))
+    (left_parts, left), (right_parts, right) = stored
+    return Factors(left, right, None, left_parts, right_parts)
