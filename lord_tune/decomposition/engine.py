@@ -305,7 +305,7 @@ class _Run:
 
     def _dealt_out(self, members: dict[str, nn.Module], work: Any) -> dict[str, Any]:
         """name -> work(name, module), each done by one process and sent to all."""
-        owners = share_out({n: layer_flops(shape_of(m)) for n, m in members.items()}, self.workers.size)
+        owners = share_out({n: layer_flops(shape_of(m), self.settings) for n, m in members.items()}, self.workers.size)
         mine = {n: work(n, m) for n, m in members.items() if owners[n] == self.workers.rank}
         if self.workers.size == 1:
             return mine

@@ -20,6 +20,8 @@ The layer at hand, in float64 matrices that live together; m = out in, k = min(o
     truncation   2 m + f, tall 3 m + f, while the solution is alive
     backbone     Q, W, W - Q and, for the error of a plain SVD beside them, the quantized W and two differences:
                  wide max(7 m, 5 m + 6 k^2), tall max(6 m + 7 k^2, 7 m + 4 k^2); one more Q with --shrinkage auto
+    caldera      W, Q, residuals and products of two iterates, 10 m + f, and five Gram matrices (rotated, down-dated,
+                 two roots, one of them single and its diagonal)
 
 glibc gives matrices of more than 32 MiB back to the system when they are freed. Smaller ones stay with the process, in
 pieces that larger requests do not fit in: the activations of a window and the
@@ -45,14 +47,18 @@ if TYPE_CHECKING:
     from .base import Settings
     from .engine import Survey
 
+_ROUNDING = 3e4  # a weight's rounding with feedback, in operations at the rate of float32 products (measured: 2e4-5e4)
 _EIGH = 9.0  # operations per k^3 of a symmetric eigenproblem with vectors (Golub and Van Loan, 8.3)
 # how much slower than a matrix product these run, for dealing out layers (measured at k = 576: 2.5 and 4)
 _EIGH_SLOWNESS, _QR_SLOWNESS = 2.5, 4.0
 
 
-def layer_flops(shape: tuple[int, int]) -> float:
-    """Work of factorizing one layer, in operations at the rate of a float64 matrix product."""
+def layer_flops(shape: tuple[int, int], settings: Settings) -> float:
+    """Work of factorizing one layer, in operations at the rate of a float64 matrix product; among layers of one method
+    the relation is what counts."""
     out, inputs = shape
+    if settings.method.name == "caldera":  # rounding by weights, products by inputs; equal at 1,000 inputs
+        return _ROUNDING * out * inputs * (1.0 + inputs / 1000)
     k = min(shape)
     rotation = 4.0 * out * k * k * _QR_SLOWNESS if out > inputs else 0.0
     eigen = 1.5 * _EIGH * _EIGH_SLOWNESS * k**3  # the float32 one of the baseline counts half
@@ -312,6 +318,10 @@ def _working_parts(shape: tuple[int, int], rank: int, text: TextSize | None, set
     out, inputs = shape
     k, tall = min(shape), out > inputs
     m, square = 8 * out * inputs, 8 * k * k
+    if settings.method.name == "caldera":
+        return [(10.0, m), (5.0, 8 * inputs * inputs), (2.0, 8 * rank * (out + inputs))]
+    if settings.method.name == "caldera":
+        return [(10.0, m), (5.0, 8 * inputs * inputs), (2.0, 8 * rank * (out + inputs))]
     if settings.quantizer is not None and text is not None:
         choices = [(6.0, 7.0), (7.0, 4.0)] if tall else [(7.0, 0.0), (5.0, 6.0)]
         extra = 1.0 if settings.shrinkages else 0.0
@@ -388,6 +398,9 @@ def _seconds(
         total += walks * count * sum(text.tokens * (width + 192.0) * width for width in inputs) / rates.single
         if weighted:
             total += 4 * text.sensitivity * forward_flops / rates.forward
+    if settings.method.name == "caldera":
+        own = sum(_alternation_seconds(shape, settings, rates) for shape in shapes.values())
+        return total + walks * own
     for shape in shapes.values():
         out, width = shape
         k = min(shape)
@@ -396,3 +409,18 @@ def _seconds(
         products = 2.0 * k * width * width * (text is not None) + 2.0 * out * k * (width + k) + 6.0 * k**3
         total += tries * (eigenproblems / rates.eigen + products / rates.double)
     return total
+
+
+def _alternation_seconds(shape: tuple[int, int], settings: Settings, rates: Rates) -> float:
+    """Of CALDERA on one layer: six roundings to choose damping and scales, then one for every iteration (two for the
+    first), with the errors, eigenproblems and feedback that go with them."""
+    out, width = shape
+    k = min(shape)
+    iterations = 0 if settings.rank == 0 else getattr(settings.method, "iterations", 1)
+    roundings = 6 + (iterations + 1 if iterations else 0)
+    products = (6 + 5 * iterations) * 2.0 * out * width * width + 8.0 * iterations * width**3
+    return (
+        roundings * _ROUNDING * out * width / rates.single
+        + products / rates.double
+        + iterations * _EIGH * k**3 / rates.eigen
+    )
