@@ -2,9 +2,15 @@
 
 A subclass of `nn.Linear` so that PEFT's ordinary LoRA layer takes it as a base; its `weight` is the uint8 code tensor,
 so any code that would add to the weight in place (PEFT's merge) fails on the shape instead of losing the update.
+
+Where memory allows, `keep_dense` decodes once, for many small products (generation, a benchmark). The copy is a plain
+attribute: it is never saved, and goes when the codes change or the module moves.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +31,7 @@ class QuantizedLinear(nn.Linear):
         self.in_features, self.out_features, self.quantizer = in_features, out_features, quantizer
         self._is_hf_initialized = True  # transformers must not draw normal numbers into the codes
         self._part_names: list[str] = []
+        self._dense: Tensor | None = None
         self.register_parameter("bias", None)
         self.set_parts(quantizer.empty(self.shape, device or "cpu"))
 
@@ -37,6 +44,7 @@ class QuantizedLinear(nn.Linear):
 
     def set_parts(self, parts: dict[str, Tensor]) -> None:
         """Take over the stored parts (not copied)."""
+        self.drop_dense()
         self._part_names = list(parts)
         for name, value in parts.items():
             self.register_parameter(name, nn.Parameter(value, requires_grad=False))
@@ -45,11 +53,32 @@ class QuantizedLinear(nn.Linear):
         """Q, (out, in)."""
         return self.quantizer.dequantize(self.parts(), self.shape, dtype)
 
+    def keep_dense(self, dtype: torch.dtype = torch.float32) -> int:
+        """Decode once and compute with the copy from now on; its bytes."""
+        with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not take part in training later
+            self._dense = self.dequantize(dtype)
+        return self._dense.numel() * self._dense.element_size()
+
+    def drop_dense(self) -> None:
+        """Decode at every product again."""
+        self._dense = None
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantizedLinear:
+        self.drop_dense()
+        return super()._apply(fn, recurse)
+
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        if self._dense is not None:
+            return nn.functional.linear(x, self._dense.to(x.dtype))
         return self.quantizer.linear(x, self.parts(), self.shape)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, format={self.quantizer.name}"
+
+
+def dequantize_once(model: nn.Module, dtype: torch.dtype = torch.float32) -> int:
+    """`keep_dense` in every packed layer of a model; the bytes held."""
+    return sum(module.keep_dense(dtype) for module in model.modules() if isinstance(module, QuantizedLinear))
 
 
 class CastLinear(nn.Linear):

@@ -208,14 +208,15 @@ class _E8:
             decoded = self.points(words, second)
         return codes, decoded / 4
 
-    def points(self, words: Tensor, second: Tensor | None = None) -> Tensor:
-        """4 times the sum of the stages. (n, 8) float32"""
+    def points(self, words: Tensor, second: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """4 times the sum of the stages. (n, 8) float32, in `out` if given"""
         device = str(words.device)
-        values = gather(_quarters(device), words).float()
+        first = gather(_quarters(device), words).view(-1, BLOCK)
+        values = first.float() if out is None else out.copy_(first)
         if second is not None:
             book = _small_quarters(device) if self.bytes_per_block == 3 else _quarters(device)
-            values += gather(book, second).float().mul_(1 / self.ratio)
-        return values.view(-1, BLOCK)
+            values += gather(book, second).float().view(-1, BLOCK).mul_(1 / self.ratio)
+        return values
 
     def row_scales(self, weight: Tensor) -> Tensor:
         """(out, 1) float16: what decoded blocks are multiplied by."""
@@ -239,9 +240,11 @@ class _E8:
 
     def decode(self, parts: dict[str, Tensor], out: Tensor) -> None:
         codes = parts["weight"].flatten(0, 1)
-        values = self.points(_word(codes, 0), None if self.bytes_per_block == 2 else self.second_words(codes))
+        second = None if self.bytes_per_block == 2 else self.second_words(codes)
+        whole = out.view(-1, BLOCK) if out.shape[1] % BLOCK == 0 else None
+        values = self.points(_word(codes, 0), second, whole).view(out.shape[0], -1)
         quarter = parts["scales"].float() / 4  # exact, as every multiple of a power of two
-        torch.mul(values.view(out.shape[0], -1)[:, : out.shape[1]], quarter, out=out)
+        torch.mul(values[:, : out.shape[1]], quarter, out=out)
 
     def second_words(self, codes: Tensor) -> Tensor:
         return codes[:, 2].to(torch.int32) if self.bytes_per_block == 3 else _word(codes, 1)

@@ -91,13 +91,13 @@ class Grouped:
     def dequantize(self, parts: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         return in_chunks(self, parts, shape, dtype)
 
-    def code_values(self, packed: Tensor, shape: tuple[int, int]) -> Tensor:
-        """Value of each code before scaling. float32"""
-        return unpack_values(packed, _table(self, str(packed.device)), self.bits, shape)
+    def code_values(self, packed: Tensor, out: Tensor) -> Tensor:
+        """Value of each code before scaling, in `out` (rows, in) if its size allows. float32"""
+        shape = (out.shape[0], out.shape[1])
+        return unpack_values(packed, _table(self, str(packed.device)), self.bits, shape, out)
 
     def decode(self, parts: dict[str, Tensor], out: Tensor) -> None:
-        shape = (out.shape[0], out.shape[1])
-        scale_groups(out, self.code_values(parts["weight"], shape), *self.affine(parts), self.group_size)
+        scale_groups(out, self.code_values(parts["weight"], out), *self.affine(parts), self.group_size)
 
     def row_step(self, shape: tuple[int, int]) -> int:
         codes = aligned_codes(self.bits)
@@ -142,7 +142,7 @@ def _table(form: Grouped, device: str) -> Tensor:
 
 def scale_groups(
     out: Tensor,  # (rows, in)
-    values: Tensor,  # (rows, in)
+    values: Tensor,  # (rows, in), may be `out`
     factor: Tensor,  # (rows, groups)
     offset: Tensor | None,
     group_size: int,

@@ -5,9 +5,9 @@ themselves an affine 3-bit matrix (out, groups) in groups of 16 (Int3), so a sma
 1 % of the weights are left out of all this and stored in 16 bits as compressed sparse rows.
 
 Which: a group's squared rounding error goes with the square of its range, so the weights chosen are those whose
-removal reduces range^2 most, times the importance of the group's inputs, in a few rounds, so that a group can lose
-several. Their number is fixed by the shape, so that a loader knows the sizes of all tensors. The zero is fitted to the
-decoded scale, so that what a scale is off is shared by both ends of the range.
+removal, alone or with up to two others, reduces range^2 most per weight, times the importance of the group's inputs,
+in a few rounds, so that a group can lose several. Their number is fixed by the shape, so that a loader knows the sizes
+of all tensors. The zero is fitted to the decoded scale, so that both ends of the range share what the scale is off.
 
 Bits per weight: bits + 2 * 3 / group_size + 4 * 16 / (16 * group_size) + 32 * outlier_fraction + 32 / in; at the
 defaults 3 + 0.375 + 0.25 + 0.32 = 3.945, and 32 / in.
@@ -36,6 +36,10 @@ from .packing import pack
 _SECOND = Int3(group_size=16)  # of the matrices (out, groups) of scales and of zeros
 _CODES: dict[int, type[Grouped]] = {2: Int2, 3: Int3, 4: Int4}
 _ROUNDS = 8
+_DEPTH = (
+    3  # weights that leave a group together when the gain per weight is judged: one of two equal ones gains nothing
+)
+_LEAVING = [(k - below, below) for k in range(1, _DEPTH + 1) for below in range(k + 1)]  # (largest, smallest)
 _LARGEST_WIDTH = 65535  # columns are stored in 16 bits
 _LARGEST_VALUE = 65504.0  # of float16
 
@@ -170,8 +174,9 @@ def choose_outliers(
     importance: Tensor,  # (n,) >= 0: cost of an error anywhere in the group
     number: int,
 ) -> Tensor:
-    """Where range^2 times importance falls most when a largest or smallest weight leaves its group; greedily, in about
-    _ROUNDS rounds of at most one weight per group. (n, group) bool with `number` True"""
+    """Where range^2 times importance falls most when the largest or smallest weights leave their group; greedily, in
+    rounds of at most one weight per group: half of the number, a quarter, ..., at least 2^-_ROUNDS of it. (n, group)
+    bool with `number` True"""
     inside = torch.arange(groups.shape[1], device=groups.device) < counts[:, None]
     ordered, order = torch.where(inside, groups, -torch.inf).sort(1, descending=True)
     first, last = torch.zeros_like(counts)[:, None], counts[:, None] - 1  # what is left of each sorted group
@@ -179,19 +184,22 @@ def choose_outliers(
     def at(index: Tensor) -> Tensor:
         return ordered.gather(1, index.clamp(0, groups.shape[1] - 1))
 
-    left = number
+    left, share = number, -(-number // 2)
     while left:
-        without_first = at(torch.minimum(first + 1, last)) - at(last)
-        without_last = at(first) - at(torch.maximum(last - 1, first))
-        least = torch.minimum(without_first, without_last)
-        gain = ((at(first) - at(last)).square() - least.square()) * importance[:, None]
+        tops = [at(torch.minimum(first + k, last)) for k in range(_DEPTH + 1)]
+        bottoms = [at(torch.maximum(last - k, first)) for k in range(_DEPTH + 1)]
+        square = (tops[0] - bottoms[0]).square()
+        gain, top = torch.full_like(square, -torch.inf), torch.zeros_like(square, dtype=torch.bool)
+        for above, below in _LEAVING:
+            found = (square - (tops[above] - bottoms[below]).clamp(min=0).square()) / (above + below)
+            top = torch.where(found > gain, above >= below, top)
+            gain = torch.maximum(gain, found)
         usable = first <= last
-        gain = torch.where(usable, gain, -torch.inf).squeeze(1)
-        take = min(left, max(1, -(-number // _ROUNDS)), int(usable.sum()))
+        gain = torch.where(usable, gain * importance[:, None], -torch.inf).squeeze(1)
+        take = min(left, share, int(usable.sum()))
         chosen = torch.zeros_like(usable).index_fill_(0, gain.topk(take).indices, True)
-        top = without_first <= without_last
         first, last = first + (chosen & top), last - (chosen & ~top).long()
-        left -= take
+        left, share = left - take, max(share // 2, -(-number >> _ROUNDS))
     rank = torch.arange(groups.shape[1], device=groups.device)
     outside = ((rank < first) | (rank > last)) & inside
     return torch.zeros_like(outside).scatter_(1, order, outside)
