@@ -4,8 +4,9 @@
 
 Bits: stored bytes of a 4096 x 4096 matrix. Error: mean squared, of a million normal weights of variance 1 in rows of
 4,096. Encode: quantize of the same million. Decode: dequantize to float32 of 4096 x 4096 and of 1536 x 576, medians of
-interleaved repeats; allocating the result counts, as it does in use. Feedback: milliseconds of LDLQ. Rates are millions
-of weights per second. Everything goes to OUT/bench_quantizers.json.
+interleaved repeats; allocating the result counts, as it does in use (touching fresh memory alone runs at about 650).
+Feedback: milliseconds of LDLQ. Rates are millions of weights per second of CPU time, so that other programs on the
+machine count little. Everything goes to OUT/bench_quantizers.json.
 """
 
 from __future__ import annotations
@@ -44,13 +45,13 @@ ERRORS = {"e8-2": 0.0922, "e8-3": 0.0305, "e8-4": 0.0093}
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     work()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def interleaved(works: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
-    """Median seconds of each, after one round that fills tables and caches."""
+    """Median CPU seconds of each, after one round that fills tables and caches."""
     for work in works:
         work()
     rounds = [[seconds(work) for work in works] for _ in range(repeats)]
@@ -141,10 +142,10 @@ def main() -> None:
         for name, row in formats.items()
     ]
     columns = ["", "bits per weight", "error", "encode", "decode 4096 x 4096", "decode 1536 x 576"]
-    show_table("formats, million weights per second on one thread", columns, table)
+    show_table("formats, million weights per CPU second on one thread", columns, table)
     target = {"search, 131072 x 8": SEARCH}
     table = [[name, beside(value, target.get(name), True, 1)] for name, value in search.items()]
-    show_table("E8, million weights per second or milliseconds", ["", "measured"], table)
+    show_table("E8, million weights per CPU second, or milliseconds", ["", "measured"], table)
 
 
 if __name__ == "__main__":

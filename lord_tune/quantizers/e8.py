@@ -313,7 +313,7 @@ def _word(codes: Tensor, place: int) -> Tensor:
     """A 16-bit word of each block (n, bytes). (n,) int32"""
     if codes.shape[1] % 2 == 0:
         return codes.view(torch.int16)[:, place].to(torch.int32).bitwise_and_(0xFFFF)  # the same on little-endian hosts
-    return (codes[:, 1].to(torch.int32) << 8) + codes[:, 0]
+    return codes[:, 1].to(torch.int32).bitwise_left_shift_(8).bitwise_or_(codes[:, 0])
 
 
 @constant
