@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lord_tune.calibration.moments import MomentAccumulator, Moments
-from lord_tune.factorizations import AFM, Caldera, LoftQ, PlainSVD, Whitened
+from lord_tune.factorizations import AFM, Caldera, FactorForm, Fisher, LoftQ, PlainSVD, Whitened
 from lord_tune.quantizers import E8P2, E8P3, E8P4, NF4, Int2, Int3, Int4, Int8, Lloyd2, Lloyd3, Lloyd4, Rotated, SpQR
 
 
@@ -28,6 +28,10 @@ class FactorizationRow:
 _NOT_WEIGHT_OPTIMAL = "minimises the output error, not the weight error"
 _AFFINE = "an affine map may beat the linear bound by its bias"
 _QUANTIZED = "Q changes the matrix that is factored, so the bound on W does not apply"
+_ALTERNATES = "each rank alternates to another Q; tests/test_caldera.py bounds it by LDLQ alone"
+_ROUNDED = "L and R are rounded, so no rank recovers W; tests/test_caldera.py bounds what rounding adds"
+_GRADIENTS = "minimises the error in a norm of gradients, see tests/test_caldera.py"
+_CALDERA = {"weight_optimum": _QUANTIZED, "output_optimum": _QUANTIZED, "error_falls_with_rank": _ALTERNATES}
 _SINK = "position 0 weighs more by design, so the plain calibrated error is not minimal"
 
 FACTORIZATIONS = [
@@ -48,14 +52,16 @@ FACTORIZATIONS = [
             "error_falls_with_rank": "each rank alternates to another Q; the law is tested for T=1",
         },
     ),
+    FactorizationRow(Caldera(iterations=2), Int4(group_size=8), _CALDERA),
     FactorizationRow(
-        Caldera(iterations=2),
-        Int4(group_size=8),
-        {
-            "weight_optimum": _QUANTIZED,
-            "output_optimum": _QUANTIZED,
-            "error_falls_with_rank": "each rank alternates to another Q; tests/test_caldera.py bounds it by LDLQ alone",
-        },
+        Caldera(iterations=2, factor_form=FactorForm(Rotated(Lloyd4()), 1, torch.float16)),
+        Rotated(E8P2()),
+        _CALDERA | {"full_rank": _ROUNDED},
+    ),
+    FactorizationRow(
+        Caldera(iterations=2, weighting="fisher"),
+        Rotated(Lloyd3()),
+        _CALDERA | {"gain_on_outputs": _GRADIENTS},
     ),
     FactorizationRow(LoftQ(iterations=1), NF4(), {"weight_optimum": _QUANTIZED, "output_optimum": _QUANTIZED}),
 ]
@@ -97,3 +103,10 @@ def moments_of(x: Tensor) -> Moments:
 
 def weight(shape: tuple[int, int], seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def fisher_of(shape: tuple[int, int], seed: int = 2) -> Fisher:
+    """Rows and columns of squared gradients, some a hundred times larger than others."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = (torch.randn(size, generator=generator, dtype=torch.float64).exp() for size in shape)
+    return Fisher(rows, columns)
