@@ -67,7 +67,7 @@ class World:
     def decompose(self, *options: Any, model: Path | None = None, text: Path | None = None) -> list[str]:
         """A whitened decomposition of rank 8 unless `options` give a budget; short windows."""
         words = ["decompose", model or self.llama, self.out, "--calibration", text or self.rows]
-        budget = [] if {"--rank", "--kept-fraction"} & set(options) else ["--rank", 8]
+        budget = [] if {"--rank", "--kept-fraction", "--bits-per-weight"} & set(options) else ["--rank", 8]
         short = ["--context-length", 64, "--calibration-tokens", 512]
         return list(map(str, [*words, *budget, *short, *options]))
 
@@ -236,6 +236,15 @@ def _quantized_factors(w: World) -> list[str]:
     return w.train(model=folder)
 
 
+def _components_apart(form: str = "fp16", *options: str) -> Callable[[World], list[str]]:
+    def command(w: World) -> list[str]:
+        folder, factors = w.tmp / "apart", {"factor_format": "lloyd2", "top_rank": 2, "top_format": form}
+        lord_tune.decompose(str(w.llama), str(folder), method="svd", rank=8, targets="q_proj", **factors)
+        return w.train(*options, model=folder)
+
+    return command
+
+
 def _bare_model(w: World) -> Path:
     return save_tiny(LlamaModel(tiny_llama().config), w.tmp / "bare")
 
@@ -259,14 +268,105 @@ WRONG_CALLS: list[Case] = [
     ("config file without keys", _yaml("- rank\n- 8\n"), "a YAML mapping (key: value) is wanted"),
     ("config file not UTF-8", _yaml(b"targets: caf\xe9\n"), "not valid YAML"),
     # options
-    ("unknown option value", lambda w: w.decompose("--method", "whitend"), "'whitened', 'svd', 'afm' or 'loftq'"),
+    ("unknown option value", lambda w: w.decompose("--method", "whitend"), "'afm', 'loftq' or 'caldera'"),
     ("unknown option", lambda w: w.decompose("--rnak", "8"), "--rank"),
     ("option not a number", lambda w: w.decompose("--rank", "eight"), "'--rank'"),
     ("unknown verb", lambda w: ["decompos", str(w.llama), str(w.out)], "Did you mean 'decompose'?"),
     ("out missing", lambda w: ["decompose", str(w.llama)], "OUT is missing; see lord-tune decompose --help"),
     ("training key missing", lambda w: ["train", "--output_dir", str(w.out)], "model_name_or_path is missing"),
-    ("neither budget", lambda w: w.data_free("--method", "svd"), "One of --rank, --kept-fraction and --bits-per-weight"),
-    ("both budgets", lambda w: w.decompose("--rank", 8, "--kept-fraction", 0.9), "both came"),
+    (
+        "neither budget",
+        lambda w: w.data_free("--method", "svd"),
+        "One of --rank, --kept-fraction and --bits-per-weight is wanted, none came.",
+    ),
+    (
+        "both budgets",
+        lambda w: w.decompose("--rank", 8, "--kept-fraction", 0.9),
+        "--rank and --kept-fraction came.",
+    ),
+    (
+        "bits and rank beside a backbone",
+        lambda w: w.decompose("--rank", 8, "--bits-per-weight", 6, "--backbone", "nf4"),
+        "--rank and --bits-per-weight came.",
+    ),
+    (
+        "three budgets",
+        lambda w: w.decompose("--rank", 8, "--bits-per-weight", 6, "--kept-fraction", 0.5),
+        "--rank and --kept-fraction and --bits-per-weight came.",
+    ),
+    (
+        "bits and kept fraction",
+        lambda w: w.decompose("--bits-per-weight", 6, "--kept-fraction", 0.5),
+        "--kept-fraction and --bits-per-weight came.",
+    ),
+    ("bits of 0", lambda w: w.decompose("--bits-per-weight", 0), "a number from 0 to 32 is wanted"),
+    ("bits not a number", lambda w: w.decompose("--bits-per-weight", "few"), "bits-per-weight"),
+    (
+        "too few bits for the backbone",
+        lambda w: w.decompose("--bits-per-weight", 4, "--backbone", "nf4"),
+        "nf4 alone takes 4.500 for 'model.layers.0.self_attn.q_proj'. Give more, or a --backbone of fewer bits.",
+    ),
+    (
+        "too few bits for any format",
+        lambda w: w.decompose("--bits-per-weight", 3, "--factor-format", "fp16"),
+        "the narrowest format, lloyd2, takes 8.297 with rank 8. Give at least that, a coarser --factor-format",
+    ),
+    (
+        "too few bits for the rank",
+        lambda w: w.decompose("--bits-per-weight", 5, "--rank", 16, "--factor-format", "int4"),
+        "with rank 16. Give at least that",
+    ),
+    (
+        "components apart of whole factors",
+        lambda w: w.decompose("--rank", 8, "--top-rank", 2),
+        "--top-rank stores components finer than the others; it needs a low-precision --factor-format.",
+    ),
+    (
+        "components apart of 16-bit factors",
+        lambda w: w.decompose("--rank", 8, "--top-rank", 2, "--factor-format", "fp16"),
+        "it needs a low-precision --factor-format",
+    ),
+    (
+        "all components apart",
+        lambda w: w.decompose("--rank", 8, "--top-rank", 8, "--factor-format", "int4"),
+        "--top-rank 8 is not below --rank 8; for all of L and R set --factor-format.",
+    ),
+    (
+        "components apart in a format without one",
+        lambda w: w.decompose("--top-rank", 2, "--top-format", "int4", "--factor-format", "int4"),
+        "'fp32', 'fp16', 'bf16' or 'int8'",
+    ),
+    (
+        "format of components that are not apart",
+        lambda w: w.decompose("--top-format", "int8", "--factor-format", "int4"),
+        "--top-format has no effect",
+    ),
+    ("negative components apart", lambda w: w.decompose("--top-rank", -1, "--factor-format", "int4"), "top_rank: -1"),
+    (
+        "gradients for no weighting",
+        lambda w: w.decompose("--weighting", "fisher", "--backbone", "e8-2"),
+        "--weighting has no effect",
+    ),
+    (
+        "sensitivity without gradients",
+        lambda w: w.decompose("--method", "caldera", "--backbone", "e8-2", "--sensitivity-tokens", 99),
+        "--sensitivity-tokens has no effect",
+    ),
+    (
+        "iterations without alternation",
+        lambda w: w.decompose("--method", "caldera", "--backbone", "e8-2", "--rank", 0, "--iterations", 2),
+        "--iterations has no effect",
+    ),
+    ("spqr option alone", lambda w: w.decompose("--backbone", "int3", "--spqr-bits", 4), "--spqr-bits has no effect"),
+    ("spqr of 5 bits", lambda w: w.decompose("--backbone", "spqr", "--spqr-bits", 5), "spqr_bits: 5 came"),
+    ("half of all outliers", lambda w: w.decompose("--backbone", "spqr", "--outliers", 0.5), "outliers: 0.5 came"),
+    ("rotation of nothing", lambda w: w.decompose("--incoherence"), "--incoherence has no effect"),
+    ("caldera alone", lambda w: w.decompose("--method", "caldera"), "pass --backbone e8-2"),
+    (
+        "caldera without text",
+        lambda w: w.data_free("--method", "caldera", "--rank", 8, "--backbone", "e8-2"),
+        "pass --calibration FILE",
+    ),
     ("kept fraction above 1", lambda w: w.decompose("--kept-fraction", 1.5), "a number between 0 and 1"),
     ("kept fraction of 0", lambda w: w.decompose("--kept-fraction", 0), "a number between 0 and 1"),
     ("rank 0 alone", lambda w: w.decompose("--rank", 0), "needs a --backbone"),
@@ -286,7 +386,17 @@ WRONG_CALLS: list[Case] = [
     ("training value of wrong type", lambda w: w.train("--learning_rate", "fast"), "learning_rate"),
     ("old dtype spelling", lambda w: w.train("--torch_dtype", "float32"), "write dtype"),
     ("lora_r for factors", lambda w: w.train("--lora_r", 8), "set mode: lora"),
-    ("unknown mode", lambda w: w.train("--mode", "full"), "'factors' or 'lora'"),
+    ("unknown mode", lambda w: w.train("--mode", "full"), "'factors', 'split' or 'lora'"),
+    ("split without components apart", lambda w: w.train("--mode", "split"), "decompose with --top-rank"),
+    ("components apart as factors", _components_apart(), "has its first 2 components stored apart; use mode: split"),
+    ("components apart in int8", _components_apart("int8", "--mode", "split"), "stored as int8"),
+    ("lora option for split", lambda w: w.train("--mode", "split", "--lora_r", 4), "no effect in mode: split"),
+    ("decoding once what is not packed", lambda w: w.train("--dequantize_once"), "no quantized layers; remove it"),
+    (
+        "decoding once for a perplexity",
+        lambda w: [*w.evaluate(), "--dequantize-once"],
+        "--dequantize-once came and the model has no quantized layers",
+    ),
     ("training word alone", lambda w: ["train", "stray", *w.train()[1:]], "write --key value"),
     # what the model allows
     ("rank above break-even", lambda w: w.decompose("--rank", 60), "Choose at most 45, or add --backbone nf4"),
