@@ -20,7 +20,8 @@ from lord_tune.exporting import compare, export_model, outputs_of, probe_ids
 from lord_tune.integrations.models import load_dense_or_factored
 from lord_tune.integrations.peft_adapters import add_lora, coverage, expose_factors, fold, load_adapter, mode_of
 from lord_tune.integrations.transformers_quantizer import attach
-from lord_tune.layers import FactoredLinear, factored_layers
+from lord_tune.layer_plan import DTYPES
+from lord_tune.layers import FactoredLinear, QuantizedLinear, dequantize_once, factored_layers
 
 FAMILIES = ["llama", "gpt2", "bert"]
 STORES = {
@@ -34,6 +35,18 @@ STORES = {
     "int3": {"backbone": "int3", "rank": 8, "group_size": 24},
     "e8-caldera": {"backbone": "e8-2", "rank": 8, "method": "caldera", "iterations": 2, "factor_format": "lloyd4"},
 }
+# what L and R are stored in does not depend on the family, so one or two of them each
+_CALDERA = {"method": "caldera", "iterations": 1, "rank": 8, "factor_format": "lloyd4", "top_rank": 2}
+PACKED = {
+    "spqr-over-lord": {"kept_fraction": 0.8, "allocation": "uniform", "factor_format": "spqr"},
+    "e8-over-lord": {"rank": 12, "factor_format": "e8-3", "method": "afm"},
+    "lloyd-top": _CALDERA | {"backbone": "lloyd2"},
+    "int8-top": {"backbone": "int4", "rank": 8, "factor_format": "int3", "top_rank": 3, "top_format": "int8"},
+}
+COMBINATIONS = [(family, store) for family in FAMILIES for store in STORES]
+COMBINATIONS += [("gpt2", "spqr-over-lord"), ("bert", "e8-over-lord"), ("llama", "int8-top")]
+COMBINATIONS += [("llama", "lloyd-top"), ("gpt2", "lloyd-top")]
+STORES |= PACKED
 CALIBRATION = {"calibration_tokens": 512, "context_length": 64}
 IDS = torch.tensor([tiny_tokenizer()(code_document(40))["input_ids"][:48]])
 
@@ -72,8 +85,11 @@ def train_a_little(model, steps: int = 3) -> None:
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("store", STORES)
-@pytest.mark.parametrize("family", FAMILIES)
+def is_packed(store: str) -> bool:
+    return STORES[store].get("factor_format", "fp32") not in DTYPES
+
+
+@pytest.mark.parametrize(("family", "store"), COMBINATIONS)
 def test_reload_and_resave_are_bit_exact(factored, family, store, tmp_path):
     folder = factored(family, store)
     model = load_dense_or_factored(str(folder))
@@ -104,15 +120,14 @@ def test_decomposed_output_is_the_saved_output(factored, family, rows_file, requ
 
 
 @pytest.mark.parametrize("mode", ["factors", "lora"])
-@pytest.mark.parametrize("store", [s for s in STORES if s != "nf4-alone"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "store"), [pair for pair in COMBINATIONS if pair[1] != "nf4-alone"])
 def test_expose_train_save_reload_and_fold(factored, family, store, mode, tmp_path):
     """Exposing changes nothing; training moves it; the saved adapter and the folded model equal the trained one."""
     folder = str(factored(family, store))
     model = load_dense_or_factored(folder)
     before, ranks = logits(model), {name: layer.rank for name, layer in factored_layers(model).items()}
-    if mode == "factors" and STORES[store].get("factor_format") in ("nf4", "lloyd4"):
-        with pytest.raises(UsageError, match="mode: lora"):
+    if mode == "factors" and is_packed(store):
+        with pytest.raises(UsageError, match="mode: split" if "top_rank" in STORES[store] else "mode: lora"):
             expose_factors(model)
         return
     exposed = expose_factors(model) if mode == "factors" else add_lora(model, rank=4)
@@ -122,7 +137,8 @@ def test_expose_train_save_reload_and_fold(factored, family, store, mode, tmp_pa
     expected = 0
     for name, layer in factored_layers(exposed.get_base_model()).items():
         m, n = layer.plan.shape
-        expected += ranks[name] * (m + n) if mode == "factors" else 4 * (m + n + 2 * ranks[name])
+        inner = ranks[name] - layer.plan.top_rank  # components apart get no LoRA
+        expected += ranks[name] * (m + n) if mode == "factors" else 4 * (m + n + 2 * inner)
     assert covered.mode == mode and covered.trainable_parameters == expected and not covered.untouched
     train_a_little(exposed)
     after = logits(exposed.eval())
@@ -139,6 +155,100 @@ def test_expose_train_save_reload_and_fold(factored, family, store, mode, tmp_pa
     attach(folded)
     folded.save_pretrained(tmp_path / "folded")
     assert torch.equal(logits(load_dense_or_factored(str(tmp_path / "folded"))), logits(folded))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_split_trains_the_components_apart_alone(factored, family, tmp_path):
+    """Q and the packed rest of L R stay; without the adapter the model is these; fp16 components widen exactly."""
+    folder = str(factored(family, "lloyd-top"))
+    model = load_dense_or_factored(folder)
+    before, stored = logits(model), read_tensors(Path(folder))
+    frozen = {k: v for k, v in stored.items() if ".top_" not in k}
+    exposed = expose_factors(model, mode="split")
+    assert torch.allclose(logits(exposed), before, atol=1e-5)  # sums in another order
+    covered = coverage(exposed)
+    layers = factored_layers(exposed.get_base_model())
+    assert covered.mode == mode_of(exposed) == "split" and not covered.untouched
+    assert set(covered.trained.values()) == {2} and covered.trained.keys() == layers.keys()
+    assert covered.trainable_parameters == sum(2 * sum(layer.plan.shape) for layer in layers.values())
+    without = load_dense_or_factored(folder)
+    for layer in factored_layers(without).values():
+        layer.top_left.weight.data.zero_()
+    with exposed.disable_adapter():
+        assert torch.allclose(logits(exposed), logits(without), atol=1e-5)
+    exposed(input_ids=IDS, labels=IDS).loss.backward()
+    for name, parameter in exposed.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad == ("lora_" in name), name
+    train_a_little(exposed)
+    after = logits(exposed.eval())
+    assert float((after - before).abs().max()) > 1e-4
+    exposed.save_pretrained(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == 2
+    reloaded = load_adapter(load_dense_or_factored(folder), tmp_path / "adapter")
+    assert torch.equal(logits(reloaded), after) and mode_of(reloaded) == "split"
+    folded = fold(exposed)
+    assert torch.allclose(logits(folded), after, atol=1e-5)
+    attach(folded)
+    folded.save_pretrained(tmp_path / "folded")
+    again = load_dense_or_factored(str(tmp_path / "folded"))
+    assert torch.equal(logits(again), logits(folded))
+    assert {(layer.plan.top_rank, layer.plan.top_format) for layer in factored_layers(again).values()} == {(2, "fp32")}
+    written = read_tensors(tmp_path / "folded")
+    assert written.keys() == stored.keys() and all(torch.equal(written[key], frozen[key]) for key in frozen)
+
+
+def test_split_is_refused_where_nothing_of_it_can_train(factored):
+    with pytest.raises(UsageError, match="--top-rank"):
+        expose_factors(load_dense_or_factored(str(factored("llama", "nf4"))), mode="split")
+    with pytest.raises(UsageError, match="stored as int8.*mode: lora"):
+        expose_factors(load_dense_or_factored(str(factored("llama", "int8-top"))), mode="split")
+
+
+def test_an_adapter_of_one_kind_does_not_load_on_another_base(factored, tmp_path):
+    """The adapter of whole factors has rank 8, the components apart have 2."""
+    exposed = expose_factors(load_dense_or_factored(str(factored("llama", "nf4"))))
+    exposed.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load_adapter(load_dense_or_factored(str(factored("llama", "lloyd-top"))), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(("family", "store"), [("llama", "lloyd-top"), ("gpt2", "spqr-over-lord"), ("llama", "nf4")])
+def test_weights_decoded_once_compute_the_same_and_are_never_saved(factored, family, store, tmp_path):
+    model = load_dense_or_factored(str(factored(family, store)))
+    before = logits(model)
+    packed = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    assert dequantize_once(model) == sum(4 * m.in_features * m.out_features for m in packed) > 0
+    # one product in another order of sums, in rotated coordinates for lloyd: 1e-6 of logits below 10
+    assert torch.allclose(logits(model), before, atol=2e-5)
+    model.save_pretrained(tmp_path / "again")
+    first, second = read_tensors(factored(family, store)), read_tensors(tmp_path / "again")
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    for module in packed:
+        module.drop_dense()
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize(("family", "store"), [("llama", "lloyd-top"), ("llama", "int3"), ("llama", "nf4")])
+def test_stock_lora_attaches_to_the_packed_backbone(factored, family, store, tmp_path):
+    """Any format is a base for PEFT's own LoRA; merging into the codes stops instead of losing the update."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    folder = str(factored(family, store))
+    model = load_dense_or_factored(folder)
+    before = logits(model)
+    peft = get_peft_model(model, LoraConfig(r=4, target_modules=r".*\.backbone", task_type="CAUSAL_LM"))
+    assert torch.equal(logits(peft), before)  # B starts as zero
+    train_a_little(peft)
+    after = logits(peft.eval())
+    assert float((after - before).abs().max()) > 1e-4
+    with peft.disable_adapter():
+        assert torch.equal(logits(peft), before)
+    peft.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load_dense_or_factored(folder), tmp_path / "adapter").eval()
+    assert torch.equal(logits(again), after)
+    with pytest.raises(RuntimeError):
+        peft.merge_and_unload()
 
 
 def test_exposed_factors_are_moved_not_copied(factored):
@@ -238,8 +348,10 @@ def test_a_manifest_that_does_not_fit_is_refused(factored, tmp_path):
         load_dense_or_factored(str(folder))
 
 
-@pytest.mark.parametrize("store", ["lord", "lord-nf4", "nf4", "nf4-loftq"])
-@pytest.mark.parametrize("family", FAMILIES)
+EXPORTED = [(family, store) for family in FAMILIES for store in ("lord", "lord-nf4", "nf4", "nf4-loftq")]
+
+
+@pytest.mark.parametrize(("family", "store"), [*EXPORTED, ("llama", "lloyd-top")])
 def test_dense_export_is_an_ordinary_checkpoint(factored, family, store, tmp_path):
     model, tokenizer = lord_tune.load(str(factored(family, store)))
     reference = logits(model)
@@ -275,6 +387,35 @@ def test_peft_export_loads_with_stock_libraries(llama_dir, rows_file, tmp_path, 
     stored = load_file(tmp_path / "peft" / "base" / "model.safetensors")
     name = "model.layers.0.self_attn.q_proj"
     assert torch.equal(stored[f"{name}.weight"], read_tensors(out)[f"{name}.backbone.weight"])
+
+
+def test_peft_export_writes_all_components(llama_dir, rows_file, tmp_path):
+    """Those apart and the packed rest as one pair of matrices, decoded."""
+    lord_tune.decompose(
+        str(llama_dir), str(tmp_path / "d"), rank=6, backbone="nf4", targets="q_proj|k_proj", factor_format="int8",
+        top_rank=2, top_format="fp16", calibration=[str(rows_file)], **CALIBRATION,
+    )  # fmt: skip
+    result = lord_tune.export(str(tmp_path / "d"), str(tmp_path / "peft"), "peft")
+    assert result["comparison"]["kl"] < 1e-6 and result["comparison"]["max_logit_difference"] < 1e-3
+    adapter = load_file(tmp_path / "peft" / "adapter" / "adapter_model.safetensors")
+    layer = factored_layers(load_dense_or_factored(str(tmp_path / "d")))["model.layers.0.self_attn.q_proj"]
+    a, b = (adapter[f"base_model.model.model.layers.0.self_attn.q_proj.lora_{side}.weight"] for side in "AB")
+    assert a.shape == (6, 64) and torch.allclose(b.double() @ a.double(), torch.mm(*layer.dense_factors()), atol=1e-6)
+
+
+def test_factored_export_of_a_split_adapter_keeps_the_packed_rest(factored, rows_file, tmp_path):
+    base, out = factored("llama", "lloyd-top"), str(tmp_path / "run")
+    lord_tune.train(model_name_or_path=str(base), dataset_name=str(rows_file), output_dir=out, mode="split", **TRAINING)
+    lord_tune.export(out, str(tmp_path / "factored"), "factored")
+    first, second = read_tensors(base), read_tensors(tmp_path / "factored")
+    assert first.keys() == second.keys()
+    changed = {
+        key for key in first if first[key].dtype != second[key].dtype or not torch.equal(first[key], second[key])
+    }
+    assert changed == {key for key in first if ".top_" in key}
+    trained, exported = lord_tune.load(out)[0], lord_tune.load(str(tmp_path / "factored"))[0]
+    assert torch.allclose(logits(trained), logits(exported), atol=2e-5)
+    assert lord_tune.export(out, str(tmp_path / "dense"), "dense")["comparison"]["kl"] < 1e-6
 
 
 def test_peft_export_refuses_what_bitsandbytes_decodes_wrongly(factored, tmp_path):
