@@ -114,7 +114,7 @@ class LayerRecord:
     error_beyond_top: float | None = None  # calibrated, relative to the outputs without their largest direction
     shrinkage: float | None = None  # chosen by held-out error, where the method has one
     inputs: dict[str, float] = field(default_factory=dict)  # see Moments.describe
-    # of one block: feedback rounding without L R at other widths, format -> {bits, calibrated, heldout}
+    # one layer of each shape: feedback rounding without L R at other widths, format -> {bits, calibrated, heldout}
     equal_bits: dict[str, dict[str, float | None]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 

@@ -210,7 +210,7 @@ class _Run:
         self._done_cost = 0.0
         two = known_ranks(found.layers, settings) is None
         self._fisher = "fisher" in settings.method.needs
-        self._middle = self.count // 2  # the block whose layers are compared with feedback rounding alone
+        self._middle = self.count // 2  # where a layer of each shape is compared with feedback rounding alone
         weighted = two and "loss_weights" in settings.allocator.needs
         again = settings.propagate == "sequential" or settings.rounds_factors or not two
         self._costs = {
@@ -492,15 +492,18 @@ class _Run:
         analyses = self._analyses(index) if from_analysis else {}
         gradients = self._read(f"sensitivity-{index:05d}.safetensors") if self._fisher else {}
 
+        members = self.found.members(index)
+        first = {shape_of(module): name for name, module in reversed(members.items())}
+
         def finish(name: str, module: nn.Module) -> Finished:
+            compare = index == self._middle and first[shape_of(module)] == name
             fisher = None
             if self._fisher:
                 rows, columns = gradients[f"{name}:rows"].sqrt(), gradients[f"{name}:columns"].sqrt()
                 fisher = Fisher(rows, columns)
-            compare = index == self._middle
             return self._finish(name, module, statistics, analyses, ranks, walk is not None, fisher, compare)
 
-        return self._dealt_out(self.found.members(index), finish)
+        return self._dealt_out(members, finish)
 
     def _analyse_block(self, walk: BlockWalk, index: int) -> dict[str, Analysis | None]:
         statistics = self._collect(walk, index, keep=index + 1 < self.count)

@@ -42,6 +42,7 @@ from torch import nn
 from ..allocation import factor_cost
 from ..layer_plan import DTYPES, make_quantizer
 from ..layers import shape_of, weight_of
+from .layerwise import COMPARED_INPUTS
 
 if TYPE_CHECKING:
     from .base import Settings
@@ -318,16 +319,18 @@ def _working_parts(shape: tuple[int, int], rank: int, text: TextSize | None, set
     out, inputs = shape
     k, tall = min(shape), out > inputs
     m, square = 8 * out * inputs, 8 * k * k
+    alternation: Parts = [(10.0, m), (5.0, 8 * inputs * inputs), (2.0, 8 * rank * (out + inputs))]
     if settings.method.name == "caldera":
-        return [(10.0, m), (5.0, 8 * inputs * inputs), (2.0, 8 * rank * (out + inputs))]
+        return alternation
     if settings.method.name == "caldera":
         return [(10.0, m), (5.0, 8 * inputs * inputs), (2.0, 8 * rank * (out + inputs))]
     if settings.quantizer is not None and text is not None:
         choices = [(6.0, 7.0), (7.0, 4.0)] if tall else [(7.0, 0.0), (5.0, 6.0)]
         extra = 1.0 if settings.shrinkages else 0.0
-        return [
-            (whole + extra, m) if i == 0 else (whole, square) for i, whole in enumerate(_larger(choices, m, square))
-        ]
+        whole, squares = _larger(choices, m, square)
+        own: Parts = [(whole + extra, m), (squares, square)]
+        compared = rank > 0 and inputs <= COMPARED_INPUTS  # with feedback rounding alone
+        return max(own, alternation if compared else own, key=_bytes)
     above = 2.0 if settings.quantizer is not None else 0.0  # W and Q beside the residual's solution
     if text is None:
         choices = [(2.0, 7.0)] if tall else [(1.0, 6.0)]
@@ -337,7 +340,11 @@ def _working_parts(shape: tuple[int, int], rank: int, text: TextSize | None, set
     choices = [(2.0, 8.5)] if tall else [(2.5 if rows_only else 4.0, 6.0)]
     parts = [(choices[0][0], m), (choices[0][1], square), (1.0, measured)]
     cut = [((3.0 if tall else 2.0), m), (3.0, square), (1.0, 8 * rank * (out + inputs))]
-    return max(parts, cut, key=lambda found: sum(n * size for n, size in found))
+    return max(parts, cut, key=_bytes)
+
+
+def _bytes(parts: Parts) -> float:
+    return sum(n * size for n, size in parts)
 
 
 def _larger(choices: list[tuple[float, float]], m: int, square: int) -> tuple[float, float]:

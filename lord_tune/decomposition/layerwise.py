@@ -27,6 +27,7 @@ from ..factorizations import (
     Spectrum,
     balance,
     error_curves,
+    feedback_alone,
     relative_error,
     round_factors,
     truncate,
@@ -217,13 +218,14 @@ def split_layer(
         del first, plain
         _measure_stored(record, layer, weight, calibration, heldout, centre)
         record.inputs = calibration.describe()
-        if compare:
+        if compare and weight.shape[1] <= COMPARED_INPUTS:
             record.equal_bits = _equal_bits(weight, calibration, heldout)
     record.seconds = time.perf_counter() - start
     return Finished(record, layer)
 
 
 _REFERENCES = (E8P2, E8P3, E8P4)
+COMPARED_INPUTS = 8192  # wider layers are not compared: feedback needs several Gram matrices
 
 
 def _equal_bits(
@@ -231,15 +233,13 @@ def _equal_bits(
 ) -> dict[str, dict[str, float | None]]:
     """Feedback rounding alone at 2, 3 and 4 bits: what the bits of L R would have bought without it."""
     dense, found = weight.double(), {}
-    shape = (weight.shape[0], weight.shape[1])
-    for form in _REFERENCES:
-        quantizer: Any = Rotated(form())
-        split = Caldera().split(weight, calibration, 0, quantizer, heldout)
+    forms: list[Any] = [Rotated(form()) for form in _REFERENCES]
+    for form, split in zip(forms, feedback_alone(weight, calibration, forms, heldout), strict=True):
         assert split.parts is not None and split.backbone is not None
         residual = dense - split.backbone
         size = sum(t.numel() * t.element_size() for t in split.parts.values())
         found[form.name] = {
-            "bits": 8.0 * size / (shape[0] * shape[1]),
+            "bits": 8.0 * size / dense.numel(),
             "calibrated": relative_error(residual, dense, calibration),
             "heldout": None if heldout is None else relative_error(residual, dense, heldout),
         }

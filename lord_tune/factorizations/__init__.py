@@ -15,7 +15,7 @@ from .base import (
     relative_error,
     truncate,
 )
-from .caldera import Caldera
+from .caldera import Caldera, feedback_alone
 from .loftq import LoftQ
 from .rounding import FactorForm, round_factors
 from .svd import PlainSVD
@@ -41,6 +41,7 @@ __all__ = [
     "Whitened",
     "balance",
     "error_curves",
+    "feedback_alone",
     "relative_error",
     "round_factors",
     "truncate",

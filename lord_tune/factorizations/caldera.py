@@ -20,6 +20,7 @@ means (LQ-LoRA, Guo et al., arXiv 2311.12023, section 3.3): the same two steps f
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -40,7 +41,7 @@ from ..quantizers.ldlq import (
 from .base import Factors, Fisher, Split
 from .rounding import FactorForm, factor_feedback, refine
 
-DAMPINGS = (0.01, 0.1, 0.3)
+DAMPINGS: tuple[float, ...] = (0.01, 0.1, 0.3)
 STRETCHES = (0.92, 1.0, 1.08)
 
 
@@ -91,6 +92,20 @@ class Caldera:
         return best.split
 
 
+def feedback_alone(
+    weight: Tensor,
+    moments: Moments,
+    quantizers: list[Any],
+    heldout: InputStatistics | None = None,
+) -> Iterator[Split]:
+    """Rounding with feedback in several formats, without L R; all in the damping that the first one chose."""
+    dampings = DAMPINGS
+    for quantizer in quantizers:
+        problem = _Problem(weight.double(), moments, heldout, quantizer, None, None, dampings)
+        yield problem.start().split
+        dampings = (problem.damping,)
+
+
 @dataclass(frozen=True)
 class _Iterate:
     error: float
@@ -112,8 +127,9 @@ class _Problem:
         quantizer: Any,
         fisher: Fisher | None,
         factor_form: FactorForm | None,
+        dampings: tuple[float, ...] = DAMPINGS,
     ):
-        self.weight, self.quantizer, self.form = weight, quantizer, factor_form
+        self.weight, self.quantizer, self.form, self.dampings = weight, quantizer, factor_form, dampings
         self.heldout = heldout if fisher is None else None  # judged in the same norm as all else
         self.gram, self.rows = moments.gram, None
         if fisher is not None:
@@ -121,7 +137,7 @@ class _Problem:
             self.rows = _bounded(fisher.rows).to(weight)
         self.rounding_gram = rounding_gram(quantizer, self.gram)
         self.block = block_of(quantizer)
-        self.damping = DAMPINGS[0]
+        self.damping = self.dampings[0]
         self.stretch: Tensor | float = 1.0
         self.energy = self._energies(weight).sum().clamp_min(1e-300)
         self.factor_feedback = None if factor_form is None else factor_feedback(factor_form, self.gram)
@@ -153,7 +169,7 @@ class _Problem:
             assert found.split.backbone is not None
             return float(self.heldout.energies(self.weight - found.split.backbone).sum()), (feedback, found)
 
-        self.damping, (feedback, plain) = choose(DAMPINGS, attempt)
+        self.damping, (feedback, plain) = choose(self.dampings, attempt)
         energies = []
         for stretch in STRETCHES:
             if stretch == 1.0:

@@ -46,7 +46,7 @@ class Feedback:
     """H = L D L^T in blocks of columns, ready for any number of matrices with these inputs."""
 
     lower: Tensor  # (in, in) float32, unit block lower triangular
-    diagonal: Tensor  # (in, in) float64, block diagonal; for the error formula
+    corners: Tensor  # (blocks, block, block) float64: the diagonal blocks of D; the last may be padded with zeros
     block: int
 
     @classmethod
@@ -58,18 +58,31 @@ class Feedback:
     ) -> Feedback:
         """Raises torch.linalg.LinAlgError if H plus damping is not positive definite."""
         width = len(gram)
-        mean = gram.diagonal().mean()
-        scale = float(mean) if float(mean) > 0 else 1.0
-        damped = gram / scale + damping * torch.eye(width, dtype=gram.dtype, device=gram.device)
+        mean = float(gram.diagonal().mean())
+        scale = mean if mean > 0 else 1.0
+        damped = gram / scale
+        damped.diagonal().add_(damping)
         root = torch.linalg.cholesky(damped)
-        lower = torch.empty_like(root)
-        diagonal = torch.zeros_like(root)
-        for start in range(0, width, block):
+        del damped
+        starts = range(0, width, block)
+        corners = gram.new_zeros(len(starts), block, block)
+        for index, start in enumerate(starts):  # in place: a Gram matrix of a wide layer is gigabytes
             stop = min(start + block, width)
-            corner = root[start:stop, start:stop]
-            lower[:, start:stop] = torch.linalg.solve_triangular(corner, root[:, start:stop], upper=False, left=False)
-            diagonal[start:stop, start:stop] = corner @ corner.T * scale
-        return cls(lower.float(), diagonal, block)
+            corner = root[start:stop, start:stop].clone()
+            corners[index, : stop - start, : stop - start] = corner @ corner.T * scale
+            below = root[start:, start:stop]
+            below.copy_(torch.linalg.solve_triangular(corner, below, upper=False, left=False))
+        return cls(root.float(), corners, block)
+
+    @property
+    def diagonal(self) -> Tensor:
+        """D as a matrix. (in, in) float64"""
+        width = len(self.lower)
+        return torch.block_diag(*self.corners)[:width, :width]
+
+    def importance(self) -> Tensor:
+        """What a rounding error in each input costs: the diagonal of D. (in,) float32"""
+        return self.corners.diagonal(dim1=1, dim2=2).reshape(-1)[: len(self.lower)].float()
 
 
 def ldlq(weight: Tensor, feedback: Feedback, rounder: Rounder) -> Tensor:
@@ -120,7 +133,7 @@ def round_with_feedback(
     rotated = isinstance(quantizer, Rotated)
     inner = quantizer.inner if rotated else quantizer
     values = quantizer.rotated(weight.float()) if rotated else weight.float()
-    rounder = inner.rounder(values, stretch, feedback.diagonal.diagonal().float())
+    rounder = inner.rounder(values, stretch, feedback.importance())
     ldlq(values, feedback, rounder)
     parts = rounder.parts()
     if rotated:
