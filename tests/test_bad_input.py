@@ -765,7 +765,12 @@ class Unrolled(PreTrainedModel):
         return CausalLMOutput(logits=self.head(hidden + self.down(torch.relu(self.up(hidden)))))
 
 
-@pytest.mark.parametrize("budget", [("--rank", 8), ("--kept-fraction", 0.8)], ids=["known ranks", "chosen ranks"])
+FISHER = ("--rank", 8, "--method", "caldera", "--weighting", "fisher", "--backbone", "lloyd2", "--iterations", 1)
+
+
+@pytest.mark.parametrize(
+    "budget", [("--rank", 8), ("--kept-fraction", 0.8), FISHER], ids=["known ranks", "chosen ranks", "fisher"]
+)
 def test_a_model_without_blocks_is_run_whole_with_a_warning(budget, world, capfd, monkeypatch):
     monkeypatch.setattr(transformers, "Unrolled", Unrolled, raising=False)
     torch.manual_seed(0)
