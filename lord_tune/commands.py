@@ -538,7 +538,7 @@ def _settings(config: MethodConfig, shape: Any) -> Settings:
         },
         "afm": {"centred": config.centred},
         "loftq": iterations,
-        "caldera": iterations | {"downdate": config.downdate, "weighting": config.weighting},
+        "caldera": iterations | {"downdate": config.downdate, "order": config.order, "weighting": config.weighting},
     }
     choose_format = config.bits_per_weight is not None and config.backbone == "none"
     formats = config.families() if choose_format else [] if config.backbone == "none" else [config.backbone]

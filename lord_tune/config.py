@@ -106,6 +106,9 @@ class MethodConfig(RunConfig):
     downdate: Literal["auto", "on", "off"] = Field(
         "auto", description="caldera: spend no feedback on directions that L R carries; auto keeps the better"
     )
+    order: Literal["auto", "q", "lr"] = Field(
+        "auto", description="caldera: what is fitted to W first, Q or L R; auto keeps the better"
+    )
     weighting: Literal["activations", "fisher"] = Field(
         "activations",
         description="caldera: what an error costs: by the inputs' second moment, or by row and column means of squared "
@@ -179,6 +182,7 @@ class MethodConfig(RunConfig):
             "centred": self.method == "afm",
             "iterations": self.method == "loftq" or alternates,
             "downdate": alternates,
+            "order": alternates,
             "weighting": self.method == "caldera",
             "incoherence": any(form in _QUANTIZED for form in formats),
             "group_size": integer or lloyd or spqr,

@@ -8,7 +8,11 @@ a factor form they are rounded as rounding.py does.
 
 Feedback for directions that L R carries is wasted: the down-dated Gram matrix H - H R^T (R H R^T)^-1 R H (a Schur
 complement; the paper subtracts the top right singular vectors of L R H^(1/2), which span the same space) mostly helps
-16-bit factors and hurts coarse ones, so with `downdate="auto"` the first iteration tries both and the better goes on.
+16-bit factors and hurts coarse ones, so with `downdate="auto"` the first iteration tries both and the best goes on.
+
+Either Q or L R is fitted to W first (the paper's algorithm and its authors' scripts differ). L R first is 5-11 % better
+with 16-bit factors, Q first a few percent with 4-bit ones, on the layers that scripts/bench_caldera.py measures, so the
+first iteration tries both (`order="auto"`).
 
 The best iterate on H is returned: more iterations are never worse. The first iterate has L R = 0, LDLQ alone, so the
 result never is worse than that. The damping of H and the stretch of each row's scales are chosen on that first Q: the
@@ -52,6 +56,7 @@ class Caldera:
     name: ClassVar[str] = "caldera"
     iterations: int = 6
     downdate: str = "auto"  # auto, on, off
+    order: str = "auto"  # what is fitted to W first: auto, q, lr
     weighting: str = "activations"  # or "fisher"
     factor_form: FactorForm | None = None  # None: L and R stay as they are (16 bits or more)
 
@@ -79,12 +84,16 @@ class Caldera:
         start = problem.start()
         if rank == 0:
             return start.split
-        first = problem.with_factors(start, rank)
-        modes = {"auto": (False, True), "on": (True,), "off": (False,)}[self.downdate]
-        runs = {downdate: problem.iterate(first, rank, downdate) for downdate in modes}
-        best = min([start, first, *(iterate for run in runs.values() for iterate in run)], key=_error)
-        downdate = min(modes, key=lambda mode: runs[mode][-1].error)
-        current = runs[downdate][-1]
+        downdates = {"auto": (False, True), "on": (True,), "off": (False,)}[self.downdate]
+        best, tried = start, []
+        for order in ("q", "lr") if self.order == "auto" else (self.order,):
+            first = problem.with_factors(start if order == "q" else problem.nothing(start), rank)
+            best = min(best, first, key=_error) if order == "q" else best  # L R of W itself comes without a Q
+            for downdate in downdates:
+                run = problem.iterate(first, rank, downdate)
+                best = min([best, *run], key=_error)
+                tried.append((run[-1], downdate))
+        current, downdate = min(tried, key=lambda pair: pair[0].error)
         for _ in range(self.iterations - 1):
             run = problem.iterate(current, rank, downdate)
             best = min([best, *run], key=_error)
@@ -182,6 +191,11 @@ class _Problem:
         self.stretch = torch.tensor(STRETCHES, device=which.device)[which][:, None]
         tuned = self._iterate(*round_with_feedback(self.quantizer, self.weight, feedback, self.stretch), None)
         return min(plain, tuned, key=_error)
+
+    def nothing(self, start: _Iterate) -> _Iterate:
+        """Q = 0, from which L R is that of W itself; its parts mean nothing."""
+        assert start.split.parts is not None
+        return self._iterate(start.split.parts, torch.zeros_like(self.weight), None)
 
     def iterate(self, before: _Iterate, rank: int, downdate: bool) -> list[_Iterate]:
         """The Q step for these factors, and the L R step after it; both iterates."""
