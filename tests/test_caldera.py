@@ -198,7 +198,7 @@ def test_nf4_blocks_need_not_divide_the_width(width):
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24)], ids=str)
 def test_full_rank_leaves_nothing_and_the_down_date_nothing_to_feed_back(shape):
-    """L R carries all of H: the down-dated Gram matrix is rounding noise, which must not stop the run."""
+    """Where R spans the inputs (the tall shape) the down-dated Gram matrix is rounding noise: no obstacle."""
     w, moments = weight(shape), moments_of(inputs(shape[1]))
     for downdate in ("on", "off"):
         split = Caldera(iterations=3, downdate=downdate).split(w, moments, 24, E8)
@@ -487,10 +487,18 @@ def test_gradients_that_vanish_stay_finite(kind):
     split = method.split(W, MOMENTS, 6, E8, None, fisher)
     residual = W - split.backbone - split.factors.product()
     assert torch.isfinite(residual).all() and float(residual.norm() / W.norm()) < 1.5
-    if kind != "all":
-        rounded = dataclasses.replace(split, backbone=decoded(E8.quantize(W), E8, SHAPE))
-        rounded = dataclasses.replace(rounded, factors=Factors(W[:, :0], W[:0]))
-        assert fisher_error(split, fisher) < fisher_error(rounded, fisher)
+    if kind != "all":  # a NaN on the way would leave the rounding alone as the best iterate; measured: 0.24 to 0.35
+        assert fisher_error(split, fisher) < 0.5 * fisher_error(method.split(W, MOMENTS, 0, E8, None, fisher), fisher)
+
+
+@pytest.mark.parametrize("form", ["16 bits", "lloyd4", "lloyd2, top in int8"])
+def test_rows_of_large_gradients_get_more_of_the_rank(form):
+    """Against the same columns with every row alike; measured: 0.67 to 0.86."""
+    fisher = some_fisher()
+    alike = Fisher(torch.ones_like(fisher.rows), fisher.columns)
+    method = Caldera(iterations=3, weighting="fisher", factor_form=FORMS[form])
+    errors = [fisher_error(method.split(W, MOMENTS, 8, E8, None, given), fisher) for given in (fisher, alike)]
+    assert errors[0] < 0.93 * errors[1]
 
 
 def test_only_fisher_asks_for_gradients():
