@@ -24,9 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_spine import EVAL_TOKENS
 from bench_spine import Bench as SpineBench
 from torch import Tensor
 
+import lord_tune
 from lord_tune.calibration.corpus import documents, token_windows
 from lord_tune.calibration.moments import MomentAccumulator, Moments
 from lord_tune.console import say, show_table
@@ -60,7 +62,10 @@ class Bench(SpineBench):
             subprocess.run([*words, *options, "--overwrite"], env=environment, check=True)
             seconds = time.perf_counter() - start
             totals = read_json(out / "decomposition.json")["totals"]
-            return self.perplexity(str(out)) | {"seconds": seconds, "totals": totals}
+            found = lord_tune.evaluate(
+                str(out), text=[str(self.held)], max_tokens=EVAL_TOKENS, dequantize_once="fp16" not in options
+            )
+            return found | {"seconds": seconds, "totals": totals}
 
         return self.once(name, measure)
 
@@ -187,10 +192,10 @@ def layer(bench: Bench) -> None:
 # --- the whole model ---
 
 _FACTORS = ("--rank", str(RANK), "--factor-format", "lloyd4")
-_TOP = ("--top-rank", "8", "--top-format", "int8")
+_TOP = ("--top-rank", "8", "--top-format", "fp16")
 MODEL: list[tuple[str, str, tuple[str, ...]]] = [
     ("e8-2_caldera", "CALDERA, E8 2 bit", ("--method", "caldera", "--backbone", "e8-2", *_FACTORS)),
-    ("e8-2_caldera_top", "CALDERA, first 8 in int8", ("--method", "caldera", "--backbone", "e8-2", *_FACTORS, *_TOP)),
+    ("e8-2_caldera_top", "CALDERA, first 8 in fp16", ("--method", "caldera", "--backbone", "e8-2", *_FACTORS, *_TOP)),
     ("int2", "rounding, int2 groups of 64", ("--method", "svd", "--backbone", "int2", "--rank", "0")),
     ("lloyd2", "rounding, Lloyd 2 bit rotated", ("--method", "svd", "--backbone", "lloyd2", "--rank", "0")),
     ("lloyd2_loftq", "Lloyd 2 bit + LoftQ", ("--method", "loftq", "--backbone", "lloyd2", *_FACTORS)),
@@ -214,6 +219,10 @@ def model(bench: Bench) -> None:
         target = "" if limit is None else f"<= {limit:g}{'' if minutes <= limit else ', missed'}"
         bits = entry["linear_bits_per_weight"]
         rows.append([label, f"{entry['perplexity']:.2f}", f"{bits:.2f}", f"{minutes:.1f}", target])
+    trained = bench.recovered("e8-2_caldera_top", mode="split", dequantize_once=True)
+    bits, seconds = trained["linear_bits_per_weight"], trained["train_seconds"]
+    label = "CALDERA, first 8 trained (split), 32 steps of 256 tokens"
+    rows.append([label, f"{trained['perplexity']:.2f}", f"{bits:.2f}", f"{seconds / 60:.1f}", ""])
     show_table(
         f"SmolLM2-135M, L R of rank {RANK} in 4 bit where there is one; minutes on 2 processes of one thread",
         ["", "perplexity", "bits/weight of the linears", "minutes", "target"],

@@ -10,7 +10,7 @@ Feedback for directions that L R carries is wasted: the down-dated Gram matrix H
 complement; the paper subtracts the top right singular vectors of L R H^(1/2), which span the same space) mostly helps
 16-bit factors and hurts coarse ones, so with `downdate="auto"` the first iteration tries both and the best goes on.
 
-Either Q or L R is fitted to W first (the paper's algorithm and its authors' scripts differ). L R first is 5-11 % better
+Either Q or L R is fitted to W first (the paper's algorithm and its authors' scripts differ). L R first is 4-11 % better
 with 16-bit factors, Q first a few percent with 4-bit ones, on the layers that scripts/bench_caldera.py measures, so the
 first iteration tries both (`order="auto"`).
 
