@@ -667,7 +667,7 @@ def _show_equal_bits(layers: dict[str, dict[str, Any]]) -> None:
         own = entry[f"error_{key}"]
         curve = sorted((point["bits"], point[key]) for point in entry["equal_bits"].values())
         equal = _interpolated(curve, entry["bits_per_weight"])
-        ratios.append(own / equal)
+        ratios.append(max(own, 1e-300) / max(equal, 1e-300))  # a layer of zeros has no error
         cells = [f"{error:.4f} ({bits:.2f})" for bits, error in curve]
         beyond = "< " if entry["bits_per_weight"] > curve[-1][0] else ""
         rows.append([_kind(name), f"{own:.4f} ({entry['bits_per_weight']:.2f})", *cells, f"{beyond}{equal:.4f}"])

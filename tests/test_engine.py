@@ -431,6 +431,21 @@ def test_errors_between_two_widths_are_interpolated_in_their_logarithm():
     assert commands._interpolated(curve, 9.0) == 0.05
 
 
+def test_a_layer_of_zeros_goes_through(llama_dir, rows_file, tmp_path, capsys):
+    """Pruned layers exist; their errors are 0 at every width, which the comparison divides by."""
+    model = load_dense_or_factored(str(llama_dir))
+    model.model.layers[1].self_attn.q_proj.weight.data.zero_()
+    base = save_tiny(model, tmp_path / "base")
+    text = CALIBRATION | {"calibration": [str(rows_file)], "targets": "q_proj"}
+    for number, options in enumerate(({"factor_format": "lloyd4"}, {"factor_format": "fp16"})):
+        out = tmp_path / str(number)
+        options |= {"method": "caldera", "iterations": 1, "backbone": "int4", "rank": 4}
+        report = lord_tune.decompose(str(base), str(out), **options, **text)
+        assert report["layers"]["model.layers.1.self_attn.q_proj"]["error_calibrated"] == 0
+        assert "Q alone at the same bits (4 at most): 1.00" in " ".join(capsys.readouterr().out.split())
+        assert torch.isfinite(outputs(load_dense_or_factored(str(out)))).all()
+
+
 # --- hidden states in files ---
 
 

@@ -198,6 +198,20 @@ def test_split_trains_the_components_apart_alone(factored, family, tmp_path):
     assert written.keys() == stored.keys() and all(torch.equal(written[key], frozen[key]) for key in frozen)
 
 
+@pytest.mark.parametrize(
+    "stored", [{"rank": 0}, {"bits_per_weight": 2.5, "backbone": "e8-2"}], ids=["rank 0", "no bits left"]
+)
+@pytest.mark.parametrize("form", ["nf4", "int4", "spqr", "lloyd4", "e8-2"])
+def test_layers_without_low_rank_have_no_packed_factors(llama_dir, form, stored, tmp_path):
+    """No format packs a matrix without columns: rotations would search its odd part for ever, NF4 decodes NaN."""
+    options = {"method": "svd", "targets": "q_proj", "backbone": "int4"} | stored
+    lord_tune.decompose(str(llama_dir), str(tmp_path / "out"), factor_format=form, **options)
+    lord_tune.decompose(str(llama_dir), str(tmp_path / "plain"), **options)
+    packed, plain = (load_dense_or_factored(str(tmp_path / name)) for name in ("out", "plain"))
+    assert {layer.rank for layer in factored_layers(packed).values()} == {0}
+    assert torch.equal(logits(packed), logits(plain)) and torch.isfinite(logits(plain)).all()
+
+
 def test_split_is_refused_where_nothing_of_it_can_train(factored):
     with pytest.raises(UsageError, match="--top-rank"):
         expose_factors(load_dense_or_factored(str(factored("llama", "nf4"))), mode="split")

@@ -268,7 +268,7 @@ def _shape(module: Any) -> tuple[int, int]:
 def _build(module: Any, factors: Factors, parts: dict[str, Tensor] | None, settings: Settings) -> FactoredLinear:
     weight, quantizer = weight_of(module), settings.quantizer
     own = next((name for name, dtype in DTYPES.items() if dtype == weight.dtype), "fp32")
-    form = settings.factor_format or own
+    form = settings.factor_format if settings.factor_format and factors.rank else own  # no format packs no numbers
     plan = LayerPlan(
         shape=_shape(module),
         rank=factors.rank,
