@@ -809,8 +809,8 @@ def fill(folder: Path, free: int) -> Path:
     [
         # 16 windows of 64 x 64 float32 are 262 kB of hidden states in front of a block, those of two blocks coexist
         (200_000, ("--rank", 8, "--calibration-tokens", 1024), "states-writing"),
-        # no text, so no states: a block's shard is 53 kB, and the third does not fit
-        (130_000, ("--method", "svd", "--rank", 12), "model-00003"),
+        # no text, so no states: a block's shard is 53 kB, and the third does not fit beside two lines of the journal
+        (150_000, ("--method", "svd", "--rank", 12), "model-00003"),
         # one window in each of three streams is 98 kB of states; bases and curves of a block are 140 kB
         (170_000, ("--kept-fraction", 0.8, "--targets", "layers.0", "--calibration-tokens", 64), "analysis-00000"),
     ],

@@ -206,6 +206,15 @@ def test_full_rank_leaves_nothing_and_the_down_date_nothing_to_feed_back(shape):
         assert relative_error(residual, w, moments) < 1e-7  # sqrt of float64 rounding of squared energies
 
 
+@pytest.mark.xfail(strict=True, reason="the best iterate is Q alone, and comes back with rank 0")
+@pytest.mark.parametrize("form", ["16 bits", "lloyd4"])
+def test_the_rank_is_the_one_asked_for_even_where_it_gains_nothing(form):
+    """A matrix on the format's own grid, as one decoded from a quantized file is: Q is W, and L R trains from zero."""
+    grid = decoded(Int4().quantize(W), Int4(), SHAPE)
+    split = Caldera(iterations=1, factor_form=FORMS[form]).split(grid, MOMENTS, 4, Int4())
+    assert split.factors.rank == 4
+
+
 def test_factors_are_balanced():
     """Both sides of a component have one norm, which one scale for a group of either can serve."""
     factors = Caldera(iterations=2).split(W, MOMENTS, 6, E8).factors

@@ -316,6 +316,12 @@ def case_downdate(b: Bench) -> None:
     assert errors["auto"] <= min(errors["on"], errors["off"]) * (1 + 1e-4) and errors["on"] != errors["off"]
 
 
+def case_order(b: Bench) -> None:
+    runs = {order: b.small(method="caldera", iterations=1, order=order) for order in ("q", "lr", "auto")}
+    errors = {order: run.report["layers"][Q1]["error_calibrated"] for order, run in runs.items()}
+    assert errors["auto"] <= min(errors["q"], errors["lr"]) * (1 + 1e-4) and errors["q"] != errors["lr"]
+
+
 def case_incoherence(b: Bench) -> None:
     """On by default for the formats without a scale per few weights, and stored as signs."""
     turned = b.decompose(calibrated=False, method="svd", backbone="int2", incoherence=True)
@@ -507,6 +513,7 @@ DECOMPOSE: dict[str, Case] = {
     "centred": case_centred,
     "iterations": case_iterations,
     "downdate": case_downdate,
+    "order": case_order,
     "weighting": case_weighting,
     "incoherence": case_incoherence,
     "group_size": case_group_size,
@@ -733,6 +740,7 @@ PLAN: dict[str, Case] = {
     "centred": unchanged(centred=False, method="afm"),
     "iterations": case_plan_iterations,
     "downdate": unchanged(downdate="on", method="caldera", backbone="e8-2"),
+    "order": unchanged(order="lr", method="caldera", backbone="e8-2"),
     "weighting": case_plan_weighting,
     "incoherence": case_plan_incoherence,
     "group_size": case_plan_group_size,
@@ -1205,8 +1213,8 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
         (DecomposeConfig, "m o --rank 3 --calibration a.txt --propagate sequential --shrinkage auto --resume"),
         (
             DecomposeConfig,
-            "m o --method caldera --backbone int4 --rank 3 --downdate off --incoherence --group-size 16 --symmetric "
-            "--calibration a.txt",
+            "m o --method caldera --backbone int4 --rank 3 --downdate off --order lr --incoherence --group-size 16 "
+            "--symmetric --calibration a.txt",
         ),
         (DecomposeConfig, "m o --rank 3 --calibration a.txt --shrinkage 0.25"),
         (
@@ -1226,7 +1234,8 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
         (PlanConfig, "m --method loftq --backbone nf4 --rank 3 --iterations 2"),
         (
             PlanConfig,
-            "m --method caldera --backbone int4 --rank 3 --downdate off --incoherence --group-size 16 --symmetric",
+            "m --method caldera --backbone int4 --rank 3 --downdate off --order q --incoherence --group-size 16 "
+            "--symmetric",
         ),
         (PlanConfig, "m --kept-fraction 0.7 --sensitivity-tokens 5"),
         (
