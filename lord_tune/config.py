@@ -66,7 +66,7 @@ class MethodConfig(RunConfig):
     factor_format: Literal[FACTOR_FORMATS] | None = Field(  # type: ignore[valid-type]
         None,
         description="storage of L and R; default: the dtype of the weights. Low-precision ones are rounded with error "
-        "feedback where there is calibration text",
+        "feedback, on the calibration text where the method uses it",
     )
     top_rank: int = Field(
         0, ge=0, description="store this many of the first components of L and R in --top-format (train: mode split)"

@@ -36,7 +36,7 @@ class Settings:
 
     @property
     def rounds_factors(self) -> bool:
-        """Whether L and R are stored in a quantized format, and so rounded with feedback where there is text."""
+        """Whether L and R are stored in a quantized format, and so rounded with feedback."""
         return self.factor_format is not None and self.factor_format not in DTYPES
 
     def factor_form(self, rank: int) -> FactorForm | None:

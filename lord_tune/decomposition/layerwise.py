@@ -168,12 +168,14 @@ def _measure_stored(
 def _rounded(
     factors: Factors, target: Tensor, calibration: Moments | None, settings: Settings, centre: Tensor | None
 ) -> Factors:
-    """L and R rounded with feedback to fit `target`, where they are stored in a quantized format."""
+    """L and R rounded with feedback to fit `target`, where they are stored in a quantized format. Data-free methods stay
+    data-free: they would be no baseline otherwise."""
     form = settings.factor_form(factors.rank)
     if form is None:
         return factors
     aim = target.double() if centre is None else factors.product()  # a centred method leaves W's mean to the bias
-    return round_factors(aim, None if calibration is None else calibration.gram, factors, form)
+    weighed = calibration is not None and "input_gram" in settings.method.needs
+    return round_factors(aim, calibration.gram if weighed else None, factors, form)  # type: ignore[union-attr]
 
 
 def split_layer(
