@@ -168,8 +168,10 @@ def _measure_stored(
 def _rounded(
     factors: Factors, target: Tensor, calibration: Moments | None, settings: Settings, centre: Tensor | None
 ) -> Factors:
-    """L and R rounded with feedback to fit `target`, where they are stored in a quantized format. Data-free methods stay
-    data-free: they would be no baseline otherwise."""
+    """L and R rounded with feedback to fit `target`, where they are stored in a quantized format.
+
+    Data-free methods stay data-free: they would be no baseline otherwise.
+    """
     form = settings.factor_form(factors.rank)
     if form is None:
         return factors
