@@ -245,7 +245,7 @@ def estimate(
             block_bytes[widest] + bases + int(3 * share * window),
         )
     cut = _together([_truncation_parts(shapes[n], kept_ranks[n]) for n in layers])
-    again = ranks is not None or sequential  # the writing pass calibrates
+    again = ranks is not None or sequential or settings.rounds_factors  # the writing pass calibrates
     phases["writing"] = work if again else block_bytes[widest] + bases + factors + cut
     phases["rest"] = rest_bytes
 
@@ -267,7 +267,8 @@ def estimate(
         bits = 8.0 * packed / sum(s[0] * s[1] for s in shapes.values())
     seconds = None
     if rates is not None:
-        walks = 2 if ranks is None and sequential else 1  # in each, blocks run, layers are factorized
+        twice = ranks is None and (sequential or settings.rounds_factors)
+        walks = 2 if twice else 1  # in each, blocks run, layers are factorized
         seconds = _seconds(shapes, inputs, count, text, forward_flops, rates, walks, weighted, settings) / processes
     return Estimate(
         parameters=sum(t.numel() for t in tensors.values()),
