@@ -11,7 +11,7 @@ import platform
 import shlex
 import time
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -565,7 +565,7 @@ def _settings(config: MethodConfig, shape: Any) -> Settings:
     assert config.bits_per_weight is not None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LordWarning)  # the run itself says them
-        layers = survey(shape, settings).layers
+        layers = survey(shape, replace(settings, rank=0, bits_per_weight=None)).layers  # no budget to refuse yet
     smallest = {} if config.rank is None else {"smallest_rank": config.rank}
     return fit_format(layers, settings, quantizers, config.bits_per_weight, **smallest)
 

@@ -206,7 +206,6 @@ def test_full_rank_leaves_nothing_and_the_down_date_nothing_to_feed_back(shape):
         assert relative_error(residual, w, moments) < 1e-7  # sqrt of float64 rounding of squared energies
 
 
-@pytest.mark.xfail(strict=True, reason="the best iterate is Q alone, and comes back with rank 0")
 @pytest.mark.parametrize("form", ["16 bits", "lloyd4"])
 def test_the_rank_is_the_one_asked_for_even_where_it_gains_nothing(form):
     """A matrix on the format's own grid, as one decoded from a quantized file is: Q is W, and L R trains from zero."""
@@ -422,7 +421,6 @@ def test_rows_weigh_the_error():
         assert loss(aware.product(), MOMENTS.gram, rows) < 0.97 * loss(blind.product(), MOMENTS.gram, rows)
 
 
-@pytest.mark.xfail(strict=True, reason="the bias is that of the exact L R, so what rounding does to the mean is left")
 def test_a_centred_method_is_rounded_to_its_own_product():
     """AFM's L R leaves the mean to the bias: fitted to W instead, L would take the mean up again and the bias, which
     stays, would count it twice."""

@@ -763,7 +763,6 @@ def test_plan(name, bench):
     PLAN[name](bench)
 
 
-@pytest.mark.xfail(strict=True, reason="the plan knows the backward pass of loss_weighted only")
 def test_plan_foresees_the_backward_pass_of_fisher(bench):
     """Its memory, its files, its time."""
     plain, weighed = (

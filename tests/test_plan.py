@@ -331,7 +331,7 @@ def _yaml(folder: Path, text: str) -> str:
         ),
         ("MODEL --rank 8 --backbone nf4 --bits-per-weight 6", "--rank and --bits-per-weight came"),
         ("MODEL --bits-per-weight 3 --backbone int3", "int3 alone takes 3.600 for 'model.layers.0.mlp.down_proj'"),
-        ("MODEL --bits-per-weight 2", "lloyd2 alone takes 2.322"),
+        ("MODEL --bits-per-weight 2", "the narrowest format, lloyd2, takes 14.297 with rank 8"),
         ("MODEL --bits-per-weight 2.5", "the narrowest format, lloyd2, takes 14.297 with rank 8"),
         ("MODEL --bits-per-weight 40", "a number from 0 to 32 is wanted"),
         ("MODEL --bits-per-weight 6 --rank -1", "--rank -1"),

@@ -206,8 +206,9 @@ def estimate(
 
     calibrated = text is not None
     sequential = settings.propagate == "sequential"
-    weighted = "loss_weights" in settings.allocator.needs and settings.kept_fraction is not None
-    bases = sum(4 * shapes[n][0] * min(shapes[n]) for n in layers) if weighted else 0
+    by_loss = "loss_weights" in settings.allocator.needs and settings.kept_fraction is not None
+    weighted = by_loss or "fisher" in settings.method.needs  # there is a backward pass
+    bases = sum(4 * shapes[n][0] * min(shapes[n]) for n in layers) if by_loss else 0
     factors = sum(stored.values()) if stored else block_bytes[widest]
     kept_ranks = {n: _rank_bound(shapes[n], (ranks or {}).get(n), ranks is None) for n in layers}
     largest = _together([_working_parts(shapes[n], kept_ranks[n], text, settings) for n in layers])
@@ -256,7 +257,7 @@ def estimate(
         scratch += 3 * (text.tokens + text.heldout) * width * element
         if weighted:
             scratch += (count + 2) * text.sensitivity * width * element
-            scratch += sum(4 * s[0] * min(s) for s in shapes.values())
+            scratch += sum(4 * s[0] * min(s) if by_loss else 8 * sum(s) for s in shapes.values())
     after = None
     bits = None
     if ranks is not None:

@@ -177,7 +177,10 @@ def _rounded(
         return factors
     aim = target.double() if centre is None else factors.product()  # a centred method leaves W's mean to the bias
     weighed = calibration is not None and "input_gram" in settings.method.needs
-    return round_factors(aim, calibration.gram if weighed else None, factors, form)  # type: ignore[union-attr]
+    stored = round_factors(aim, calibration.gram if weighed else None, factors, form)  # type: ignore[union-attr]
+    if centre is None:
+        return stored
+    return dataclasses.replace(stored, bias_shift=(target.double() - stored.product()) @ centre.double())
 
 
 def split_layer(

@@ -19,13 +19,14 @@ result never is worse than that. The damping of H and the stretch of each row's 
 damping by held-out error where held-out text is given, because feedback fits to noise.
 
 `weighting="fisher"` replaces H by the diagonal of the squared gradients' column means and weighs the rows by their row
-means (LQ-LoRA, Guo et al., arXiv 2311.12023, section 3.3): the same two steps for another norm.
+means (LQ-LoRA, Guo et al., arXiv 2311.12023, section 3.3): the same two steps for another norm. Row weights decide L R;
+rows of Q are rounded one by one, where they change nothing (in rotated coordinates rows mix, and they are left out).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -43,7 +44,7 @@ from ..quantizers.ldlq import (
     rounding_inputs,
 )
 from .base import Factors, Fisher, Split
-from .rounding import FactorForm, factor_feedback, refine
+from .rounding import FactorForm, factor_feedback, plainly_rounded, refine
 
 DAMPINGS: tuple[float, ...] = (0.01, 0.1, 0.3)
 STRETCHES = (0.92, 1.0, 1.08)
@@ -79,6 +80,7 @@ class Caldera:
         if not 0 <= rank <= min(weight.shape):
             limit = min(weight.shape)
             raise UsageError(f"Rank {rank} came for a {tuple(weight.shape)} matrix; choose 0 to {limit}.")
+        assert fisher is not None or self.weighting == "activations", "the driver measures what `needs` names"
         weighting = fisher if self.weighting == "fisher" else None
         problem = _Problem(weight.double(), moments, heldout, quantizer, weighting, self.factor_form)
         start = problem.start()
@@ -98,7 +100,7 @@ class Caldera:
             run = problem.iterate(current, rank, downdate)
             best = min([best, *run], key=_error)
             current = run[-1]
-        return best.split
+        return best.split if best.split.factors.rank else problem.idle(best, rank)
 
 
 def feedback_alone(
@@ -191,6 +193,13 @@ class _Problem:
         self.stretch = torch.tensor(STRETCHES, device=which.device)[which][:, None]
         tuned = self._iterate(*round_with_feedback(self.quantizer, self.weight, feedback, self.stretch), None)
         return min(plain, tuned, key=_error)
+
+    def idle(self, alone: _Iterate, rank: int) -> Split:
+        """Q alone, with L = 0 beside the strongest directions of the inputs as R: nothing to add, but it can train."""
+        _, axes = principal_axes(self.gram)
+        left, right = self.weight.new_zeros(len(self.weight), rank), axes[:, :rank].T.contiguous()
+        factors = Factors(left, right) if self.form is None else plainly_rounded(Factors(left, right), self.form)
+        return replace(alone.split, factors=factors)
 
     def nothing(self, start: _Iterate) -> _Iterate:
         """Q = 0, from which L R is that of W itself; its parts mean nothing."""

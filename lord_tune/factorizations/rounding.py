@@ -13,7 +13,7 @@ another, finer format (or in 16 bits, to be trained); the rest is fitted to what
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from ..quantizers.ldlq import Feedback, block_of, round_with_feedback, rounding_
 from .base import Factors
 
 _DAMPING = 0.01
-_ROUNDS = 2  # further ones gain under 1 %
+_ROUNDS = 2  # in rotated coordinates further ones gain under 1 %
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def refine(
     top = None
     left, right = factors.left, factors.right
     if form.top:
-        top = _stored_top(left[:, : form.top], right[: form.top], form.top_form)
+        top = _nearest(left[:, : form.top], right[: form.top], form.top_form)
         left, right = left[:, form.top :], right[form.top :]
         target = target - top.left @ top.right
     scale = torch.ones(len(target), 1, dtype=target.dtype) if rows is None else rows[:, None]
@@ -97,7 +97,14 @@ def _feedback(quantizer: Any, gram: Tensor) -> Feedback:
     return Feedback.of(rounding_gram(quantizer, gram), _DAMPING, block_of(quantizer))
 
 
-def _stored_top(left: Tensor, right: Tensor, form: Any) -> Factors:
+def plainly_rounded(factors: Factors, form: FactorForm) -> Factors:
+    """The factors rounded to the nearest, without a target to fit."""
+    top = _nearest(factors.left[:, : form.top], factors.right[: form.top], form.top_form) if form.top else None
+    rest = _nearest(factors.left[:, form.top :], factors.right[form.top :], form.quantizer)
+    return replace(rest, bias_shift=factors.bias_shift, top=top)
+
+
+def _nearest(left: Tensor, right: Tensor, form: Any) -> Factors:
     if isinstance(form, torch.dtype):
         return Factors(left.to(form).double(), right.to(form).double())
     stored = []

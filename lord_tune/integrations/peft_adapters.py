@@ -118,7 +118,8 @@ def _check_trainable(name: str, layer: FactoredLinear, mode: str) -> None:
     if mode == SPLIT and layer.top_left is None:
         raise UsageError(f"'{name}' has no components stored apart; decompose with --top-rank, or use mode: factors.")
     if mode == FACTORS and layer.top_left is not None:
-        raise UsageError(f"'{name}' has its first {layer.plan.top_rank} components stored apart; use mode: split.")
+        usable = LORA if isinstance(layer.top_left, QuantizedLinear) else SPLIT
+        raise UsageError(f"'{name}' has its first {layer.plan.top_rank} components stored apart; use mode: {usable}.")
     pair = (layer.top_left, layer.top_right) if mode == SPLIT else (layer.left, layer.right)
     if any(isinstance(factor, QuantizedLinear) for factor in pair):
         form = layer.plan.top_format if mode == SPLIT else layer.plan.left_format

@@ -27,7 +27,8 @@ _WIDEST = 64  # of a factor; 576 = 9 2^6 is 36 x 16
 
 
 def odd_part(size: int) -> int:
-    """The m of size = m 2^p."""
+    """The m of size = m 2^p, size >= 1."""
+    assert size >= 1, "a matrix without columns has no rotation"
     while size % 2 == 0:
         size //= 2
     return size
@@ -103,21 +104,24 @@ class _Shared(threading.local):
 
     def __init__(self) -> None:
         self._input: weakref.ref[Tensor] | None = None
-        self._state: tuple[int, bool, bool] = (0, False, False)
+        self._version = 0
         self._signs: Tensor | None = None
         self._turned: Tensor | None = None
 
     def into(self, x: Tensor, packed_signs: Tensor) -> Tensor:
-        """`into(x, signs)`, computed once while x lives, is not written to, and gradients are as much wanted."""
+        """`into(x, signs)`, computed once while x lives and is not written to, where no gradient is wanted."""
         if x.is_inference():  # has no version that would tell of a write
             return into(x, _unpacked(packed_signs, x.shape[-1]))
-        state = (x._version, torch.is_grad_enabled(), x.requires_grad)
-        if self._input is not None and self._input() is x and self._state == state:
+        differentiable = torch.is_grad_enabled() and x.requires_grad
+        if self._input is not None and self._input() is x and self._version == x._version and not differentiable:
             assert self._turned is not None and self._signs is not None
             if torch.equal(self._signs, packed_signs):
                 return self._turned
         turned = into(x, _unpacked(packed_signs, x.shape[-1]))
-        self._input, self._state, self._signs, self._turned = weakref.ref(x, self._forget), state, packed_signs, turned
+        if turned.requires_grad:  # its graph belongs to one backward pass, and is recomputed under checkpointing
+            return turned
+        self._input, self._version = weakref.ref(x, self._forget), x._version
+        self._signs, self._turned = packed_signs, turned
         return turned
 
     def _forget(self, reference: weakref.ref) -> None:
