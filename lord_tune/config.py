@@ -73,7 +73,7 @@ class MethodConfig(RunConfig):
     )
     top_format: Literal["fp32", "fp16", "bf16", "int8"] = Field("fp16", description="see --top-rank")
     rank: int | None = Field(
-        None, description="the same rank for every layer; 0 with a backbone is plain rounding, the baseline"
+        None, description="the same rank for every layer; 0 with a backbone is rounding alone, the baseline"
     )
     kept_fraction: float | None = Field(
         None, description="fraction of the selected linears' parameters to keep (0.9 removes 10 %); no backbone"
@@ -126,7 +126,7 @@ class MethodConfig(RunConfig):
     double_quant: bool = Field(False, description="nf4: store the scales in 8 bits")
     targets: str | None = Field(None, description="regex of layer names to decompose; default: all linears in blocks")
     exclude: str | None = Field(None, description="regex of layer names to leave dense")
-    seed: int = Field(0, description="of the choice of calibration documents")
+    seed: int = Field(0, description="of the choice of calibration documents and of rotations")
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(None, description="load the model in this dtype")
 
     @property
