@@ -647,6 +647,9 @@ def _show_decomposition(report: dict[str, Any], config: DecomposeConfig) -> None
     poor = [name for name, entry in report["layers"].items() if _is_poorly_determined(entry)]
     if poor:
         say(f"{len(poor)} layers saw fewer tokens than inputs, or dead inputs, like {poor[0]}; give them more text")
+    fitted = [name for name, entry in report["layers"].items() if _is_overfitted(entry)]
+    if fitted:
+        say(f"{len(fitted)} layers err over twice as much on held-out text, like {fitted[0]}; give them more text")
     totals = report["totals"]
     say(
         f"peak memory {human_bytes(totals['peak_rss_bytes'])} (estimated "
@@ -697,6 +700,11 @@ def _interpolated(curve: list[tuple[float, float]], bits: float) -> float:
 def _is_poorly_determined(entry: dict[str, Any]) -> bool:
     inputs = entry["inputs"]
     return bool(inputs) and (inputs["tokens"] < entry["shape"][1] or inputs["dead_inputs"] > 0)
+
+
+def _is_overfitted(entry: dict[str, Any]) -> bool:
+    calibrated, heldout = entry["error_calibrated"], entry["error_heldout"]
+    return bool(calibrated) and heldout is not None and heldout > 2 * calibrated
 
 
 def _kind(name: str) -> str:

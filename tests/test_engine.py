@@ -872,3 +872,16 @@ def test_memory_does_not_grow_with_the_number_of_blocks(options, rows_file, tmp_
     assert peaks[16] < 1.15 * peaks[4]
     # Python and torch are most of either peak, so the growth itself; measured: 2 to 5 MB of 47
     assert peaks[16] - peaks[4] < 0.25 * 12 * block_bytes
+
+
+def test_layers_that_fit_the_calibration_text_alone_are_told(llama_dir, rows_file, tmp_path, capsys):
+    """32 tokens span 32 output directions, so rank 40 has no error on them; rank 8 errs on both texts alike."""
+    text = {"calibration": [str(rows_file)], "method": "whitened", "targets": "down_proj"}
+    lord_tune.decompose(
+        str(llama_dir), str(tmp_path / "few"), rank=40, calibration_tokens=32, context_length=32, **text
+    )
+    assert "3 layers err over twice as much on held-out text" in " ".join(capsys.readouterr().out.split())
+    lord_tune.decompose(
+        str(llama_dir), str(tmp_path / "many"), rank=8, calibration_tokens=1024, context_length=64, **text
+    )
+    assert "err over twice as much" not in capsys.readouterr().out
