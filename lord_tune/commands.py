@@ -108,7 +108,6 @@ def decompose(model: str, out: str, **options: Any) -> dict[str, Any]:
     _check_formats(config)
     workers, device = launched_processes()
     journal = Journal(Path(config.out), workers)
-    journal = Journal(Path(config.out), workers)
     perhaps_finished = config.resume and not config.overwrite and (journal.out / "decomposition.json").is_file()
     if not perhaps_finished:
         journal.check(config.resume, config.overwrite)

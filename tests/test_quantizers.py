@@ -30,7 +30,7 @@ from lord_tune.quantizers import (
 from lord_tune.quantizers import QUANTIZERS as BY_NAME
 from lord_tune.quantizers.e8 import codebook, nearest_small, nearest_words, small_book
 from lord_tune.quantizers.grouped import Grouped
-from lord_tune.quantizers.incoherence import into, kurtosis, out_of, random_signs
+from lord_tune.quantizers.incoherence import into, out_of, random_signs
 from lord_tune.quantizers.ldlq import Feedback, ldlq
 from lord_tune.quantizers.packing import pack, packed_bytes, unpack_values, word_table
 
@@ -192,6 +192,12 @@ def test_rotations_are_orthogonal_for_any_size(size):
         assert float(turned.abs().max()) <= (2 / size) ** 0.5 + tolerance
         x = torch.randn(3, size, dtype=dtype, generator=torch.Generator().manual_seed(size))
         assert float((out_of(into(x, signs), signs) - x).abs().max()) < 5 * tolerance  # entries up to 4
+
+
+def kurtosis(values):
+    """Of a sample; 3 for a normal distribution."""
+    centred = values.double().flatten() - values.double().mean()
+    return float(centred.pow(4).mean() / centred.square().mean() ** 2)
 
 
 def test_rotation_makes_outliers_normal():

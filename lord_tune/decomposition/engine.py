@@ -701,7 +701,7 @@ def fit_format(
     needed = max(bits_at(module, smallest_rank, least) for module in layers.values())
     raise UsageError(
         f"--bits-per-weight {bits:g} came; the narrowest format, {formats[0].name}, takes {needed:.3f} with rank "
-        f"{smallest_rank}. Give at least that, a coarser --factor-format, or --rank 0."
+        f"{smallest_rank}. Give at least that{', a coarser --factor-format, or --rank 0' if smallest_rank else ''}."
     )
 
 

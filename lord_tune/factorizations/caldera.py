@@ -7,8 +7,8 @@ optimal rank-r factors of W - Q, U_r and U_r^T (W - Q) with U the eigenvectors o
 a factor form they are rounded as rounding.py does.
 
 Feedback for directions that L R carries is wasted: the down-dated Gram matrix H - H R^T (R H R^T)^-1 R H (a Schur
-complement; the paper subtracts the top right singular vectors of L R H^(1/2), which span the same space) mostly helps
-16-bit factors and hurts coarse ones, so with `downdate="auto"` the first iteration tries both and the best goes on.
+complement; the paper subtracts the top right singular vectors of L R H^(1/2), which span the same space) helps as far
+as L R carries them exactly. With `downdate="auto"` the first iteration tries both and the best goes on.
 
 Either Q or L R is fitted to W first (the paper's algorithm and its authors' scripts differ). L R first is 4-11 % better
 with 16-bit factors, Q first a few percent with 4-bit ones, on the layers that scripts/bench_caldera.py measures, so the

@@ -195,9 +195,3 @@ def _unpacked(packed: Tensor, size: int) -> Tensor:
     """(size,) float32 of +-1."""
     bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
     return 1.0 - 2.0 * bits.reshape(-1)[:size].float()
-
-
-def kurtosis(values: Tensor) -> float:
-    """Of a sample; 3 for a normal distribution."""
-    centred = values.double().flatten() - values.double().mean()
-    return float(centred.pow(4).mean() / centred.square().mean() ** 2)
