@@ -1,0 +1,122 @@
+"""What a training run is told: its options, and trl's arguments with our defaults.
+
+Defaults that differ from trl's: learning rates fit for factors (1e-4) and for LoRA on them (2e-4; trl's 2e-5 is one for
+full fine-tuning), float32 on CPUs (trl's bfloat16 default fails or is up to 134 times slower there), one epoch, no
+reporting to trackers unless asked. Everything else is trl's, under trl's names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from ..errors import UsageError
+from ..integrations.peft_adapters import FACTORS, LORA, SPLIT
+
+LEARNING_RATES = {FACTORS: 1e-4, SPLIT: 1e-4, LORA: 2e-4}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """What is trained on what; the optimiser's and the loop's settings are trl's own."""
+
+    model_name_or_path: str
+    dataset_name: str
+    dataset_config: str | None = None
+    dataset_train_split: str = "train"
+    dataset_test_split: str | None = None
+    eval_dataset_name: str | None = None
+    mode: str = FACTORS
+    lora_r: int = 8
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    targets: str | None = None
+
+
+def trainer_arguments(
+    given: dict[str, Any], mode: str, causal: bool, known_elsewhere: list[str], evaluated: bool = False
+) -> Any:
+    """An SFTConfig from YAML or command-line values, with our defaults (masked models use its TrainingArguments part).
+
+    Raises UsageError for an unknown key, with the nearest valid one, for values of the wrong type, and for keys of
+    SFTTrainer that a masked model's training would ignore.
+    """
+    from transformers import HfArgumentParser, TrainingArguments
+    from trl import SFTConfig
+
+    names = {f.name for f in dataclasses.fields(SFTConfig) if f.init}
+    if "torch_dtype" in given:
+        raise UsageError("torch_dtype is the old spelling; write dtype.")
+    for key in given:
+        if key not in names:
+            near = difflib.get_close_matches(key, [*names, *known_elsewhere], n=1)
+            hint = f"did you mean '{near[0]}'?" if near else "see the keys of trl's SFTConfig."
+            raise UsageError(f"Unknown training key '{key}'; {hint}")
+    if not causal:
+        shared = {f.name for f in dataclasses.fields(TrainingArguments)} | {"max_length"}
+        for key in sorted(set(given) - shared):
+            raise UsageError(f"{key} has no effect on a masked language model; remove it.")
+    on_cpu = not torch.accelerator.is_available() or bool(_as_bool(given.get("use_cpu")))
+    defaults: dict[str, Any] = {
+        "learning_rate": LEARNING_RATES[mode],
+        "num_train_epochs": 1,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+        "report_to": "none",
+        "logging_nan_inf_filter": False,  # else a NaN loss is logged as 0
+        "bf16": not on_cpu and _bf16_works() and not _as_bool(given.get("fp16")),
+        "use_cpu": on_cpu,
+        "gradient_checkpointing": not on_cpu,
+        "eval_strategy": "epoch" if evaluated else "no",
+    }
+    parser = HfArgumentParser(SFTConfig)  # type: ignore[arg-type]
+
+    def fail(message: str) -> None:
+        raise UsageError(f"Training configuration: {message}.")
+
+    parser.error = fail  # type: ignore[method-assign,assignment]
+    words: list[str] = []
+    for key, value in (defaults | {k: v for k, v in given.items() if v is not None}).items():
+        words.append(f"--{key}")
+        words.extend(_words(value))
+    try:
+        return parser.parse_args_into_dataclasses(args=words, look_for_args_file=False)[0]
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"Training configuration: {error}") from error
+
+
+def _words(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [json.dumps(value)]
+    if isinstance(value, list | tuple):
+        return [str(item) for item in value]
+    return [str(value)]
+
+
+def _as_bool(value: Any) -> bool:
+    return value is True or str(value).lower() in ("true", "1", "yes")
+
+
+def _bf16_works() -> bool:
+    return torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.accelerator.is_available()
+
+
+def load_yaml(path: str) -> dict[str, Any]:
+    """A mapping from a YAML file."""
+    file = Path(path)
+    if not file.is_file():
+        raise UsageError(f"The config file {path} does not exist; check the path.")
+    try:
+        content = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        line = str(error).strip().replace("\n", " ")
+        raise UsageError(f"{path} is not valid YAML: {line[:300]}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} holds no keys; a YAML mapping (key: value) is wanted.")
+    return content
