@@ -6,7 +6,6 @@ Keyword arguments are the fields of the verb's record in config.py.
 from __future__ import annotations
 
 import json
-import math
 import platform
 import shlex
 import time
@@ -20,7 +19,7 @@ import psutil
 import torch
 
 from . import __version__
-from .allocation import ALLOCATORS, break_even
+from .allocation import ALLOCATORS
 from .calibration.corpus import documents, file_windows, text_sha256, token_windows
 from .cards import decomposition_card, export_card, training_card
 from .config import (
@@ -35,7 +34,6 @@ from .config import (
 )
 from .console import (
     LiveTable,
-    duration,
     human_bytes,
     is_main_process,
     note,
@@ -48,11 +46,8 @@ from .decomposition import (
     Estimate,
     Journal,
     LayerRecord,
-    Notify,
-    Progress,
     Rates,
     Settings,
-    Survey,
     TextSize,
     Windows,
     decompose_checkpoint,
@@ -85,11 +80,21 @@ from .integrations.models import (
     weight_files,
     window_length,
 )
-from .integrations.peft_adapters import Coverage
 from .layer_plan import DTYPES, FORMAT_VERSION, make_quantizer
-from .layers import dequantize_once, shape_of
+from .layers import dequantize_once
 from .memory import PeakMemory
 from .storage import atomic_directory, check_destination, check_json_file, read_json, sha256_files, write_json
+from .tables import (
+    LAYER_COLUMNS,
+    LAYER_WIDTHS,
+    inspect_row,
+    layer_rows,
+    show_coverage,
+    show_decomposition,
+    show_estimate,
+    show_totals,
+    summary,
+)
 from .training import TrainOptions, train_model, trainer_arguments
 
 _SHRINKAGES = (0.0, 0.05, 0.15, 0.4)  # candidates of --shrinkage auto
@@ -142,14 +147,14 @@ def decompose(model: str, out: str, **options: Any) -> dict[str, Any]:
         found = survey(source.model, settings)
         before = sizes(source.model)
         foreseen = _estimate(shape, settings, _text_size(windows), None, workers.size)
-        say(f"decomposing {config.model}: {_summary(config, settings)}")
+        say(f"decomposing {config.model}: {summary(config, settings)}")
         say(
             f"{foreseen.parameters:,} parameters, {foreseen.layers} layers in {foreseen.blocks} blocks; estimated peak "
             f"memory {human_bytes(foreseen.peak_bytes)}, scratch files {human_bytes(foreseen.scratch_bytes)}"
         )
         task = task_of(tokenizer, kind_of(source.model) == "masked")
-        with PeakMemory() as peak, LiveTable(_LAYER_COLUMNS, _LAYER_WIDTHS) as table:
-            outcome = decompose_checkpoint(source, found, settings, windows, task, journal, _shower(table))
+        with PeakMemory() as peak, LiveTable(LAYER_COLUMNS, LAYER_WIDTHS) as table:
+            outcome = decompose_checkpoint(source, found, settings, windows, task, journal, layer_rows(table))
         totals = _totals(outcome.records, before, sizes(source.model), time.perf_counter() - start)
         totals |= {"peak_rss_bytes": peak.bytes, "estimated_peak_rss_bytes": foreseen.peak_bytes}
         report = {
@@ -173,7 +178,7 @@ def decompose(model: str, out: str, **options: Any) -> dict[str, Any]:
         if not journal.abandon():
             note(f"what is finished is kept in {journal.folder}; continue with the same command and --resume")
         raise
-    _show_decomposition(report, config)
+    show_decomposition(report, config)
     return report
 
 
@@ -204,7 +209,7 @@ def plan(model: str, **options: Any) -> dict[str, Any]:
     if config.json_file:
         write_json(Path(config.json_file), result)
         return result
-    _show_estimate(foreseen, survey(shape, settings), config, settings)
+    show_estimate(foreseen, survey(shape, settings), config, settings)
     return result
 
 
@@ -342,11 +347,11 @@ def inspect(model: str, **options: Any) -> dict[str, Any]:
     if config.json_file:
         write_json(Path(config.json_file), report)
         return report
-    rows = [_inspect_row(name, entry) for name, entry in report["layers"].items()]
+    rows = [inspect_row(name, entry) for name, entry in report["layers"].items()]
     columns = ["layer", "shape", "rank", "backbone", "bits/weight", "calibrated", "held-out", "plain"]
     show_table(str(folder), columns, rows)
     if report["totals"]:
-        _show_totals(report["totals"])
+        show_totals(report["totals"])
     return report
 
 
@@ -423,75 +428,6 @@ def _estimate(shape: Any, settings: Settings, text: TextSize | None, rates: Rate
     held = psutil.Process().memory_info().rss
     ranks = known_ranks(found.layers, settings)
     return estimate(shape, found, settings, text, ranks, groups, flops, held, rates, processes)
-
-
-_LAYER_COLUMNS = ["layer", "shape", "rank", "calibrated", "held-out", "plain SVD", "seconds"]
-_LAYER_WIDTHS = [40, 11, 5, 10, 8, 9, 7]
-
-
-def _shower(table: LiveTable) -> Notify:
-    """Shows the steps of a run: a row per finished layer, and how far it is."""
-
-    def show(step: Progress) -> None:
-        for name, record in step.layers.items():
-            errors = (record.error_calibrated, record.error_heldout, record.error_plain)
-            cells = ["-" if record.rank == "dense" or e is None else f"{e:.4f}" for e in errors]
-            shape = f"{record.shape[0]}x{record.shape[1]}"
-            table.row([name, shape, str(record.rank), *cells, f"{record.seconds:.2f}"])
-        left = "" if step.remaining is None else f", about {duration(step.remaining)} left"
-        table.status(f"{step.phase}: block {step.done}/{step.total}{left}")
-
-    return show
-
-
-def _show_estimate(foreseen: Estimate, found: Survey, config: PlanConfig, settings: Settings) -> None:
-    kinds: dict[str, list[str]] = {}
-    for name in found.layers:
-        kinds.setdefault(_kind(name), []).append(name)
-    rows = []
-    for kind, names in kinds.items():
-        shape = shape_of(found.layers[names[0]])
-        rank = "from calibration"
-        if foreseen.ranks is not None:
-            chosen = {foreseen.ranks[name] for name in names}
-            rank = ", ".join("dense" if r is None else str(r) for r in sorted(chosen, key=lambda r: r or 0))
-        rows.append([kind, f"{shape[0]}x{shape[1]}", str(len(names)), rank, str(break_even(shape))])
-    show_table(
-        f"plan for {config.model}: {_summary(config, settings)}",
-        ["layer", "shape", "count", "rank", "break-even"],
-        rows,
-    )
-    after = "decided by the calibration"
-    if config.kept_fraction is not None and foreseen.model_bytes_after is None:
-        share = foreseen.linear_parameters * (1 - config.kept_fraction)
-        after = f"about {human_bytes(foreseen.model_bytes * (1 - share / foreseen.parameters))}"
-    elif foreseen.model_bytes_after is not None:
-        bits = foreseen.linear_bits_per_weight
-        after = f"{human_bytes(foreseen.model_bytes_after)}, linears at {bits:.2f} bits per weight"
-    say(
-        f"{foreseen.parameters:,} parameters, {foreseen.linear_parameters:,} of them in {foreseen.layers} layers of "
-        f"{foreseen.blocks} blocks; {human_bytes(foreseen.model_bytes)} -> {after}"
-    )
-    if found.skipped:
-        say(f"not decomposed: {_count_reasons(found.skipped)}")
-    parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in foreseen.phases.items())
-    say(
-        f"peak memory {human_bytes(foreseen.peak_bytes)} per process: {human_bytes(foreseen.held_bytes)} for Python "
-        f"and the libraries, and the largest of: {parts}"
-    )
-    say(f"scratch files beside the output: {human_bytes(foreseen.scratch_bytes)}")
-    if foreseen.seconds is not None:
-        say(
-            f"time about {duration(foreseen.seconds)} on {config.processes} process(es), from rates measured just now "
-            f"with {torch.get_num_threads()} thread(s)"
-        )
-
-
-def _count_reasons(skipped: dict[str, str]) -> str:
-    counts: dict[str, int] = {}
-    for reason in skipped.values():
-        counts[reason] = counts.get(reason, 0) + 1
-    return ", ".join(f"{count} {reason}" for reason, count in counts.items())
 
 
 def show_plan(config: RunConfig) -> dict[str, Any]:
@@ -592,18 +528,6 @@ def _windows(config: DecomposeConfig, model: Any, tokenizer: Any) -> tuple[Windo
     return Windows(calibration, heldout, sensitivity), described
 
 
-def _summary(config: MethodConfig, settings: Settings) -> str:
-    if config.bits_per_weight is not None:
-        budget = f"{config.bits_per_weight:g} bits per weight"
-        budget += "" if config.rank is None else f" with rank {config.rank}"
-    elif config.rank is not None:
-        budget = f"rank {config.rank}"
-    else:
-        budget = f"{config.kept_fraction:g} kept, {config.allocation}"
-    backbone = "L R only" if settings.quantizer is None else f"{settings.quantizer.name} + L R"
-    return f"{backbone}, method {config.method}, {budget}"
-
-
 def _totals(
     records: dict[str, LayerRecord], before: dict[str, float], after: dict[str, float], seconds: float
 ) -> dict[str, Any]:
@@ -624,133 +548,10 @@ def _totals(
     }
 
 
-def _show_decomposition(report: dict[str, Any], config: DecomposeConfig) -> None:
-    """One line per kind of layer (the last part of its name): ranks and errors."""
-    kinds: dict[str, list[dict[str, Any]]] = {}
-    for name, entry in report["layers"].items():
-        kinds.setdefault(_kind(name), []).append(entry)
-    rows = []
-    for kind, entries in kinds.items():
-        ranks = [entry["rank"] for entry in entries if entry["rank"] != "dense"]
-        span = "-" if not ranks else f"{min(ranks)}-{max(ranks)}" if min(ranks) != max(ranks) else str(ranks[0])
-        chosen = [entry for entry in entries if entry["rank"] != "dense"]
-        cells = [_mean(chosen, key) for key in ("error_calibrated", "error_heldout", "error_plain", "error_backbone")]
-        shape = "x".join(map(str, entries[0]["shape"]))
-        rows.append([kind, shape, f"{len(ranks)}/{len(entries)}", span, *cells])
-    columns = ["layer", "shape", "factored", "rank", "calibrated", "held-out", "plain SVD", "Q alone"]
-    show_table("mean relative output error by kind of layer", columns, rows)
-    _show_equal_bits(report["layers"])
-    _show_totals(report["totals"])
-    if report["skipped"]:
-        say(f"not decomposed: {_count_reasons(report['skipped'])}")
-    poor = [name for name, entry in report["layers"].items() if _is_poorly_determined(entry)]
-    if poor:
-        say(f"{len(poor)} layers saw fewer tokens than inputs, or dead inputs, like {poor[0]}; give them more text")
-    fitted = [name for name, entry in report["layers"].items() if _is_overfitted(entry)]
-    if fitted:
-        say(f"{len(fitted)} layers err over twice as much on held-out text, like {fitted[0]}; give them more text")
-    totals = report["totals"]
-    say(
-        f"peak memory {human_bytes(totals['peak_rss_bytes'])} (estimated "
-        f"{human_bytes(totals['estimated_peak_rss_bytes'])})"
-    )
-    say(f"wrote {config.out}")
-    say(f"next: lord-tune evaluate {config.out} --text FILE   or   lord-tune inspect {config.out}")
-
-
-def _show_equal_bits(layers: dict[str, dict[str, Any]]) -> None:
-    """Whether L R pays: feedback rounding without it, at 2, 3 and 4 bits and, between them, at the bits of this run."""
-    compared = {name: entry for name, entry in layers.items() if entry["equal_bits"]}
-    if not compared:
-        return
-    rows, ratios = [], []
-    for name, entry in compared.items():
-        key = "calibrated" if entry["error_heldout"] is None else "heldout"
-        own = entry[f"error_{key}"]
-        curve = sorted((point["bits"], point[key]) for point in entry["equal_bits"].values())
-        equal = _interpolated(curve, entry["bits_per_weight"])
-        ratios.append(max(own, 1e-300) / max(equal, 1e-300))  # a layer of zeros has no error
-        cells = [f"{error:.4f} ({bits:.2f})" for bits, error in curve]
-        beyond = "< " if entry["bits_per_weight"] > curve[-1][0] else ""
-        rows.append([_kind(name), f"{own:.4f} ({entry['bits_per_weight']:.2f})", *cells, f"{beyond}{equal:.4f}"])
-    block = next(iter(compared)).removesuffix("." + _kind(next(iter(compared))))
-    columns = ["layer", "Q + L R", "2-bit Q", "3-bit Q", "4-bit Q", "Q at equal bits"]
-    text = "calibration" if any(e["error_heldout"] is None for e in compared.values()) else "held-out"
-    show_table(
-        f"the same bits without L R: {block}, relative error on {text} text (bits per weight), E8 with feedback",
-        columns,
-        rows,
-    )
-    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-    verdict = "L R pays at this width" if mean < 1 else "at this width L R pays as what trains, not as compression"
-    say(f"error of Q + L R / error of Q alone at the same bits (4 at most): {mean:.2f}; {verdict}")
-
-
-def _interpolated(curve: list[tuple[float, float]], bits: float) -> float:
-    """The error at `bits`, its logarithm linear in the bits; beyond the ends that of the end."""
-    if bits <= curve[0][0] or bits >= curve[-1][0]:
-        return curve[0][1] if bits <= curve[0][0] else curve[-1][1]
-    upper = next(i for i, (width, _) in enumerate(curve) if width >= bits)
-    (a, low), (b, high) = curve[upper - 1], curve[upper]
-    share = (bits - a) / (b - a)
-    return max(low, 1e-300) ** (1 - share) * max(high, 1e-300) ** share
-
-
-def _is_poorly_determined(entry: dict[str, Any]) -> bool:
-    inputs = entry["inputs"]
-    return bool(inputs) and (inputs["tokens"] < entry["shape"][1] or inputs["dead_inputs"] > 0)
-
-
-def _is_overfitted(entry: dict[str, Any]) -> bool:
-    calibrated, heldout = entry["error_calibrated"], entry["error_heldout"]
-    return bool(calibrated) and heldout is not None and heldout > 2 * calibrated
-
-
-def _kind(name: str) -> str:
-    parts = name.split(".")
-    return next((".".join(parts[i + 1 :]) for i in range(len(parts) - 1, -1, -1) if parts[i].isdigit()), name)
-
-
-def _mean(entries: list[dict[str, Any]], key: str) -> str:
-    values = [entry[key] for entry in entries if entry[key] is not None]
-    return f"{sum(values) / len(values):.4f}" if values else "-"
-
-
-def _show_totals(totals: dict[str, Any]) -> None:
-    kept = totals["kept_fraction"]
-    share = f", {1 - kept:.1%} of the linears' parameters removed" if kept is not None else ""
-    say(
-        f"{totals['factored_layers']} of {totals['layers']} layers factored{share}; "
-        f"{totals['parameters_before']:,} -> {totals['parameters']:,} stored numbers, "
-        f"{human_bytes(totals['model_bytes_before'])} -> {human_bytes(totals['model_bytes'])}, linears at "
-        f"{totals['linear_bits_per_weight']:.2f} bits per weight; {totals['seconds']:.0f} s"
-    )
-
-
-def _inspect_row(name: str, entry: dict[str, Any]) -> list[str]:
-    def number(key: str, digits: int) -> str:
-        value = entry.get(key)
-        return "-" if value is None else f"{value:.{digits}f}"
-
-    shape = f"{entry['shape'][0]}x{entry['shape'][1]}"
-    errors = [number(key, 4) for key in ("error_calibrated", "error_heldout", "error_plain")]
-    return [name, shape, str(entry["rank"]), entry["backbone"], number("bits_per_weight", 2), *errors]
-
-
 def _notify_training(event: str, payload: Any) -> None:
     if event == "data":
         say(f"data: {payload['rows']:,} rows of {payload['source']}, recognised as {payload['format']}")
     elif event == "sample":
         show_spans("first training sequence (trained tokens are marked):", payload)
     elif event == "coverage":
-        _show_coverage(payload)
-
-
-def _show_coverage(covered: Coverage) -> None:
-    kinds: dict[str, list[int]] = {}
-    for name, rank in covered.trained.items():
-        kinds.setdefault(_kind(name), []).append(rank)
-    rows = [[kind, str(len(ranks)), f"{min(ranks)}-{max(ranks)}"] for kind, ranks in kinds.items()]
-    show_table(f"training mode {covered.mode}", ["layer", "trained", "rank"], rows)
-    total = len(covered.trained) + len(covered.untouched)
-    say(f"{len(covered.trained)} of {total} factored layers train: {covered.trainable_parameters:,} parameters")
+        show_coverage(payload)

@@ -23,6 +23,7 @@ STAIRS = [
     ["integrations"],
     ["evaluation", "training", "exporting", "cards"],
     ["config"],
+    ["tables"],
     ["commands"],
     ["demo"],
     ["cli"],

@@ -1,0 +1,220 @@
+"""What the verbs print of their results: tables and the sentences under them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from .allocation import break_even
+from .config import DecomposeConfig, MethodConfig, PlanConfig
+from .console import LiveTable, duration, human_bytes, say, show_table
+from .decomposition import Estimate, Notify, Progress, Settings, Survey
+from .integrations.peft_adapters import Coverage
+from .layers import shape_of
+
+LAYER_COLUMNS = ["layer", "shape", "rank", "calibrated", "held-out", "plain SVD", "seconds"]
+
+
+LAYER_WIDTHS = [40, 11, 5, 10, 8, 9, 7]
+
+
+def layer_rows(table: LiveTable) -> Notify:
+    """Shows the steps of a run: a row per finished layer, and how far it is."""
+
+    def show(step: Progress) -> None:
+        for name, record in step.layers.items():
+            errors = (record.error_calibrated, record.error_heldout, record.error_plain)
+            cells = ["-" if record.rank == "dense" or e is None else f"{e:.4f}" for e in errors]
+            shape = f"{record.shape[0]}x{record.shape[1]}"
+            table.row([name, shape, str(record.rank), *cells, f"{record.seconds:.2f}"])
+        left = "" if step.remaining is None else f", about {duration(step.remaining)} left"
+        table.status(f"{step.phase}: block {step.done}/{step.total}{left}")
+
+    return show
+
+
+def show_estimate(foreseen: Estimate, found: Survey, config: PlanConfig, settings: Settings) -> None:
+    kinds: dict[str, list[str]] = {}
+    for name in found.layers:
+        kinds.setdefault(_kind(name), []).append(name)
+    rows = []
+    for kind, names in kinds.items():
+        shape = shape_of(found.layers[names[0]])
+        rank = "from calibration"
+        if foreseen.ranks is not None:
+            chosen = {foreseen.ranks[name] for name in names}
+            rank = ", ".join("dense" if r is None else str(r) for r in sorted(chosen, key=lambda r: r or 0))
+        rows.append([kind, f"{shape[0]}x{shape[1]}", str(len(names)), rank, str(break_even(shape))])
+    show_table(
+        f"plan for {config.model}: {summary(config, settings)}",
+        ["layer", "shape", "count", "rank", "break-even"],
+        rows,
+    )
+    after = "decided by the calibration"
+    if config.kept_fraction is not None and foreseen.model_bytes_after is None:
+        share = foreseen.linear_parameters * (1 - config.kept_fraction)
+        after = f"about {human_bytes(foreseen.model_bytes * (1 - share / foreseen.parameters))}"
+    elif foreseen.model_bytes_after is not None:
+        bits = foreseen.linear_bits_per_weight
+        after = f"{human_bytes(foreseen.model_bytes_after)}, linears at {bits:.2f} bits per weight"
+    say(
+        f"{foreseen.parameters:,} parameters, {foreseen.linear_parameters:,} of them in {foreseen.layers} layers of "
+        f"{foreseen.blocks} blocks; {human_bytes(foreseen.model_bytes)} -> {after}"
+    )
+    if found.skipped:
+        say(f"not decomposed: {_count_reasons(found.skipped)}")
+    parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in foreseen.phases.items())
+    say(
+        f"peak memory {human_bytes(foreseen.peak_bytes)} per process: {human_bytes(foreseen.held_bytes)} for Python "
+        f"and the libraries, and the largest of: {parts}"
+    )
+    say(f"scratch files beside the output: {human_bytes(foreseen.scratch_bytes)}")
+    if foreseen.seconds is not None:
+        say(
+            f"time about {duration(foreseen.seconds)} on {config.processes} process(es), from rates measured just now "
+            f"with {torch.get_num_threads()} thread(s)"
+        )
+
+
+def _count_reasons(skipped: dict[str, str]) -> str:
+    counts: dict[str, int] = {}
+    for reason in skipped.values():
+        counts[reason] = counts.get(reason, 0) + 1
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items())
+
+
+def summary(config: MethodConfig, settings: Settings) -> str:
+    if config.bits_per_weight is not None:
+        budget = f"{config.bits_per_weight:g} bits per weight"
+        budget += "" if config.rank is None else f" with rank {config.rank}"
+    elif config.rank is not None:
+        budget = f"rank {config.rank}"
+    else:
+        budget = f"{config.kept_fraction:g} kept, {config.allocation}"
+    backbone = "L R only" if settings.quantizer is None else f"{settings.quantizer.name} + L R"
+    return f"{backbone}, method {config.method}, {budget}"
+
+
+def show_decomposition(report: dict[str, Any], config: DecomposeConfig) -> None:
+    """One line per kind of layer (the last part of its name): ranks and errors."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for name, entry in report["layers"].items():
+        kinds.setdefault(_kind(name), []).append(entry)
+    rows = []
+    for kind, entries in kinds.items():
+        ranks = [entry["rank"] for entry in entries if entry["rank"] != "dense"]
+        span = "-" if not ranks else f"{min(ranks)}-{max(ranks)}" if min(ranks) != max(ranks) else str(ranks[0])
+        chosen = [entry for entry in entries if entry["rank"] != "dense"]
+        cells = [_mean(chosen, key) for key in ("error_calibrated", "error_heldout", "error_plain", "error_backbone")]
+        shape = "x".join(map(str, entries[0]["shape"]))
+        rows.append([kind, shape, f"{len(ranks)}/{len(entries)}", span, *cells])
+    columns = ["layer", "shape", "factored", "rank", "calibrated", "held-out", "plain SVD", "Q alone"]
+    show_table("mean relative output error by kind of layer", columns, rows)
+    _show_equal_bits(report["layers"])
+    show_totals(report["totals"])
+    if report["skipped"]:
+        say(f"not decomposed: {_count_reasons(report['skipped'])}")
+    poor = [name for name, entry in report["layers"].items() if _is_poorly_determined(entry)]
+    if poor:
+        say(f"{len(poor)} layers saw fewer tokens than inputs, or dead inputs, like {poor[0]}; give them more text")
+    fitted = [name for name, entry in report["layers"].items() if _is_overfitted(entry)]
+    if fitted:
+        say(f"{len(fitted)} layers err over twice as much on held-out text, like {fitted[0]}; give them more text")
+    totals = report["totals"]
+    say(
+        f"peak memory {human_bytes(totals['peak_rss_bytes'])} (estimated "
+        f"{human_bytes(totals['estimated_peak_rss_bytes'])})"
+    )
+    say(f"wrote {config.out}")
+    say(f"next: lord-tune evaluate {config.out} --text FILE   or   lord-tune inspect {config.out}")
+
+
+def _show_equal_bits(layers: dict[str, dict[str, Any]]) -> None:
+    """Whether L R pays: feedback rounding without it, at 2, 3 and 4 bits and, between them, at the bits of this run."""
+    compared = {name: entry for name, entry in layers.items() if entry["equal_bits"]}
+    if not compared:
+        return
+    rows, ratios = [], []
+    for name, entry in compared.items():
+        key = "calibrated" if entry["error_heldout"] is None else "heldout"
+        own = entry[f"error_{key}"]
+        curve = sorted((point["bits"], point[key]) for point in entry["equal_bits"].values())
+        equal = _interpolated(curve, entry["bits_per_weight"])
+        ratios.append(max(own, 1e-300) / max(equal, 1e-300))  # a layer of zeros has no error
+        cells = [f"{error:.4f} ({bits:.2f})" for bits, error in curve]
+        beyond = "< " if entry["bits_per_weight"] > curve[-1][0] else ""
+        rows.append([_kind(name), f"{own:.4f} ({entry['bits_per_weight']:.2f})", *cells, f"{beyond}{equal:.4f}"])
+    block = next(iter(compared)).removesuffix("." + _kind(next(iter(compared))))
+    columns = ["layer", "Q + L R", "2-bit Q", "3-bit Q", "4-bit Q", "Q at equal bits"]
+    text = "calibration" if any(e["error_heldout"] is None for e in compared.values()) else "held-out"
+    show_table(
+        f"the same bits without L R: {block}, relative error on {text} text (bits per weight), E8 with feedback",
+        columns,
+        rows,
+    )
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    verdict = "L R pays at this width" if mean < 1 else "at this width L R pays as what trains, not as compression"
+    say(f"error of Q + L R / error of Q alone at the same bits (4 at most): {mean:.2f}; {verdict}")
+
+
+def _interpolated(curve: list[tuple[float, float]], bits: float) -> float:
+    """The error at `bits`, its logarithm linear in the bits; beyond the ends that of the end."""
+    if bits <= curve[0][0] or bits >= curve[-1][0]:
+        return curve[0][1] if bits <= curve[0][0] else curve[-1][1]
+    upper = next(i for i, (width, _) in enumerate(curve) if width >= bits)
+    (a, low), (b, high) = curve[upper - 1], curve[upper]
+    share = (bits - a) / (b - a)
+    return max(low, 1e-300) ** (1 - share) * max(high, 1e-300) ** share
+
+
+def _is_poorly_determined(entry: dict[str, Any]) -> bool:
+    inputs = entry["inputs"]
+    return bool(inputs) and (inputs["tokens"] < entry["shape"][1] or inputs["dead_inputs"] > 0)
+
+
+def _is_overfitted(entry: dict[str, Any]) -> bool:
+    calibrated, heldout = entry["error_calibrated"], entry["error_heldout"]
+    return bool(calibrated) and heldout is not None and heldout > 2 * calibrated
+
+
+def _kind(name: str) -> str:
+    parts = name.split(".")
+    return next((".".join(parts[i + 1 :]) for i in range(len(parts) - 1, -1, -1) if parts[i].isdigit()), name)
+
+
+def _mean(entries: list[dict[str, Any]], key: str) -> str:
+    values = [entry[key] for entry in entries if entry[key] is not None]
+    return f"{sum(values) / len(values):.4f}" if values else "-"
+
+
+def show_totals(totals: dict[str, Any]) -> None:
+    kept = totals["kept_fraction"]
+    share = f", {1 - kept:.1%} of the linears' parameters removed" if kept is not None else ""
+    say(
+        f"{totals['factored_layers']} of {totals['layers']} layers factored{share}; "
+        f"{totals['parameters_before']:,} -> {totals['parameters']:,} stored numbers, "
+        f"{human_bytes(totals['model_bytes_before'])} -> {human_bytes(totals['model_bytes'])}, linears at "
+        f"{totals['linear_bits_per_weight']:.2f} bits per weight; {totals['seconds']:.0f} s"
+    )
+
+
+def inspect_row(name: str, entry: dict[str, Any]) -> list[str]:
+    def number(key: str, digits: int) -> str:
+        value = entry.get(key)
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    shape = f"{entry['shape'][0]}x{entry['shape'][1]}"
+    errors = [number(key, 4) for key in ("error_calibrated", "error_heldout", "error_plain")]
+    return [name, shape, str(entry["rank"]), entry["backbone"], number("bits_per_weight", 2), *errors]
+
+
+def show_coverage(covered: Coverage) -> None:
+    kinds: dict[str, list[int]] = {}
+    for name, rank in covered.trained.items():
+        kinds.setdefault(_kind(name), []).append(rank)
+    rows = [[kind, str(len(ranks)), f"{min(ranks)}-{max(ranks)}"] for kind, ranks in kinds.items()]
+    show_table(f"training mode {covered.mode}", ["layer", "trained", "rank"], rows)
+    total = len(covered.trained) + len(covered.untouched)
+    say(f"{len(covered.trained)} of {total} factored layers train: {covered.trainable_parameters:,} parameters")
