@@ -221,7 +221,7 @@ def train(**options: Any) -> dict[str, Any]:
     own = [name for name in TrainConfig.model_fields if name != "dry_run"]
     held = bool(config.eval_dataset_name or config.dataset_test_split)
     if config.dry_run:
-        trainer_arguments(config.trainer_values(), config.mode, True, own, held)
+        trainer_arguments(config.trainer_values(), config.mode, True, own, held, config.objective)
         return show_plan(config)
     source = resolve_model(config.model_name_or_path)
     if (Path(source) / ADAPTER_FILE).is_file():
@@ -231,11 +231,12 @@ def train(**options: Any) -> dict[str, Any]:
         )
     # bfloat16 gradients are up to 134 times slower than float32 on CPUs without AVX512; L and R train in float32 anyway
     dtype = config.dtype or ("float32" if default_device().type == "cpu" else None)
-    trainer_arguments(config.trainer_values(), config.mode, True, own, held)  # unknown keys cost no loading
+    trainer_arguments(config.trainer_values(), config.mode, True, own, held, config.objective)  # before any loading
     model, tokenizer = load(source, dtype)
     if config.dequantize_once:
         _keep_dense(model)
-    arguments = trainer_arguments(config.trainer_values(), config.mode, kind_of(model) == "causal", own, held)
+    causal = kind_of(model) == "causal"
+    arguments = trainer_arguments(config.trainer_values(), config.mode, causal, own, held, config.objective)
     resolved["base"] = fingerprint(source)
     names = TrainOptions.__dataclass_fields__
     chosen = TrainOptions(**{key: value for key, value in resolved.items() if key in names})

@@ -245,7 +245,7 @@ class PlanConfig(MethodConfig):
 
 
 class TrainConfig(RunConfig):
-    """`lord-tune train --config R.yaml`; further keys are those of trl's SFTConfig, under trl's names."""
+    """`lord-tune train --config R.yaml`; further keys are trl's (SFTConfig; objective dpo: DPOConfig)."""
 
     model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=(), populate_by_name=True)
 
@@ -281,6 +281,22 @@ class TrainConfig(RunConfig):
         """The keys meant for trl."""
         return dict(self.model_extra or {}) | {"output_dir": self.output_dir}
 
+    objective: Literal["sft", "distill", "dpo"] = Field(
+        "sft",
+        description="sft: the next token of the dataset; distill: the original model's distribution over it; dpo: "
+        "chosen above rejected answers",
+    )
+    teacher_model_name_or_path: str | None = Field(
+        None, description="distill: the teacher; default: the model that the student was decomposed from"
+    )
+    teacher_logits: str | None = Field(
+        None, description="distill: folder for the teacher's most likely tokens; with it no teacher stays in memory"
+    )
+    teacher_top_k: int = Field(64, gt=0, description="tokens kept per position in teacher_logits")
+    distill_ce_weight: float = Field(
+        0.0, ge=0, le=1, description="distill: w in (1 - w) T^2 KL(teacher || student) + w cross-entropy"
+    )
+    distill_temperature: float = Field(1.0, gt=0, description="distill: T, which both models' logits are divided by")
 
 class EvaluateConfig(RunConfig):
     """`lord-tune evaluate MODEL --text FILE...`"""
@@ -293,6 +309,13 @@ class EvaluateConfig(RunConfig):
     dequantize_once: bool = Field(False, description="decode quantized weights once and keep them dense in memory")
     json_file: str | None = Field(None, description="also write the result here (--json)", alias="json")
     dry_run: bool = Field(False, description="print the resolved configuration and stop")
+
+        of_distill = [name for name in type(self).model_fields if name.startswith(("teacher_", "distill_"))]
+        for name in self.given(*of_distill):
+            if self.objective != "distill":
+                raise UsageError(f"{name} has no effect with objective: {self.objective}; remove it.")
+        if self.given("teacher_top_k") and self.teacher_logits is None:
+            raise UsageError("teacher_top_k has no effect without teacher_logits; remove it.")
 
     def check(self) -> None:
         if not self.text:

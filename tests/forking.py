@@ -5,7 +5,8 @@ runs a backward pass itself, after which torch refuses to run one in a fork.
 
 A moment is (what, name, when): the journal line of the step `name` ("line"; "start" is the first line), or the renaming
 of a file or folder whose path ends in `name` to its place ("rename"), or the removal of such a folder ("remove"); the
-process dies "before", "half" way through or "after" it.
+process dies "before", "half" way through or "after" it. Of a training run also: the step `name` ("step"; before it), or
+the writing of a checkpoint's file `name` by torch or PEFT ("save").
 """
 
 from __future__ import annotations
@@ -103,7 +104,36 @@ def _arm(what: str, name: str, when: str) -> None:
             remove(path, *rest, **more)
         _die()
 
-    if what == "line":
+    def dying_save(write: Any, at: int) -> Any:
+        def saving(*given: Any, **more: Any) -> None:
+            if not str(given[at]).endswith(name):
+                return write(*given, **more)
+            if when != "before":
+                write(*given, **more)
+            if when == "half":
+                os.truncate(given[at], os.path.getsize(given[at]) // 2)
+            _die()
+
+        return saving
+
+    if what == "save":
+        import peft.peft_model
+        import torch
+
+        torch.save = dying_save(torch.save, 1)
+        peft.peft_model.safe_save_file = dying_save(peft.peft_model.safe_save_file, 1)
+    elif what == "step":
+        from transformers import Trainer
+
+        step_of = Trainer.training_step
+
+        def dying_step(self: Any, *given: Any, **more: Any) -> Any:
+            if self.state.global_step == int(name):
+                _die()
+            return step_of(self, *given, **more)
+
+        Trainer.training_step = dying_step  # type: ignore[method-assign]
+    elif what == "line":
         Journal._append = dying_append  # type: ignore[method-assign]
     elif what == "rename":
         os.replace = dying_replace  # type: ignore[assignment]
@@ -156,6 +186,8 @@ def _serve() -> None:
     torch.set_num_threads(1)
     for line in sys.stdin:
         request = json.loads(line)
+        if request["words"][0] == "train":
+            import lord_tune.training.distillation  # noqa: F401  # trl: seconds, once
         with tempfile.TemporaryDirectory() as folder:
             log, port = f"{folder}/log", free_port()
             children = []

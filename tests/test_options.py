@@ -931,6 +931,62 @@ def case_train_dry_run(b: Bench) -> None:
         lord_tune.train(**own, learnin_rate=1.0, dry_run=True)
 
 
+def distil(b: Bench, **options: Any) -> dict[str, Any]:
+    return b.train(objective="distill", **options)[0]
+
+
+def case_objective(b: Bench) -> None:
+    """sft logs no KL; dpo starts where chosen and rejected are as likely as before."""
+    assert not losses(b.train()[0], "kl") and losses(distil(b), "kl")
+    pairs = b.folder / "pairs.jsonl"
+    pairs.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+    assert losses(b.train(objective="dpo", dataset_name=str(pairs))[0])[0] == pytest.approx(0.693147, abs=1e-4)
+    with pytest.raises(UsageError, match="label_smoothing_factor has no effect with objective: distill"):
+        distil(b, label_smoothing_factor=0.1)
+
+
+def case_teacher(b: Bench) -> None:
+    """The default is what was decomposed; a student that is its own teacher has nothing to learn."""
+    original, same = distil(b), distil(b, teacher_model_name_or_path=str(b.decompose().folder))
+    assert losses(original)[0] == losses(distil(b, teacher_model_name_or_path=str(b.model)))[0] > 1e-3
+    assert losses(same)[0] == pytest.approx(0, abs=1e-6)
+    with pytest.raises(UsageError, match="teacher_model_name_or_path has no effect with objective: sft"):
+        b.train(teacher_model_name_or_path=str(b.model))
+
+
+def case_teacher_logits(b: Bench) -> None:
+    folder = b.fresh("logits")
+    found = distil(b, teacher_logits=str(folder), teacher_top_k=300)  # the vocabulary
+    assert (folder / "index.json").is_file() and losses(found) == pytest.approx(losses(distil(b)), rel=1e-3)
+    with pytest.raises(UsageError, match="teacher_logits has no effect"):
+        b.train(teacher_logits=str(folder))
+
+
+def case_teacher_top_k(b: Bench) -> None:
+    few, many = (losses(distil(b, teacher_logits=str(b.fresh("top")), teacher_top_k=k))[0] for k in (2, 100))
+    assert 0 < few < many <= losses(distil(b))[0]
+    with pytest.raises(UsageError, match="no effect without teacher_logits"):
+        distil(b, teacher_top_k=2)
+
+
+def case_ce_weight(b: Bench) -> None:
+    plain, half = distil(b), distil(b, distill_ce_weight=0.25)
+    first = {key: losses(half, key)[0] for key in ("loss", "kl", "ce")}
+    assert first["loss"] == pytest.approx(0.75 * first["kl"] + 0.25 * first["ce"], rel=1e-5)
+    assert losses(plain)[0] == pytest.approx(first["kl"], rel=1e-5)
+    assert losses(distil(b, distill_ce_weight=1))[0] == pytest.approx(losses(b.train()[0])[0], rel=1e-5)
+    with pytest.raises(UsageError, match="distill_ce_weight"):
+        distil(b, distill_ce_weight=1.5)
+
+
+def case_temperature(b: Bench) -> None:
+    hot = distil(b, distill_temperature=2)
+    assert losses(hot)[0] == pytest.approx(4 * losses(hot, "kl")[0], rel=1e-5)
+    assert losses(hot, "kl")[0] != pytest.approx(losses(distil(b), "kl")[0], rel=1e-2)
+    with pytest.raises(UsageError, match="distill_temperature"):
+        distil(b, distill_temperature=0)
+
+
 TRAIN: dict[str, Case] = {
     "model_name_or_path": case_train_model,
     "output_dir": case_train_output,
@@ -944,6 +1000,12 @@ TRAIN: dict[str, Case] = {
     "lora_alpha": case_lora_alpha,
     "lora_dropout": case_lora_dropout,
     "targets": case_train_targets,
+    "objective": case_objective,
+    "teacher_model_name_or_path": case_teacher,
+    "teacher_logits": case_teacher_logits,
+    "teacher_top_k": case_teacher_top_k,
+    "distill_ce_weight": case_ce_weight,
+    "distill_temperature": case_temperature,
     "dtype": case_train_dtype,
     "dequantize_once": case_train_dequantize_once,
     "dry_run": case_train_dry_run,
@@ -1248,7 +1310,9 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
             TrainConfig,
             "--model_name_or_path m --output_dir o --dataset_name d --dataset_config c --dataset_train_split s "
             "--dataset_test_split t --eval_dataset_name e --mode lora --lora_r 3 --lora_alpha 5.5 --lora_dropout 0.1 "
-            "--targets q --dtype float16 --dequantize_once --dry_run --learning_rate 0.5 --packing",
+            "--targets q --dtype float16 --dequantize_once --dry_run --learning_rate 0.5 --packing "
+            "--objective distill --teacher_model_name_or_path t --teacher_logits l --teacher_top_k 5 "
+            "--distill_ce_weight 0.5 --distill_temperature 2",
         )
     ],
     "evaluate": [

@@ -1,15 +1,18 @@
 """What a training run is told: its options, and trl's arguments with our defaults.
 
 Defaults that differ from trl's: learning rates fit for factors (1e-4) and for LoRA on them (2e-4; trl's 2e-5 is one for
-full fine-tuning), float32 on CPUs (trl's bfloat16 default fails or is up to 134 times slower there), one epoch, no
-reporting to trackers unless asked. Everything else is trl's, under trl's names.
+full fine-tuning; a tenth of ours for dpo), float32 on CPUs (trl's bfloat16 default fails or is up to 134 times slower
+there), one epoch, reporting to those of TensorBoard and Trackio that are installed: both keep what they get on this
+machine. Everything else is trl's, under trl's names.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,9 @@ from ..errors import UsageError
 from ..integrations.peft_adapters import FACTORS, LORA, SPLIT
 
 LEARNING_RATES = {FACTORS: 1e-4, SPLIT: 1e-4, LORA: 2e-4}
+SFT, DISTILL, DPO = "sft", "distill", "dpo"
+_TRACKERS = ("tensorboard", "trackio")
+_UNUSED = {DISTILL: ("loss_type", "label_smoothing_factor", "router_aux_loss_coef")}  # parts of the loss of sft
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,58 +43,101 @@ class TrainOptions:
     lora_alpha: float | None = None
     lora_dropout: float = 0.0
     targets: str | None = None
+    objective: str = SFT
+    teacher_model_name_or_path: str | None = None
+    teacher_logits: str | None = None
+    teacher_top_k: int = 64
+    distill_ce_weight: float = 0.0
+    distill_temperature: float = 1.0
 
 
 def trainer_arguments(
-    given: dict[str, Any], mode: str, causal: bool, known_elsewhere: list[str], evaluated: bool = False
+    given: dict[str, Any],
+    mode: str,
+    causal: bool,
+    known_elsewhere: list[str],
+    evaluated: bool = False,
+    objective: str = SFT,
 ) -> Any:
-    """An SFTConfig from YAML or command-line values, with our defaults (masked models use its TrainingArguments part).
+    """An SFTConfig (objective dpo: a DPOConfig) from YAML or command-line values, with our defaults; masked models use
+    its TrainingArguments part.
 
     Raises UsageError for an unknown key, with the nearest valid one, for values of the wrong type, and for keys of
     SFTTrainer that a masked model's training would ignore.
     """
     from transformers import HfArgumentParser, TrainingArguments
-    from trl import SFTConfig
+    from trl import DPOConfig, SFTConfig
 
-    names = {f.name for f in dataclasses.fields(SFTConfig) if f.init}
+    wanted: Any = DPOConfig if objective == DPO else SFTConfig
+    names = {f.name for f in dataclasses.fields(wanted) if f.init}
     if "torch_dtype" in given:
         raise UsageError("torch_dtype is the old spelling; write dtype.")
     for key in given:
         if key not in names:
             near = difflib.get_close_matches(key, [*names, *known_elsewhere], n=1)
-            hint = f"did you mean '{near[0]}'?" if near else "see the keys of trl's SFTConfig."
+            hint = f"did you mean '{near[0]}'?" if near else f"see the keys of trl's {wanted.__name__}."
             raise UsageError(f"Unknown training key '{key}'; {hint}")
     if not causal:
         shared = {f.name for f in dataclasses.fields(TrainingArguments)} | {"max_length"}
         for key in sorted(set(given) - shared):
             raise UsageError(f"{key} has no effect on a masked language model; remove it.")
+    for key in sorted(set(given) & set(_UNUSED.get(objective, ()))):
+        raise UsageError(f"{key} has no effect with objective: {objective}; remove it.")
     on_cpu = not torch.accelerator.is_available() or bool(_as_bool(given.get("use_cpu")))
+    _check_launch(given, on_cpu)
     defaults: dict[str, Any] = {
-        "learning_rate": LEARNING_RATES[mode],
+        "learning_rate": LEARNING_RATES[mode] / (10 if objective == DPO else 1),
         "num_train_epochs": 1,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.05,
-        "report_to": "none",
+        "report_to": [name for name in _TRACKERS if importlib.util.find_spec(name)],
+        "disable_tqdm": True,  # a line per logging step says more
         "logging_nan_inf_filter": False,  # else a NaN loss is logged as 0
         "bf16": not on_cpu and _bf16_works() and not _as_bool(given.get("fp16")),
         "use_cpu": on_cpu,
         "gradient_checkpointing": not on_cpu,
         "eval_strategy": "epoch" if evaluated else "no",
     }
-    parser = HfArgumentParser(SFTConfig)  # type: ignore[arg-type]
+    parser = HfArgumentParser(wanted)
 
     def fail(message: str) -> None:
         raise UsageError(f"Training configuration: {message}.")
 
     parser.error = fail  # type: ignore[method-assign,assignment]
     words: list[str] = []
-    for key, value in (defaults | {k: v for k, v in given.items() if v is not None}).items():
+    values = defaults | {k: v for k, v in given.items() if v is not None}
+    trackers = values.pop("report_to")  # may be a list, which the parser below takes one word of
+    values["report_to"] = trackers if isinstance(trackers, str) else "none"
+    for key, value in values.items():
         words.append(f"--{key}")
         words.extend(_words(value))
     try:
-        return parser.parse_args_into_dataclasses(args=words, look_for_args_file=False)[0]
+        result = parser.parse_args_into_dataclasses(args=words, look_for_args_file=False)[0]
     except (ValueError, TypeError) as error:
         raise UsageError(f"Training configuration: {error}") from error
+    if not isinstance(trackers, str):
+        result.report_to = [str(name) for name in trackers if name != "none"]
+    return result
+
+
+def _check_launch(given: dict[str, Any], on_cpu: bool) -> None:
+    """Refuse ways of sharing out the model that cannot work; DDP and FSDP2 do."""
+    if given.get("deepspeed") or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise UsageError(
+            "DeepSpeed's ZeRO keeps a flat copy of the parameters in one dtype, which packed codes beside float32 "
+            "factors are not; use several processes without it, or FSDP2."
+        )
+    if not given.get("fsdp") and os.environ.get("ACCELERATE_USE_FSDP") != "true":
+        return
+    config = given.get("fsdp_config") or {}
+    version = (config.get("version") or config.get("fsdp_version")) if isinstance(config, dict) else None
+    if str(version or os.environ.get("FSDP_VERSION", "1")) != "2":
+        raise UsageError(
+            "FSDP1 flattens the parameters of a block into one tensor of one dtype, which packed codes beside float32 "
+            "factors are not; set fsdp_version: 2."
+        )
+    if on_cpu:
+        raise UsageError("FSDP on a CPU silently becomes plain data parallelism (accelerate); leave it out there.")
 
 
 def _words(value: Any) -> list[str]:

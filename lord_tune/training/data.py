@@ -1,13 +1,31 @@
-"""Rows of a dataset in trl's columns, and what of the first one the loss counts."""
+"""Rows of a dataset in trl's columns, the chat template they are rendered with, and what of them the loss counts."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+
 from ..calibration.corpus import RowFormat, load_rows, prompt_of, recognise
-from ..errors import LordError, UsageError
+from ..errors import LordError, LordWarning, UsageError
 
 _CHECKED_ROWS = 64
+# ChatML, as SmolLM2, Qwen2.5 and many others speak it, with the marks that trl's assistant_only_loss needs. The end of
+# a turn is inside them: the model shall learn to stop.
+_CHATML = (
+    "{%- for message in messages %}"
+    "{%- if loop.first and message['role'] != 'system' %}SYSTEM{% endif %}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' }}"
+    "{%- if message['role'] == 'assistant' %}"
+    "{%- generation %}{{- message['content'] + '<|im_end|>' + '\\n' }}{%- endgeneration %}"
+    "{%- else %}{{- message['content'] + '<|im_end|>' + '\\n' }}{%- endif %}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+_TURNS = [{"role": role, "content": f"{role} says"} for role in ("system", "user", "assistant", "user", "assistant")]
 
 
 def prepare_rows(source: str, split: str, config: str | None, tokenizer: Any) -> tuple[Any, RowFormat]:
@@ -24,6 +42,94 @@ def prepare_rows(source: str, split: str, config: str | None, tokenizer: Any) ->
             lambda row: {"prompt": prompt_of(row, form), "completion": row[form.completion]}, remove_columns=columns
         ), form
     return rows.select_columns([form.kind]), form
+
+
+def marked_template(tokenizer: Any) -> str | None:
+    """The tokenizer's chat template with {% generation %} marks around what the assistant says; None if it has them, or
+    if trl knows a marked variant of it. Raises UsageError for a template that is neither of these nor plain ChatML."""
+    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+    if has_generation_markers(tokenizer.chat_template):
+        return None
+    try:
+        get_training_chat_template(tokenizer)
+        return None
+    except ValueError:
+        pass
+
+    def render(turns: list[dict[str, str]], **options: Any) -> str:
+        return tokenizer.apply_chat_template(turns, tokenize=False, **options)
+
+    opening = render(_TURNS[1:2])
+    system = opening.split("<|im_start|>user")[0]  # many templates begin with a system turn of their own
+    candidate = _CHATML.replace("SYSTEM", "{{- " + repr(system) + " }}" if system else "")
+    probes: list[tuple[list[dict[str, str]], bool]] = [(_TURNS, False), (_TURNS[1:], False), (_TURNS[:2], True)]
+    for turns, prompt in probes:
+        own = render(turns, add_generation_prompt=prompt)
+        if own != render(turns, add_generation_prompt=prompt, chat_template=candidate):
+            raise UsageError(
+                "assistant_only_loss: true needs {% generation %} marks in the chat template, and this model's is not "
+                "ChatML, so they cannot be set; give a marked template as chat_template_path: FILE.jinja."
+            )
+    return candidate
+
+
+@contextmanager
+def chat_template(tokenizer: Any, marked: bool) -> Iterator[None]:
+    """Within: the tokenizer with a marked template. The one that is saved with the adapter is the model's own, which
+    other programs can read."""
+    own = tokenizer.chat_template
+    template = marked_template(tokenizer) if marked and own else None
+    tokenizer.chat_template = template or own
+    try:
+        yield
+    finally:
+        if template is not None:
+            tokenizer.chat_template = own
+
+
+def check_tokenized(trainer: Any, tokenizer: Any, given: int, form: RowFormat) -> None:
+    """Warn of rows that max_length cuts: those left out as nothing of them is trained, those whose end is lost.
+
+    given: rows of the dataset. Ends are looked up in the labels; chats do not end in the end-of-text token, so of these
+    the rows as long as max_length are counted. Raises LordError if no row is left.
+    """
+    dataset, limit = trainer.train_dataset, trainer.args.max_length
+    packed = "seq_lengths" in dataset.column_names
+    if len(dataset) == 0:
+        raise LordError(
+            f"None of the {given:,} rows has a token that is trained within max_length {limit}; raise max_length or "
+            "check the columns."
+        )
+    if not packed and len(dataset) < given:
+        _warn(f"{given - len(dataset):,} of {given:,} rows have no trained token within max_length {limit}: left out.")
+    if "labels" not in dataset.column_names:
+        return
+    if form.kind == "messages":
+        cut = 0 if limit is None else int((_lengths(dataset, packed) >= limit).sum())
+        ends = f"are cut at max_length {limit} (or just as long)"
+    else:
+        cut = int((_last_labels(dataset, packed) != tokenizer.eos_token_id).sum())
+        ends = f"are cut at max_length {limit} and do not end with the end-of-text token"
+    if cut:
+        total = len(_lengths(dataset, packed))
+        _warn(f"{cut:,} of {total:,} training sequences {ends}; raise max_length to train on all of them.")
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, LordWarning, stacklevel=3)
+
+
+def _lengths(dataset: Any, packed: bool) -> np.ndarray:
+    """Tokens of every document."""
+    column = dataset.with_format("arrow")[:]["seq_lengths" if packed else "input_ids"].combine_chunks()
+    return column.flatten().to_numpy() if packed else np.diff(column.offsets.to_numpy())
+
+
+def _last_labels(dataset: Any, packed: bool) -> np.ndarray:
+    """The label of the last token of every document."""
+    labels = dataset.with_format("arrow")[:]["labels"].combine_chunks().flatten().to_numpy()
+    return labels[np.cumsum(_lengths(dataset, packed)) - 1]
 
 
 def sample_spans(trainer: Any, tokenizer: Any, require_eos: bool) -> list[tuple[str, bool]]:

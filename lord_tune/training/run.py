@@ -1,7 +1,9 @@
-"""Recovery: train the factors (or LoRA on them) with trl's SFTTrainer; masked models with transformers' Trainer."""
+"""Recovery: the one story of a training run, from rows to the written adapter, for every mode and objective."""
 
 from __future__ import annotations
 
+import itertools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,15 +11,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..console import is_main_process
+from ..console import is_main_process, note
 from ..errors import LordError, UsageError
-from ..integrations.models import RUN_FILE, kind_of, max_length
+from ..integrations.models import (
+    DTYPE_NAMES,
+    RUN_FILE,
+    fingerprint,
+    kind_of,
+    load,
+    load_tokenizer,
+    max_length,
+    model_class,
+    resolve_model,
+)
 from ..integrations.peft_adapters import FACTORS, LORA, SPLIT, add_lora, coverage, expose_factors
 from ..storage import read_json, write_json
-from .arguments import TrainOptions
-from .data import prepare_rows, sample_spans
+from .arguments import DISTILL, DPO, TrainOptions
+from .checkpoints import defect, newest_complete
+from .data import chat_template, check_tokenized, prepare_rows, sample_spans
+from .preference import prepare_pairs, sample_pair
 
-_MAY_CHANGE = {"resume_from_checkpoint", "num_train_epochs", "max_steps", "dry_run"}  # when a run is continued
+_MAY_CHANGE = {"resume_from_checkpoint", "num_train_epochs", "max_steps", "dry_run", "report_to"}  # of a continued run
 Notify = Callable[[str, Any], None]  # (event, payload): "coverage", "data", "sample"
 
 
@@ -34,48 +48,53 @@ def train_model(
     model: nn.Module,
     tokenizer: Any,
     options: TrainOptions,
-    arguments: Any,  # SFTConfig
+    arguments: Any,  # SFTConfig or DPOConfig
     resolved: dict[str, Any],  # stored beside the checkpoints: a changed run refuses to resume
     notify: Notify = lambda event, payload: None,
 ) -> dict[str, Any]:
-    """Train and write the adapter to arguments.output_dir; resumes from the last checkpoint found there.
+    """Train and write the adapter to arguments.output_dir; resumes from the newest whole checkpoint found there.
 
     Returns the trainer's metrics: train_loss, steps, the loss history, trainable_parameters.
     """
-    from transformers.trainer_utils import get_last_checkpoint
-
     output = Path(arguments.output_dir)
-    asked = arguments.resume_from_checkpoint
-    if asked and str(asked).lower() in ("true", "false"):  # transformers' spelling of what is done anyway
-        if str(asked).lower() == "false":
-            raise UsageError("resume_from_checkpoint: false came; choose another output_dir to start anew.")
-        asked = None
-    if asked and not Path(asked).is_dir():
-        raise UsageError(f"The checkpoint {asked} (resume_from_checkpoint) does not exist; check the path.")
-    checkpoint = asked or (get_last_checkpoint(str(output)) if output.is_dir() else None)
+    checkpoint, broken = _checkpoint(output, arguments)
     _check_output(output, checkpoint, resolved, arguments)
-    rows, form = prepare_rows(options.dataset_name, options.dataset_train_split, options.dataset_config, tokenizer)
+    if options.objective != "sft" and kind_of(model) != "causal":
+        raise UsageError(f"objective: {options.objective} needs a model that predicts the next token; use sft.")
+    teacher = _teacher_source(options) if options.objective == DISTILL else None
+    rows, form = _rows(options.dataset_name, options.dataset_train_split, options, tokenizer)
     notify("data", {"rows": len(rows), "format": str(form), "source": options.dataset_name})
     held = None
     if options.eval_dataset_name or options.dataset_test_split:
         name = options.eval_dataset_name or options.dataset_name
-        held, _ = prepare_rows(name, options.dataset_test_split or "train", options.dataset_config, tokenizer)
+        held, _ = _rows(name, options.dataset_test_split or "train", options, tokenizer)
     exposed = expose(model, options)
     notify("coverage", coverage(exposed))
-    trainer = _make_trainer(exposed, tokenizer, arguments, rows, held)
-    notify("sample", sample_spans(trainer, tokenizer, require_eos=form.kind == "prompt_completion"))
+    trainer = _make_trainer(exposed, tokenizer, arguments, rows, held, options)
+    if options.objective == DPO:
+        notify("sample", sample_pair(trainer, tokenizer))
+    else:
+        check_tokenized(trainer, tokenizer, len(rows), form)
+        notify("sample", sample_spans(trainer, tokenizer, require_eos=form.kind == "prompt_completion"))
+    if teacher is not None:
+        trainer.teacher = _make_teacher(trainer, tokenizer, teacher, options)
+    show = _show_progress(trainer, options, checkpoint)
     if is_main_process():
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / RUN_FILE, resolved)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+        for folder, wrong in broken.items():
+            note(f"{folder} is left out and removed: {wrong}")
+            shutil.rmtree(folder)
+    result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     _check_trained(exposed, arguments)
-    trainer.save_model()
+    trainer.write_adapter(output)
     trainer.save_state()
+    show.draw(trainer.state, output)
     history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
     metrics = {
-        "train_loss": result.training_loss,
+        "train_loss": trainer.mean_loss(),
         "steps": trainer.state.global_step,
-        "resumed_from": checkpoint,
+        "resumed_from": None if checkpoint is None else str(checkpoint),
         "trainable_parameters": coverage(exposed).trainable_parameters,
         "train_runtime": result.metrics.get("train_runtime"),
         "history": history,
@@ -83,6 +102,107 @@ def train_model(
     if is_main_process():
         write_json(output / "train_results.json", metrics)
     return metrics
+
+
+def _rows(source: str, split: str, options: TrainOptions, tokenizer: Any) -> tuple[Any, Any]:
+    if options.objective == DPO:
+        return prepare_pairs(source, split, options.dataset_config, tokenizer), "prompt + chosen + rejected"
+    return prepare_rows(source, split, options.dataset_config, tokenizer)
+
+
+def _checkpoint(output: Path, arguments: Any) -> tuple[Path | None, dict[Path, str]]:
+    """(where to continue from, newer checkpoints that are not whole)"""
+    asked = arguments.resume_from_checkpoint
+    if asked and str(asked).lower() in ("true", "false"):  # transformers' spelling of what is done anyway
+        if str(asked).lower() == "false":
+            raise UsageError("resume_from_checkpoint: false came; choose another output_dir to start anew.")
+        asked = None
+    if not asked:
+        return newest_complete(output, arguments) if output.is_dir() else (None, {})
+    if not Path(asked).is_dir():
+        raise UsageError(f"The checkpoint {asked} (resume_from_checkpoint) does not exist; check the path.")
+    wrong = defect(Path(asked), arguments.world_size, not arguments.save_only_model)
+    if wrong:
+        raise UsageError(f"The checkpoint {asked} (resume_from_checkpoint) is not whole: {wrong}; name another one.")
+    return Path(asked), {}
+
+
+def _teacher_source(options: TrainOptions) -> str:
+    """A folder or Hub id: the model that was named, else the one that the student was decomposed from."""
+    if options.teacher_model_name_or_path is not None:
+        return resolve_model(options.teacher_model_name_or_path)
+    record = Path(options.model_name_or_path) / "decomposition.json"
+    if not record.is_file():
+        raise UsageError(
+            f"objective: distill finds no decomposition.json in {options.model_name_or_path} that names the original "
+            "model; set teacher_model_name_or_path."
+        )
+    name = read_json(record)["base"]["name"]
+    try:
+        return resolve_model(name)
+    except UsageError as error:
+        raise UsageError(
+            f"The original model {name}, which {record} names, is not there; set teacher_model_name_or_path."
+        ) from error
+
+
+def _make_teacher(trainer: Any, tokenizer: Any, source: str, options: TrainOptions) -> Any:
+    """The targets of distillation: a model in memory, or a folder of its most likely tokens."""
+    from .distillation import LiveTeacher, check_head, plain_model
+    from .teacher_logits import prepare, sequences_of_row
+
+    if load_tokenizer(source).get_vocab() != tokenizer.get_vocab():
+        raise UsageError(f"The teacher {source} has another vocabulary than the student; distillation needs the same.")
+    dtype = next(name for name, kind in DTYPE_NAMES.items() if kind == trainer.model.dtype)
+    probe = torch.tensor([trainer.train_dataset[0]["input_ids"][:16]])
+    vocabulary = plain_model(trainer.model).get_output_embeddings().weight.shape[0]
+    check_head(trainer.model, probe)
+
+    def load_teacher() -> Any:
+        teacher = load(source, dtype)[0].to(trainer.accelerator.device)
+        found = plain_model(teacher).get_output_embeddings()
+        if found is None or found.weight.shape[0] != vocabulary:
+            came = "no language-model head" if found is None else f"{found.weight.shape[0]:,} logits"
+            raise UsageError(f"The teacher {source} has {came}, the student {vocabulary:,}; they must have the same.")
+        check_head(teacher, probe)
+        return teacher
+
+    if options.teacher_logits is None:
+        return LiveTeacher(load_teacher(), options.distill_temperature)
+    identity = {
+        "format": 1,
+        "teacher": fingerprint(source) or f"{source} {getattr(model_class(source)[1], '_commit_hash', None)}",
+        "dtype": dtype,
+        "vocabulary": vocabulary,
+        "top_k": min(options.teacher_top_k, vocabulary),
+        "temperature": options.distill_temperature,
+    }
+    sets = [trainer.train_dataset, *([] if trainer.eval_dataset is None else [trainer.eval_dataset])]
+    length = trainer.args.max_length or max_length(trainer.model)
+    return prepare(
+        Path(options.teacher_logits),
+        identity,
+        lambda: itertools.chain.from_iterable(sequences_of_row(row) for rows in sets for row in rows),
+        load_teacher,
+        batch_tokens=trainer.args.per_device_train_batch_size * length,
+    )
+
+
+def _show_progress(trainer: Any, options: TrainOptions, checkpoint: Path | None) -> Any:
+    """Our lines and our curve in place of transformers' printed dicts."""
+    from transformers import PrinterCallback
+
+    from .progress import ShowProgress
+    from .trainers import ContinueLog
+
+    name = Path(options.model_name_or_path).name
+    title = f"{name}, mode {options.mode}, objective {options.objective}"
+    show = ShowProgress(trainer, title, "loss (nats per pair)" if options.objective == DPO else "loss (nats per token)")
+    trainer.remove_callback(PrinterCallback)
+    if checkpoint is not None:
+        trainer.add_callback(ContinueLog(trainer, checkpoint))
+    trainer.add_callback(show)
+    return show
 
 
 def _check_trained(model: nn.Module, arguments: Any) -> None:
@@ -131,15 +251,31 @@ def _finished(output: Path, checkpoint: Path, arguments: Any) -> bool:
     return state["epoch"] >= arguments.num_train_epochs
 
 
-def _make_trainer(model: Any, tokenizer: Any, arguments: Any, rows: Any, held: Any) -> Any:
+def _make_trainer(model: Any, tokenizer: Any, arguments: Any, rows: Any, held: Any, options: TrainOptions) -> Any:
     kind = kind_of(model)
     if kind == "bare":
         raise UsageError("The model has no language-model head, so there is no loss to train on.")
-    if kind == "causal":
-        from trl import SFTTrainer
+    if kind == "masked":
+        return _masked_trainer(model, tokenizer, arguments, rows, held)
+    if getattr(tokenizer, "eos_token", None) is None and getattr(arguments, "eos_token", None) is None:
+        raise UsageError("The tokenizer has no end-of-text token, so the model cannot learn to stop; set eos_token.")
+    from .trainers import PreferenceTrainer, SupervisedTrainer
 
-        return SFTTrainer(model, arguments, train_dataset=rows, eval_dataset=held, processing_class=tokenizer)
-    from transformers import DataCollatorForLanguageModeling, Trainer
+    data = {"train_dataset": rows, "eval_dataset": held, "processing_class": tokenizer}
+    if options.objective == DPO:
+        return PreferenceTrainer(model, args=arguments, **data)
+    with chat_template(tokenizer, marked=arguments.assistant_only_loss and arguments.chat_template_path is None):
+        if options.objective == DISTILL:
+            from .distillation import DistillationTrainer
+
+            return DistillationTrainer(model, arguments, options.distill_ce_weight, options.distill_temperature, **data)
+        return SupervisedTrainer(model, arguments, **data)
+
+
+def _masked_trainer(model: Any, tokenizer: Any, arguments: Any, rows: Any, held: Any) -> Any:
+    from transformers import DataCollatorForLanguageModeling
+
+    from .trainers import MaskedTrainer
 
     if "text" not in rows.column_names:
         raise UsageError("A masked language model trains on plain text; give a dataset with a text column.")
@@ -151,4 +287,4 @@ def _make_trainer(model: Any, tokenizer: Any, arguments: Any, rows: Any, held: A
     collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
     rows = rows.map(tokenize, remove_columns=rows.column_names)
     held = None if held is None else held.map(tokenize, remove_columns=held.column_names)
-    return Trainer(model, arguments, data_collator=collator, train_dataset=rows, eval_dataset=held)
+    return MaskedTrainer(model, arguments, data_collator=collator, train_dataset=rows, eval_dataset=held)

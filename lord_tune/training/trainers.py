@@ -1,0 +1,104 @@
+"""trl's and transformers' trainers with what all our runs share: a log that a resumed run continues exactly, no model
+card and no telemetry of trl's, an adapter that appears whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_pt_utils import nested_gather
+from trl import DPOTrainer, SFTTrainer
+
+from ..integrations.models import ADAPTER_FILE
+from ..storage import read_json, write_json
+
+_LOG_FILE = "log_state.json"  # in a checkpoint: what has been summed since the last line of the log
+
+
+class Recorded:
+    """Mixed into a Trainer. transformers forgets the sums since the last log line when it saves, so that after a resume
+    this line is the mean of fewer steps, and train_loss is divided by steps it did not see; here both are kept."""
+
+    args: Any
+    sums: dict[str, list[float]]
+
+    def _save_checkpoint(self: Any, model: Any, trial: Any) -> None:
+        mean = nested_gather(self._tr_loss, self.args.parallel_mode).mean().item()  # of the processes; all take part
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            summed = {
+                "loss": mean,
+                "total": self._total_loss_scalar,
+                "logged_step": self._globalstep_last_logged,
+                "metrics": dict(getattr(self, "_metrics", {}).get("train", {})),
+                "sums": getattr(self, "sums", {}),
+                "tokens": getattr(self, "_total_train_tokens", 0),
+            }
+            write_json(folder / _LOG_FILE, summed)  # before the rest: trainer_state.json is what comes last
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+
+    def continue_log(self: Any, checkpoint: Path) -> None:
+        """Take up the sums that a checkpoint holds; called when training begins."""
+        if not (checkpoint / _LOG_FILE).is_file():
+            return  # written by an earlier version
+        summed = read_json(checkpoint / _LOG_FILE)
+        self._tr_loss += torch.tensor(summed["loss"], dtype=self._tr_loss.dtype, device=self._tr_loss.device)
+        self._total_loss_scalar, self._globalstep_last_logged = summed["total"], summed["logged_step"]
+        if hasattr(self, "_metrics"):
+            for key, values in summed["metrics"].items():
+                self._metrics["train"][key] = values
+        if hasattr(self, "_total_train_tokens"):
+            self._total_train_tokens = summed["tokens"]
+        if hasattr(self, "sums"):
+            self.sums = summed["sums"]
+
+    def mean_loss(self: Any) -> float:
+        """Over all steps, those before a resume included; transformers' own divides by the steps since."""
+        return self._total_loss_scalar / max(self.state.global_step, 1)
+
+    def write_adapter(self: Any, output: Path) -> None:
+        """The trained adapter and the tokenizer in `output`: each file appears whole, adapter_config.json last. All
+        processes call it; a copy of the adapter that trl keeps as DPO's reference stays out."""
+        temporary = output / ".adapter.partial"
+        if self.args.should_save:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.save_model(str(temporary))
+        if self.args.should_save:
+            files = [path for path in temporary.iterdir() if path.is_file()]
+            for path in sorted(files, key=lambda path: path.name == ADAPTER_FILE):
+                os.replace(path, output / path.name)
+            shutil.rmtree(temporary)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """trl writes one at every checkpoint; ours is written at the end."""
+
+    def _send_telemetry(self) -> None:
+        """Nothing goes to the network that was not asked for."""
+
+
+class ContinueLog(TrainerCallback):
+    """Calls `continue_log` at the one moment after transformers has set its sums to zero."""
+
+    def __init__(self, trainer: Any, checkpoint: Path):
+        self._trainer, self._checkpoint = trainer, checkpoint
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.continue_log(self._checkpoint)
+
+
+class SupervisedTrainer(Recorded, SFTTrainer):
+    """objective: sft"""
+
+
+class PreferenceTrainer(Recorded, DPOTrainer):
+    """objective: dpo; the reference is the frozen copy of the adapter that trl makes before the first step."""
+
+
+class MaskedTrainer(Recorded, Trainer):
+    """A masked language model."""
