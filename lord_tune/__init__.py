@@ -24,6 +24,10 @@ _FUNCTIONS = {
     "quickstart": "demo",
     "expose_factors": "integrations.peft_adapters",
     "add_lora": "integrations.peft_adapters",
+    "add_scales": "integrations.peft_adapters",
+    "load_adapter": "integrations.peft_adapters",
+    "merge": "integrations.peft_adapters",
+    "unmerge": "integrations.peft_adapters",
     "fold": "integrations.peft_adapters",
     "load": "integrations.models",
 }
@@ -32,10 +36,11 @@ if TYPE_CHECKING:
     from .commands import decompose, evaluate, export, inspect, plan, train
     from .demo import quickstart
     from .integrations.models import load
-    from .integrations.peft_adapters import add_lora, expose_factors, fold
+    from .integrations.peft_adapters import add_lora, add_scales, expose_factors, fold, load_adapter, merge, unmerge
 
 __all__ = [
     "add_lora",
+    "add_scales",
     "decompose",
     "evaluate",
     "export",
@@ -43,9 +48,12 @@ __all__ = [
     "fold",
     "inspect",
     "load",
+    "load_adapter",
+    "merge",
     "plan",
     "quickstart",
     "train",
+    "unmerge",
 ]
 
 

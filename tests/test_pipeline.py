@@ -159,23 +159,18 @@ def test_expose_train_save_reload_and_fold(factored, family, store, mode, tmp_pa
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_split_trains_the_components_apart_alone(factored, family, tmp_path):
-    """Q and the packed rest of L R stay; without the adapter the model is these; fp16 components widen exactly."""
+    """Q and the packed rest of L R stay; fp16 components widen exactly."""
     folder = str(factored(family, "lloyd-top"))
     model = load_dense_or_factored(folder)
     before, stored = logits(model), read_tensors(Path(folder))
     frozen = {k: v for k, v in stored.items() if ".top_" not in k}
     exposed = expose_factors(model, mode="split")
-    assert torch.allclose(logits(exposed), before, atol=1e-5)  # sums in another order
+    assert torch.equal(logits(exposed), before)
     covered = coverage(exposed)
     layers = factored_layers(exposed.get_base_model())
     assert covered.mode == mode_of(exposed) == "split" and not covered.untouched
     assert set(covered.trained.values()) == {2} and covered.trained.keys() == layers.keys()
     assert covered.trainable_parameters == sum(2 * sum(layer.plan.shape) for layer in layers.values())
-    without = load_dense_or_factored(folder)
-    for layer in factored_layers(without).values():
-        layer.top_left.weight.data.zero_()
-    with exposed.disable_adapter():
-        assert torch.allclose(logits(exposed), logits(without), atol=1e-5)
     exposed(input_ids=IDS, labels=IDS).loss.backward()
     for name, parameter in exposed.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad == ("lora_" in name), name
@@ -188,7 +183,7 @@ def test_split_trains_the_components_apart_alone(factored, family, tmp_path):
     reloaded = load_adapter(load_dense_or_factored(folder), tmp_path / "adapter")
     assert torch.equal(logits(reloaded), after) and mode_of(reloaded) == "split"
     folded = fold(exposed)
-    assert torch.allclose(logits(folded), after, atol=1e-5)
+    assert torch.equal(logits(folded), after)
     attach(folded)
     folded.save_pretrained(tmp_path / "folded")
     again = load_dense_or_factored(str(tmp_path / "folded"))

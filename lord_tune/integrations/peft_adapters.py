@@ -1,32 +1,47 @@
-"""L and R through PEFT: as the adapter itself (`factors`), or with LoRA on top of them (`lora`).
+"""Training a factored model through PEFT, in four modes, each an ordinary PEFT adapter.
 
 factors: PEFT wraps a child `host` of each factored layer (the backbone Q, or a zero map where there is none) with an
 ordinary LoRA layer whose lora_A weight *is* R and whose lora_B weight *is* L: the same parameters, moved, so nothing is
 held twice. lora_alpha equals r for every layer, so the scaling is 1. The saved adapter is an ordinary LoRA adapter. The
 child has a name of its own, because a stock `PeftModel.from_pretrained` on the factored checkpoint would otherwise
 find the backbone and add L R a second time; like this it stops with "target modules not found", and `lord_tune.load`
-is the way in. `disable_adapter()` then means Q alone.
+is the way in.
 
 split: the same with the first components of L and R only (`decompose --top-rank`); the host is then Q with the others,
 which stay in their low-precision format.
 
-lora: stock LoRA on the `left` and `right` children, which may themselves be NF4 (QLoRA over LoRD).
+lora: stock LoRA on the `left` and `right` children, or on one of them; they may themselves be NF4 (QLoRA over LoRD).
+Components apart, and layers that stayed dense, are not trained.
 
-Merging is ours in both modes: A and B are folded back into R and L, exactly. PEFT's merge would round into the 4-bit
-base, which loses most of the update.
+scales: stock IA3 on the `right` children: component i of L R is multiplied by a learnable number, which starts as 1
+(the singular values of Basis Selection, Li et al. 2024, arXiv 2405.15877, in the basis that the decomposition found);
+on the `left` ones too if asked: W = Q + D_out L D R (Bolaco's diagonal post-training, Ji et al. 2024, arXiv
+2405.10616). Components apart get numbers of their own. Q is not scaled.
+
+`disable_adapter()`, an adapter that trains other layers only, and a deleted or unloaded one all give the decomposed
+model: in the first two modes a layer then computes with the factors it started from (`_Route`), which are read from
+its checkpoint. Several adapters are PEFT's (`load_adapter`, `set_adapter`, `delete_adapter`). One trap: PEFT's own
+`add_adapter` starts a further factors or split adapter from random numbers, unless it is filled afterwards (as
+`load_adapter` and trl's reference copy do); `expose_factors(peft_model, adapter_name=...)` starts it from L and R.
+
+Merging is ours in all modes: A and B are folded back into R and L, exactly. PEFT's merge would round into 16 bits or
+4-bit codes, which loses most of the update, or multiply the codes; where it would, it is refused.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, LordError, LordWarning, UsageError
@@ -34,16 +49,20 @@ from ..layers import (
     CastLinear,
     FactoredLinear,
     FrozenSum,
+    Parts,
     QuantizedLinear,
     ZeroLinear,
     dense_factor,
     factored_layers,
 )
+from .stored_tensors import StoredTensor, StoredTensors, value_of
 from .transformers_quantizer import realised_plan
 
-FACTORS, SPLIT, LORA = "factors", "split", "lora"
-_HOST = r"(.*\.)?({})\.host"
-_PAIR = r"(.*\.)?({})\.(left|right)"
+FACTORS, SPLIT, LORA, SCALES = "factors", "split", "lora", "scales"
+MODES = (FACTORS, SPLIT, LORA, SCALES)
+BOTH, LEFT, RIGHT, SMALLER = "both", "left", "right", "smaller"
+COMPONENTS, COMPONENTS_AND_OUTPUTS = "components", "components_and_outputs"
+_WRAPPED = r"(.*\.)?({})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,15 +70,133 @@ class Coverage:
     """Which layers train."""
 
     mode: str
-    trained: dict[str, int]  # layer -> rank that trains
+    trained: dict[str, int]  # layer -> rank that trains; components that are scaled
     untouched: list[str]  # factored layers outside the targets
     trainable_parameters: int
 
 
-def _chosen(model: Any, targets: str | None) -> tuple[dict[str, FactoredLinear], list[str]]:
-    layers = factored_layers(model)
+# ---- putting adapters on ---------------------------------------------------------------------------------------------
+
+
+def expose_factors(model: Any, targets: str | None = None, adapter_name: str = "default", mode: str = FACTORS) -> Any:
+    """Make L and R of the factored layers (those matching the regex `targets`) the trainable PEFT adapter.
+
+    mode: "factors", or "split" for the components that were stored apart (`--top-rank`). Factors stored in 16 bits are
+    widened to float32 for training; quantized ones have no gradient, so they are refused (use `add_lora`).
+
+    A model that has an adapter of this mode gets a further one, a copy of the factors the first one started from.
+    """
+    chosen = _chosen(model, targets, mode)
+    for name, layer in chosen.items():
+        if layer.host is None:
+            _check_trainable(name, layer, mode)
+    stored = StoredTensors(_plain(model))
+    factors = {name: _host_factors(name, layer, mode, stored) for name, layer in chosen.items()}
+    ranks = {name: right.shape[0] for name, (_, right) in factors.items()}
+    patterns = {rf"^{re.escape(name)}\.host$": rank for name, rank in ranks.items()}
+    config = LoraConfig(
+        r=max(ranks.values()),
+        lora_alpha=max(ranks.values()),
+        target_modules=_exactly([f"{name}.host" for name in chosen]),
+        rank_pattern=patterns,
+        alpha_pattern=dict(patterns),
+        lora_dropout=0.0,
+        bias="none",
+        init_lora_weights=False,
+        task_type=_task_type(model),
+    )
+    peft_model = _wrap(model, config, adapter_name)
+    trains = adapter_name in peft_model.active_adapters
+    for name, layer in chosen.items():
+        left, right = factors.pop(name)
+        for matrices, value in ((layer.host.lora_A, right), (layer.host.lora_B, left)):
+            value = value if value.dtype == torch.float32 else value.detach().float()
+            value = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
+            matrices[adapter_name].weight = value.requires_grad_(trains)
+        _check_realised(name, layer, ranks[name], adapter_name)
+    return peft_model
+
+
+def add_lora(
+    model: Any,
+    rank: int = 8,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    targets: str | None = None,
+    adapter_name: str = "default",
+    on: str = BOTH,
+) -> Any:
+    """LoRA of rank `rank` on L and R of the factored layers, which stay frozen (and may be quantized).
+
+    alpha: LoRA's scaling is alpha / rank; default 2 rank. on: "both"; "left" or "right", L or R alone; "smaller",
+    the one of the two with fewer rows or columns beside the rank, per layer. With one of the two, the update of L R has
+    rank `rank` all the same, at a half or less of the parameters: rank (rank of the layer + its in- or outputs).
+    """
+    if rank < 1:
+        raise UsageError(f"lora_r {rank} came; a rank is at least 1.")
+    if on not in (BOTH, LEFT, RIGHT, SMALLER):
+        raise UsageError(f"lora_on: {on} came; use {BOTH}, {LEFT}, {RIGHT} or {SMALLER}.")
+    paths = [f"{name}.{s}" for name, layer in _chosen(model, targets, LORA).items() for s in _sides(layer, on)]
+    return _add_lora(model, paths, rank, 2 * rank if alpha is None else alpha, dropout, adapter_name)
+
+
+def _sides(layer: FactoredLinear, on: str) -> list[str]:
+    smaller = RIGHT if layer.in_features <= layer.out_features else LEFT
+    return [LEFT, RIGHT] if on == BOTH else [smaller if on == SMALLER else on]
+
+
+def _add_lora(model: Any, paths: list[str], rank: int, alpha: float, dropout: float, adapter_name: str) -> Any:
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides it, a float is fine
+        target_modules=_exactly(paths),
+        lora_dropout=dropout,
+        bias="none",
+        task_type=_task_type(model),
+    )
+    peft_model = _wrap(model, config, adapter_name)
+    for path in paths:
+        factor = _plain(peft_model).get_submodule(path)
+        if not isinstance(factor, LoraLayer) or factor.r[adapter_name] != rank:
+            raise LordError(f"PEFT did not wrap '{path}' at rank {rank}; report this model.")
+    return peft_model
+
+
+def add_scales(model: Any, targets: str | None = None, adapter_name: str = "default", on: str = COMPONENTS) -> Any:
+    """A learnable number for each component of L R (see the top), float32, starting as 1; L and R may be quantized.
+
+    on: "components", or "components_and_outputs" for one per output as well.
+    """
+    if on not in (COMPONENTS, COMPONENTS_AND_OUTPUTS):
+        raise UsageError(f"scales_on: {on} came; use {COMPONENTS} or {COMPONENTS_AND_OUTPUTS}.")
+    sides = (RIGHT,) if on == COMPONENTS else (RIGHT, LEFT)
+    paths = []
+    for name, layer in _chosen(model, targets, SCALES).items():
+        for prefix in ("", "top_") if layer.top_left is not None else ("",):
+            paths += [f"{name}.{prefix}{side}" for side in sides]
+    return _add_scales(model, paths, adapter_name)
+
+
+def _add_scales(model: Any, paths: list[str], adapter_name: str) -> Any:
+    config = IA3Config(target_modules=_exactly(paths), feedforward_modules=[], task_type=_task_type(model))
+    peft_model = _wrap(model, config, adapter_name)
+    for path in paths:
+        factor: Any = _plain(peft_model).get_submodule(path)
+        if not isinstance(factor, IA3Layer) or factor.is_feedforward:
+            raise LordError(f"PEFT did not wrap '{path}' with scales of its outputs; report this model.")
+        # PEFT's move to float32 makes the scales of an adapter that is not the active one trainable
+        factor.ia3_l[adapter_name].requires_grad_(adapter_name in peft_model.active_adapters)
+    return peft_model
+
+
+def _chosen(model: Any, targets: str | None, mode: str) -> dict[str, FactoredLinear]:
+    """The layers to train; warns of those left out."""
+    layers = factored_layers(_plain(model))
     if not layers:
         raise UsageError("The model has no factored layers; run `lord-tune decompose` first and train its output.")
+    present = mode_of(model)
+    if present not in (None, mode):
+        raise UsageError(f"The model has an adapter of mode {present}, one of mode {mode} came; load the base again.")
     try:
         chosen = {name: layer for name, layer in layers.items() if targets is None or re.search(targets, name)}
     except re.error as error:
@@ -72,46 +209,61 @@ def _chosen(model: Any, targets: str | None) -> tuple[dict[str, FactoredLinear],
     if rest:
         shown = ", ".join(rest[:5]) + (f" and {len(rest) - 5} more" if len(rest) > 5 else "")
         warnings.warn(f"{len(rest)} of {len(layers)} factored layers do not train: {shown}.", LordWarning, stacklevel=3)
-    return chosen, rest
+    return chosen
 
 
-def _alternatives(names: list[str]) -> str:
-    return "|".join(re.escape(name) for name in names)
+def _exactly(paths: list[str]) -> str:
+    return _WRAPPED.format("|".join(re.escape(path) for path in paths))
 
 
-def expose_factors(model: Any, targets: str | None = None, adapter_name: str = "default", mode: str = FACTORS) -> Any:
-    """Make L and R of the factored layers (those matching the regex `targets`) the trainable PEFT adapter.
+def _plain(model: Any) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
-    mode: "factors", or "split" for the components that were stored apart (`--top-rank`). Factors stored in 16 bits are
-    widened to float32 for training; quantized ones have no gradient, so they are refused (use `add_lora`).
-    """
-    chosen, _ = _chosen(model, targets)
-    take = _take_top if mode == SPLIT else _take_all
-    for name, layer in chosen.items():
-        _check_trainable(name, layer, mode)
-    factors: dict[str, tuple[Tensor, Tensor]] = {name: take(layer) for name, layer in chosen.items()}
-    ranks = {name: right.shape[0] for name, (_, right) in factors.items()}
-    largest = max(ranks.values())
-    patterns = {rf"^{re.escape(name)}\.host$": rank for name, rank in ranks.items()}
-    config = LoraConfig(
-        r=largest,
-        lora_alpha=largest,
-        target_modules=_HOST.format(_alternatives(list(chosen))),
-        rank_pattern=patterns,
-        alpha_pattern=dict(patterns),
-        lora_dropout=0.0,
-        bias="none",
-        init_lora_weights=False,
-        task_type=_task_type(model),
-    )
-    peft_model = get_peft_model(model, config, adapter_name=adapter_name)
-    for name, layer in chosen.items():
-        left, right = factors.pop(name)
-        for matrices, value in ((layer.host.lora_A, right), (layer.host.lora_B, left)):
-            value = value if value.dtype == torch.float32 else nn.Parameter(value.detach().float())
-            matrices[adapter_name].weight = value.requires_grad_(True)
-    _check_realised(peft_model, chosen, ranks, adapter_name)
+
+def _wrap(model: Any, config: PeftConfig, adapter_name: str) -> Any:
+    """The PEFT model with an adapter more; a first one is active, further ones are not."""
+    if isinstance(model, PeftModel):
+        if adapter_name in model.peft_config:
+            raise UsageError(f"The model has an adapter '{adapter_name}' already; give another adapter_name.")
+        model.add_adapter(adapter_name, config)
+        return model
+    peft_model: Any = get_peft_model(model, config, adapter_name=adapter_name)
+    tuner = peft_model.base_model
+    tuner._check_merge_allowed = functools.partial(_check_stock_merge, tuner)
+    peft_model.register_load_state_dict_post_hook(_check_loaded)
     return peft_model
+
+
+def _check_stock_merge(tuner: Any) -> None:
+    """PEFT asks this before it merges. It adds to (LoRA) or multiplies (IA3) the stored tensor in its own dtype, be it
+    codes; right in float32 alone."""
+    for name, module in tuner.model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            base: Any = module.get_base_layer()
+            if not isinstance(base, CastLinear) or base.weight.dtype != torch.float32:
+                raise UsageError(
+                    f"PEFT's merge would round the adapter into '{name}', whose weights are not float32; "
+                    "use lord_tune.merge or lord_tune.fold, which are exact."
+                )
+    type(tuner)._check_merge_allowed(tuner)
+
+
+def _check_loaded(model: Any, result: Any) -> None:
+    """After tensors were loaded into a PEFT model, which drops those that have no place."""
+    stray = [key for key in result.unexpected_keys if "lora_" in key or "ia3_" in key]
+    if stray:
+        raise CheckpointError(
+            f"The adapter holds {stray[0]}, which has no place in this model; load it with lord_tune.load_adapter, on "
+            "the checkpoint it was trained on."
+        )
+    for name, layer in factored_layers(model).items():
+        if isinstance(layer.host, LoraLayer) and isinstance(layer.route, _Route):
+            for adapter, rank in layer.host.r.items():
+                if rank != layer.route.rank:
+                    raise CheckpointError(
+                        f"The adapter '{adapter}' does not fit its base model: it has rank {rank} in '{name}', whose "
+                        f"factors have rank {layer.route.rank}; load it on the checkpoint it was trained on."
+                    )
 
 
 def _check_trainable(name: str, layer: FactoredLinear, mode: str) -> None:
@@ -128,155 +280,74 @@ def _check_trainable(name: str, layer: FactoredLinear, mode: str) -> None:
         )
 
 
-def _take_all(layer: FactoredLinear) -> tuple[Tensor, Tensor]:
-    left, right = layer.left.weight, layer.right.weight
-    layer.host = layer.backbone or ZeroLinear(layer.in_features, layer.out_features, left.device)
-    layer.left = layer.right = layer.backbone = None
-    return left, right
-
-
-def _take_top(layer: FactoredLinear) -> tuple[Tensor, Tensor]:
-    left, right = layer.top_left.weight, layer.top_right.weight
-    layer.host = FrozenSum(layer.left, layer.right, layer.backbone)
+def _host_factors(name: str, layer: FactoredLinear, mode: str, stored: StoredTensors) -> tuple[Tensor, Tensor]:
+    """L and R to train: the parameters themselves, moved out of the layer, or for a further adapter copies."""
+    if layer.host is not None:
+        assert isinstance(layer.route, _Route) and layer.route.start is not None
+        left, right = (value_of(kept).to(layer.weight.device, torch.float32, copy=True) for kept in layer.route.start)
+        return left, right
+    top = "top_" if mode == SPLIT else ""
+    left, right = (getattr(layer, f"{top}{side}").weight for side in (LEFT, RIGHT))
+    kept = stored.keep(f"{name}.{top}left.weight", left), stored.keep(f"{name}.{top}right.weight", right)
+    layer.route = _Route(kept, right.shape[0])
+    if mode == SPLIT:
+        layer.host = FrozenSum(layer.left, layer.right, layer.backbone)
+    else:
+        layer.host = layer.backbone or ZeroLinear(layer.in_features, layer.out_features, left.device)
     layer.left = layer.right = layer.backbone = layer.top_left = layer.top_right = None
     return left, right
 
 
-def add_lora(
-    model: Any,
-    rank: int = 8,
-    alpha: float | None = None,
-    dropout: float = 0.0,
-    targets: str | None = None,
-    adapter_name: str = "default",
-) -> Any:
-    """LoRA of rank `rank` on L and on R of the factored layers, which stay frozen (and may be quantized).
-
-    alpha: LoRA's scaling is alpha / rank; default 2 rank.
-    """
-    if rank < 1:
-        raise UsageError(f"lora_r {rank} came; a rank is at least 1.")
-    chosen, _ = _chosen(model, targets)
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]  # PEFT divides it, a float is fine
-        target_modules=_PAIR.format(_alternatives(list(chosen))),
-        lora_dropout=dropout,
-        bias="none",
-        task_type=_task_type(model),
-    )
-    peft_model = get_peft_model(model, config, adapter_name=adapter_name)
-    for name, layer in chosen.items():
-        for factor in (layer.left, layer.right):
-            if not isinstance(factor, LoraLayer) or factor.r[adapter_name] != rank:
-                raise LordError(f"PEFT did not wrap the factors of '{name}' at rank {rank}; report this model.")
-    return peft_model
-
-
 def _task_type(model: Any) -> str | None:
-    return "CAUSAL_LM" if hasattr(model, "can_generate") and model.can_generate() else None
+    plain = _plain(model)
+    return "CAUSAL_LM" if hasattr(plain, "can_generate") and plain.can_generate() else None
 
 
-def _check_realised(model: Any, layers: dict[str, FactoredLinear], ranks: dict[str, int], adapter: str) -> None:
+def _check_realised(name: str, layer: FactoredLinear, rank: int, adapter: str) -> None:
     """PEFT ignores rank patterns that match nothing; refuse to train another rank than was asked for."""
-    expected = 0
-    for name, layer in layers.items():
-        host = layer.host
-        shapes = tuple(host.lora_B[adapter].weight.shape), tuple(host.lora_A[adapter].weight.shape)
-        wanted = (layer.out_features, ranks[name]), (ranks[name], layer.in_features)
-        if shapes != wanted or host.scaling[adapter] != 1.0 or host.r[adapter] != ranks[name]:
-            raise LordError(f"PEFT realised '{name}' as {shapes} at scaling {host.scaling[adapter]}, wanted {wanted}.")
-        expected += ranks[name] * (layer.out_features + layer.in_features)
-    actual = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if actual != expected:
-        raise LordError(f"{actual} parameters are trainable, the factors have {expected}; report this model.")
+    host = layer.host
+    realised = (host.r[adapter], host.lora_A[adapter].out_features, host.lora_B[adapter].in_features)
+    if realised != (rank, rank, rank) or host.scaling[adapter] != 1.0:
+        raise LordError(f"PEFT realised '{name}' at {realised}, scaling {host.scaling[adapter]}; wanted rank {rank}.")
 
 
-def mode_of(model: Any) -> str | None:
-    """factors, split, lora, or None for a model without our adapters."""
-    layers = factored_layers(model).values()
-    for layer in layers:
-        if layer.host is not None:
-            return SPLIT if isinstance(_base_of(layer), FrozenSum) else FACTORS
-    return LORA if any(isinstance(layer.left, LoraLayer) for layer in layers) else None
+# ---- what a layer computes with --------------------------------------------------------------------------------------
 
 
-def coverage(model: Any, adapter_name: str = "default") -> Coverage:
-    """Which factored layers of an exposed model train, and how many parameters."""
-    mode = mode_of(model)
-    trained, untouched = {}, []
-    for name, layer in factored_layers(model.get_base_model()).items():
-        if layer.host is not None:
-            trained[name] = layer.host.r[adapter_name]
-        elif isinstance(layer.left, LoraLayer):
-            trained[name] = layer.left.r[adapter_name]
-        else:
-            untouched.append(name)
-    total = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Coverage(mode or "none", trained, untouched, total)
+@dataclasses.dataclass(frozen=True)
+class _Route:
+    """Which modules a layer computes with, if not its own: those of a merged adapter, or the factors it started from.
 
-
-def load_adapter(model: Any, folder: Path, adapter_name: str = "default") -> Any:
-    """Put a saved adapter (either mode) back on its factored base."""
-    from peft import set_peft_model_state_dict
-    from peft.utils import load_peft_weights
-    from safetensors import SafetensorError
-
-    try:
-        config = LoraConfig.from_pretrained(str(folder))
-        state = load_peft_weights(str(folder), device="cpu")
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"The adapter in {folder} could not be read: {error}; write it again.") from error
-    factors_mode = any(".host.lora_" in key for key in state)
-    marker = ".host.lora_A" if factors_mode else ".left.lora_A"
-    names = {key.removeprefix("base_model.model.").split(marker)[0] for key in state if marker in key}
-    missing = sorted(names - set(factored_layers(model)))
-    if missing or not names:
-        what = missing[0] if missing else "(no factored layer)"
-        raise CheckpointError(f"The adapter in {folder} trains {what}, which its base model does not have factored.")
-    targets = rf"^({_alternatives(sorted(names))})$"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", LordWarning)  # a partial match was reported when the adapter was trained
-        if factors_mode:
-            mode = SPLIT if all(factored_layers(model)[name].top_left is not None for name in names) else FACTORS
-            peft_model = expose_factors(model, targets, adapter_name, mode)
-        else:
-            peft_model = add_lora(model, config.r, config.lora_alpha, config.lora_dropout, targets, adapter_name)
-    try:
-        result: Any = set_peft_model_state_dict(peft_model, state, adapter_name=adapter_name)
-    except RuntimeError as error:  # shapes differ
-        raise CheckpointError(
-            f"The adapter in {folder} does not fit its base model, whose ranks or shapes have changed since; decompose "
-            "the base as it was, or train again."
-        ) from error
-    absent = [key for key in result.missing_keys if "lora_" in key]
-    if absent:
-        raise CheckpointError(f"The adapter in {folder} lacks {absent[0]}; it is not complete, write it again.")
-    if result.unexpected_keys:
-        raise CheckpointError(f"The adapter in {folder} holds {result.unexpected_keys[0]}, which has no place.")
-    peft_model.eval()
-    return peft_model
-
-
-@torch.no_grad()
-def fold(model: Any, adapter_name: str = "default") -> Any:
-    """Fold the adapter back into L and R and return the plain factored model; exact, the ranks are unchanged.
-
-    factors, split: the trained parameters become `left` and `right` again. lora: L + dL and R + dR, in float32 if they
-    were trained beside low-precision factors (which are decoded first, so the update is not rounded away).
+    Modules here are not children of the layer, so they are neither saved nor moved with it.
     """
-    base = model.get_base_model()
-    for layer in factored_layers(base).values():
-        if layer.host is not None:
-            _fold_host(layer, adapter_name)
-        elif isinstance(layer.left, LoraLayer):
-            layer.left = _merged_factor(layer.left, adapter_name)
-            layer.right = _merged_factor(layer.right, adapter_name)
-        layer.plan = realised_plan(layer)
-    for key in ("peft_config", "_hf_peft_config_loaded"):
-        base.__dict__.pop(key, None)
-    base.requires_grad_(False)
-    return base.eval()
+
+    start: tuple[StoredTensor | Tensor, StoredTensor | Tensor] | None = None  # (L, R) of a layer with a host
+    rank: int = 0  # of these
+    merged: Parts | None = None
+    names: tuple[str, ...] = ()  # the adapters in `merged`
+
+    def __call__(self, layer: FactoredLinear) -> Parts | None:
+        names = _active(layer)
+        if self.merged is not None and names == self.names:  # another adapter computes as if nothing were merged
+            if layer.training and torch.is_grad_enabled():
+                raise UsageError("The adapter is merged, so it cannot train; call lord_tune.unmerge first.")
+            return self.merged
+        return _start_parts(layer) if layer.host is not None and not names else None
+
+
+def _wrappers(layer: FactoredLinear) -> list[Any]:
+    return [child for child in layer.children() if isinstance(child, BaseTunerLayer)]
+
+
+def _held(wrapper: Any) -> Any:
+    """The adapters of a LoRA or IA3 layer, by name."""
+    return getattr(wrapper, wrapper.adapter_layer_names[0])
+
+
+def _active(layer: FactoredLinear) -> tuple[str, ...]:
+    """The adapters that change this layer now."""
+    wrappers = [wrapper for wrapper in _wrappers(layer) if not wrapper.disable_adapters]
+    return tuple(dict.fromkeys(n for wrapper in wrappers for n in wrapper.active_adapters if n in _held(wrapper)))
 
 
 def _linear_of(value: Tensor) -> CastLinear:
@@ -285,25 +356,221 @@ def _linear_of(value: Tensor) -> CastLinear:
     return module
 
 
-def _base_of(layer: FactoredLinear) -> Any:
-    """Q, zero or their sum with frozen components: what PEFT's layer wraps."""
-    return layer.host.get_base_layer() if isinstance(layer.host, LoraLayer) else layer.host
+def _base_of(module: Any) -> Any:
+    """What PEFT's layer wraps."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def _fold_host(layer: FactoredLinear, adapter_name: str) -> None:
-    left = _linear_of(layer.host.lora_B[adapter_name].weight)
-    right = _linear_of(layer.host.lora_A[adapter_name].weight)
-    base = _base_of(layer)
+def _around(layer: FactoredLinear, left: Tensor, right: Tensor) -> Parts:
+    """A layer with a host whose trainable factors are these."""
+    base, pair = _base_of(layer.host), (_linear_of(left), _linear_of(right))
     if isinstance(base, FrozenSum):
-        layer.top_left, layer.top_right = left, right
-        layer.left, layer.right, layer.backbone = base.left, base.right, base.backbone
-    else:
-        layer.left, layer.right = left, right
-        layer.backbone = base if isinstance(base, QuantizedLinear) else None
-    layer.host = None
+        return Parts(base.left, base.right, base.backbone, *pair)
+    return Parts(*pair, None if isinstance(base, ZeroLinear) else base)
 
 
-def _merged_factor(wrapped: Any, adapter_name: str) -> CastLinear:
-    delta = wrapped.lora_B[adapter_name].weight.double() @ wrapped.lora_A[adapter_name].weight.double()
-    value = dense_factor(wrapped.get_base_layer()) + wrapped.scaling[adapter_name] * delta
+def _start_parts(layer: FactoredLinear) -> Parts:
+    assert isinstance(layer.route, _Route) and layer.route.start is not None
+    left, right = (value_of(kept).to(layer.weight.device) for kept in layer.route.start)
+    return _around(layer, left, right)
+
+
+# ---- asking ----------------------------------------------------------------------------------------------------------
+
+
+def mode_of(model: Any) -> str | None:
+    """factors, split, lora, scales, or None for a model without our adapters."""
+    for layer in factored_layers(model).values():
+        if isinstance(layer.host, LoraLayer):
+            return SPLIT if isinstance(_base_of(layer.host), FrozenSum) else FACTORS
+        for factor in (layer.left, layer.right):
+            if isinstance(factor, BaseTunerLayer):
+                return SCALES if isinstance(factor, IA3Layer) else LORA
+    return None
+
+
+def coverage(model: Any, adapter_name: str = "default") -> Coverage:
+    """Which factored layers of an exposed model train, and how many parameters."""
+    trained, untouched = {}, []
+    for name, layer in factored_layers(_plain(model)).items():
+        wrappers = [wrapper for wrapper in _wrappers(layer) if adapter_name in _held(wrapper)]
+        if not wrappers:
+            untouched.append(name)
+        else:
+            trained[name] = wrappers[0].r[adapter_name] if isinstance(wrappers[0], LoraLayer) else layer.rank
+    total = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Coverage(mode_of(model) or "none", trained, untouched, total)
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------
+
+
+def load_adapter(model: Any, folder: Path | str, adapter_name: str = "default") -> Any:
+    """Put a saved adapter (any mode) back on its factored base, or beside the adapters of a PEFT model of its mode.
+
+    A further adapter is not active until `set_adapter`, as PEFT has it.
+    """
+    from peft import set_peft_model_state_dict
+    from peft.utils import load_peft_weights
+    from safetensors import SafetensorError
+
+    try:
+        config: Any = PeftConfig.from_pretrained(str(folder))
+        state = load_peft_weights(str(folder), device="cpu")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"The adapter in {folder} could not be read: {error}; write it again.") from error
+    paths = {re.split(r"\.(?:lora_|ia3_)", key.removeprefix("base_model.model."))[0] for key in state}
+    layers, owners = factored_layers(_plain(model)), sorted({path.rpartition(".")[0] for path in paths})
+    missing = [owner for owner in owners if owner not in layers]
+    if missing or not owners:
+        what = missing[0] if missing else "(no factored layer)"
+        raise CheckpointError(f"The adapter in {folder} trains {what}, which its base model does not have factored.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LordWarning)  # a partial match was reported when the adapter was trained
+        peft_model = _like_saved(model, config, sorted(paths), owners, adapter_name)
+    try:
+        result: Any = set_peft_model_state_dict(peft_model, state, adapter_name=adapter_name)
+    except RuntimeError as error:  # shapes differ
+        raise CheckpointError(
+            f"The adapter in {folder} does not fit its base model, whose ranks or shapes have changed since; decompose "
+            "the base as it was, or train again."
+        ) from error
+    absent = [key for key in result.missing_keys if f".{adapter_name}" in key and ("lora_" in key or "ia3_" in key)]
+    if absent:
+        raise CheckpointError(f"The adapter in {folder} lacks {absent[0]}; it is not complete, write it again.")
+    peft_model.eval()
+    return peft_model
+
+
+def _like_saved(model: Any, config: Any, paths: list[str], owners: list[str], adapter_name: str) -> Any:
+    """`model` with an adapter as `paths` (the modules it wraps) and its configuration describe it, not filled yet."""
+    layers = factored_layers(_plain(model))
+    ends = {path.rpartition(".")[2] for path in paths}
+    if ends == {"host"}:
+        split = all(layers[n].top_left is not None or isinstance(_base_of(layers[n].host), FrozenSum) for n in owners)
+        targets = rf"^({'|'.join(re.escape(name) for name in owners)})$"
+        return expose_factors(model, targets, adapter_name, SPLIT if split else FACTORS)
+    wanted = LORA if isinstance(config, LoraConfig) else SCALES
+    if mode_of(model) not in (None, wanted):
+        raise UsageError(
+            f"The model has an adapter of mode {mode_of(model)}, one of mode {wanted} came; load the base again."
+        )
+    gone = [path for path in paths if getattr(layers[path.rpartition(".")[0]], path.rpartition(".")[2], None) is None]
+    if gone:
+        raise CheckpointError(f"The adapter trains '{gone[0]}', which its base model does not have; train it again.")
+    if isinstance(config, LoraConfig):
+        return _add_lora(model, paths, config.r, config.lora_alpha, config.lora_dropout, adapter_name)
+    return _add_scales(model, paths, adapter_name)
+
+
+# ---- merging ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def merge(model: Any) -> Any:
+    """Compute with L and R that have the active adapter in them, until `unmerge`; exact, the ranks are unchanged.
+
+    The adapter stays beside them, so saving it, disabling it and switching to another one work as before; what is not
+    seen any more is a change of its parameters. Costs the memory of the factors that `fold` would write.
+    """
+    layers = {name: layer for name, layer in factored_layers(_plain(model)).items() if _active(layer)}
+    if not layers:
+        raise UsageError("The model has no active adapter, so nothing can be merged; load or enable one.")
+    for name, layer in layers.items():
+        names = _active(layer)
+        route = layer.route if isinstance(layer.route, _Route) else _Route()
+        layer.route = dataclasses.replace(route, merged=_parts_with(name, layer, names), names=names)
+    return model
+
+
+def unmerge(model: Any) -> Any:
+    """Compute with the adapter itself again, which `merge` has left as it was."""
+    for layer in factored_layers(_plain(model)).values():
+        if isinstance(layer.route, _Route):
+            layer.route = dataclasses.replace(layer.route, merged=None, names=()) if layer.route.start else None
+    return model
+
+
+@torch.no_grad()
+def fold(model: Any, adapter_name: str | None = None) -> Any:
+    """Fold an adapter (default: the active one) back into L and R and return the plain factored model, exactly.
+
+    factors, split: the trained parameters become `left` and `right` again. lora: L + dL and R + dR. scales: into the
+    one of L and R whose storage that changes least; components apart, both. What a fold changes becomes float32, if it
+    was stored in fewer bits (decoded first, so the update is not rounded away).
+    """
+    base = _plain(model)
+    layers = factored_layers(base)
+    if adapter_name is not None and not any(adapter_name in _held(w) for y in layers.values() for w in _wrappers(y)):
+        raise UsageError(f"The model has no adapter '{adapter_name}'; load it, or leave adapter_name out.")
+    for name, layer in layers.items():
+        parts = _parts_with(name, layer, _active(layer) if adapter_name is None else (adapter_name,))
+        layer.host = layer.route = None
+        layer.left, layer.right, layer.backbone, layer.top_left, layer.top_right = parts
+        layer.plan = realised_plan(layer)
+    for key in ("peft_config", "_hf_peft_config_loaded"):
+        base.__dict__.pop(key, None)
+    base.requires_grad_(False)
+    return base.eval()
+
+
+def _parts_with(name: str, layer: FactoredLinear, adapters: tuple[str, ...]) -> Parts:
+    """The modules of a layer with these adapters folded in."""
+    if layer.host is None:
+        pair = _folded_pair(layer.left, layer.right, adapters)
+        top: tuple[Any, Any] = (None, None)
+        if layer.top_left is not None:
+            old = _base_of(layer.top_left), _base_of(layer.top_right)
+            top = _folded_pair(layer.top_left, layer.top_right, adapters)
+            if top != old:  # a checkpoint has one format for both
+                top = _linear_of(dense_factor(top[0]).float()), _linear_of(dense_factor(top[1]).float())
+        return Parts(*pair, layer.backbone, *top)
+    host = layer.host
+    present = [n for n in adapters if isinstance(host, LoraLayer) and n in host.lora_A]
+    if len(present) > 1:
+        raise UsageError(f"'{name}' has {len(present)} adapters active, each of which is all of L R; set one of them.")
+    if not present:
+        return _start_parts(layer)
+    return _around(layer, host.lora_B[present[0]].weight, host.lora_A[present[0]].weight)
+
+
+def _folded_pair(left: Any, right: Any, adapters: tuple[str, ...]) -> tuple[Any, Any]:
+    if isinstance(left, IA3Layer) or isinstance(right, IA3Layer):
+        return _scaled_pair(left, right, adapters)
+    return _with_lora(left, adapters), _with_lora(right, adapters)
+
+
+def _with_lora(wrapped: Any, adapters: tuple[str, ...]) -> Any:
+    """A factor plus scaling * B A."""
+    present = [n for n in adapters if isinstance(wrapped, LoraLayer) and n in wrapped.lora_A]
+    if not present:
+        return _base_of(wrapped)
+    value = dense_factor(_base_of(wrapped))
+    for n in present:
+        value = value + wrapped.scaling[n] * (wrapped.lora_B[n].weight.double() @ wrapped.lora_A[n].weight.double())
     return _linear_of(value.float())
+
+
+def _scaled_pair(left: Any, right: Any, adapters: tuple[str, ...]) -> tuple[Any, Any]:
+    """D_out L D and R, or D_out L and D R: D goes where something changes anyway, or else into the smaller of what is
+    not packed."""
+    outputs, components = _scales_of(left, adapters), _scales_of(right, adapters)
+    left, right = _base_of(left), _base_of(right)
+    if outputs is None and components is None:
+        return left, right
+    dense = [factor for factor in (right, left) if not isinstance(factor, QuantizedLinear)] or [right, left]
+    into_left = outputs is not None or min(dense, key=lambda f: f.in_features * f.out_features) is left
+    if components is not None and not into_left:
+        right = _linear_of((components[:, None] * dense_factor(right)).float())
+    if into_left:
+        value = dense_factor(left)
+        value = value if components is None else value * components
+        value = value if outputs is None else outputs[:, None] * value
+        left = _linear_of(value.float())
+    return left, right
+
+
+def _scales_of(wrapped: Any, adapters: tuple[str, ...]) -> Tensor | None:
+    """The product of the adapters' scales, float64, (out,)."""
+    present = [wrapped.ia3_l[n] for n in adapters if isinstance(wrapped, IA3Layer) and n in wrapped.ia3_l]
+    return torch.stack([scales.double().flatten() for scales in present]).prod(0) if present else None

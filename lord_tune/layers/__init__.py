@@ -1,6 +1,6 @@
 """Runtime layers and the surgery that puts them into a model."""
 
-from .factored_linear import FactoredLinear, FrozenSum, build_layer, dense_factor
+from .factored_linear import FactoredLinear, FrozenSum, Parts, build_layer, dense_factor
 from .quantized_linear import CastLinear, QuantizedLinear, ZeroLinear, dequantize_once
 from .surgery import (
     check_finite,
@@ -17,6 +17,7 @@ __all__ = [
     "CastLinear",
     "FactoredLinear",
     "FrozenSum",
+    "Parts",
     "QuantizedLinear",
     "ZeroLinear",
     "build_layer",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +13,31 @@ from ..layer_plan import DTYPES, LayerPlan, make_quantizer
 from .quantized_linear import CastLinear, QuantizedLinear
 
 
+class Parts(NamedTuple):
+    """The modules a factored layer is the sum of. Q comes before the components apart: with these as the adapter (mode
+    split) the sum is taken in the same order, so the two are equal to the last bit."""
+
+    left: Any  # L, (..., rank) -> (..., out)
+    right: Any  # R, (..., in) -> (..., rank)
+    backbone: Any = None  # Q
+    top_left: Any = None  # the first components, stored apart
+    top_right: Any = None
+
+    def __call__(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        output = self.left(self.right(x))
+        if self.backbone is not None:
+            output = output + self.backbone(x)
+        return output if self.top_left is None else output + self.top_left(self.top_right(x))
+
+
 class FactoredLinear(nn.Module):
     """A linear layer with weight W = Q + L R, children `left` (L), `right` (R) and, unless absent, `backbone` (Q).
 
     Where the first components are stored apart, `left` and `right` hold the others, `top_left` and `top_right` these.
     While PEFT trains the factors themselves, they live in the LoRA layer around the child `host` (which then holds the
     backbone or nothing) and `left`, `right`, `backbone` are None; see integrations/peft_adapters.py. In mode split only
-    `top_left` and `top_right` move there.
+    `top_left` and `top_right` move there. `route` is asked at every forward for other modules to use (of a disabled or
+    merged adapter); it is neither a module nor saved.
 
     The parameter `weight` is a sentinel of shape (0,) under the key of the original weight. Without it, transformers
     without lord_tune would load the checkpoint as a model with random weights and only log a line; with it, it raises.
@@ -46,21 +65,22 @@ class FactoredLinear(nn.Module):
             quantizer = make_quantizer(plan.backbone, plan.backbone_options)
             self.backbone = QuantizedLinear(self.in_features, self.out_features, quantizer, device)
         self.host: Any = None
+        self.route: Callable[[FactoredLinear], Parts | None] | None = None
 
     @property
     def rank(self) -> int:
         return self.plan.rank
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        if self.host is not None:
-            output = self.host(x)
+        other = None if self.route is None else self.route(self)
+        if other is not None:
+            output = other(x)
         else:
-            output = self.left(self.right(x))
-            if self.top_left is not None:
-                output = output + self.top_left(self.top_right(x))
-            if self.backbone is not None:
-                output = output + self.backbone(x)
+            output = self.parts()(x) if self.host is None else self.host(x)
         return output if self.bias is None else output + self.bias.to(output.dtype)
+
+    def parts(self) -> Parts:
+        return Parts(self.left, self.right, self.backbone, self.top_left, self.top_right)
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W = Q + L R, summed in float64. (out, in)"""
@@ -103,8 +123,7 @@ class FrozenSum(nn.Linear):
         self.left, self.right, self.backbone = left, right, backbone
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        output = self.left(self.right(x))
-        return output if self.backbone is None else output + self.backbone(x)
+        return Parts(self.left, self.right, self.backbone)(x)
 
 
 def _factor(
