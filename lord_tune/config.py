@@ -256,31 +256,21 @@ class TrainConfig(RunConfig):
     dataset_train_split: str = Field("train", description="split to train on")
     dataset_test_split: str | None = Field(None, description="split to evaluate on during training")
     eval_dataset_name: str | None = Field(None, description="file or Hub dataset to evaluate on during training")
-    mode: Literal["factors", "split", "lora"] = Field(
+    mode: Literal["factors", "split", "lora", "scales"] = Field(
         "factors",
-        description="factors: L and R train; split: the components stored apart (--top-rank); lora: LoRA on L and R",
+        description="factors: L and R train; split: the components stored apart (--top-rank); lora: LoRA on L and R; "
+        "scales: one number per component of L R",
     )
     lora_r: int = Field(8, gt=0, description="mode lora: rank on each factor")
     lora_alpha: float | None = Field(None, description="mode lora: scaling is alpha / r; default 2 r")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="mode lora: dropout")
+    lora_on: Literal["both", "left", "right", "smaller"] = Field(
+        "both", description="mode lora: on L and R, on one of them, or per layer on the one that needs fewer numbers"
+    )
+    scales_on: Literal["components", "components_and_outputs"] = Field(
+        "components", description="mode scales: components of L R, or the outputs of L as well"
+    )
     targets: str | None = Field(None, description="regex of factored layers to train; default: all")
-    dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
-        None, description="load the model in this dtype; default: float32 on a CPU, else the checkpoint's"
-    )
-    dequantize_once: bool = Field(
-        False, description="decode quantized weights once and keep them dense in memory: faster where decoding is slow"
-    )
-    dry_run: bool = Field(False, description="print the resolved configuration and stop")
-
-    def check(self) -> None:
-        for name in self.given("lora_r", "lora_alpha", "lora_dropout"):
-            if self.mode != "lora":
-                raise UsageError(f"{name} has no effect in mode: {self.mode}; remove it or set mode: lora.")
-
-    def trainer_values(self) -> dict[str, Any]:
-        """The keys meant for trl."""
-        return dict(self.model_extra or {}) | {"output_dir": self.output_dir}
-
     objective: Literal["sft", "distill", "dpo"] = Field(
         "sft",
         description="sft: the next token of the dataset; distill: the original model's distribution over it; dpo: "
@@ -297,6 +287,31 @@ class TrainConfig(RunConfig):
         0.0, ge=0, le=1, description="distill: w in (1 - w) T^2 KL(teacher || student) + w cross-entropy"
     )
     distill_temperature: float = Field(1.0, gt=0, description="distill: T, which both models' logits are divided by")
+    dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
+        None, description="load the model in this dtype; default: float32 on a CPU, else the checkpoint's"
+    )
+    dequantize_once: bool = Field(
+        False, description="decode quantized weights once and keep them dense in memory: faster where decoding is slow"
+    )
+    dry_run: bool = Field(False, description="print the resolved configuration and stop")
+
+    def check(self) -> None:
+        for name in self.given("lora_r", "lora_alpha", "lora_dropout", "lora_on", "scales_on"):
+            mode = name.partition("_")[0]
+            if self.mode != mode:
+                raise UsageError(f"{name} has no effect in mode: {self.mode}; remove it or set mode: {mode}.")
+
+        of_distill = [name for name in type(self).model_fields if name.startswith(("teacher_", "distill_"))]
+        for name in self.given(*of_distill):
+            if self.objective != "distill":
+                raise UsageError(f"{name} has no effect with objective: {self.objective}; remove it.")
+        if self.given("teacher_top_k") and self.teacher_logits is None:
+            raise UsageError("teacher_top_k has no effect without teacher_logits; remove it.")
+
+    def trainer_values(self) -> dict[str, Any]:
+        """The keys meant for trl."""
+        return dict(self.model_extra or {}) | {"output_dir": self.output_dir}
+
 
 class EvaluateConfig(RunConfig):
     """`lord-tune evaluate MODEL --text FILE...`"""
@@ -309,13 +324,6 @@ class EvaluateConfig(RunConfig):
     dequantize_once: bool = Field(False, description="decode quantized weights once and keep them dense in memory")
     json_file: str | None = Field(None, description="also write the result here (--json)", alias="json")
     dry_run: bool = Field(False, description="print the resolved configuration and stop")
-
-        of_distill = [name for name in type(self).model_fields if name.startswith(("teacher_", "distill_"))]
-        for name in self.given(*of_distill):
-            if self.objective != "distill":
-                raise UsageError(f"{name} has no effect with objective: {self.objective}; remove it.")
-        if self.given("teacher_top_k") and self.teacher_logits is None:
-            raise UsageError("teacher_top_k has no effect without teacher_logits; remove it.")
 
     def check(self) -> None:
         if not self.text:

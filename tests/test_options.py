@@ -873,6 +873,8 @@ def case_mode(b: Bench) -> None:
         b.train(model_name_or_path=str(base.folder), mode="factors")
     with pytest.raises(UsageError, match="--top-rank"):
         b.train(mode="split")
+    rights = {f"{name}.right.ia3_l" for name in b.decompose().manifest}
+    assert trained_layers(b.train(mode="scales")[1]) == rights
 
 
 def case_lora_r(b: Bench) -> None:
@@ -897,6 +899,29 @@ def case_lora_dropout(b: Bench) -> None:
     assert adapter_config(given[1])["lora_dropout"] == 0.5
     first, second = read_tensors(default[1]), read_tensors(given[1])
     assert any(not torch.equal(first[key], second[key]) for key in first)
+
+
+def case_lora_on(b: Bench) -> None:
+    """On the smaller one: R of layers with more outputs than inputs, L of the others (down_proj: 160 to 64)."""
+    both, smaller = b.train(mode="lora", lora_r=2), b.train(mode="lora", lora_r=2, lora_on="smaller")
+    sides = {name.rpartition(".")[0]: name.rpartition(".")[2] for name in trained_layers(smaller[1])}
+    assert sides == {n: "left" if p["shape"][0] < p["shape"][1] else "right" for n, p in b.decompose().manifest.items()}
+    expected = sum(2 * (min(plan["shape"]) + 8) for plan in b.decompose().manifest.values())
+    assert smaller[0]["trainable_parameters"] == expected < both[0]["trainable_parameters"]
+    with pytest.raises(UsageError, match="mode: lora"):
+        b.train(mode="factors", lora_on="left")
+
+
+def case_scales_on(b: Bench) -> None:
+    plans = b.decompose().manifest.values()
+    for on, outputs in (("components", 0), ("components_and_outputs", sum(plan["shape"][0] for plan in plans))):
+        metrics, out = b.train(mode="scales", scales_on=on)
+        assert metrics["trainable_parameters"] == 8 * len(plans) + outputs
+        assert adapter_config(out)["peft_type"] == "IA3"
+        assert read_tensors(out)[f"base_model.model.{Q}.right.ia3_l"].shape == (8, 1)
+        assert evaluate(b, model=str(out))["loss"] != evaluate(b, model=str(b.decompose().folder))["loss"]
+    with pytest.raises(UsageError, match="mode: scales"):
+        b.train(mode="lora", scales_on="components")
 
 
 def case_train_targets(b: Bench) -> None:
@@ -999,6 +1024,8 @@ TRAIN: dict[str, Case] = {
     "lora_r": case_lora_r,
     "lora_alpha": case_lora_alpha,
     "lora_dropout": case_lora_dropout,
+    "lora_on": case_lora_on,
+    "scales_on": case_scales_on,
     "targets": case_train_targets,
     "objective": case_objective,
     "teacher_model_name_or_path": case_teacher,
@@ -1017,7 +1044,7 @@ def test_train(name, bench):
     TRAIN[name](bench)
 
 
-MODES = ("factors", "split", "lora")
+MODES = ("factors", "split", "lora", "scales")
 
 
 def test_trl_keys_reach_trl(bench, tmp_path):
@@ -1027,7 +1054,7 @@ def test_trl_keys_reach_trl(bench, tmp_path):
     assert isinstance(given, SFTConfig) and given.packing is True and given.max_steps == 7
     assert given.lr_scheduler_kwargs == {"num_cycles": 2}
     rates = {mode: trainer_arguments({"output_dir": str(tmp_path)}, mode, True, []).learning_rate for mode in MODES}
-    assert rates == {"factors": 1e-4, "split": 1e-4, "lora": 2e-4}
+    assert rates == {"factors": 1e-4, "split": 1e-4, "lora": 2e-4, "scales": 1e-2}
     metrics, _ = bench.train(max_steps=3)
     assert metrics["steps"] == 3 and len(losses(metrics)) == 3
 
@@ -1310,10 +1337,15 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
             TrainConfig,
             "--model_name_or_path m --output_dir o --dataset_name d --dataset_config c --dataset_train_split s "
             "--dataset_test_split t --eval_dataset_name e --mode lora --lora_r 3 --lora_alpha 5.5 --lora_dropout 0.1 "
-            "--targets q --dtype float16 --dequantize_once --dry_run --learning_rate 0.5 --packing "
+            "--lora_on smaller --targets q --dtype float16 --dequantize_once --dry_run --learning_rate 0.5 --packing "
             "--objective distill --teacher_model_name_or_path t --teacher_logits l --teacher_top_k 5 "
             "--distill_ce_weight 0.5 --distill_temperature 2",
-        )
+        ),
+        (
+            TrainConfig,
+            "--model_name_or_path m --output_dir o --dataset_name d --mode scales --scales_on components_and_outputs "
+            "--learning_rate 0.5 --packing",
+        ),
     ],
     "evaluate": [
         (

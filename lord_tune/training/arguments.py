@@ -20,9 +20,9 @@ import torch
 import yaml
 
 from ..errors import UsageError
-from ..integrations.peft_adapters import FACTORS, LORA, SPLIT
+from ..integrations.peft_adapters import FACTORS, LORA, SCALES, SPLIT
 
-LEARNING_RATES = {FACTORS: 1e-4, SPLIT: 1e-4, LORA: 2e-4}
+LEARNING_RATES = {FACTORS: 1e-4, SPLIT: 1e-4, LORA: 2e-4, SCALES: 1e-2}
 SFT, DISTILL, DPO = "sft", "distill", "dpo"
 _TRACKERS = ("tensorboard", "trackio")
 _UNUSED = {DISTILL: ("loss_type", "label_smoothing_factor", "router_aux_loss_coef")}  # parts of the loss of sft
@@ -42,6 +42,8 @@ class TrainOptions:
     lora_r: int = 8
     lora_alpha: float | None = None
     lora_dropout: float = 0.0
+    lora_on: str = "both"
+    scales_on: str = "components"
     targets: str | None = None
     objective: str = SFT
     teacher_model_name_or_path: str | None = None

@@ -24,7 +24,17 @@ from ..integrations.models import (
     model_class,
     resolve_model,
 )
-from ..integrations.peft_adapters import FACTORS, LORA, SPLIT, add_lora, coverage, expose_factors
+from ..integrations.peft_adapters import (
+    FACTORS,
+    LORA,
+    MODES,
+    SCALES,
+    SPLIT,
+    add_lora,
+    add_scales,
+    coverage,
+    expose_factors,
+)
 from ..storage import read_json, write_json
 from .arguments import DISTILL, DPO, TrainOptions
 from .checkpoints import defect, newest_complete
@@ -40,8 +50,12 @@ def expose(model: nn.Module, options: TrainOptions) -> Any:
     if options.mode in (FACTORS, SPLIT):
         return expose_factors(model, options.targets, mode=options.mode)
     if options.mode == LORA:
-        return add_lora(model, options.lora_r, options.lora_alpha, options.lora_dropout, options.targets)
-    raise UsageError(f"mode: {options.mode} is unknown; use {FACTORS}, {SPLIT} or {LORA}.")
+        return add_lora(
+            model, options.lora_r, options.lora_alpha, options.lora_dropout, options.targets, on=options.lora_on
+        )
+    if options.mode == SCALES:
+        return add_scales(model, options.targets, on=options.scales_on)
+    raise UsageError(f"mode: {options.mode} is unknown; use one of {', '.join(MODES)}.")
 
 
 def train_model(
