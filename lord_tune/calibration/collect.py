@@ -204,6 +204,13 @@ class BlockWalk:
         args, kwargs = self._calls[stream][index]
         return hidden_of(self._blocks.modules[index](hidden, *args, **kwargs))
 
+    def state(self, index: int, stream: str, position: int) -> Tensor:
+        """The hidden states (1, length, width) of one window in front of block `index`."""
+        source = StateFile(self._file(index, stream))
+        hidden = source[position]
+        source.close()
+        return hidden
+
     @torch.no_grad()
     def advance(self, index: int, stream: str, keep: bool = True) -> None:
         """Run block `index` over a stream; `keep` writes what comes out."""

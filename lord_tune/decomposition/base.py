@@ -15,6 +15,14 @@ from ..quantizers import Quantizer
 
 
 @dataclass(frozen=True)
+class BlockRecovery:
+    """How each block is tuned to do what the original did; see recovery.py."""
+
+    epochs: int  # passes over the calibration text
+    learning_rate: float
+
+
+@dataclass(frozen=True)
 class Settings:
     """What to do with every layer."""
 
@@ -31,6 +39,7 @@ class Settings:
     bits_per_weight: float | None = None  # or, with a quantizer, the rank that fits these
     targets: str | None = None
     exclude: str | None = None
+    recovery: BlockRecovery | None = None  # tune the blocks' L and R, one block at a time
     propagate: str = "dense"  # or "sequential": later blocks see the outputs of the decomposed ones
     shrinkages: tuple[float, ...] = ()  # candidates of the method's `shrinkage`, chosen per layer by held-out error
 

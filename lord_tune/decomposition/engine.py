@@ -63,6 +63,7 @@ from .base import LayerRecord, Notify, Progress, Settings, Source, Task, Windows
 from .estimate import bits_at, layer_flops
 from .journal import Journal
 from .layerwise import Analysis, Finished, analyse, install, left_dense, project_layer, split_layer
+from .recovery import STUDENT, STUDENT_HELDOUT, tune_block
 
 _SENSITIVITY = "sensitivity"
 _COST = {
@@ -93,6 +94,7 @@ class Outcome:
     skipped: dict[str, str]
     plans: dict[str, LayerPlan]
     weight_map: dict[str, str]  # tensor -> file
+    recovery: dict[str, dict[str, Any]]  # block -> held-out error before and after block-wise recovery, passes kept
 
 
 def survey(model: nn.Module, settings: Settings) -> Survey:
@@ -211,12 +213,13 @@ class _Run:
         two = known_ranks(found.layers, settings) is None
         self._fisher = "fisher" in settings.method.needs
         self._middle = self.count // 2  # where a layer of each shape is compared with feedback rounding alone
+        tuned = 0 if settings.recovery is None else settings.recovery.epochs
         weighted = two and "loss_weights" in settings.allocator.needs
         again = settings.propagate == "sequential" or settings.rounds_factors or not two
         self._costs = {
             "calibrating": _COST["calibrating"] if two else _COST["gradients"] if self._fisher else 0.0,
             "sensitivity": _COST["sensitivity"] if weighted or self._fisher else 0.0,
-            "writing": 1.0 if again else _COST["writing"],
+            "writing": (1.0 if again else _COST["writing"]) + (1.0 + 1.5 * tuned if tuned else 0.0),
         }
 
     # --- the calibrating pass ---
@@ -450,9 +453,16 @@ class _Run:
     def write(self, ranks: dict[str, int | None], from_analysis: bool) -> None:
         """Factorize at the chosen ranks and write one shard per block."""
         walk = None
-        sequential = self.settings.propagate == "sequential"
-        if self.windows is not None and not from_analysis:
-            walk = self._walk({"calibration": self.windows.calibration, "heldout": self.windows.heldout}, "writing")
+        how = self.settings.recovery
+        student = [STUDENT, STUDENT_HELDOUT] if how else ["calibration", "heldout"]
+        handed_on = student if how or self.settings.propagate == "sequential" else []
+        if self.windows is not None and (how or not from_analysis):
+            streams = {"calibration": self.windows.calibration, "heldout": self.windows.heldout}
+            if how:
+                streams |= dict(zip(student, list(streams.values()), strict=True))
+            walk = self._walk(streams, "writing")
+            if how and not walk.streamed:
+                raise UsageError("The model has no repeated blocks, so there is no block-wise recovery; leave it out.")
         for index in range(self.count):
             step = f"writing/{index}"
             if self.journal.has(step):
@@ -460,12 +470,16 @@ class _Run:
                 continue
             with self._loaded(index) as loaded:
                 last = index + 1 == self.count
-                done = self._factorize(walk, index, ranks, from_analysis, keep=not (last or sequential))
+                done = self._factorize(walk, index, ranks, from_analysis)
+                recovered = None
                 for name, finished in done.items():
                     if finished.layer is not None:
                         self.model.set_submodule(name, finished.layer)
-                if walk is not None and sequential and not last:
-                    for stream in walk.windows:
+                if walk is not None and how:
+                    layers = {name: f.layer for name, f in done.items() if f.layer is not None}
+                    recovered = tune_block(walk, index, layers, how, self.workers)
+                if walk is not None and not last:
+                    for stream in handed_on:
                         walk.advance(index, stream)
                 path = self.journal.folder / self._shard_name(index)
                 tensors = self._shard(loaded, set(done))
@@ -474,6 +488,7 @@ class _Run:
                     "layers": {name: dataclasses.asdict(f.record) for name, f in done.items()},
                     "plans": {name: f.layer.plan.to_dict() for name, f in done.items() if f.layer is not None},
                     "tensors": list(tensors),
+                    "recovery": recovered,
                 }
                 del tensors
                 for name in done:
@@ -485,10 +500,10 @@ class _Run:
                 walk.forget(index - 1, list(walk.windows))
 
     def _factorize(
-        self, walk: BlockWalk | None, index: int, ranks: dict[str, int | None], from_analysis: bool, keep: bool
+        self, walk: BlockWalk | None, index: int, ranks: dict[str, int | None], from_analysis: bool
     ) -> dict[str, Finished]:
         """The layers of the block in memory; the statistics of their inputs are gone on return."""
-        statistics = self._collect(walk, index, keep)
+        statistics = self._statistics(walk, index, from_analysis)
         analyses = self._analyses(index) if from_analysis else {}
         gradients = self._read(f"sensitivity-{index:05d}.safetensors") if self._fisher else {}
 
@@ -504,6 +519,27 @@ class _Run:
             return self._finish(name, module, statistics, analyses, ranks, walk is not None, fisher, compare)
 
         return self._dealt_out(members, finish)
+
+    def _statistics(
+        self, walk: BlockWalk | None, index: int, from_analysis: bool
+    ) -> dict[str, dict[str, InputStatistics]]:
+        """Of the inputs that the writing pass calibrates on; the original block's outputs are written on the way where
+        somebody needs them: the next block, or block-wise recovery."""
+        how, sequential = self.settings.recovery, self.settings.propagate == "sequential"
+        if walk is None:
+            return {}
+        if how is None:
+            return self._collect(walk, index, keep=not (sequential or index + 1 == self.count))
+        if sequential or from_analysis:
+            for stream in ("calibration", "heldout"):
+                walk.advance(index, stream)
+        if from_analysis:
+            return {}
+        if not sequential:
+            return self._collect(walk, index, keep=True)
+        members, streams = self.found.members(index), (STUDENT, STUDENT_HELDOUT)
+        found = walk.collect(index, members, False, (STUDENT_HELDOUT,), streams)
+        return {"calibration": found[STUDENT], "heldout": found[STUDENT_HELDOUT]}
 
     def _analyse_block(self, walk: BlockWalk, index: int) -> dict[str, Analysis | None]:
         statistics = self._collect(walk, index, keep=index + 1 < self.count)
@@ -594,8 +630,11 @@ class _Run:
         records: dict[str, LayerRecord] = {}
         plans: dict[str, LayerPlan] = {}
         weight_map: dict[str, str] = {}
+        recovery: dict[str, dict[str, Any]] = {}
         for index in range(self.count):
             line = self.journal.steps[f"writing/{index}"]
+            if line["recovery"]:
+                recovery[str(index)] = line["recovery"]
             for name, content in line["layers"].items():
                 records[name] = LayerRecord(**(content | {"shape": tuple(content["shape"])}))
             plans |= {name: LayerPlan.from_dict(name, content) for name, content in line["plans"].items()}
@@ -606,7 +645,9 @@ class _Run:
         for name, record in records.items():
             for text in record.warnings:
                 warnings.warn(f"{name}: {text}", LordWarning, stacklevel=2)
-        return Outcome({name: records[name] for name in self.found.layers}, self.found.skipped, plans, weight_map)
+        return Outcome(
+            {name: records[name] for name in self.found.layers}, self.found.skipped, plans, weight_map, recovery
+        )
 
 
 class _Loaded:

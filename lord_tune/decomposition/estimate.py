@@ -13,6 +13,7 @@ Peak memory above what the process holds already is the largest of
     sensitivity  weights outside the blocks + 5 float32 copies of a window's logits; or
                  block + bases + one window's activations with gradients
     writing      block + bases + factors + one layer's truncation (and what calibrating needs, if it happens here)
+    recovering   block + factors + 20 bytes per number of L and R + three times one window's activations
 
 The layer at hand, in float64 matrices that live together; m = out in, k = min(out, in), f = rank (out + in):
 
@@ -249,12 +250,17 @@ def estimate(
     again = ranks is not None or sequential or settings.rounds_factors  # the writing pass calibrates
     phases["writing"] = work if again else block_bytes[widest] + bases + factors + cut
     phases["rest"] = rest_bytes
+    if settings.recovery is not None:
+        # beside the block: float32 L and R, gradients, Adam's moments, the best so far; activations with gradients
+        tuned = sum(20 * factor_cost(shapes[n], kept_ranks[n]) for n in layers)
+        phases["recovering"] = block_bytes[widest] + factors + tuned + 3 * window
 
     scratch = 0
     hidden = min((min(shapes[n]) for n in layers), default=0)
     if text is not None:
         width = max(hidden, min(inputs, default=0))
-        scratch += 3 * (text.tokens + text.heldout) * width * element
+        streams = 1 if settings.recovery is None else 2
+        scratch += 3 * streams * (text.tokens + text.heldout) * width * element
         if weighted:
             scratch += (count + 2) * text.sensitivity * width * element
             scratch += sum(4 * s[0] * min(s) if by_loss else 8 * sum(s) for s in shapes.values())
@@ -324,8 +330,6 @@ def _working_parts(shape: tuple[int, int], rank: int, text: TextSize | None, set
     alternation: Parts = [(10.0, m), (5.0, 8 * inputs * inputs), (2.0, 8 * rank * (out + inputs))]
     if settings.method.name == "caldera":
         return alternation
-    if settings.method.name == "caldera":
-        return [(10.0, m), (5.0, 8 * inputs * inputs), (2.0, 8 * rank * (out + inputs))]
     if settings.quantizer is not None and text is not None:
         choices = [(6.0, 7.0), (7.0, 4.0)] if tall else [(7.0, 0.0), (5.0, 6.0)]
         extra = 1.0 if settings.shrinkages else 0.0
@@ -403,6 +407,8 @@ def _seconds(
         runs = walks + (
             settings.propagate == "sequential"
         )  # once more to hand on what the decomposed block makes of it
+        if settings.recovery is not None:  # a training pass is three; the original's and the tuned block's outputs
+            runs += 2 + 3 * settings.recovery.epochs
         total += runs * tokens * forward_flops / rates.forward
         total += walks * count * sum(text.tokens * (width + 192.0) * width for width in inputs) / rates.single
         if weighted:

@@ -20,12 +20,13 @@ on the `left` ones too if asked: W = Q + D_out L D R (Bolaco's diagonal post-tra
 
 `disable_adapter()`, an adapter that trains other layers only, and a deleted or unloaded one all give the decomposed
 model: in the first two modes a layer then computes with the factors it started from (`_Route`), which are read from
-its checkpoint. Several adapters are PEFT's (`load_adapter`, `set_adapter`, `delete_adapter`). One trap: PEFT's own
-`add_adapter` starts a further factors or split adapter from random numbers, unless it is filled afterwards (as
-`load_adapter` and trl's reference copy do); `expose_factors(peft_model, adapter_name=...)` starts it from L and R.
+its checkpoint. (In a 16-bit model they compute in 16 bits then, those that train in float32.) Several adapters are
+PEFT's (`load_adapter`, `set_adapter`, `delete_adapter`). One trap: PEFT's own `add_adapter` starts a further factors or
+split adapter from random numbers, unless it is filled afterwards (as `load_adapter` and trl's reference copy do);
+`expose_factors(peft_model, adapter_name=...)` starts it from L and R.
 
-Merging is ours in all modes: A and B are folded back into R and L, exactly. PEFT's merge would round into 16 bits or
-4-bit codes, which loses most of the update, or multiply the codes; where it would, it is refused.
+Merging is ours in all modes: A and B are folded back into R and L, exactly. PEFT's merge rounds into 16-bit factors and
+fails on packed ones with a message about tensor sizes; it is refused unless every weight it would change is float32.
 """
 
 from __future__ import annotations

@@ -1,0 +1,131 @@
+"""Block-wise recovery: after a block is decomposed, its L and R are tuned until it does again what it did.
+
+    min over L, R of   mean over tokens of  ||f'(x') - f(x)||^2 / ||f(x)||^2
+
+f is the original block on its own inputs x, f' the decomposed one on the inputs x' that the decomposed blocks before it
+really give: what they got wrong is part of the error, and can be corrected here. The closed forms of factorizations/
+see one layer at a time; this sees the attention and the activation functions between them. Dividing by each token's own
+norm keeps attention sinks, whose states are hundreds of times larger, from being all that is fitted.
+
+Adam on float32 copies of L and R, one window a step, rate warmed up over the first twentieth and decayed to 0 by a
+cosine; after each pass over the text the error on held-out text decides whether what was learnt is kept. Memory: the
+block, its activations for one window with gradients, and 20 bytes for each number of L and R. The same idea, on whole
+models and with more text: LiLlama (Sy et al., NAACL 2025), AA-SVD (arXiv 2604.02119).
+
+It cannot tune factors that are stored in a quantized format (nothing to differentiate); components stored apart in 16
+bits (--top-rank) it can.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration.collect import BlockWalk
+from ..errors import LordError
+from ..layers import FactoredLinear, QuantizedLinear
+from ..parallel import Workers
+from .base import BlockRecovery
+
+STUDENT, STUDENT_HELDOUT = "student", "student-heldout"  # streams of the states that decomposed blocks give
+_WARMUP = 0.05  # of the steps
+_BETAS = (0.9, 0.95)
+
+
+def tune_block(
+    walk: BlockWalk,  # streams calibration and heldout hold the original block's outputs, student ones its inputs now
+    index: int,
+    layers: dict[str, FactoredLinear],  # of the block, in place
+    how: BlockRecovery,
+    workers: Workers,
+) -> dict[str, Any] | None:
+    """Tune the factors in place; returns the held-out error before and after, the passes kept and the seconds, or None
+    where the block has nothing to tune."""
+    factors = [factor for layer in layers.values() for factor in _tunable(layer)]
+    if not factors:
+        return None
+    start = time.perf_counter()
+    stored = [factor.weight for factor in factors]
+    values = [weight.detach().float().clone().requires_grad_(True) for weight in stored]
+    for factor, value in zip(factors, values, strict=True):
+        factor.weight = nn.Parameter(value, requires_grad=True)
+    values = [factor.weight for factor in factors]
+    device = values[0].device
+    before = error = _heldout_error(walk, index, workers, device)
+    best, kept = [value.detach().clone() for value in values], 0
+    steps = max(workers.gather(len(walk.windows[STUDENT])))
+    total = how.epochs * steps
+    optimizer = torch.optim.Adam(values, lr=how.learning_rate, betas=_BETAS)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, total))
+    generator = torch.Generator().manual_seed(index)
+    for epoch in range(how.epochs):
+        order = torch.randperm(len(walk.windows[STUDENT]), generator=generator).tolist()
+        for step in range(steps):
+            optimizer.zero_grad()
+            if step < len(order):  # another process may have one window more
+                _window_error(walk, index, STUDENT, "calibration", order[step], device)[0].backward()
+            _share_gradients(values, step < len(order), workers)
+            optimizer.step()
+            schedule.step()
+        now = _heldout_error(walk, index, workers, device)
+        if not math.isfinite(now):
+            raise LordError(
+                f"Block-wise recovery diverged in block {index}; lower --recover-learning-rate ({how.learning_rate:g})."
+            )
+        if now < error:
+            error, kept = now, epoch + 1
+            best = [value.detach().clone() for value in values]
+    for factor, weight, value in zip(factors, stored, best, strict=True):
+        factor.weight = nn.Parameter((value if kept else weight).to(weight.dtype), requires_grad=False)
+    return {"before": before, "after": error, "epochs": kept, "seconds": time.perf_counter() - start}
+
+
+def _tunable(layer: FactoredLinear) -> list[Any]:
+    """The factors in a floating format; of components stored apart, these."""
+    pair = (layer.left, layer.right) if layer.top_left is None else (layer.top_left, layer.top_right)
+    return [] if not layer.rank or any(isinstance(factor, QuantizedLinear) for factor in pair) else list(pair)
+
+
+def _rate(step: int, total: int) -> float:
+    """Of the learning rate, at a step."""
+    warm = max(1, round(_WARMUP * total))
+    return min(1.0, (step + 1) / warm) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / total)))
+
+
+def _window_error(
+    walk: BlockWalk, index: int, inputs: str, targets: str, position: int, device: torch.device
+) -> tuple[Tensor, int]:
+    """(mean over the window's tokens of the relative squared error, tokens)"""
+    hidden = walk.state(index, inputs, position).to(device)
+    output = walk.block(index, inputs, hidden).float()
+    target = walk.state(index + 1, targets, position).to(output)
+    norms = target.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    relative = (output - target).square().sum(-1) / norms
+    return relative.mean(), relative.numel()
+
+
+@torch.no_grad()
+def _heldout_error(walk: BlockWalk, index: int, workers: Workers, device: torch.device) -> float:
+    sums = torch.zeros(2, dtype=torch.float64)
+    for position in range(len(walk.windows[STUDENT_HELDOUT])):
+        error, tokens = _window_error(walk, index, STUDENT_HELDOUT, "heldout", position, device)
+        sums += torch.tensor([float(error) * tokens, tokens], dtype=torch.float64)
+    workers.add_up(sums)
+    return float(sums[0] / sums[1])
+
+
+def _share_gradients(values: list[Any], contributes: bool, workers: Workers) -> None:
+    """Every process gets the mean over those that had a window."""
+    if workers.size == 1:
+        return
+    count = torch.tensor([float(contributes)])
+    workers.add_up(count)
+    for value in values:
+        if value.grad is None:
+            value.grad = torch.zeros_like(value)
+        workers.add_up(value.grad)
+        value.grad /= count.to(value.grad.device)
