@@ -43,6 +43,7 @@ from .console import (
     show_table,
 )
 from .decomposition import (
+    BlockRecovery,
     Estimate,
     Journal,
     LayerRecord,
@@ -57,7 +58,7 @@ from .decomposition import (
     survey,
     trace,
 )
-from .errors import LordWarning, UsageError
+from .errors import LordError, LordWarning, UsageError
 from .evaluation import evaluate_model, sizes
 from .exporting import export_model
 from .factorizations import METHODS
@@ -67,6 +68,7 @@ from .integrations.models import (
     base_of_adapter,
     default_device,
     fingerprint,
+    first_line,
     kind_of,
     launched_processes,
     load,
@@ -92,10 +94,11 @@ from .tables import (
     show_coverage,
     show_decomposition,
     show_estimate,
+    show_memory,
     show_totals,
     summary,
 )
-from .training import TrainOptions, train_model, trainer_arguments
+from .training import MemoryEstimate, TrainOptions, predict_memory, train_model, trainer_arguments
 
 _SHRINKAGES = (0.0, 0.05, 0.15, 0.4)  # candidates of --shrinkage auto
 _SENSITIVITY_LENGTH = 256  # tokens per window of the backward pass: its activations are what peaks
@@ -166,6 +169,7 @@ def decompose(model: str, out: str, **options: Any) -> dict[str, Any]:
             "seed": config.seed,
             "calibration": calibration,
             "layers": {name: asdict(record) for name, record in outcome.records.items()},
+            "recovery": outcome.recovery,
             "skipped": outcome.skipped,
             "totals": totals,
         }
@@ -221,18 +225,26 @@ def train(**options: Any) -> dict[str, Any]:
     own = [name for name in TrainConfig.model_fields if name != "dry_run"]
     held = bool(config.eval_dataset_name or config.dataset_test_split)
     if config.dry_run:
-        trainer_arguments(config.trainer_values(), config.mode, True, own, held, config.objective)
-        return show_plan(config)
+        arguments = trainer_arguments(config.trainer_values(), config.mode, True, own, held, config.objective)
+        shown = show_plan(config)
+        foreseen = None
+        if Path(config.model_name_or_path).is_dir():
+            foreseen = _foresee(config, resolve_model(config.model_name_or_path), arguments)
+        else:
+            note(f"{config.model_name_or_path} is not on this machine, so its memory is not foreseen")
+        if foreseen is not None:
+            show_memory(foreseen)
+        return shown | {"memory": None if foreseen is None else foreseen.to_dict()}
     source = resolve_model(config.model_name_or_path)
     if (Path(source) / ADAPTER_FILE).is_file():
         raise UsageError(
             f"{source} is a training output; continue it by running its own config again, or export it "
             "--format factored and train that."
         )
-    # bfloat16 gradients are up to 134 times slower than float32 on CPUs without AVX512; L and R train in float32 anyway
-    dtype = config.dtype or ("float32" if default_device().type == "cpu" else None)
-    trainer_arguments(config.trainer_values(), config.mode, True, own, held, config.objective)  # before any loading
-    model, tokenizer = load(source, dtype)
+    # before any loading
+    arguments = trainer_arguments(config.trainer_values(), config.mode, True, own, held, config.objective)
+    foreseen = _foresee(config, source, arguments)
+    model, tokenizer = load(source, _training_dtype(config))
     if config.dequantize_once:
         _keep_dense(model)
     causal = kind_of(model) == "causal"
@@ -241,13 +253,34 @@ def train(**options: Any) -> dict[str, Any]:
     names = TrainOptions.__dataclass_fields__
     chosen = TrainOptions(**{key: value for key, value in resolved.items() if key in names})
     command = command_line("train", config)
-    metrics = train_model(model, tokenizer, chosen, arguments, resolved, _notify_training)
+    metrics = train_model(model, tokenizer, chosen, arguments, resolved, _notify_training, foreseen)
     if is_main_process():
         (Path(config.output_dir) / "README.md").write_text(training_card(resolved, metrics, command))
         loss = metrics["train_loss"]
         say(f"trained {metrics['steps']} steps, mean loss {loss:.4f}; adapter in {config.output_dir}")
+        if foreseen is not None:
+            measured = human_bytes(metrics["memory"]["measured"]["peak"])
+            say(f"peak memory {measured} beside Python and the libraries (foreseen {human_bytes(foreseen.peak)})")
         say(f"next: lord-tune export {config.output_dir} OUT --format dense")
     return metrics
+
+
+def _training_dtype(config: TrainConfig) -> str | None:
+    """bfloat16 gradients are up to 134 times slower than float32 on CPUs without AVX512; L and R train in float32."""
+    return config.dtype or ("float32" if default_device().type == "cpu" else None)
+
+
+def _foresee(config: TrainConfig, source: str, arguments: Any) -> MemoryEstimate | None:
+    """What a run of `config` will hold; None, with a warning, for a model that cannot be run on shapes alone."""
+    values = config.model_dump()
+    options = TrainOptions(**{key: values[key] for key in TrainOptions.__dataclass_fields__ if key in values})
+    try:
+        return predict_memory(source, options, arguments, _training_dtype(config), config.dequantize_once)
+    except LordError:
+        raise
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
+        note(f"the memory of this run cannot be foreseen: {first_line(error)}")
+        return None
 
 
 def evaluate(model: str, text: list[str], **options: Any) -> dict[str, Any]:
@@ -493,6 +526,7 @@ def _settings(config: MethodConfig, shape: Any) -> Settings:
         bits_per_weight=None if config.rank is not None else config.bits_per_weight,
         targets=config.targets,
         exclude=config.exclude,
+        recovery=BlockRecovery(config.recover_epochs, config.recover_learning_rate) if config.recover_epochs else None,
         propagate=config.propagate,
         shrinkages=_SHRINKAGES if config.shrinkage == "auto" else (),
     )

@@ -95,6 +95,13 @@ class MethodConfig(RunConfig):
     propagate: Literal["dense", "sequential"] = Field(
         "dense", description="what later blocks are calibrated on: outputs of the original blocks, or of the decomposed"
     )
+    recover_epochs: int = Field(
+        0,
+        ge=0,
+        description="block-wise recovery: passes over the calibration text that tune each block's L and R to the "
+        "outputs of the original block; give it more text than the factorization alone needs",
+    )
+    recover_learning_rate: float = Field(3e-4, gt=0, description="of block-wise recovery (Adam)")
     sink_weight: float = Field(
         0.05, ge=0, description="extra weight of position-0 inputs (attention sinks) in the Gram matrix (whitened)"
     )
@@ -169,6 +176,15 @@ class MethodConfig(RunConfig):
             raise UsageError(
                 f"--top-rank {self.top_rank} is not below --rank {self.rank}; for all of L and R set --factor-format."
             )
+        if self.recover_epochs and not calibrated:
+            raise UsageError("--recover-epochs tunes L and R on text; pass --calibration FILE.")
+        if self.recover_epochs and self.rank == 0:
+            raise UsageError("--recover-epochs came with --rank 0: there is no L R to tune; remove one of them.")
+        if self.recover_epochs and factors and not self.top_rank:
+            raise UsageError(
+                f"--recover-epochs tunes L and R by gradients, which --factor-format {self.factor_format} has not; use "
+                "bf16, or store the first components finer with --top-rank."
+            )
         formats = [form or "none" for form in (self.backbone, self.factor_format)]
         if self.bits_per_weight is not None and self.backbone == "none":
             formats += self.families()
@@ -197,6 +213,7 @@ class MethodConfig(RunConfig):
             "calibration_tokens": calibrated,
             "context_length": calibrated,
             "propagate": calibrated,
+            "recover_learning_rate": self.recover_epochs > 0,
             "seed": calibrated or any(form.startswith(("lloyd", "e8")) for form in formats) or bool(self.incoherence),
         }
         for name in self.given(*unused):

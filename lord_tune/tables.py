@@ -13,6 +13,7 @@ from .console import LiveTable, duration, human_bytes, say, show_table
 from .decomposition import Estimate, Notify, Progress, Settings, Survey
 from .integrations.peft_adapters import Coverage
 from .layers import shape_of
+from .training import MemoryEstimate
 
 LAYER_COLUMNS = ["layer", "shape", "rank", "calibrated", "held-out", "plain SVD", "seconds"]
 
@@ -113,6 +114,7 @@ def show_decomposition(report: dict[str, Any], config: DecomposeConfig) -> None:
     columns = ["layer", "shape", "factored", "rank", "calibrated", "held-out", "plain SVD", "Q alone"]
     show_table("mean relative output error by kind of layer", columns, rows)
     _show_equal_bits(report["layers"])
+    _show_recovery(report["recovery"])
     show_totals(report["totals"])
     if report["skipped"]:
         say(f"not decomposed: {_count_reasons(report['skipped'])}")
@@ -129,6 +131,20 @@ def show_decomposition(report: dict[str, Any], config: DecomposeConfig) -> None:
     )
     say(f"wrote {config.out}")
     say(f"next: lord-tune evaluate {config.out} --text FILE   or   lord-tune inspect {config.out}")
+
+
+def _show_recovery(blocks: dict[str, dict[str, Any]]) -> None:
+    """What block-wise recovery did; layer errors are those before it."""
+    if not blocks:
+        return
+    ratios = [block["after"] / max(block["before"], 1e-300) for block in blocks.values()]
+    kept = sum(1 for block in blocks.values() if block["epochs"])
+    seconds = sum(block["seconds"] for block in blocks.values())
+    say(
+        f"block-wise recovery: {kept} of {len(blocks)} blocks are better on held-out text; error of their outputs, "
+        f"squared, is {min(ratios):.2f} to {max(ratios):.2f} of what it was; {duration(seconds)}. The errors above are "
+        "those of single layers, before it"
+    )
 
 
 def _show_equal_bits(layers: dict[str, dict[str, Any]]) -> None:
@@ -218,3 +234,24 @@ def show_coverage(covered: Coverage) -> None:
     show_table(f"training mode {covered.mode}", ["layer", "trained", "rank"], rows)
     total = len(covered.trained) + len(covered.untouched)
     say(f"{len(covered.trained)} of {total} factored layers train: {covered.trainable_parameters:,} parameters")
+
+
+def show_memory(foreseen: MemoryEstimate) -> None:
+    """What a training step holds."""
+    rows = [
+        ["weights", human_bytes(foreseen.weights), "as stored, embeddings and head included"],
+        ["adapters", human_bytes(foreseen.adapters), "what trains"],
+        ["gradients", human_bytes(foreseen.gradients), ""],
+        ["optimizer", "not known" if foreseen.optimizer is None else human_bytes(foreseen.optimizer), ""],
+        ["activations", human_bytes(foreseen.activations), "kept from forward to backward"],
+        ["logits", human_bytes(foreseen.logits), "of the tokens whose loss is computed at once"],
+    ]
+    if foreseen.teacher:
+        rows.insert(1, ["teacher", human_bytes(foreseen.teacher), "its weights"])
+    show_table(f"memory of a step of {foreseen.tokens:,} tokens", ["part", "size", ""], rows)
+    say(
+        f"peak memory {human_bytes(foreseen.peak)} per process: weights, adapters and optimizer, and what forward and "
+        f"backward hold at most; beside it {human_bytes(foreseen.held)} for Python and the libraries"
+    )
+    for text in foreseen.notes:
+        say(f"note: {text}")

@@ -246,7 +246,7 @@ def test_a_merged_model_still_obeys_peft(trained, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_stock_merging_is_right_or_refused(trained, mode):
-    """It would multiply int4 codes, add to them as uint8, or round into fp16."""
+    """Left alone, it fails on packed codes with a message about tensor sizes, and rounds into fp16."""
     run = trained(mode)
     for stock in (run.model.merge_adapter, run.model.merge_and_unload):
         for safe in (False, True):
@@ -280,6 +280,20 @@ def test_other_stores(trained, mode, store, tmp_path):
     assert torch.equal(logits(loaded), run.after)
     assert {p.dtype for p in loaded.parameters() if p.requires_grad} == {torch.float32}
     assert torch.allclose(logits(lord_tune.fold(loaded)), run.after, atol=2e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_16_bit_model_trains_in_float32_and_is_disabled_in_16_bits(base, mode):
+    """Factors that train compute in float32, those of the decomposed model in bfloat16: alike to its rounding."""
+    model = load_dense_or_factored(base("llama", STORE[mode]), "bfloat16")
+    before = logits(model)
+    exposed = put_on(model, mode)
+    # logits up to 8, whose last bit is 2^-5; two roundings of it
+    assert before.dtype == torch.bfloat16 and torch.allclose(logits(exposed), before, atol=2**-4)
+    train_a_little(exposed, 1.0)
+    assert {p.dtype for p in exposed.parameters() if p.requires_grad} == {torch.float32}
+    with exposed.disable_adapter():
+        assert torch.equal(logits(exposed), before)
 
 
 def preferences() -> Dataset:

@@ -439,8 +439,8 @@ if shard:
     packed = [p for p in exposed.parameters() if p.dtype == torch.uint8 and p.numel()]
     assert packed and all(isinstance(p, DTensor) for p in packed)
 optimizer = torch.optim.AdamW([p for p in exposed.parameters() if p.requires_grad], 1e-2)
-batches = torch.randint(0, 256, (4, 4, 32), generator=torch.Generator().manual_seed(1))
-for batch in batches:
+batch = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(1))
+for _ in range(4):
     part = batch[rank::size]
     loss = exposed(input_ids=part, labels=part, use_cache=False).loss
     loss.backward()

@@ -52,7 +52,7 @@ def test_factors_are_counted_once_as_adapters(factored):
     assert counted.optimizer == pytest.approx(8 * trained, rel=1e-3)  # and a step count per tensor
     rest = counted.weights - (stored_bytes(factored) - counted.adapters)
     assert 0 <= rest <= 4096  # rotary frequencies, which no checkpoint stores
-    assert counted.logits == 2 * 128 * 300 * 4  # softmax of the loss
+    assert counted.logits == 3 * 2 * 128 * 300 * 4  # logits, their softmax and a gradient at once
     assert counted.peak > counted.weights + counted.adapters + counted.optimizer + counted.activations
 
 

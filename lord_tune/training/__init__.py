@@ -2,13 +2,19 @@
 
 from .arguments import LEARNING_RATES, TrainOptions, load_yaml, trainer_arguments
 from .data import prepare_rows, sample_spans
+from .forecast import MemoryEstimate, predict_memory
+from .memory import Account, account
 from .run import expose, train_model
 
 __all__ = [
     "LEARNING_RATES",
+    "Account",
+    "MemoryEstimate",
     "TrainOptions",
+    "account",
     "expose",
     "load_yaml",
+    "predict_memory",
     "prepare_rows",
     "sample_spans",
     "train_model",

@@ -5,7 +5,7 @@
     gradients    one per trained number
     optimizer    its state after the first step
     activations  what the forward pass keeps for the backward pass, each storage once, weights not counted
-    logits       the part of it that is as wide as the vocabulary
+    logits       what is as wide as the vocabulary (or a piece of it, see Live), at most at once
 
 The peak is weights + adapters + optimizer + the most that forward, backward and update hold beside them: activations,
 and what passes: gradients of activations, decoded tiles, logits in pieces. Activations are not all alive any more when
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -25,6 +26,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import TrainerCallback
+
+from ..memory import PeakMemory
 
 
 @dataclass(frozen=True)
@@ -131,10 +137,11 @@ def optimizer_bytes(optimizer: Any) -> int:
 
 
 class Saved:
-    """Counts what forward passes inside the `with` block keep for their backward passes: `.activations`, `.logits`."""
+    """Counts what forward passes inside the `with` block keep for their backward passes, `.activations`; of it as wide
+    as the vocabulary and not among them: `.logits`."""
 
     def __init__(self, model: nn.Module, known: Storages):
-        self._vocabulary = vocabulary_of(model)
+        self._widths = logit_widths(vocabulary_of(model))
         self._known, self._seen = known, Storages()
         self.activations = self.logits = 0
 
@@ -149,17 +156,128 @@ class Saved:
     def _pack(self, tensor: Tensor) -> Tensor:
         if tensor not in self._known:
             size = self._seen.add(tensor)
-            if self._vocabulary and tensor.dim() > 1 and tensor.shape[-1] == self._vocabulary:
+            if tensor.dim() > 1 and tensor.shape[-1] in self._widths:
                 self.logits += size
             else:
                 self.activations += size
         return tensor
 
 
+class Live(TorchDispatchMode):
+    """Counts what operations inside the `with` block allocate and what is freed: at most `.peak` bytes together, of it
+    `.logits` as wide as the vocabulary or as a piece of it in which the loss is computed."""
+
+    def __init__(self, model: nn.Module, known: Storages):
+        super().__init__()
+        self._known, self._alive = known, set[int]()
+        self._widths = logit_widths(vocabulary_of(model))
+        self._now = self._logits_now = 0
+        self.peak = self.logits = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self._note(value)
+        return result
+
+    def _note(self, tensor: Tensor) -> None:
+        if tensor in self._known:
+            return
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+        self._alive.add(key)
+        wide = tensor.dim() > 1 and tensor.shape[-1] in self._widths
+        self._add(size, wide)
+        weakref.finalize(storage, self._free, key, size, wide)
+
+    def _add(self, size: int, wide: bool) -> None:
+        self._now += size
+        self.peak = max(self.peak, self._now)
+        if wide:
+            self._logits_now += size
+            self.logits = max(self.logits, self._logits_now)
+
+    def _free(self, key: int, size: int, wide: bool) -> None:
+        self._alive.discard(key)
+        self._add(-size, wide)
+
+
+def logit_widths(vocabulary: int) -> set[int]:
+    """Widths of whole logits, and of the pieces in which trl computes them."""
+    if not vocabulary:
+        return set()
+    try:
+        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as piece
+    except ImportError:
+        return {vocabulary}
+    return {vocabulary, piece, vocabulary % piece} - {0}
+
+
 def vocabulary_of(model: Any) -> int:
     """Rows of the output head; 0 without one."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return 0 if head is None else int(getattr(head, "out_features", None) or head.weight.shape[0])
+
+
+class FirstStep(TrainerCallback):
+    """Counts the first optimiser step that a trainer makes, by part; the later ones run as if it were not there.
+
+    The logits are those kept for the backward pass: trl's losses keep none.
+    """
+
+    def __init__(self) -> None:
+        self.parts: dict[str, int] = {}
+        self._saved: Saved | None = None
+        self._known = Storages()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if not self.parts:
+            weights, adapters, self._known = held(model)
+            self.parts = {"weights": weights, "adapters": adapters}
+            self._saved = Saved(model, self._known).__enter__()
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._close()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._close()
+        if "gradients" not in self.parts:
+            self.parts["gradients"] = gradient_bytes(model)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        if "optimizer" not in self.parts:
+            self.parts["optimizer"] = optimizer_bytes(optimizer)
+
+    def _close(self) -> None:
+        """After the first batch's backward pass, which saves nothing itself."""
+        if self._saved is not None:
+            self._saved.__exit__()
+            self.parts |= {"activations": self._saved.activations, "logits": self._saved.logits}
+            self._saved, self._known = None, Storages()
+
+
+class TrainingPeak:
+    """The most a `with` block holds, `.bytes`: of an accelerator's memory what torch allocated there; on a CPU resident
+    memory of the process above `held`, what Python and the libraries had before the model was loaded."""
+
+    def __init__(self, held: int, on_cpu: bool):
+        self._held, self._on_cpu = held, on_cpu
+
+    def __enter__(self) -> TrainingPeak:
+        self._resident = PeakMemory().__enter__() if self._on_cpu else None
+        if self._resident is None:
+            torch.accelerator.reset_peak_memory_stats()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._resident is None:
+            self.bytes = torch.accelerator.max_memory_allocated()
+        else:
+            self._resident.__exit__()
+            self.bytes = max(0, self._resident.bytes - self._held)
 
 
 def _plain_loss(model: Any, batch: Mapping[str, Any]) -> Tensor:
@@ -184,8 +302,9 @@ def account(
     gc.collect()
     weights, adapters, known = held(model)
     before = optimizer_bytes(optimizer)
-    with _Allocated(device) as step, Saved(model, known) as saved:
-        with torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext():
+    precision = torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext()
+    with _Allocated(device) as step, Live(model, known) as live:
+        with Saved(model, known) as saved, precision:
             value = loss(model, batch)
         value.backward()
         del value
@@ -202,7 +321,7 @@ def account(
         gradients,
         state,
         saved.activations,
-        saved.logits,
+        live.logits,
         weights + adapters + state + beside,
     )
 

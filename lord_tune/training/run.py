@@ -39,6 +39,7 @@ from ..storage import read_json, write_json
 from .arguments import DISTILL, DPO, TrainOptions
 from .checkpoints import defect, newest_complete
 from .data import chat_template, check_tokenized, prepare_rows, sample_spans
+from .memory import FirstStep, TrainingPeak
 from .preference import prepare_pairs, sample_pair
 
 _MAY_CHANGE = {"resume_from_checkpoint", "num_train_epochs", "max_steps", "dry_run", "report_to"}  # of a continued run
@@ -65,6 +66,7 @@ def train_model(
     arguments: Any,  # SFTConfig or DPOConfig
     resolved: dict[str, Any],  # stored beside the checkpoints: a changed run refuses to resume
     notify: Notify = lambda event, payload: None,
+    foreseen: Any = None,  # forecast.MemoryEstimate, from before the model was loaded
 ) -> dict[str, Any]:
     """Train and write the adapter to arguments.output_dir; resumes from the newest whole checkpoint found there.
 
@@ -75,7 +77,7 @@ def train_model(
     _check_output(output, checkpoint, resolved, arguments)
     if options.objective != "sft" and kind_of(model) != "causal":
         raise UsageError(f"objective: {options.objective} needs a model that predicts the next token; use sft.")
-    teacher = _teacher_source(options) if options.objective == DISTILL else None
+    teacher = teacher_source(options) if options.objective == DISTILL else None
     rows, form = _rows(options.dataset_name, options.dataset_train_split, options, tokenizer)
     notify("data", {"rows": len(rows), "format": str(form), "source": options.dataset_name})
     held = None
@@ -99,7 +101,13 @@ def train_model(
         for folder, wrong in broken.items():
             note(f"{folder} is left out and removed: {wrong}")
             shutil.rmtree(folder)
-    result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    counted = FirstStep()
+    trainer.add_callback(counted)
+    with TrainingPeak(foreseen.held if foreseen else 0, trainer.args.device.type == "cpu") as peak:
+        if checkpoint is not None and _at_end(checkpoint, arguments):
+            trainer.take_up(checkpoint)
+        else:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     _check_trained(exposed, arguments)
     trainer.write_adapter(output)
     trainer.save_state()
@@ -110,8 +118,12 @@ def train_model(
         "steps": trainer.state.global_step,
         "resumed_from": None if checkpoint is None else str(checkpoint),
         "trainable_parameters": coverage(exposed).trainable_parameters,
-        "train_runtime": result.metrics.get("train_runtime"),
+        "train_runtime": next((e["train_runtime"] for e in trainer.state.log_history if "train_runtime" in e), None),
         "history": history,
+        "memory": {
+            "predicted": foreseen.to_dict() if foreseen else None,
+            "measured": counted.parts | {"peak": peak.bytes},
+        },
     }
     if is_main_process():
         write_json(output / "train_results.json", metrics)
@@ -141,7 +153,7 @@ def _checkpoint(output: Path, arguments: Any) -> tuple[Path | None, dict[Path, s
     return Path(asked), {}
 
 
-def _teacher_source(options: TrainOptions) -> str:
+def teacher_source(options: TrainOptions) -> str:
     """A folder or Hub id: the model that was named, else the one that the student was decomposed from."""
     if options.teacher_model_name_or_path is not None:
         return resolve_model(options.teacher_model_name_or_path)
@@ -253,13 +265,19 @@ def _check_output(output: Path, checkpoint: Any, resolved: dict[str, Any], argum
 
 
 def _finished(output: Path, checkpoint: Path, arguments: Any) -> bool:
-    """Whether the adapter in `output` is that of the whole run: the trainer would go on for one more step."""
-    state_file, results = checkpoint / "trainer_state.json", output / "train_results.json"
-    if not state_file.is_file() or not results.is_file():
-        return False
-    state = read_json(state_file)
-    if read_json(results)["steps"] < state["global_step"]:
+    """Whether the adapter in `output` is that of the whole run."""
+    results = output / "train_results.json"
+    if (
+        not results.is_file()
+        or read_json(results)["steps"] < read_json(checkpoint / "trainer_state.json")["global_step"]
+    ):
         return False  # stopped between its last checkpoint and the adapter
+    return _at_end(checkpoint, arguments)
+
+
+def _at_end(checkpoint: Path, arguments: Any) -> bool:
+    """Whether a checkpoint is that of the last step; the trainer would go on for one more."""
+    state = read_json(checkpoint / "trainer_state.json")
     if arguments.max_steps > 0:
         return state["global_step"] >= arguments.max_steps
     return state["epoch"] >= arguments.num_train_epochs

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import nested_gather
 from trl import DPOTrainer, SFTTrainer
 
@@ -56,6 +56,15 @@ class Recorded:
             self._total_train_tokens = summed["tokens"]
         if hasattr(self, "sums"):
             self.sums = summed["sums"]
+
+    def take_up(self: Any, checkpoint: Path) -> None:
+        """Become what training was when it wrote its last checkpoint; only the adapter was not written any more."""
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        self._load_from_checkpoint(best or str(checkpoint))
+        self._tr_loss, self._total_loss_scalar = torch.tensor(0.0, device=self.args.device), 0.0
+        self.continue_log(checkpoint)
+        self._total_loss_scalar += self._tr_loss.item()
 
     def mean_loss(self: Any) -> float:
         """Over all steps, those before a resume included; transformers' own divides by the steps since."""

@@ -1,0 +1,481 @@
+"""The memory of a training step before any weight is read: one step is run on tensors that have shapes and no content.
+
+The factored model's skeleton comes from config.json and its manifest, the adapter is hung on it as in the run, and
+forward, loss and backward run with the run's batch, precision and checkpointing while every allocation is counted.
+What autograd saves, what a decoded tile or a recomputed block costs and when each is freed are those of the real
+modules, not a model of them. Three things are stand-ins of the right shapes, because they read what they are given or
+need tables: packed formats (`_ShapesOnly`), attention (`_Attention`) and trl's loss (`_LossInPieces`).
+
+Not foreseen: the accelerator's context, fragmentation, buffers of several processes (DDP holds the gradients a second
+time), rows shorter than `max_length`. A model that decides by values, as routing experts do, cannot be run like this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+from ..errors import UsageError
+from ..integrations.checkpoint import skeleton
+from ..integrations.models import DTYPE_NAMES, kind_of, max_length, model_class
+from ..integrations.transformers_quantizer import QUANT_METHOD, LordConfig, LordQuantizer
+from ..layers import QuantizedLinear, dequantize_once
+from ..quantizers import Rotated
+from ..quantizers.base import TILE, spans
+from .arguments import DISTILL, DPO, TrainOptions
+from .memory import Live, Saved, gradient_bytes, held
+from .run import expose, teacher_source
+
+_BYTES_PER_NUMBER: dict[str, float] = {  # of optimizer state; transformers' names without "paged_" and "_bnb"
+    "adamw_torch": 8,
+    "adamw_torch_fused": 8,
+    "adamw": 8,
+    "adamw_8bit": 2,
+    "ademamix": 12,
+    "ademamix_8bit": 3,
+    "lion": 4,
+    "lion_8bit": 1,
+    "rmsprop": 4,
+    "rmsprop_8bit": 1,
+    "rmsprop_32bit": 4,
+    "adagrad": 4,
+    "sgd": 0,
+}
+_COUNTED_STEPS = ("adamw_torch", "adamw_torch_fused", "adagrad", "rmsprop")  # torch's own: 4 more bytes per tensor
+_SMALL = 4096  # numbers; bitsandbytes keeps the state of smaller tensors in 32 bits
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one training step by part (training/memory.py), foreseen."""
+
+    weights: int
+    adapters: int
+    gradients: int
+    optimizer: int | None  # None: an optimizer whose state is not known
+    activations: int
+    logits: int
+    teacher: int  # weights of a model in memory that is distilled from
+    peak: int  # without what Python and the libraries hold
+    held: int  # by this process now
+    tokens: int  # of one batch
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def predict_memory(
+    source: str,  # a factored checkpoint, or its config.json alone
+    options: TrainOptions,
+    arguments: Any,  # SFTConfig
+    dtype: str | None = None,  # what the weights are loaded in; None: the checkpoint's
+    keep_dense: bool = False,  # packed layers are decoded once
+    accelerator: bool | None = None,  # foresee a GPU; default: whether the run would use one
+) -> MemoryEstimate:
+    """Bytes by part for a run of `options` and `arguments`; no weight is read.
+
+    Raises UsageError for a checkpoint without factored layers, and for a mode that it does not allow.
+    """
+    on_gpu = (torch.accelerator.is_available() and not arguments.use_cpu) if accelerator is None else accelerator
+    model = factored_skeleton(source, dtype)
+    with torch.device("meta"):
+        exposed = expose(model, options)
+    _decode_by_shapes(exposed)
+    notes = []
+    with _without_content(exposed, arguments):
+        if keep_dense:
+            dequantize_once(exposed, model.dtype)
+        weights, adapters, blocks = held(exposed)
+        adapters *= 2 if options.objective == DPO else 1  # trl keeps a copy as the reference
+        trained = [p for p in exposed.parameters() if p.requires_grad]
+        state = _optimizer_bytes(arguments.optim, trained)
+        if state is None:
+            notes.append(f"the state of the optimizer {arguments.optim} is not known and not counted")
+        teacher = _teacher(options, dtype) if options.objective == DISTILL else None
+        taught = 0 if teacher is None else sum(held(teacher)[:2])
+        loss, tokens = _prepared(exposed, arguments, on_gpu, options, teacher)
+        if arguments.gradient_accumulation_steps > 1:  # all but the first batch find gradients there
+            for parameter in trained:
+                parameter.grad = torch.zeros_like(parameter)
+        start = gradient_bytes(exposed)
+        with Live(exposed, blocks) as live:
+            with Saved(exposed, blocks) as saved, _autocast(arguments):
+                value = loss()
+            value.backward()
+            del value
+        gradients = gradient_bytes(exposed)
+    update = 0 if "fused" in arguments.optim else _update_bytes(trained, on_gpu)
+    beside = max(start + live.peak, gradients + update)
+    return MemoryEstimate(
+        weights=weights,
+        adapters=adapters,
+        gradients=gradients,
+        optimizer=state,
+        activations=saved.activations,
+        logits=live.logits,
+        teacher=taught,
+        peak=weights + adapters + (state or 0) + taught + beside,
+        held=_held_by_libraries(),
+        tokens=tokens,
+        notes=notes,
+    )
+
+
+def _held_by_libraries() -> int:
+    """Resident bytes of this process, with what a run imports anyway."""
+    from . import trainers
+
+    assert trainers is not None
+    return psutil.Process().memory_info().rss
+
+
+def _teacher(options: TrainOptions, dtype: str | None) -> Any:
+    """The skeleton of the model to distill from; None if its likely tokens are kept in a folder."""
+    if options.teacher_logits is not None:
+        return None
+    source = teacher_source(options)
+    return skeleton(source, dtype or _dtype_of(options.model_name_or_path)).requires_grad_(False)
+
+
+def _dtype_of(source: str) -> str:
+    wanted = getattr(model_class(source)[1], "dtype", None) or torch.float32
+    return next(name for name, kind in DTYPE_NAMES.items() if kind == wanted)
+
+
+def factored_skeleton(name: str, dtype: str | None = None) -> Any:
+    """A factored checkpoint's model on the meta device, from its config.json."""
+    build, config = model_class(name)
+    manifest = getattr(config, "quantization_config", None)
+    manifest = manifest if isinstance(manifest, dict) or manifest is None else manifest.to_dict()
+    if manifest is None or manifest.get("quant_method") != QUANT_METHOD:
+        raise UsageError(f"{name} has no factored layers; run `lord-tune decompose` first and train its output.")
+    config = copy.deepcopy(config)
+    del config.quantization_config
+    config._name_or_path = ""  # nothing is to be looked up in the checkpoint's files
+    wanted = DTYPE_NAMES[dtype] if dtype else (getattr(config, "dtype", None) or torch.float32)
+    with torch.device("meta"):
+        make = getattr(build, "_from_config", None) or build.from_config
+        model = make(config, dtype=wanted)
+    quantizer = LordQuantizer(LordConfig(**{k: v for k, v in manifest.items() if k != "quant_method"}))
+    quantizer._process_model_before_weight_loading(model)
+    return model.requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class _ShapesOnly:
+    """Stands for a format while shapes alone are asked for."""
+
+    inner: Any  # Quantizer
+
+    @property
+    def name(self) -> str:
+        return self.inner.name
+
+    def dequantize(self, parts: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        return _decoded(shape[0], shape, parts["weight"], dtype)
+
+    def linear(self, x: Tensor, parts: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
+        if not isinstance(self.inner, Rotated):
+            return _Product.apply(x, parts["weight"], shape, self.inner.row_step(shape))
+        return _Turned.apply(_Product.apply(_Turned.apply(x), parts["weight"], shape, self.inner.inner.row_step(shape)))
+
+
+def _decoded(rows: int, shape: tuple[int, int], codes: Tensor, dtype: torch.dtype) -> Tensor:
+    decoded = torch.empty(rows, shape[1], dtype=dtype, device=codes.device)
+    if dtype != torch.float32:  # formats decode in single precision
+        torch.empty(min(decoded.numel(), TILE), dtype=torch.float32, device=codes.device)
+    return decoded
+
+
+class _Product(torch.autograd.Function):
+    """quantizers/base.py's product with tiles of Q, by shapes: one tile and one share of the result beside it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, shape: tuple[int, int], step: int) -> Tensor:
+        start, stop = next(spans(shape, step, TILE))
+        ctx.save_for_backward(codes)
+        ctx.shape, ctx.rows, ctx.dtype = shape, stop - start, x.dtype
+        tile = _decoded(ctx.rows, shape, codes, x.dtype)
+        product = x.new_empty(*x.shape[:-1], ctx.rows)
+        del tile
+        return product if ctx.rows == shape[0] else x.new_empty(*x.shape[:-1], shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = gradients[0]
+        tile = _decoded(ctx.rows, ctx.shape, ctx.saved_tensors[0], gradient.dtype)
+        whole = gradient.new_empty(*gradient.shape[:-1], ctx.shape[1])
+        if ctx.rows < ctx.shape[0]:
+            total = torch.empty_like(whole, dtype=torch.promote_types(gradient.dtype, torch.float32))
+            whole = total.to(gradient.dtype)
+        del tile
+        return whole, None, None, None
+
+
+class _Turned(torch.autograd.Function):
+    """A rotation by shapes: signs are saved, results and gradients are new tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(torch.empty(x.shape[-1], dtype=x.dtype, device=x.device))
+        return torch.empty_like(torch.empty_like(x))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return torch.empty_like(torch.empty_like(gradients[0]))
+
+
+@contextlib.contextmanager
+def _without_content(model: nn.Module, arguments: Any) -> Iterator[None]:
+    """Operations on the model compute shapes. torch's meta device does so at a fraction of FakeTensorMode's cost, but
+    knows no autocast, and computes attention in another way than any device does."""
+    if arguments.bf16 or arguments.fp16:
+        with FakeTensorMode():
+            _materialise(model)
+            yield
+    else:
+        yield
+
+
+class _Attention(TorchFunctionMode):
+    """Scaled dot products as the fused kernels have them: q, k, v, a mask in their dtype, the result and one number per
+    query are saved. With dropout a CPU has no such kernel and computes the plain way, as the meta device does."""
+
+    def __init__(self, on_gpu: bool):
+        super().__init__()
+        self._on_gpu = on_gpu
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if function is not nn.functional.scaled_dot_product_attention:
+            return function(*args, **given)
+        query, key, value, *more = args
+        names = dict(zip(("attn_mask", "dropout_p"), more, strict=False)) | given
+        if names.get("dropout_p") and not self._on_gpu:
+            return function(*args, **given)
+        mask = names.get("attn_mask")
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.empty_like(mask, dtype=query.dtype)
+        return _FusedAttention.apply(query, key, value, mask)
+
+
+class _FusedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        batch, heads, length, _ = query.shape
+        result = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+        sums = query.new_empty(batch, length, heads, dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, mask, result, sums)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return (*(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3]), None)
+
+
+def _decode_by_shapes(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.quantizer = _ShapesOnly(module.quantizer)  # type: ignore[assignment]
+
+
+def _materialise(model: nn.Module) -> None:
+    """Put tensors of the fake CPU, under the active FakeTensorMode, in place of those on the meta device."""
+    made: dict[int, Tensor] = {}
+    kept = []  # an id is unique as long as its tensor lives
+
+    def replace(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            kept.append(tensor)
+            blank = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            trains = tensor.requires_grad
+            made[id(tensor)] = nn.Parameter(blank, trains) if isinstance(tensor, nn.Parameter) else blank
+        return made[id(tensor)]
+
+    for module in model.modules():
+        tables: list[dict[str, Any]] = [module._parameters, module._buffers, vars(module)]  # type: ignore[list-item]
+        for table in tables:
+            for name, value in table.items():
+                if isinstance(value, Tensor):
+                    table[name] = replace(value)
+
+
+_MASKED, _UNMASKED = "lord_tune_masked", "lord_tune_unmasked"
+
+
+def _whole_mask(*, batch_size: int, q_length: int, kv_length: int, device: Any, **more: Any) -> Tensor:
+    """transformers' mask for scaled dot products where rows are padded or packed, by its shape."""
+    return torch.empty(batch_size, 1, q_length, kv_length, dtype=torch.bool, device=device)
+
+
+def _no_mask(*, kv_length: int, local_size: int | None = None, **more: Any) -> Tensor | None:
+    """The same where no row is: none, unless attention is to a window only."""
+    return None if local_size is None or kv_length < local_size else _whole_mask(kv_length=kv_length, **more)
+
+
+def _set_attention(config: Any, masked: bool, on_gpu: bool) -> None:
+    """transformers looks at the content of masks before it makes one; ours tell what it would find."""
+    if config._attn_implementation != "sdpa":  # the others do not look, or have no mask
+        return
+    name, mask = (_MASKED, _whole_mask) if masked else (_UNMASKED, _no_mask)
+
+    def attention(module: nn.Module, query: Tensor, *given: Any, **more: Any) -> Any:
+        with _Attention(on_gpu) if query.is_meta else contextlib.nullcontext():
+            return sdpa_attention_forward(module, query, *given, **more)
+
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, mask)
+    config._attn_implementation = name
+
+
+def _prepared(model: Any, arguments: Any, on_gpu: bool, options: TrainOptions, teacher: Any) -> tuple[Any, int]:
+    """(a function that gives the loss of one full batch, its tokens); the model is set up as the trainer would."""
+    base = model.get_base_model()
+    limit = max_length(base)
+    kind = kind_of(model)
+    if kind == "bare":
+        raise UsageError("The model has no language-model head, so there is no loss to train on.")
+    length = min(arguments.max_length or (512 if kind == "masked" else limit), limit)
+    rows = arguments.per_device_train_batch_size * (2 if options.objective == DPO else 1)  # chosen and rejected
+    packing = kind == "causal" and getattr(arguments, "packing", False)
+    flattened = packing and arguments.packing_strategy in ("bfd", "bfd_split")
+    packed = kind == "causal" and (flattened or getattr(arguments, "padding_free", False))
+    shape = (1, rows * length) if packed else (rows, length)
+    ids = torch.zeros(shape, dtype=torch.long, device=next(model.parameters()).device)
+    batch = {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
+    whole = rows == 1 or packing  # no row is padded
+    _set_attention(base.config, packed or not whole, on_gpu)
+    model.train()
+    if arguments.gradient_checkpointing:
+        model.enable_input_require_grads()
+        given = dict(arguments.gradient_checkpointing_kwargs or {"use_reentrant": False})
+        # no random state: it has content
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=given | {"preserve_rng_state": False})
+    if kind == "masked":
+        return lambda: model(**batch).loss, ids.numel()
+    if options.objective == DISTILL:
+        if teacher is not None:
+            _set_attention(teacher.config, packed or not whole, on_gpu)
+        return lambda: _distillation_loss(base, teacher, batch, options), ids.numel()
+    if options.objective == DPO:
+        return lambda: _with_reference(base, batch, on_gpu), ids.numel()
+    return lambda: _causal_loss(base, batch, on_gpu), ids.numel()
+
+
+def _causal_loss(base: Any, batch: dict[str, Tensor], on_gpu: bool) -> Tensor:
+    """The loss of trl's SFTTrainer, which never holds whole logits."""
+    given = {key: value for key, value in batch.items() if key != "labels"}
+    hidden = base.base_model(**given, use_cache=False).last_hidden_state[:, :-1]
+    head = base.get_output_embeddings()
+    return _LossInPieces.apply(hidden.reshape(-1, hidden.shape[-1]), head.weight, on_gpu).sum()
+
+
+def _with_reference(base: Any, batch: dict[str, Tensor], on_gpu: bool) -> Tensor:
+    """trl's DPOTrainer runs the reference while the graph of the trained model is there."""
+    loss = _causal_loss(base, batch, on_gpu)
+    with torch.no_grad():
+        _causal_loss(base, batch, on_gpu)
+    return loss
+
+
+def _distillation_loss(base: Any, teacher: Any, batch: dict[str, Tensor], options: TrainOptions) -> Tensor:
+    """That of training/distillation.py, every token counted."""
+    from .distillation import _CHUNK, _TokenLoss, head_of, kl_divergence
+
+    given = {key: value for key, value in batch.items() if key != "labels"} | {"use_cache": False}
+    found = None
+    if teacher is not None:
+        with torch.no_grad():
+            found = teacher.base_model(**given).last_hidden_state[:, :-1].flatten(0, 1)
+
+    def kl(part: slice, student: Tensor) -> Tensor:
+        if found is None:
+            return (student / options.distill_temperature).log_softmax(-1).sum()
+        with torch.no_grad():
+            targets = head_of(teacher)(found[part])
+        return kl_divergence(student, targets, options.distill_temperature)
+
+    hidden = base.base_model(**given).last_hidden_state[:, :-1].flatten(0, 1)
+    labels = batch["labels"][:, 1:].flatten()
+    chunk = max(1, _CHUNK // base.config.get_text_config().vocab_size)
+    weights = options.distill_ce_weight, options.distill_temperature
+    return _TokenLoss.apply(hidden, labels, head_of(base), kl, *weights, chunk)[0]
+
+
+_TOKENS_AT_ONCE, _WORDS_AT_ONCE = 4096, 32768
+# bytes per logit at the worst moment of trl's torch operations on a piece, beside the piece: three float32 and one mask
+# forward, seven and one backward. On a GPU one kernel needs none.
+_FORWARD_BYTES, _BACKWARD_BYTES = 13, 29
+
+
+class _LossInPieces(torch.autograd.Function):
+    """trl's ChunkedLogProbFunction by shapes: the hidden states, the targets and two numbers per token are saved."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, on_gpu: bool) -> Tensor:
+        cast = torch.is_autocast_enabled("cpu")
+        ctx.dtype, ctx.on_gpu = torch.get_autocast_dtype("cpu") if cast else hidden.dtype, on_gpu
+        count = len(hidden)
+        per_token = [hidden.new_empty(count, dtype=torch.float32) for _ in range(7)]
+        ctx.save_for_backward(hidden, weight, hidden.new_empty(count, dtype=torch.long), *per_token[:2])
+        _piece(ctx, hidden, weight, _FORWARD_BYTES)
+        return hidden.new_empty(count, dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, *_ = ctx.saved_tensors
+        result = torch.empty_like(hidden, dtype=torch.float32)
+        _piece(ctx, hidden, weight, _BACKWARD_BYTES)
+        return result.to(hidden.dtype), None, None
+
+
+def _piece(ctx: Any, hidden: Tensor, weight: Tensor, bytes_per_logit: int) -> None:
+    tokens, words = min(len(hidden), _TOKENS_AT_ONCE), min(len(weight), _WORDS_AT_ONCE)
+    piece = hidden.new_empty(tokens, _WORDS_AT_ONCE, dtype=ctx.dtype)
+    cast = [
+        torch.empty_like(part, dtype=ctx.dtype) for part in (weight[:words], hidden[:tokens]) if part.dtype != ctx.dtype
+    ]
+    if not ctx.on_gpu:
+        hidden.new_empty(bytes_per_logit, tokens, words, dtype=torch.uint8)
+    del piece, cast
+
+
+def _autocast(arguments: Any) -> Any:
+    if arguments.bf16 or arguments.fp16:
+        return torch.autocast("cpu", torch.bfloat16 if arguments.bf16 else torch.float16)
+    return contextlib.nullcontext()
+
+
+def _optimizer_bytes(name: Any, trained: list[Tensor]) -> int | None:
+    """State after the first step."""
+    full = str(getattr(name, "value", name))
+    key = full.removeprefix("paged_").replace("_bnb", "")
+    if key == "adafactor":  # row and column sums of matrices (transformers' default: no momentum)
+        return sum(4 * (sum(p.shape[-2:]) * p[..., 0, 0].numel() if p.dim() > 1 else p.numel()) for p in trained)
+    if full in ("lion_32bit", "paged_lion_32bit", "paged_adamw_32bit", "paged_ademamix_32bit"):
+        key = key.removesuffix("_32bit")
+    if key not in _BYTES_PER_NUMBER:
+        return None
+    each = _BYTES_PER_NUMBER[key]
+    if key.endswith("_8bit"):  # and a scale per 256 numbers and moment
+        return sum(int(p.numel() * (4 * each if p.numel() < _SMALL else each * (1 + 4 / 256))) for p in trained)
+    return sum(int(p.numel() * each) + (4 if key in _COUNTED_STEPS else 0) for p in trained)
+
+
+def _update_bytes(trained: list[Tensor], on_gpu: bool) -> int:
+    """Temporaries of an update: of all tensors together on a GPU (foreach), of one after the other on a CPU."""
+    sizes = [p.numel() * p.element_size() for p in trained]
+    return sum(sizes) if on_gpu else 2 * max(sizes, default=0)
