@@ -259,8 +259,7 @@ def train(**options: Any) -> dict[str, Any]:
         loss = metrics["train_loss"]
         say(f"trained {metrics['steps']} steps, mean loss {loss:.4f}; adapter in {config.output_dir}")
         if foreseen is not None:
-            measured = human_bytes(metrics["memory"]["measured"]["peak"])
-            say(f"peak memory {measured} beside Python and the libraries (foreseen {human_bytes(foreseen.peak)})")
+            show_memory(foreseen, metrics["memory"]["measured"])
         say(f"next: lord-tune export {config.output_dir} OUT --format dense")
     return metrics
 

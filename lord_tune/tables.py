@@ -236,22 +236,33 @@ def show_coverage(covered: Coverage) -> None:
     say(f"{len(covered.trained)} of {total} factored layers train: {covered.trainable_parameters:,} parameters")
 
 
-def show_memory(foreseen: MemoryEstimate) -> None:
-    """What a training step holds."""
-    rows = [
-        ["weights", human_bytes(foreseen.weights), "as stored, embeddings and head included"],
-        ["adapters", human_bytes(foreseen.adapters), "what trains"],
-        ["gradients", human_bytes(foreseen.gradients), ""],
-        ["optimizer", "not known" if foreseen.optimizer is None else human_bytes(foreseen.optimizer), ""],
-        ["activations", human_bytes(foreseen.activations), "kept from forward to backward"],
-        ["logits", human_bytes(foreseen.logits), "of the tokens whose loss is computed at once"],
-    ]
-    if foreseen.teacher:
-        rows.insert(1, ["teacher", human_bytes(foreseen.teacher), "its weights"])
-    show_table(f"memory of a step of {foreseen.tokens:,} tokens", ["part", "size", ""], rows)
+_PARTS_OF_A_STEP = {
+    "weights": "as stored, embeddings and head included",
+    "teacher": "its weights",
+    "adapters": "what trains",
+    "gradients": "",
+    "optimizer": "its state",
+    "activations": "kept from forward to backward",
+    "logits": "of the tokens whose loss is computed at once",
+}
+
+
+def show_memory(foreseen: MemoryEstimate, measured: dict[str, int] | None = None) -> None:
+    """What a training step holds; after a run beside what it held."""
+    expected = foreseen.to_dict()
+    found = measured or {}
+    rows = []
+    for part, meaning in _PARTS_OF_A_STEP.items():
+        if part == "teacher" and not foreseen.teacher:
+            continue
+        size = "not known" if expected[part] is None else human_bytes(expected[part])
+        rows.append([part, size, *([human_bytes(found[part]) if part in found else "-"] if measured else []), meaning])
+    rows.append(["peak", human_bytes(foreseen.peak), *([human_bytes(found["peak"])] if measured else []), "see below"])
+    columns = ["part", "foreseen", *(["measured"] if measured else []), ""]
+    show_table(f"memory of a step of {foreseen.tokens:,} tokens, per process", columns, rows)
     say(
-        f"peak memory {human_bytes(foreseen.peak)} per process: weights, adapters and optimizer, and what forward and "
-        f"backward hold at most; beside it {human_bytes(foreseen.held)} for Python and the libraries"
+        "The peak is weights, adapters, optimizer, and what forward and backward hold at most; beside it "
+        f"{human_bytes(foreseen.held)} for Python and the libraries."
     )
     for text in foreseen.notes:
         say(f"note: {text}")

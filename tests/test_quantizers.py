@@ -552,8 +552,14 @@ def test_a_kept_dense_copy_computes_the_same_and_is_never_stored(quantizer):
     layer.quantizer = quantizer
     assert torch.allclose(y, kept, atol=1e-4) and layer(x.bfloat16()).dtype == torch.bfloat16
     assert layer.keep_dense(torch.float16) == 96 * 160 * 2
-    for drop in (layer.drop_dense, lambda: layer.to("cpu"), lambda: layer.set_parts(layer.parts())):
+    for drop in (layer.drop_dense, lambda: layer.set_parts(layer.parts())):
         layer.keep_dense()
         drop()
         assert torch.equal(layer(x), y)
         assert layer._dense is None
+    layer.keep_dense()
+    copy = layer._dense
+    assert layer.to("cpu")._dense is copy  # a trainer moves its model, mostly to where it is
+    moved = layer._apply(lambda tensor: tensor.clone())._dense
+    assert moved is not copy and torch.equal(moved, copy)
+    assert layer.to("meta")._dense is None

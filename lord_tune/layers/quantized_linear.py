@@ -4,7 +4,7 @@ A subclass of `nn.Linear` so that PEFT's ordinary LoRA layer takes it as a base;
 so any code that would add to the weight in place (PEFT's merge) fails on the shape instead of losing the update.
 
 Where memory allows, `keep_dense` decodes once, for many small products (generation, a benchmark). The copy is a plain
-attribute: it is never saved, and goes when the codes change or the module moves.
+attribute: it is never saved, goes when the codes change, and is decoded anew where the module moves.
 """
 
 from __future__ import annotations
@@ -64,8 +64,13 @@ class QuantizedLinear(nn.Linear):
         self._dense = None
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantizedLinear:
-        self.drop_dense()
-        return super()._apply(fn, recurse)
+        kept, before = self._dense, [part.data_ptr() for part in self.parts().values()]
+        super()._apply(fn, recurse)
+        if kept is not None and before != [part.data_ptr() for part in self.parts().values()]:
+            self.drop_dense()
+            if not self.weight.is_meta:  # a trainer moves its model to the device
+                self.keep_dense(kept.dtype)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         if self._dense is not None:

@@ -103,7 +103,8 @@ def predict_memory(
         trained = [p for p in exposed.parameters() if p.requires_grad]
         state = _optimizer_bytes(arguments.optim, trained)
         if state is None:
-            notes.append(f"the state of the optimizer {arguments.optim} is not known and not counted")
+            name = getattr(arguments.optim, "value", arguments.optim)
+            notes.append(f"the state of the optimizer {name} is not known and not counted")
         teacher = _teacher(options, dtype) if options.objective == DISTILL else None
         taught = 0 if teacher is None else sum(held(teacher)[:2])
         loss, tokens = _prepared(exposed, arguments, on_gpu, options, teacher)
@@ -146,8 +147,12 @@ def _teacher(options: TrainOptions, dtype: str | None) -> Any:
     """The skeleton of the model to distill from; None if its likely tokens are kept in a folder."""
     if options.teacher_logits is not None:
         return None
-    source = teacher_source(options)
-    return skeleton(source, dtype or _dtype_of(options.model_name_or_path)).requires_grad_(False)
+    source, dtype = teacher_source(options), dtype or _dtype_of(options.model_name_or_path)
+    if _manifest(model_class(source)[1]) is None:
+        return skeleton(source, dtype).requires_grad_(False)
+    model = factored_skeleton(source, dtype)
+    _decode_by_shapes(model)
+    return model
 
 
 def _dtype_of(source: str) -> str:
@@ -155,12 +160,18 @@ def _dtype_of(source: str) -> str:
     return next(name for name, kind in DTYPE_NAMES.items() if kind == wanted)
 
 
+def _manifest(config: Any) -> dict[str, Any] | None:
+    """What a factored checkpoint's configuration says about its layers; None for another model's."""
+    found = getattr(config, "quantization_config", None)
+    found = found if isinstance(found, dict) or found is None else found.to_dict()
+    return found if found and found.get("quant_method") == QUANT_METHOD else None
+
+
 def factored_skeleton(name: str, dtype: str | None = None) -> Any:
     """A factored checkpoint's model on the meta device, from its config.json."""
     build, config = model_class(name)
-    manifest = getattr(config, "quantization_config", None)
-    manifest = manifest if isinstance(manifest, dict) or manifest is None else manifest.to_dict()
-    if manifest is None or manifest.get("quant_method") != QUANT_METHOD:
+    manifest = _manifest(config)
+    if manifest is None:
         raise UsageError(f"{name} has no factored layers; run `lord-tune decompose` first and train its output.")
     config = copy.deepcopy(config)
     del config.quantization_config
@@ -394,6 +405,7 @@ def _with_reference(base: Any, batch: dict[str, Tensor], on_gpu: bool) -> Tensor
 def _distillation_loss(base: Any, teacher: Any, batch: dict[str, Tensor], options: TrainOptions) -> Tensor:
     """That of training/distillation.py, every token counted."""
     from .distillation import _CHUNK, _TokenLoss, head_of, kl_divergence
+    from .teacher_logits import bucketed_kl
 
     given = {key: value for key, value in batch.items() if key != "labels"} | {"use_cache": False}
     found = None
@@ -403,7 +415,13 @@ def _distillation_loss(base: Any, teacher: Any, batch: dict[str, Tensor], option
 
     def kl(part: slice, student: Tensor) -> Tensor:
         if found is None:
-            return (student / options.distill_temperature).log_softmax(-1).sum()
+            kept = len(student), min(options.teacher_top_k, student.shape[1])
+            stored = {
+                "values": student.new_empty(kept, dtype=torch.float16),
+                "ids": student.new_empty(kept, dtype=torch.int32),
+                "tail": student.new_empty(kept[0], dtype=torch.float32),
+            }
+            return bucketed_kl(student, stored, options.distill_temperature)
         with torch.no_grad():
             targets = head_of(teacher)(found[part])
         return kl_divergence(student, targets, options.distill_temperature)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -223,27 +224,28 @@ def vocabulary_of(model: Any) -> int:
 
 
 class FirstStep(TrainerCallback):
-    """Counts the first optimiser step that a trainer makes, by part; the later ones run as if it were not there.
-
-    The logits are those kept for the backward pass: trl's losses keep none.
-    """
+    """Counts the first batch of the first optimiser step that a trainer makes, by part; the rest runs as if it were not
+    there. Compiled and sharded models are not looked into, and their logits not counted."""
 
     def __init__(self) -> None:
         self.parts: dict[str, int] = {}
         self._saved: Saved | None = None
-        self._known = Storages()
+        self._live: Live | None = None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if not self.parts:
-            weights, adapters, self._known = held(model)
+            weights, adapters, known = held(model)
             self.parts = {"weights": weights, "adapters": adapters}
-            self._saved = Saved(model, self._known).__enter__()
+            if not (args.torch_compile or args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"):
+                self._live = Live(model, known)
+                self._live.__enter__()
+            self._saved = Saved(model, known).__enter__()
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._close()
+        self.close()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self._close()
+        self.close()
         if "gradients" not in self.parts:
             self.parts["gradients"] = gradient_bytes(model)
 
@@ -251,12 +253,14 @@ class FirstStep(TrainerCallback):
         if "optimizer" not in self.parts:
             self.parts["optimizer"] = optimizer_bytes(optimizer)
 
-    def _close(self) -> None:
-        """After the first batch's backward pass, which saves nothing itself."""
+    def close(self) -> None:
+        """After the first batch's backward pass, or where training broke off in it."""
         if self._saved is not None:
             self._saved.__exit__()
-            self.parts |= {"activations": self._saved.activations, "logits": self._saved.logits}
-            self._saved, self._known = None, Storages()
+            self.parts["activations"], self._saved = self._saved.activations, None
+        if self._live is not None:
+            self._live.__exit__(None, None, None)
+            self.parts["logits"], self._live = self._live.logits, None
 
 
 class TrainingPeak:

@@ -107,7 +107,10 @@ def train_model(
         if checkpoint is not None and _at_end(checkpoint, arguments):
             trainer.take_up(checkpoint)
         else:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            try:
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            finally:
+                counted.close()
     _check_trained(exposed, arguments)
     trainer.write_adapter(output)
     trainer.save_state()
