@@ -1,24 +1,29 @@
 """Measure recovery and print it beside its targets, its baselines and the dense control.
 
-    python scripts/bench_recovery.py OUT [--parts nf4 lord blocks memory time] [--only SUBSTRING] [--models DIR]
+    python scripts/bench_recovery.py OUT [--parts nf4 lord long blocks memory time] [--only SUBSTRING] [--wikitext FILE]
 
-nf4: initialisations of L and R at equal trainable parameters, steps and data (SmolLM2-135M, NF4, rank 16): whitened,
-  LoftQ, QPiSSA (Q = NF4 of what the first 16 singular components leave) and QLoRA (L = 0). Every one is trained at every
-  learning rate of the same grid with the first seed; with its best one it is trained with two more.
-lord: 20 % of the linears removed, then SFT and distillation; the dense model tuned on the same text is the control.
-blocks: block-wise recovery inside `decompose`, no end-to-end training.
-memory: QLoRA over LoRD against QLoRA, tensor by tensor.
-time: steps of mode factors at 20 % removed against LoRA on the dense model, interleaved.
+SmolLM2-135M, one thread. Held-out losses are in nats per token on 8k tokens.
 
-Text: standard-library files of this Python (top level) to calibrate and train on; its `idlelib` and
-`distutils/command`, and WikiText-2 where --wikitext names a file of it, to measure on. One thread per process. Finished
-rows are kept in OUT/rows and not measured again, so that several processes may share OUT (--only).
+nf4     initialisations of L and R at equal trainable parameters, steps and data (NF4, rank 16): whitened, LoftQ,
+        QPiSSA (Q = NF4 of what the first 16 singular components leave) and QLoRA (L = 0). Every one is trained at every
+        rate of one grid with the first seed, and at its best rate with two more seeds.
+lord    20 % of the linears removed, then sft and distill, and as the control the dense model, whose linears are all
+        tuned on the same rows; grid and seeds as above.
+long    the same for more tokens, at the rate that was best for fewer.
+blocks  block-wise recovery inside `decompose`, no end-to-end training.
+memory  QLoRA over LoRD against QLoRA on one batch, tensor by tensor, in bfloat16.
+time    steps of mode factors at 20 % removed against LoRA on the dense model, interleaved.
+
+Text: standard-library files of this Python (top level) to calibrate and train on; to measure on, files of its `idlelib`
+and `distutils/command`, and with --wikitext a file of WikiText-2. Finished rows are kept in OUT/rows and not measured
+again, so several processes may share OUT (--only).
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import shutil
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +38,9 @@ from lord_tune.factorizations import Factors, PlainSVD, truncate
 from lord_tune.integrations.models import load, quiet, save_model
 from lord_tune.layers import factored_layers, weight_of
 from lord_tune.storage import atomic_directory, read_json, write_json
+from lord_tune.training import trainer_arguments
+from lord_tune.training.data import prepare_rows
+from lord_tune.training.trainers import SupervisedTrainer
 
 SEEDS = (0, 1, 2)
 GRID = (1e-4, 3e-4, 1e-3, 3e-3)
@@ -48,6 +56,7 @@ TRAIN = {
 }
 SHORT = {"max_steps": 32, "max_length": 256}
 LONG = {"max_steps": 128, "max_length": 512}  # 65,536 tokens
+LONG_RATES = {"sft": 3e-4, "distill": 3e-4, "distill + CE": 3e-4, "control": 1e-4}  # the best of part `lord`
 
 
 class Bench(SpineBench):
@@ -158,10 +167,132 @@ def nf4(bench: Bench) -> None:
 
 
 def spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.4f} ({min(values):.4f}-{max(values):.4f})"
+    ends = f" ({min(values):.4f}-{max(values):.4f})" if len(values) > 1 else ""
+    return f"{statistics.median(values):.4f}{ends}"
 
 
-PARTS: dict[str, Callable[[Bench], None]] = {"nf4": nf4}
+# --- low rank alone ---
+
+KEPT = 0.8
+LORD_GRID = GRID[:3]
+METHODS: dict[str, dict[str, Any]] = {
+    "sft": {},
+    "distill": {"objective": "distill"},
+    "distill + CE": {"objective": "distill", "distill_ce_weight": 0.5},
+}
+
+
+def lord_20(bench: Bench) -> str:
+    """20 % removed, calibrated on 16k tokens."""
+    folder = bench.folder / "lord_20"
+    if not folder.is_dir():
+        lord_tune.decompose(bench.dense, str(folder), **calibrated(bench, 16384))
+    return str(folder)
+
+
+def calibrated(bench: Bench, tokens: int) -> dict[str, Any]:
+    return {
+        "kept_fraction": KEPT,
+        "calibration": [str(bench.code)],
+        "calibration_tokens": tokens,
+        "context_length": 512,
+    }
+
+
+def tuned_dense(bench: Bench, name: str, **options: Any) -> dict[str, Any] | None:
+    """Losses after all linears of the dense model's blocks were trained as L and R are."""
+
+    def measure() -> dict[str, Any]:
+        model, tokenizer = load(bench.dense)
+        linears = blocks_linears(model)
+        model.requires_grad_(False)
+        for layer in linears.values():
+            layer.weight.requires_grad_(True)
+        rows, _ = prepare_rows(str(bench.code), "train", None, tokenizer)
+        out = bench.folder / "runs" / name
+        given = TRAIN | options | {"output_dir": str(out)}
+        trainer = SupervisedTrainer(
+            model, trainer_arguments(given, "factors", True, []), train_dataset=rows, processing_class=tokenizer
+        )
+        seconds = trainer.train().metrics["train_runtime"]
+        save_model(model, tokenizer, out)
+        found = {"loss": bench.losses(str(out)), "history": trainer.state.log_history, "seconds": seconds}
+        shutil.rmtree(out)
+        return found
+
+    return bench.once(name, measure)
+
+
+def blocks_linears(model: Any) -> dict[str, Any]:
+    heads = (model.get_output_embeddings(),)
+    return {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m not in heads}
+
+
+def gap_rows(bench: Bench, runs: dict[str, list[dict[str, Any]]], rates: dict[str, str]) -> list[list[str]]:
+    dense = bench.once("dense", lambda: bench.losses(bench.dense))
+    start = bench.once("lord-start", lambda: bench.losses(lord_20(bench)))
+    texts = list(start)
+
+    def row(name: str, found: list[dict[str, float]], rate: str = "") -> list[str]:
+        cells = [name, rate]
+        for text in texts:
+            values = [losses[text] for losses in found]
+            middle = statistics.median(values)
+            closed = (start[text] - middle) / (start[text] - dense[text])
+            cells += [
+                spread(values) if len(values) > 1 else f"{middle:.4f}",
+                f"{math.exp(middle):.2f}",
+                f"{closed:.0%}",
+            ]
+        return cells
+
+    rows = [row("dense", [dense]), row("20 % removed", [start])]
+    return rows + [row(name, [run["loss"] for run in found], rates[name]) for name, found in runs.items() if found]
+
+
+def columns(bench: Bench) -> list[str]:
+    texts = ["code"] + (["WikiText-2"] if len(bench.texts) > 1 else [])
+    return ["", "rate"] + [f"{text}: {what}" for text in texts for what in ("loss", "perplexity", "gap closed")]
+
+
+def grid(name: str, run: Callable[..., Any]) -> tuple[list[dict[str, Any]], str]:
+    """Runs at the best rate, three seeds; the rate."""
+    found = {rate: run(f"{name}-{rate:g}-0", learning_rate=rate, seed=0) for rate in LORD_GRID}
+    if not all(found.values()):
+        return [], ""
+    best = min(found, key=lambda rate: found[rate]["loss"]["code"])
+    more = [run(f"{name}-{best:g}-{seed}", learning_rate=best, seed=seed) for seed in SEEDS[1:]]
+    return [found[best], *(entry for entry in more if entry)], f"{best:g}"
+
+
+def lord(bench: Bench) -> None:
+    runs, rates = {}, {}
+    for name, options in METHODS.items():
+        key = "lord-" + name.replace(" + ", "-").lower()
+        runs[name], rates[name] = grid(
+            key, lambda row, o=options, **given: bench.trained(row, lord_20(bench), **SHORT, **o, **given)
+        )
+    runs["control: dense, tuned"], rates["control: dense, tuned"] = grid(
+        "lord-control", lambda row, **given: tuned_dense(bench, row, **SHORT, **given)
+    )
+    show_table("20 % removed, then 32 x 256 tokens", columns(bench), gap_rows(bench, runs, rates))
+
+
+def long(bench: Bench) -> None:
+    runs, rates = {}, {}
+    for name, options in METHODS.items():
+        key = "long-" + name.replace(" + ", "-").lower()
+        rate = LONG_RATES[name]
+        run = bench.trained(f"{key}-{rate:g}", lord_20(bench), learning_rate=rate, seed=0, **LONG, **options)
+        runs[name], rates[name] = [run] if run else [], f"{rate:g}"
+    rate = LONG_RATES["control"]
+    run = tuned_dense(bench, f"long-control-{rate:g}", learning_rate=rate, seed=0, **LONG)
+    runs["control: dense, tuned"], rates["control: dense, tuned"] = [run] if run else [], f"{rate:g}"
+    tokens = LONG["max_steps"] * LONG["max_length"]
+    show_table(f"20 % removed, then {tokens:,} tokens", columns(bench), gap_rows(bench, runs, rates))
+
+
+PARTS: dict[str, Callable[[Bench], None]] = {"nf4": nf4, "lord": lord, "long": long}
 
 
 if __name__ == "__main__":
