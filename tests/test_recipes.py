@@ -8,10 +8,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from tiny import tiny_family, tiny_tokenizer
 
 import lord_tune
 from lord_tune.config import DecomposeConfig, TrainConfig
@@ -21,13 +23,34 @@ ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 ACCELERATE = [path for path in RECIPES if path.parent.name == "accelerate_configs"]
 DECOMPOSE = [path for path in RECIPES if path.parent.name == "decompose"]
-TRAIN = [path for path in RECIPES if path.parent.name.startswith("sft")]
+TRAIN = [path for path in RECIPES if path not in ACCELERATE and path not in DECOMPOSE]
 SMALL_CALIBRATION = {"calibration_tokens": 512, "context_length": 64}
+# folder of recipes -> family of tiny.py
+ARCHITECTURES = {
+    "smollm2_135m": "llama",
+    "qwen2.5_coder_0.5b": "qwen2",
+    "qwen2.5_7b": "qwen2",
+    "llama2_7b": "llama",
+    "llama3_8b": "llama",
+    "starcoder2_7b": "starcoder2",
+    "starcoderbase_7b": "bigcode",
+}
+CHATML = (
+    "{% for message in messages %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def recipe_id(path: Path) -> str:
+    return str(path.relative_to(ROOT / "recipes").with_suffix(""))
 
 
 def test_no_recipe_is_left_out():
     assert ACCELERATE and DECOMPOSE and TRAIN
-    assert sorted([*ACCELERATE, *DECOMPOSE, *TRAIN]) == RECIPES
+    assert {path.parent.parent.name for path in [*DECOMPOSE, *TRAIN]} == set(ARCHITECTURES)
+    used = {yaml.safe_load(path.read_text())["model_name_or_path"] for path in TRAIN}
+    assert used <= {yaml.safe_load(path.read_text())["out"] for path in DECOMPOSE}
 
 
 @pytest.mark.parametrize("path", ACCELERATE, ids=lambda p: p.name)
@@ -36,7 +59,7 @@ def test_accelerate_configs_parse(path):
     assert config.num_processes >= 1
 
 
-@pytest.mark.parametrize("path", [*DECOMPOSE, *TRAIN], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [*DECOMPOSE, *TRAIN], ids=recipe_id)
 def test_header_gives_command_machine_time_and_result(path):
     """And the command names files that exist."""
     header = "".join(line for line in path.read_text().splitlines(True) if line.startswith("#"))
@@ -48,34 +71,89 @@ def test_header_gives_command_machine_time_and_result(path):
     assert str(path.relative_to(ROOT)) in header
 
 
-@pytest.mark.parametrize("path", DECOMPOSE, ids=lambda p: p.stem)
-def test_decompose_recipes_run_small(path, llama_dir, rows_file, tmp_path):
-    values = load_yaml(str(path))
-    config = DecomposeConfig.build(values)
-    small = SMALL_CALIBRATION if config.calibration else {}
-    overrides = {"model": str(llama_dir), "out": str(tmp_path / "out"), **small}
-    if config.calibration:
-        overrides["calibration"] = [str(rows_file)]
-    report = lord_tune.decompose(**(values | overrides))
-    assert report["totals"]["factored_layers"] > 0
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory, rows_file) -> dict[str, Path]:
+    """Kind of recipe -> rows in the columns that its data set has."""
+    folder = tmp_path_factory.mktemp("rows")
+    turns = [{"role": "user", "content": "Add 2"}, {"role": "assistant", "content": "def add(x): return x + 2"}]
+    kinds = {"chat": {"messages": turns}, "task": {"prompt": "2 + 2 is 4. True or False?", "completion": " True"}}
+    for name, row in kinds.items():
+        (folder / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 40)
+    return {name: folder / f"{name}.jsonl" for name in kinds} | {"code": rows_file}
 
 
-@pytest.mark.parametrize("path", TRAIN, ids=lambda p: p.stem)
-def test_train_recipes_run_small_on_their_decompose_recipe(path, llama_dir, rows_file, tmp_path):
+@pytest.fixture(scope="module")
+def decomposed(tmp_path_factory, rows_file):
+    """Recipe -> (its report, its checkpoint), of a random model of the same architecture with 2 layers; made once."""
+    folder = tmp_path_factory.mktemp("recipes")
+    made: dict[Path, tuple[dict[str, Any], Path]] = {}
+
+    def get(path: Path) -> tuple[dict[str, Any], Path]:
+        if path not in made:
+            family = ARCHITECTURES[path.parent.parent.name]
+            model, tokenizer = tiny_family(family, layers=2), tiny_tokenizer()
+            tokenizer.chat_template = CHATML
+            base, out = folder / f"{len(made)}-dense", folder / f"{len(made)}-out"
+            model.save_pretrained(base)
+            tokenizer.save_pretrained(base)
+            values = load_yaml(str(path))
+            config = DecomposeConfig.build(values)
+            limits = {"rank": 12, "top_rank": 4, "iterations": 1}
+            small = {key: min(values[key], most) for key, most in limits.items() if values.get(key)}
+            if config.calibration:
+                small |= SMALL_CALIBRATION | {"calibration": [str(rows_file)]}
+            report = lord_tune.decompose(**(values | small | {"model": str(base), "out": str(out)}))
+            made[path] = report, out
+        return made[path]
+
+    return get
+
+
+@pytest.mark.parametrize("path", DECOMPOSE, ids=recipe_id)
+def test_decompose_recipes_run_small(path, decomposed):
+    report, out = decomposed(path)
+    assert report["totals"]["factored_layers"] > 0 and (out / "config.json").is_file()
+
+
+@pytest.mark.parametrize("path", TRAIN, ids=recipe_id)
+def test_train_recipes_run_small_on_their_decompose_recipe(path, decomposed, texts, tmp_path):
     values = load_yaml(str(path))
     TrainConfig.build(values)
     base = next(p for p in DECOMPOSE if yaml.safe_load(p.read_text())["out"] == values["model_name_or_path"])
-    factored = load_yaml(str(base)) | SMALL_CALIBRATION | {"calibration": [str(rows_file)]}
-    lord_tune.decompose(**(factored | {"model": str(llama_dir), "out": str(tmp_path / "base")}))
+    kind = {"sft_code": "code", "wikitext2": "code", "sft_instruct": "chat"}.get(path.parent.name, "task")
     overrides = {
-        "model_name_or_path": str(tmp_path / "base"),
-        "dataset_name": str(rows_file),
+        "model_name_or_path": str(decomposed(base)[1]),
+        "dataset_name": str(texts[kind]),
+        "dataset_config": None,
         "output_dir": str(tmp_path / "run"),
         "max_steps": 2,
-        "max_length": 64,
+        "max_length": 128,
+        "gradient_accumulation_steps": 1,
     }
+    for name, value in (("eval_dataset_name", str(texts[kind])), ("teacher_logits", str(tmp_path / "logits"))):
+        if name in values:
+            overrides[name] = value
     metrics = lord_tune.train(**(values | overrides))
     assert metrics["steps"] == 2 and (tmp_path / "run" / "adapter_model.safetensors").is_file()
+
+
+def test_rows_of_tasks_are_prompts_and_completions(tmp_path):
+    """As GLUE and WinoGrande have them; the files that recipes read are those that the script writes."""
+    entailed = {"sentence1": "Mogadishu is in Somalia.", "sentence2": "It is in Africa.", "label": 0}
+    gap = {"sentence": "The trophy did not fit, for _ was big.", "option1": "it", "option2": "I", "answer": "1"}
+    for name, row in (("rte_valid", entailed), ("winogrande_valid", gap), ("winogrande_train", gap | {"answer": ""})):
+        (tmp_path / f"{name}.in").write_text(json.dumps(row) + "\n")
+    pairs = [f"{path.stem}={path}" for path in tmp_path.glob("*.in")]
+    words = [sys.executable, str(ROOT / "scripts/make_task_data.py"), str(tmp_path / "data"), "--local", *pairs]
+    subprocess.run(words, check=True, capture_output=True)
+    found = {p.stem: [json.loads(line) for line in p.read_text().splitlines()] for p in tmp_path.glob("data/*.jsonl")}
+    assert found["winogrande_train"] == []
+    assert found["rte_valid"][0]["completion"] == " True" and "Africa" in found["rte_valid"][0]["prompt"]
+    assert found["winogrande_valid"] == [{"prompt": "The trophy did not fit, for it", "completion": " was big."}]
+    script = (ROOT / "scripts/make_task_data.py").read_text()
+    for path in (ROOT / "recipes/llama2_7b").rglob("*.yaml"):
+        for name in re.findall(r"data/(\w+)\.jsonl", path.read_text()):
+            assert f'"{name}"' in script, (path, name)
 
 
 def launch(words: list[str], environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:

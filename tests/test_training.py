@@ -404,6 +404,8 @@ def test_ways_of_sharding_that_cannot_work_are_refused(tmp_path, monkeypatch):
         arguments(fsdp="full_shard")
     with pytest.raises(UsageError, match="FSDP on a CPU"):
         arguments(fsdp="full_shard", fsdp_config={"version": 2})
+    with pytest.raises(UsageError, match="bf16 came with FSDP2"):
+        arguments(fsdp="full_shard", fsdp_config={"version": 2}, bf16=True)
     with pytest.raises(UsageError, match="ZeRO"):
         arguments(deepspeed="zero3.json")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
@@ -411,6 +413,9 @@ def test_ways_of_sharding_that_cannot_work_are_refused(tmp_path, monkeypatch):
         arguments()
     monkeypatch.setenv("FSDP_VERSION", "2")
     with pytest.raises(UsageError, match="FSDP on a CPU"):
+        arguments()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(UsageError, match="mixed_precision: bf16 came with FSDP2"):
         arguments()
 
 

@@ -146,10 +146,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def tiny_family(name: str, seed: int = 0) -> Any:
+def tiny_family(name: str, seed: int = 0, layers: int = LAYERS) -> Any:
     """A random model of FAMILIES. Its biases are random too: as the zeros they start from, nobody would miss them."""
     build = getattr(transformers, FAMILIES[name][0])
-    model = _seeded(build, build.config_class(**FAMILIES[name][1]), seed)
+    given = FAMILIES[name][1]
+    count = "n_layer" if "n_layer" in given else "num_hidden_layers"
+    model = _seeded(build, build.config_class(**(given | {count: layers})), seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for key, parameter in model.named_parameters():

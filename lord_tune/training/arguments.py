@@ -87,6 +87,7 @@ def trainer_arguments(
         raise UsageError(f"{key} has no effect with objective: {objective}; remove it.")
     on_cpu = not torch.accelerator.is_available() or bool(_as_bool(given.get("use_cpu")))
     _check_launch(given, on_cpu)
+    sharded = _sharded(given)
     defaults: dict[str, Any] = {
         "learning_rate": LEARNING_RATES[mode] / (10 if objective == DPO else 1),
         "num_train_epochs": 1,
@@ -95,7 +96,7 @@ def trainer_arguments(
         "report_to": [name for name in _TRACKERS if importlib.util.find_spec(name)],
         "disable_tqdm": True,  # a line per logging step says more
         "logging_nan_inf_filter": False,  # else a NaN loss is logged as 0
-        "bf16": not on_cpu and _bf16_works() and not _as_bool(given.get("fp16")),
+        "bf16": not on_cpu and not sharded and _bf16_works() and not _as_bool(given.get("fp16")),
         "use_cpu": on_cpu,
         "gradient_checkpointing": not on_cpu,
         "eval_strategy": "epoch" if evaluated else "no",
@@ -129,7 +130,7 @@ def _check_launch(given: dict[str, Any], on_cpu: bool) -> None:
             "DeepSpeed's ZeRO keeps a flat copy of the parameters in one dtype, which packed codes beside float32 "
             "factors are not; use several processes without it, or FSDP2."
         )
-    if not given.get("fsdp") and os.environ.get("ACCELERATE_USE_FSDP") != "true":
+    if not _sharded(given):
         return
     config = given.get("fsdp_config") or {}
     version = (config.get("version") or config.get("fsdp_version")) if isinstance(config, dict) else None
@@ -138,8 +139,21 @@ def _check_launch(given: dict[str, Any], on_cpu: bool) -> None:
             "FSDP1 flattens the parameters of a block into one tensor of one dtype, which packed codes beside float32 "
             "factors are not; set fsdp_version: 2."
         )
+    mixed = [key for key in ("bf16", "fp16") if _as_bool(given.get(key))]
+    if not mixed and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
+        mixed = [f"accelerate's mixed_precision: {os.environ['ACCELERATE_MIXED_PRECISION']}"]
+    if mixed:
+        raise UsageError(
+            f"{mixed[0]} came with FSDP2, which would cast all floating parameters to it, the scales of packed codes "
+            "too; leave it out and set dtype: bfloat16, which frozen weights are then loaded in."
+        )
     if on_cpu:
         raise UsageError("FSDP on a CPU silently becomes plain data parallelism (accelerate); leave it out there.")
+
+
+def _sharded(given: dict[str, Any]) -> bool:
+    """Whether the run is launched with FSDP."""
+    return bool(given.get("fsdp")) or os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
 
 def _words(value: Any) -> list[str]:
