@@ -25,21 +25,25 @@ import argparse
 import math
 import shutil
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench_spine import Bench as SpineBench
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import lord_tune
-from lord_tune.console import say, show_table
+from lord_tune.console import human_bytes, say, show_table
 from lord_tune.factorizations import Factors, PlainSVD, truncate
 from lord_tune.integrations.models import load, quiet, save_model
 from lord_tune.layers import factored_layers, weight_of
 from lord_tune.storage import atomic_directory, read_json, write_json
 from lord_tune.training import trainer_arguments
 from lord_tune.training.data import prepare_rows
+from lord_tune.training.memory import account
 from lord_tune.training.trainers import SupervisedTrainer
 
 SEEDS = (0, 1, 2)
@@ -292,7 +296,136 @@ def long(bench: Bench) -> None:
     show_table(f"20 % removed, then {tokens:,} tokens", columns(bench), gap_rows(bench, runs, rates))
 
 
-PARTS: dict[str, Callable[[Bench], None]] = {"nf4": nf4, "lord": lord, "long": long}
+# --- block-wise recovery ---
+
+BLOCKS = {"calibration_tokens": 65536, "recover_epochs": 1, "recover_learning_rate": 1e-3}
+
+
+def blocks(bench: Bench) -> None:
+    def measure(**options: Any) -> dict[str, Any]:
+        folder = bench.folder / "blocks"
+        text = calibrated(bench, BLOCKS["calibration_tokens"])
+        report = lord_tune.decompose(bench.dense, str(folder), overwrite=True, **text, **options)
+        return {"loss": bench.losses(str(folder)), "seconds": report["totals"]["seconds"]}
+
+    recovery = {key: value for key, value in BLOCKS.items() if key.startswith("recover")}
+    plain = bench.once("blocks-none", measure)
+    tuned = bench.once("blocks-tuned", lambda: measure(**recovery))
+    dense = bench.once("dense", lambda: bench.losses(bench.dense))
+    rows = []
+    for name, run in (("one shot", plain), ("block by block", tuned)):
+        if plain and run and dense:
+            cells = [name, f"{run['seconds'] / 60:.0f}"]
+            for text in dense:
+                closed = (plain["loss"][text] - run["loss"][text]) / (plain["loss"][text] - dense[text])
+                cells += [f"{run['loss'][text]:.4f}", f"{math.exp(run['loss'][text]):.2f}", f"{closed:.0%}"]
+            rows.append(cells)
+    show_table(f"20 % removed, {BLOCKS}", ["", "minutes", *columns(bench)[2:]], rows)
+
+
+# --- memory ---
+
+
+def qlora(bench: Bench) -> Any:
+    form = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = AutoModelForCausalLM.from_pretrained(bench.dense, quantization_config=form, dtype=torch.bfloat16)
+    return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
+
+
+def qlora_over_lord(bench: Bench, kept: float, on: str) -> Any:
+    """Memory does not depend on the numbers, so these are of plain SVD."""
+    folder = bench.folder / f"lord_nf4_{kept}"
+    if not folder.is_dir():
+        stored = {"factor_format": "nf4", "double_quant": True, "allocation": "uniform"}
+        lord_tune.decompose(bench.dense, str(folder), method="svd", kept_fraction=kept, **stored)
+    return lord_tune.add_lora(load(str(folder), "bfloat16")[0], RANK, on=on)
+
+
+KEPT_OF_LINEARS = {"79 % of the linears": 0.79, "79 % of the model": 0.734}
+COUNTED = ("weights", "adapters", "optimizer", "activations")
+
+
+def memory(bench: Bench) -> None:
+    """Equal rank, batch, precision and optimizer."""
+    cases = {"QLoRA": lambda: qlora(bench)}
+    for label, kept in KEPT_OF_LINEARS.items():
+        for on in ("both", "smaller"):
+            cases[f"over LoRD, {label}, LoRA on {on}"] = lambda k=kept, o=on: qlora_over_lord(bench, k, o)
+    for checkpointing in (True, False):
+        found: dict[str, dict[str, int]] = {}
+        for name, build in cases.items():
+
+            def measure(build: Any = build, checkpointing: bool = checkpointing) -> dict[str, int]:
+                model = build()
+                if checkpointing:
+                    model.enable_input_require_grads()
+                    model.gradient_checkpointing_enable()
+                ids = torch.randint(0, 49000, (1, 512), generator=torch.Generator().manual_seed(0))
+                batch = {"input_ids": ids, "labels": ids, "use_cache": False}
+                optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+                return account(model, batch, optimizer, autocast=torch.bfloat16).to_dict()
+
+            entry = bench.once(f"memory-{'checkpointing' if checkpointing else 'plain'}-{len(found)}", measure)
+            if entry:
+                found[name] = entry
+        if "QLoRA" not in found:
+            continue
+        whole = {name: sum(entry[part] for part in COUNTED) for name, entry in found.items()}
+        rows = [
+            [name, *(human_bytes(entry[part]) for part in COUNTED), human_bytes(whole[name])]
+            + [f"{whole[name] / whole['QLoRA'] - 1:+.1%}", f"{entry['weights'] / found['QLoRA']['weights'] - 1:+.1%}"]
+            for name, entry in found.items()
+        ]
+        title = f"rank {RANK}, 512 tokens, bfloat16, {'with' if checkpointing else 'without'} gradient checkpointing"
+        show_table(title, ["", *COUNTED, "sum", "sum / QLoRA", "weights / QLoRA"], rows)
+
+
+# --- time ---
+
+
+def time_of_steps(bench: Bench) -> None:
+    """Forward, backward and optimizer step of one batch, taken in turns."""
+
+    def measure() -> dict[str, list[float]]:
+        dense, _ = load(bench.dense)
+        models = {
+            "dense + LoRA": get_peft_model(dense, LoraConfig(r=RANK, target_modules="all-linear")),
+            "factors": lord_tune.expose_factors(load(lord_20(bench))[0]),
+        }
+        optimizers = {n: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad]) for n, m in models.items()}
+        ids = torch.randint(0, 49000, (1, 512), generator=torch.Generator().manual_seed(0))
+        seconds: dict[str, list[float]] = {name: [] for name in models}
+        for turn in range(8):
+            for name, model in models.items():
+                start = time.perf_counter()
+                model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+                optimizers[name].step()
+                optimizers[name].zero_grad()
+                if turn:
+                    seconds[name].append(time.perf_counter() - start)
+        return seconds
+
+    seconds = bench.once("time", measure)
+    if seconds:
+        middle = {name: statistics.median(values) for name, values in seconds.items()}
+        rows = [[n, f"{s:.2f} s ({min(seconds[n]):.2f}-{max(seconds[n]):.2f})"] for n, s in middle.items()]
+        rows.append(["ratio", f"{middle['factors'] / middle['dense + LoRA']:.2f} (target <= 1)"])
+        show_table("a step of 512 tokens, medians of 7", ["", "measured"], rows)
+
+
+PARTS: dict[str, Callable[[Bench], None]] = {
+    "nf4": nf4,
+    "lord": lord,
+    "long": long,
+    "blocks": blocks,
+    "memory": memory,
+    "time": time_of_steps,
+}
 
 
 if __name__ == "__main__":
