@@ -178,7 +178,7 @@ def spread(values: list[float]) -> str:
 # --- low rank alone ---
 
 KEPT = 0.8
-LORD_GRID = GRID[:3]
+LORD_GRID = (3e-5, 1e-4, 3e-4)
 METHODS: dict[str, dict[str, Any]] = {
     "sft": {},
     "distill": {"objective": "distill"},
