@@ -298,7 +298,7 @@ def long(bench: Bench) -> None:
 
 # --- block-wise recovery ---
 
-BLOCKS = {"calibration_tokens": 65536, "recover_epochs": 1, "recover_learning_rate": 1e-3}
+BLOCKS = {"calibration_tokens": 65536, "recover_epochs": 2, "recover_learning_rate": 2e-3}
 
 
 def blocks(bench: Bench) -> None:
