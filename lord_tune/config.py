@@ -101,7 +101,7 @@ class MethodConfig(RunConfig):
         description="block-wise recovery: passes over the calibration text that tune each block's L and R to the "
         "outputs of the original block; give it more text than the factorization alone needs",
     )
-    recover_learning_rate: float = Field(3e-4, gt=0, description="of block-wise recovery (Adam)")
+    recover_learning_rate: float = Field(1e-3, gt=0, description="of block-wise recovery (Adam)")
     sink_weight: float = Field(
         0.05, ge=0, description="extra weight of position-0 inputs (attention sinks) in the Gram matrix (whitened)"
     )

@@ -493,6 +493,24 @@ def case_dry_run(b: Bench) -> None:
     assert sorted(b.folder.iterdir()) == before
 
 
+def recovered(b: Bench, **options: Any) -> dict[str, Any]:
+    return b.decompose(recover_epochs=2, **options).report["recovery"]
+
+
+def case_recover_epochs(b: Bench) -> None:
+    """More passes come nearer to what the blocks did; tests/test_block_recovery.py looks closely."""
+    assert b.decompose().report["recovery"] == {}
+    one = b.decompose(recover_epochs=1).report["recovery"]
+    assert recovered(b)["0"]["after"] < one["0"]["after"] < one["0"]["before"]
+
+
+def case_recover_learning_rate(b: Bench) -> None:
+    slow = recovered(b, recover_learning_rate=1e-5)["0"]
+    assert recovered(b)["0"]["after"] < slow["after"] < slow["before"]
+    with pytest.raises(UsageError, match="recover-learning-rate has no effect"):
+        b.decompose(recover_learning_rate=1e-3)
+
+
 DECOMPOSE: dict[str, Case] = {
     "model": case_model,
     "out": case_out,
@@ -527,6 +545,8 @@ DECOMPOSE: dict[str, Case] = {
     "seed": case_seed,
     "dtype": case_dtype,
     "propagate": case_propagate,
+    "recover_epochs": case_recover_epochs,
+    "recover_learning_rate": case_recover_learning_rate,
     "shrinkage": case_shrinkage,
     "resume": case_resume,
     "overwrite": case_overwrite,
@@ -632,6 +652,17 @@ def case_plan_propagate(b: Bench) -> None:
     assert both[0] < both[1]
 
 
+def case_plan_recover_epochs(b: Bench) -> None:
+    """Time for every pass, a second stream of states in files, whatever the rate."""
+    once, twice, none = (b.plan(recover_epochs=n) if n else b.plan() for n in (1, 2, 0))
+    assert none["seconds"] < once["seconds"] < twice["seconds"]
+    assert none["scratch_bytes"] < once["scratch_bytes"] == twice["scratch_bytes"]
+
+
+def case_plan_recover_learning_rate(b: Bench) -> None:
+    assert b.plan(recover_epochs=1, recover_learning_rate=0.1) == b.plan(recover_epochs=1)
+
+
 def case_plan_shrinkage(b: Bench) -> None:
     """Every candidate costs a factorization; which number is given costs nothing."""
     assert b.plan(shrinkage="auto")["seconds"] > b.plan()["seconds"]
@@ -735,6 +766,8 @@ PLAN: dict[str, Case] = {
     "context_length": case_plan_context_length,
     "sensitivity_tokens": case_plan_sensitivity_tokens,
     "propagate": case_plan_propagate,
+    "recover_epochs": case_plan_recover_epochs,
+    "recover_learning_rate": case_plan_recover_learning_rate,
     "sink_weight": unchanged(sink_weight=0.5),
     "shrinkage": case_plan_shrinkage,
     "centred": unchanged(centred=False, method="afm"),
@@ -1304,7 +1337,10 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
             "m o --method caldera --backbone int4 --rank 3 --downdate off --order lr --incoherence --group-size 16 "
             "--symmetric --calibration a.txt",
         ),
-        (DecomposeConfig, "m o --rank 3 --calibration a.txt --shrinkage 0.25"),
+        (
+            DecomposeConfig,
+            "m o --rank 3 --calibration a.txt --shrinkage 0.25 --recover-epochs 2 --recover-learning-rate 0.1",
+        ),
         (
             DecomposeConfig,
             "m o --method caldera --backbone spqr --spqr-bits 4 --outliers 0.02 --bits-per-weight 7.5 "
@@ -1325,7 +1361,7 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
             "m --method caldera --backbone int4 --rank 3 --downdate off --order q --incoherence --group-size 16 "
             "--symmetric",
         ),
-        (PlanConfig, "m --kept-fraction 0.7 --sensitivity-tokens 5"),
+        (PlanConfig, "m --kept-fraction 0.7 --sensitivity-tokens 5 --recover-epochs 2 --recover-learning-rate 0.1"),
         (
             PlanConfig,
             "m --method caldera --backbone spqr --spqr-bits 4 --outliers 0.02 --bits-per-weight 7.5 "
