@@ -1,6 +1,6 @@
 """Measure recovery and print it beside its targets, its baselines and the dense control.
 
-    python scripts/bench_recovery.py OUT [--parts nf4 lord long blocks memory time] [--only SUBSTRING] [--wikitext FILE]
+    python scripts/bench_recovery.py OUT [--parts nf4 lord blocks long memory time] [--only SUBSTRING] [--wikitext FILE]
 
 SmolLM2-135M, one thread. Held-out losses are in nats per token on 8k tokens.
 
@@ -9,7 +9,7 @@ nf4     initialisations of L and R at equal trainable parameters, steps and data
         rate of one grid with the first seed, and at its best rate with two more seeds.
 lord    20 % of the linears removed, then sft and distill, and as the control the dense model, whose linears are all
         tuned on the same rows; grid and seeds as above.
-long    the same for more tokens, at the rate that was best for fewer.
+long    the same for 131k tokens, one seed; and after `blocks`, from what that wrote.
 blocks  block-wise recovery inside `decompose`, no end-to-end training.
 memory  QLoRA over LoRD against QLoRA on one batch, tensor by tensor, in bfloat16.
 time    steps of mode factors at 20 % removed against LoRA on the dense model, interleaved.
@@ -59,8 +59,8 @@ TRAIN = {
     "logging_steps": 8,
 }
 SHORT = {"max_steps": 32, "max_length": 256}
-LONG = {"max_steps": 128, "max_length": 512}  # 65,536 tokens
-LONG_RATES = {"sft": 3e-4, "distill": 3e-4, "distill + CE": 3e-4, "control": 1e-4}  # the best of part `lord`
+LONG = {"max_steps": 128, "max_length": 512, "per_device_train_batch_size": 2, "bf16": True}  # 131,072 tokens
+LONG_RATE = 2e-4  # with batches four times as large, twice the best rate of part `lord`
 
 
 class Bench(SpineBench):
@@ -283,17 +283,22 @@ def lord(bench: Bench) -> None:
 
 
 def long(bench: Bench) -> None:
-    runs, rates = {}, {}
-    for name, options in METHODS.items():
-        key = "long-" + name.replace(" + ", "-").lower()
-        rate = LONG_RATES[name]
-        run = bench.trained(f"{key}-{rate:g}", lord_20(bench), learning_rate=rate, seed=0, **LONG, **options)
-        runs[name], rates[name] = [run] if run else [], f"{rate:g}"
-    rate = LONG_RATES["control"]
-    run = tuned_dense(bench, f"long-control-{rate:g}", learning_rate=rate, seed=0, **LONG)
-    runs["control: dense, tuned"], rates["control: dense, tuned"] = [run] if run else [], f"{rate:g}"
-    tokens = LONG["max_steps"] * LONG["max_length"]
-    show_table(f"20 % removed, then {tokens:,} tokens", columns(bench), gap_rows(bench, runs, rates))
+    """One seed. From the one-shot decomposition, and from the one of part `blocks`."""
+    mixed = METHODS["distill + CE"]
+    given = {"learning_rate": LONG_RATE, "seed": 0, **LONG}
+    found = {
+        "sft": bench.trained("long-sft", lord_20(bench), **given),
+        "distill + CE": bench.trained("long-distill-ce", lord_20(bench), **given, **mixed),
+        "control: dense, tuned": tuned_dense(bench, "long-control", **given | {"learning_rate": LONG_RATE / 2}),
+    }
+    blocks = bench.folder / "blocks_tuned"
+    if blocks.is_dir():
+        found["block by block"] = bench.once("blocks-tuned", dict)
+        found["block by block, then distill + CE"] = bench.trained("long-blocks", str(blocks), **given, **mixed)
+    runs = {name: [run] if run else [] for name, run in found.items()}
+    tokens = LONG["max_steps"] * LONG["max_length"] * LONG["per_device_train_batch_size"]
+    rows = gap_rows(bench, runs, dict.fromkeys(runs, f"{LONG_RATE:g}"))
+    show_table(f"20 % removed, then {tokens:,} tokens in bfloat16", columns(bench), rows)
 
 
 # --- block-wise recovery ---
@@ -303,10 +308,11 @@ BLOCKS = {"calibration_tokens": 65536, "recover_epochs": 2, "recover_learning_ra
 
 def blocks(bench: Bench) -> None:
     def measure(**options: Any) -> dict[str, Any]:
-        folder = bench.folder / "blocks"
+        folder = bench.folder / ("blocks_tuned" if options else "blocks_none")
         text = calibrated(bench, BLOCKS["calibration_tokens"])
         report = lord_tune.decompose(bench.dense, str(folder), overwrite=True, **text, **options)
-        return {"loss": bench.losses(str(folder)), "seconds": report["totals"]["seconds"]}
+        found = {"loss": bench.losses(str(folder)), "seconds": report["totals"]["seconds"]}
+        return found | {"recovery": report["recovery"]}
 
     recovery = {key: value for key, value in BLOCKS.items() if key.startswith("recover")}
     plain = bench.once("blocks-none", measure)
@@ -421,8 +427,8 @@ def time_of_steps(bench: Bench) -> None:
 PARTS: dict[str, Callable[[Bench], None]] = {
     "nf4": nf4,
     "lord": lord,
-    "long": long,
     "blocks": blocks,
+    "long": long,
     "memory": memory,
     "time": time_of_steps,
 }

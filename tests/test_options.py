@@ -1521,7 +1521,10 @@ def test_everything_may_stand_in_yaml(bench, tmp_path):
             "decompose MODEL OUT --method svd --rank 8 --dry-run",
             ("rank", "8", "backbone", "none", "calibration_tokens"),
         ),
-        ("train --model_name_or_path MODEL --output_dir OUT --dataset_name ROWS --max_steps 9 --dry-run", ("9",)),
+        (
+            "train --model_name_or_path FACTORED --output_dir OUT --dataset_name ROWS --max_steps 9 --dry-run",
+            ("9", "activations", "peak"),
+        ),
         ("export MODEL OUT --format factored --dry-run", ("factored", "overwrite")),
         ("evaluate MODEL --text ROWS --json OUT --dry-run", ("context_length", "1024")),
     ],
@@ -1529,6 +1532,7 @@ def test_everything_may_stand_in_yaml(bench, tmp_path):
 )
 def test_dry_run_prints_the_plan_and_writes_nothing(words, shown, bench, tmp_path, capfd):
     places = {"MODEL": str(bench.model), "OUT": str(tmp_path / "out"), "ROWS": str(bench.rows)}
+    places["FACTORED"] = str(bench.decompose().folder)
     with pytest.raises(SystemExit) as stop:
         main([places.get(word, word) for word in words.split()])
     printed = capfd.readouterr().out
