@@ -297,7 +297,9 @@ def long(bench: Bench) -> None:
         found["block by block, then distill + CE"] = bench.trained("long-blocks", str(blocks), **given, **mixed)
     runs = {name: [run] if run else [] for name, run in found.items()}
     tokens = LONG["max_steps"] * LONG["max_length"] * LONG["per_device_train_batch_size"]
-    rows = gap_rows(bench, runs, dict.fromkeys(runs, f"{LONG_RATE:g}"))
+    rates = dict.fromkeys(runs, f"{LONG_RATE:g}")
+    rates |= {"control: dense, tuned": f"{LONG_RATE / 2:g}", "block by block": f"{BLOCKS['recover_learning_rate']:g}"}
+    rows = gap_rows(bench, runs, rates)
     show_table(f"20 % removed, then {tokens:,} tokens in bfloat16", columns(bench), rows)
 
 
@@ -364,7 +366,7 @@ def memory(bench: Bench) -> None:
             cases[f"over LoRD, {label}, LoRA on {on}"] = lambda k=kept, o=on: qlora_over_lord(bench, k, o)
     for checkpointing in (True, False):
         found: dict[str, dict[str, int]] = {}
-        for name, build in cases.items():
+        for number, (name, build) in enumerate(cases.items()):
 
             def measure(build: Any = build, checkpointing: bool = checkpointing) -> dict[str, int]:
                 model = build()
@@ -376,7 +378,7 @@ def memory(bench: Bench) -> None:
                 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
                 return account(model, batch, optimizer, autocast=torch.bfloat16).to_dict()
 
-            entry = bench.once(f"memory-{'checkpointing' if checkpointing else 'plain'}-{len(found)}", measure)
+            entry = bench.once(f"memory-{'checkpointing' if checkpointing else 'plain'}-{number}", measure)
             if entry:
                 found[name] = entry
         if "QLoRA" not in found:
