@@ -218,7 +218,7 @@ def plan(model: str, **options: Any) -> dict[str, Any]:
 
 
 def train(**options: Any) -> dict[str, Any]:
-    """Train the factors (or LoRA on them) of a factored checkpoint; returns the content of train_results.json."""
+    """Train the factors of a factored checkpoint, or adapters on them; returns the content of train_results.json."""
     config = TrainConfig.build(options)
     resolved = config.model_dump()
     quiet()

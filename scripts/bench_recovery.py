@@ -152,20 +152,13 @@ def nf4(bench: Bench) -> None:
     for kind in ("whitened", "loftq", "qpissa", "qlora"):
         base = initialised(bench, kind)
         start = bench.once(f"nf4-{kind}-start", lambda base=base: bench.losses(base))
-        runs = {
-            rate: bench.trained(f"nf4-{kind}-{rate:g}-0", base, learning_rate=rate, seed=0, **SHORT) for rate in GRID
-        }
-        found = {rate: run["loss"]["code"] for rate, run in runs.items() if run}
-        if len(found) < len(GRID):
-            continue
-        best = min(found, key=lambda rate: found[rate])
-        ends = [found[best]]
-        for seed in SEEDS[1:]:
-            run = bench.trained(f"nf4-{kind}-{best:g}-{seed}", base, learning_rate=best, seed=seed, **SHORT)
-            ends += [run["loss"]["code"]] if run else []
-        if start:
-            grid = ", ".join(f"{found[rate]:.4f}" for rate in GRID)
-            rows.append([kind, f"{start['code']:.4f}", spread(ends), f"{best:g}", grid])
+        found, best = grid(
+            f"nf4-{kind}", GRID, lambda row, base=base, **given: bench.trained(row, base, **SHORT, **given)
+        )
+        if start and found:
+            tried = [bench.once(f"nf4-{kind}-{rate:g}-0", dict)["loss"]["code"] for rate in GRID]
+            ends = spread([run["loss"]["code"] for run in found])
+            rows.append([kind, f"{start['code']:.4f}", ends, best, ", ".join(f"{loss:.4f}" for loss in tried)])
     columns = ["L, R", "start", "end: median (min-max) of 3 seeds", "rate", f"seed 0 at {', '.join(map(str, GRID))}"]
     show_table("NF4 + rank 16: held-out loss on code, 32 x 256 tokens", columns, rows)
 
@@ -259,9 +252,9 @@ def columns(bench: Bench) -> list[str]:
     return ["", "rate"] + [f"{text}: {what}" for text in texts for what in ("loss", "perplexity", "gap closed")]
 
 
-def grid(name: str, run: Callable[..., Any]) -> tuple[list[dict[str, Any]], str]:
+def grid(name: str, rates: tuple[float, ...], run: Callable[..., Any]) -> tuple[list[dict[str, Any]], str]:
     """Runs at the best rate, three seeds; the rate."""
-    found = {rate: run(f"{name}-{rate:g}-0", learning_rate=rate, seed=0) for rate in LORD_GRID}
+    found = {rate: run(f"{name}-{rate:g}-0", learning_rate=rate, seed=0) for rate in rates}
     if not all(found.values()):
         return [], ""
     best = min(found, key=lambda rate: found[rate]["loss"]["code"])
@@ -274,10 +267,10 @@ def lord(bench: Bench) -> None:
     for name, options in METHODS.items():
         key = "lord-" + name.replace(" + ", "-").lower()
         runs[name], rates[name] = grid(
-            key, lambda row, o=options, **given: bench.trained(row, lord_20(bench), **SHORT, **o, **given)
+            key, LORD_GRID, lambda row, o=options, **given: bench.trained(row, lord_20(bench), **SHORT, **o, **given)
         )
     runs["control: dense, tuned"], rates["control: dense, tuned"] = grid(
-        "lord-control", lambda row, **given: tuned_dense(bench, row, **SHORT, **given)
+        "lord-control", LORD_GRID, lambda row, **given: tuned_dense(bench, row, **SHORT, **given)
     )
     show_table("20 % removed, then 32 x 256 tokens", columns(bench), gap_rows(bench, runs, rates))
 

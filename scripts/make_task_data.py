@@ -3,7 +3,7 @@
     c4.jsonl                            3,000 documents of C4 (text), to calibrate on
     rte_train.jsonl, rte_valid.jsonl    RTE (GLUE) as prompt + completion
     winogrande_train.jsonl, winogrande_valid.jsonl   WinoGrande XL as prompt + completion
-    wikitext2_train.jsonl, wikitext2_valid.jsonl     WikiText-2 raw (text)
+    wikitext2_train.jsonl, wikitext2_valid.jsonl     WikiText-2 raw, an article a row (text)
 
 The rows come from the Hugging Face Hub. Where it cannot be reached, --local NAME=FILE takes rows of the same columns
 from a .jsonl file instead (rte_valid=my/rte.jsonl); with --local, only the named files are written.
@@ -14,12 +14,24 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+
+
+def articles(rows: Iterable[Row]) -> Iterator[Row]:
+    """WikiText's lines joined to articles, each of which begins with its title, `= Title =`."""
+    lines: list[str] = []
+    for row in rows:
+        if re.match(r"^ = [^=].*[^=] = \n?$", row["text"]) and lines:
+            yield {"text": "".join(lines)}
+            lines = []
+        lines.append(row["text"])
+    yield {"text": "".join(lines)}
 
 
 def of_text(row: Row) -> Row | None:
@@ -75,7 +87,9 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     for name in local or FILES:
         _, _, _, convert, limit = FILES[name]
-        rows = [row for row in map(convert, islice(source_rows(name, local.get(name)), limit)) if row is not None]
+        given = islice(source_rows(name, local.get(name)), limit)
+        given = articles(given) if name.startswith("wikitext2") else given
+        rows = [row for row in map(convert, given) if row is not None]
         temporary, target = (arguments.folder / f"{dot}{name}.jsonl" for dot in (".", ""))
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         os.replace(temporary, target)

@@ -176,6 +176,35 @@ def test_only_what_the_assistant_says_is_learned(base, tmp_path, name, monkeypat
     assert saved.read_text() == template
 
 
+def test_prompts_and_answers_as_messages_need_no_end_of_text(base, tmp_path, monkeypatch):
+    """trl renders them with the chat template, which ends a turn in its own way."""
+    chat, kept = chat_base(base, tmp_path / "chat", CHATML), trainer_of(monkeypatch)
+    row = {"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "assistant", "content": "Hello"}]}
+    train(chat, write_rows(tmp_path / "rows.jsonl", [row] * 4), tmp_path / "run", max_length=200)
+    assert text_of(decoded(kept[0]), True) == "Hello<|im_end|>\n"
+
+
+def test_wrapped_packing_cuts_texts_anywhere(base, rows, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LordWarning)
+        train(base, rows, tmp_path / "run", packing=True, packing_strategy="wrapped")
+
+
+def test_the_configuration_of_the_training_set_is_not_that_of_another(base, rows, tmp_path, monkeypatch):
+    from lord_tune.training import run
+
+    asked = []
+    real = run.prepare_rows
+
+    def prepare(source: str, split: str, config: str | None, tokenizer: Any) -> Any:
+        asked.append((source, config))
+        return real(str(rows), split, None, tokenizer)
+
+    monkeypatch.setattr(run, "prepare_rows", prepare)
+    train(base, Path("org/set"), tmp_path / "run", dataset_config="part", eval_dataset_name=str(rows))
+    assert asked == [("org/set", "part"), (str(rows), None)]
+
+
 def test_a_template_that_cannot_be_marked_is_refused(base, tmp_path):
     chat = chat_base(base, tmp_path / "chat", "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}")
     rows = write_rows(tmp_path / "rows.jsonl", CHAT)
@@ -309,7 +338,7 @@ def test_a_checkpoint_is_whole_or_says_what_it_lacks(forks, base, rows, tmp_path
     assert defect(whole) is None
     assert defect(whole, processes=2) == "rng_state_0.pth is missing"
     names = ["trainer_state.json", "adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "scheduler.pt"]
-    for name in [*names, "rng_state.pth"]:
+    for name in [*names, "rng_state.pth", "log_state.json"]:
         file = whole / name
         content = file.read_bytes()
         file.write_bytes(content[: len(content) // 2])
@@ -323,6 +352,14 @@ def test_a_checkpoint_is_whole_or_says_what_it_lacks(forks, base, rows, tmp_path
     assert "another step" in str(defect(moved))
     with pytest.raises(UsageError, match="is not whole: trainer_state.json is of another step"):
         train(base, rows, tmp_path / "other", resume_from_checkpoint=str(moved))
+
+
+def test_a_run_continues_on_as_many_processes_as_before(forks, base, rows, tmp_path):
+    forks.run(tmp_path, words_of(base, rows, max_steps=2), processes=2)
+    before = sorted(path.name for path in (tmp_path / "run").rglob("*"))
+    ended = forks.run(tmp_path, words_of(base, rows, max_steps=4))
+    assert ended.codes == [2] and "another processes" in ended.stderr
+    assert sorted(path.name for path in (tmp_path / "run").rglob("*")) == before
 
 
 # ---- preferences -------------------------------------------------------------------------------------------------
@@ -402,8 +439,9 @@ def test_ways_of_sharding_that_cannot_work_are_refused(tmp_path, monkeypatch):
 
     with pytest.raises(UsageError, match="FSDP1 flattens"):
         arguments(fsdp="full_shard")
-    with pytest.raises(UsageError, match="FSDP on a CPU"):
-        arguments(fsdp="full_shard", fsdp_config={"version": 2})
+    for config in ({"version": 2}, '{"version": 2}'):
+        with pytest.raises(UsageError, match="FSDP on a CPU"):
+            arguments(fsdp="full_shard", fsdp_config=config)
     with pytest.raises(UsageError, match="bf16 came with FSDP2"):
         arguments(fsdp="full_shard", fsdp_config={"version": 2}, bf16=True)
     with pytest.raises(UsageError, match="ZeRO"):

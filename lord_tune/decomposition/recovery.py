@@ -34,6 +34,7 @@ from .base import BlockRecovery
 STUDENT, STUDENT_HELDOUT = "student", "student-heldout"  # streams of the states that decomposed blocks give
 _WARMUP = 0.05  # of the steps
 _BETAS = (0.9, 0.95)
+_SCALE = 64.0  # of each token's error: Adam does not notice, gradients of float16 blocks do not vanish
 
 
 def tune_block(
@@ -56,7 +57,7 @@ def tune_block(
     values = [factor.weight for factor in factors]
     device = values[0].device
     before = error = _heldout_error(walk, index, workers, device)
-    best, kept = [value.detach().clone() for value in values], 0
+    best, kept = [weight.detach() for weight in stored], 0
     steps = max(workers.gather(len(walk.windows[STUDENT])))
     total = how.epochs * steps
     optimizer = torch.optim.Adam(values, lr=how.learning_rate, betas=_BETAS)
@@ -67,21 +68,31 @@ def tune_block(
         for step in range(steps):
             optimizer.zero_grad()
             if step < len(order):  # another process may have one window more
-                _window_error(walk, index, STUDENT, "calibration", order[step], device)[0].backward()
+                relative, tokens = _window_error(walk, index, STUDENT, "calibration", order[step], device)
+                (relative * (tokens * _SCALE)).backward()
             _share_gradients(values, step < len(order), workers)
             optimizer.step()
             schedule.step()
-        now = _heldout_error(walk, index, workers, device)
+        found = [value.detach().clone() for value in values]
+        rounded = [value.to(weight.dtype) for value, weight in zip(found, stored, strict=True)]
+        _write(values, rounded)
+        now = _heldout_error(walk, index, workers, device)  # of what would be stored
+        _write(values, found)
         if not math.isfinite(now):
             raise LordError(
                 f"Block-wise recovery diverged in block {index}; lower --recover-learning-rate ({how.learning_rate:g})."
             )
         if now < error:
-            error, kept = now, epoch + 1
-            best = [value.detach().clone() for value in values]
-    for factor, weight, value in zip(factors, stored, best, strict=True):
-        factor.weight = nn.Parameter((value if kept else weight).to(weight.dtype), requires_grad=False)
+            best, error, kept = rounded, now, epoch + 1
+    for factor, value in zip(factors, best, strict=True):
+        factor.weight = nn.Parameter(value, requires_grad=False)
     return {"before": before, "after": error, "epochs": kept, "seconds": time.perf_counter() - start}
+
+
+@torch.no_grad()
+def _write(values: list[Any], contents: list[Tensor]) -> None:
+    for value, content in zip(values, contents, strict=True):
+        value.copy_(content)
 
 
 def _tunable(layer: FactoredLinear) -> list[Any]:

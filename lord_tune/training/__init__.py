@@ -1,4 +1,4 @@
-"""Recovery of a decomposed model: its factors, or LoRA on them, are trained with trl."""
+"""Recovery of a decomposed model: its factors, or adapters on them, are trained with trl."""
 
 from .arguments import LEARNING_RATES, TrainOptions, load_yaml, trainer_arguments
 from .data import prepare_rows, sample_spans

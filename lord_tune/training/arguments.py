@@ -20,6 +20,7 @@ import torch
 import yaml
 
 from ..errors import UsageError
+from ..integrations.models import default_device
 from ..integrations.peft_adapters import FACTORS, LORA, SCALES, SPLIT
 
 LEARNING_RATES = {FACTORS: 1e-4, SPLIT: 1e-4, LORA: 2e-4, SCALES: 1e-2}
@@ -85,7 +86,7 @@ def trainer_arguments(
             raise UsageError(f"{key} has no effect on a masked language model; remove it.")
     for key in sorted(set(given) & set(_UNUSED.get(objective, ()))):
         raise UsageError(f"{key} has no effect with objective: {objective}; remove it.")
-    on_cpu = not torch.accelerator.is_available() or bool(_as_bool(given.get("use_cpu")))
+    on_cpu = default_device().type == "cpu" or _as_bool(given.get("use_cpu"))
     _check_launch(given, on_cpu)
     sharded = _sharded(given)
     defaults: dict[str, Any] = {
@@ -120,6 +121,8 @@ def trainer_arguments(
         raise UsageError(f"Training configuration: {error}") from error
     if not isinstance(trackers, str):
         result.report_to = [str(name) for name in trackers if name != "none"]
+    if result.n_gpu > 1:  # else one process becomes nn.DataParallel, which splits batches behind our back
+        result._n_gpu = 1
     return result
 
 
@@ -132,12 +135,12 @@ def _check_launch(given: dict[str, Any], on_cpu: bool) -> None:
         )
     if not _sharded(given):
         return
-    config = given.get("fsdp_config") or {}
-    version = (config.get("version") or config.get("fsdp_version")) if isinstance(config, dict) else None
-    if str(version or os.environ.get("FSDP_VERSION", "1")) != "2":
+    config = _mapping(given.get("fsdp_config"))
+    version = config.get("version") or config.get("fsdp_version") or os.environ.get("FSDP_VERSION", "1")
+    if str(version) != "2":
         raise UsageError(
             "FSDP1 flattens the parameters of a block into one tensor of one dtype, which packed codes beside float32 "
-            "factors are not; set fsdp_version: 2."
+            "factors are not; name version 2 (fsdp_config: {version: 2}; in accelerate's own file fsdp_version: 2)."
         )
     mixed = [key for key in ("bf16", "fp16") if _as_bool(given.get(key))]
     if not mixed and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
@@ -156,6 +159,16 @@ def _sharded(given: dict[str, Any]) -> bool:
     return bool(given.get("fsdp")) or os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
 
+def _mapping(value: Any) -> dict[str, Any]:
+    """fsdp_config as transformers takes it: a mapping, its JSON, or a file of that."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(Path(value).read_text() if Path(value).is_file() else value)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"fsdp_config {value} is neither JSON nor a JSON file ({error}).") from error
+    return value if isinstance(value, dict) else {}
+
+
 def _words(value: Any) -> list[str]:
     if isinstance(value, dict):
         return [json.dumps(value)]
@@ -169,7 +182,9 @@ def _as_bool(value: Any) -> bool:
 
 
 def _bf16_works() -> bool:
-    return torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.accelerator.is_available()
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.accelerator.is_available()
 
 
 def load_yaml(path: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..integrations.models import ADAPTER_FILE
 
+LOG_FILE = "log_state.json"  # trainers.py
 _WEIGHTS = "adapter_model.safetensors"
 
 
@@ -28,7 +29,8 @@ def defect(folder: Path, processes: int = 1, optimizer: bool = True) -> str | No
         state = json.loads((folder / "trainer_state.json").read_text())
         if f"checkpoint-{state['global_step']}" != folder.name:
             return "trainer_state.json is of another step"
-        json.loads((folder / ADAPTER_FILE).read_text())
+        for name in (ADAPTER_FILE, LOG_FILE):
+            json.loads((folder / name).read_text())
         with safe_open(folder / _WEIGHTS, framework="pt") as tensors:
             if not tensors.keys():
                 return f"{_WEIGHTS} is empty"
@@ -39,7 +41,8 @@ def defect(folder: Path, processes: int = 1, optimizer: bool = True) -> str | No
     if not optimizer:
         return None
     random = [f"rng_state_{rank}.pth" for rank in range(processes)] if processes > 1 else ["rng_state.pth"]
-    for name in ["scheduler.pt", *random, *([] if _sharded(folder) else ["optimizer.pt"])]:
+    scaler = ["scaler.pt"] if (folder / "scaler.pt").exists() else []  # of fp16
+    for name in ["scheduler.pt", *scaler, *random, *([] if _sharded(folder) else ["optimizer.pt"])]:
         if not (folder / name).is_file():
             return f"{name} is missing"
         try:

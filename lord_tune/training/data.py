@@ -88,11 +88,11 @@ def chat_template(tokenizer: Any, marked: bool) -> Iterator[None]:
             tokenizer.chat_template = own
 
 
-def check_tokenized(trainer: Any, tokenizer: Any, given: int, form: RowFormat) -> None:
+def check_tokenized(trainer: Any, tokenizer: Any, given: int, chats: bool) -> None:
     """Warn of rows that max_length cuts: those left out as nothing of them is trained, those whose end is lost.
 
     given: rows of the dataset. Ends are looked up in the labels; chats do not end in the end-of-text token, so of these
-    the rows as long as max_length are counted. Raises LordError if no row is left.
+    the rows as long as max_length are counted. Not for packing_strategy wrapped. Raises LordError if no row is left.
     """
     dataset, limit = trainer.train_dataset, trainer.args.max_length
     packed = "seq_lengths" in dataset.column_names
@@ -105,7 +105,7 @@ def check_tokenized(trainer: Any, tokenizer: Any, given: int, form: RowFormat) -
         _warn(f"{given - len(dataset):,} of {given:,} rows have no trained token within max_length {limit}: left out.")
     if "labels" not in dataset.column_names:
         return
-    if form.kind == "messages":
+    if chats:
         cut = 0 if limit is None else int((_lengths(dataset, packed) >= limit).sum())
         ends = f"are cut at max_length {limit} (or just as long)"
     else:

@@ -206,7 +206,7 @@ class DistillationTrainer(Recorded, SFTTrainer):
         mode = "train" if self._plain.training else "eval"
         tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
         found = torch.cat([found, torch.as_tensor([float(tokens)], device=found.device)])
-        *sums, seen = self.accelerator.gather(found[None]).double().sum(0).tolist()
+        *sums, seen = self.accelerator.gather(found[None]).cpu().double().sum(0).tolist()
         before = self.sums.get(mode, [0.0] * len(sums))
         self.sums[mode] = [a + b for a, b in zip(before, sums, strict=True)]
         if mode == "train":

@@ -7,7 +7,8 @@ modules, not a model of them. Three things are stand-ins of the right shapes, be
 need tables: packed formats (`_ShapesOnly`), attention (`_Attention`) and trl's loss (`_LossInPieces`).
 
 Not foreseen: the accelerator's context, fragmentation, buffers of several processes (DDP holds the gradients a second
-time), rows shorter than `max_length`. A model that decides by values, as routing experts do, cannot be run like this.
+time), what FSDP shards away, rows shorter than `max_length`. A model that decides by values, as routing experts do,
+cannot be run like this.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -27,6 +29,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from ..console import human_bytes
 from ..errors import UsageError
 from ..integrations.checkpoint import skeleton
 from ..integrations.models import DTYPE_NAMES, kind_of, max_length, model_class
@@ -37,6 +40,7 @@ from ..quantizers.base import TILE, spans
 from .arguments import DISTILL, DPO, TrainOptions
 from .memory import Live, Saved, gradient_bytes, held
 from .run import expose, teacher_source
+from .teacher_logits import INDEX
 
 _BYTES_PER_NUMBER: dict[str, float] = {  # of optimizer state; transformers' names without "paged_" and "_bnb"
     "adamw_torch": 8,
@@ -80,7 +84,7 @@ class MemoryEstimate:
 def predict_memory(
     source: str,  # a factored checkpoint, or its config.json alone
     options: TrainOptions,
-    arguments: Any,  # SFTConfig
+    arguments: Any,  # SFTConfig or DPOConfig
     dtype: str | None = None,  # what the weights are loaded in; None: the checkpoint's
     keep_dense: bool = False,  # packed layers are decoded once
     accelerator: bool | None = None,  # foresee a GPU; default: whether the run would use one
@@ -106,7 +110,9 @@ def predict_memory(
             name = getattr(arguments.optim, "value", arguments.optim)
             notes.append(f"the state of the optimizer {name} is not known and not counted")
         teacher = _teacher(options, dtype) if options.objective == DISTILL else None
-        taught = 0 if teacher is None else sum(held(teacher)[:2])
+        size = taught = 0 if teacher is None else sum(held(teacher)[:2])
+        if options.teacher_logits is not None:
+            teacher, taught = None, 0
         loss, tokens = _prepared(exposed, arguments, on_gpu, options, teacher)
         if arguments.gradient_accumulation_steps > 1:  # all but the first batch find gradients there
             for parameter in trained:
@@ -120,6 +126,10 @@ def predict_memory(
         gradients = gradient_bytes(exposed)
     update = 0 if "fused" in arguments.optim else _update_bytes(trained, on_gpu)
     beside = max(start + live.peak, gradients + update)
+    peak = weights + adapters + (state or 0) + taught + beside
+    if size > taught:
+        notes.append(f"the first run holds the teacher too, {human_bytes(size)}, while it writes teacher_logits")
+        peak = max(peak, weights + adapters + size)
     return MemoryEstimate(
         weights=weights,
         adapters=adapters,
@@ -128,7 +138,7 @@ def predict_memory(
         activations=saved.activations,
         logits=live.logits,
         teacher=taught,
-        peak=weights + adapters + (state or 0) + taught + beside,
+        peak=peak,
         held=_held_by_libraries(),
         tokens=tokens,
         notes=notes,
@@ -144,8 +154,8 @@ def _held_by_libraries() -> int:
 
 
 def _teacher(options: TrainOptions, dtype: str | None) -> Any:
-    """The skeleton of the model to distill from; None if its likely tokens are kept in a folder."""
-    if options.teacher_logits is not None:
+    """The skeleton of the model to distill from; None if its likely tokens are in a folder already."""
+    if options.teacher_logits is not None and (Path(options.teacher_logits) / INDEX).is_file():
         return None
     source, dtype = teacher_source(options), dtype or _dtype_of(options.model_name_or_path)
     if _manifest(model_class(source)[1]) is None:

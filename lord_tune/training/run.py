@@ -14,6 +14,7 @@ from torch import nn
 from ..console import is_main_process, note
 from ..errors import LordError, UsageError
 from ..integrations.models import (
+    ADAPTER_FILE,
     DTYPE_NAMES,
     RUN_FILE,
     fingerprint,
@@ -73,8 +74,9 @@ def train_model(
     Returns the trainer's metrics: train_loss, steps, the loss history, trainable_parameters.
     """
     output = Path(arguments.output_dir)
+    resolved = resolved | {"processes": arguments.world_size}  # its checkpoints hold a random state for each
     checkpoint, broken = _checkpoint(output, arguments)
-    _check_output(output, checkpoint, resolved, arguments)
+    _check_output(output, checkpoint, broken, resolved, arguments)
     if options.objective != "sft" and kind_of(model) != "causal":
         raise UsageError(f"objective: {options.objective} needs a model that predicts the next token; use sft.")
     teacher = teacher_source(options) if options.objective == DISTILL else None
@@ -90,8 +92,12 @@ def train_model(
     if options.objective == DPO:
         notify("sample", sample_pair(trainer, tokenizer))
     else:
-        check_tokenized(trainer, tokenizer, len(rows), form)
-        notify("sample", sample_spans(trainer, tokenizer, require_eos=form.kind == "prompt_completion"))
+        chats = form.kind == "messages" or form.kind == "prompt_completion" and isinstance(rows[0]["prompt"], list)
+        wrapped = arguments.packing and arguments.packing_strategy == "wrapped"  # ends of texts lie anywhere
+        if not wrapped:
+            check_tokenized(trainer, tokenizer, len(rows), chats)
+        ends = form.kind == "prompt_completion" and not chats and not wrapped
+        notify("sample", sample_spans(trainer, tokenizer, require_eos=ends))
     if teacher is not None:
         trainer.teacher = _make_teacher(trainer, tokenizer, teacher, options)
     show = _show_progress(trainer, options, checkpoint)
@@ -134,9 +140,10 @@ def train_model(
 
 
 def _rows(source: str, split: str, options: TrainOptions, tokenizer: Any) -> tuple[Any, Any]:
+    config = options.dataset_config if source == options.dataset_name else None
     if options.objective == DPO:
-        return prepare_pairs(source, split, options.dataset_config, tokenizer), "prompt + chosen + rejected"
-    return prepare_rows(source, split, options.dataset_config, tokenizer)
+        return prepare_pairs(source, split, config, tokenizer), "prompt + chosen + rejected"
+    return prepare_rows(source, split, config, tokenizer)
 
 
 def _checkpoint(output: Path, arguments: Any) -> tuple[Path | None, dict[Path, str]]:
@@ -235,7 +242,7 @@ def _show_progress(trainer: Any, options: TrainOptions, checkpoint: Path | None)
 
 
 def _check_trained(model: nn.Module, arguments: Any) -> None:
-    """The trainer logs a NaN loss as 0 and goes on, so the weights are looked at."""
+    """The trainer goes on after a NaN loss, so the weights are looked at."""
     broken = [n for n, p in model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
     if broken:
         raise LordError(
@@ -244,13 +251,15 @@ def _check_trained(model: nn.Module, arguments: Any) -> None:
         )
 
 
-def _check_output(output: Path, checkpoint: Any, resolved: dict[str, Any], arguments: Any) -> None:
+def _check_output(
+    output: Path, checkpoint: Path | None, broken: dict[Path, str], resolved: dict[str, Any], arguments: Any
+) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     run = output / RUN_FILE
     if not output.is_dir() or not run.is_file():
         raise UsageError(f"{output} holds something other than a training run; choose another output_dir.")
-    if checkpoint is None and not (output / "adapter_config.json").is_file():
+    if checkpoint is None and not broken and not (output / ADAPTER_FILE).is_file():
         return  # a run that stopped before its first checkpoint: nothing to continue, nothing to lose
     before = read_json(run)
     # as text: the command line gives "64" where YAML gives 64
@@ -262,8 +271,10 @@ def _check_output(output: Path, checkpoint: Any, resolved: dict[str, Any], argum
             "start anew."
         )
     if checkpoint is None:
+        if broken:
+            return  # it was killed in its first checkpoint
         raise UsageError(f"{output} holds a finished run without checkpoints; choose another output_dir.")
-    if _finished(output, Path(checkpoint), arguments):
+    if _finished(output, checkpoint, arguments):
         raise UsageError(f"{output} holds a finished run; raise max_steps or num_train_epochs, or choose another one.")
 
 

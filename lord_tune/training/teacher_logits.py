@@ -16,6 +16,7 @@ after a kill the finished ones are kept.
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ from ..storage import read_json, write_json, write_tensors
 from .distillation import KlOfTokens, head_of, plain_model
 
 INDEX = "index.json"
+_PATIENCE = 60.0  # seconds until a folder that another machine made is visible
 SHARD_BYTES = 1 << 27
 _FORMAT = 1
 Sequence = tuple[Tensor, Tensor]  # ids (length,), counted (length - 1,): whose next token is trained
@@ -225,18 +227,24 @@ def prepare(
     batch_tokens: int,
 ) -> CachedTeacher:
     """The cached teacher of these sequences. What is missing is computed by the main process, the only one that loads
-    the teacher; the others look into the folder until it is all there (a barrier would time out)."""
+    the teacher; the others look into the folder until it is all there (a barrier would time out). Processes on several
+    machines need a folder that all of them see."""
+    machines = int(os.environ.get("WORLD_SIZE", 1)) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     cache = CachedTeacher(folder, identity)
     missing = cache.missing(sequences())
     if is_main_process():
         if missing:
+            folder.mkdir(parents=True, exist_ok=True)
             compute(cache, load_teacher(), missing, identity["top_k"], identity["temperature"], batch_tokens)
         size, tokens = cache.sizes()
         what = f"computed for {len(missing)} sequences" if missing else "found, no teacher is loaded"
         share = f"{human_bytes(size)} for {tokens:,} tokens, {size / max(tokens, 1):.0f} bytes per token"
         say(f"teacher logits in {folder}: {what}; {share}")
         return cache
+    start = time.monotonic()
     while any(key not in cache.places for key in missing):
         time.sleep(1)
         cache.read()
+        if machines > 1 and not folder.is_dir() and time.monotonic() - start > _PATIENCE:
+            raise UsageError(f"teacher_logits {folder} does not appear on this machine; name a folder that all share.")
     return cache

@@ -15,8 +15,7 @@ from trl import DPOTrainer, SFTTrainer
 
 from ..integrations.models import ADAPTER_FILE
 from ..storage import read_json, write_json
-
-_LOG_FILE = "log_state.json"  # in a checkpoint: what has been summed since the last line of the log
+from .checkpoints import LOG_FILE
 
 
 class Recorded:
@@ -39,14 +38,12 @@ class Recorded:
                 "sums": getattr(self, "sums", {}),
                 "tokens": getattr(self, "_total_train_tokens", 0),
             }
-            write_json(folder / _LOG_FILE, summed)  # before the rest: trainer_state.json is what comes last
+            write_json(folder / LOG_FILE, summed)  # before the rest: trainer_state.json is what comes last
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
 
     def continue_log(self: Any, checkpoint: Path) -> None:
         """Take up the sums that a checkpoint holds; called when training begins."""
-        if not (checkpoint / _LOG_FILE).is_file():
-            return  # written by an earlier version
-        summed = read_json(checkpoint / _LOG_FILE)
+        summed = read_json(checkpoint / LOG_FILE)
         self._tr_loss += torch.tensor(summed["loss"], dtype=self._tr_loss.dtype, device=self._tr_loss.device)
         self._total_loss_scalar, self._globalstep_last_logged = summed["total"], summed["logged_step"]
         if hasattr(self, "_metrics"):
