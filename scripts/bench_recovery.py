@@ -9,7 +9,7 @@ nf4     initialisations of L and R at equal trainable parameters, steps and data
         rate of one grid with the first seed, and at its best rate with two more seeds.
 lord    20 % of the linears removed, then sft and distill, and as the control the dense model, whose linears are all
         tuned on the same rows; grid and seeds as above.
-long    the same for 131k tokens, one seed; and after `blocks`, from what that wrote.
+long    the same for 98k tokens, one seed; and after `blocks`, from what that wrote.
 blocks  block-wise recovery inside `decompose`, no end-to-end training.
 memory  QLoRA over LoRD against QLoRA on one batch, tensor by tensor, in bfloat16.
 time    steps of mode factors at 20 % removed against LoRA on the dense model, interleaved.
@@ -59,7 +59,7 @@ TRAIN = {
     "logging_steps": 8,
 }
 SHORT = {"max_steps": 32, "max_length": 256}
-LONG = {"max_steps": 128, "max_length": 512, "per_device_train_batch_size": 2, "bf16": True}  # 131,072 tokens
+LONG = {"max_steps": 96, "max_length": 512, "per_device_train_batch_size": 2, "bf16": True}  # 98,304 tokens
 LONG_RATE = 2e-4  # with batches four times as large, twice the best rate of part `lord`
 
 
