@@ -97,6 +97,7 @@ class Bench(SpineBench):
 
         def measure() -> dict[str, Any]:
             out = self.folder / "runs" / name
+            shutil.rmtree(out, ignore_errors=True)  # of a benchmark that was stopped
             metrics = lord_tune.train(
                 model_name_or_path=base,
                 output_dir=str(out),
