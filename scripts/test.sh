@@ -5,4 +5,4 @@ export OMP_NUM_THREADS=1  # tiny matrices: more threads only wait for each other
 ruff check .
 ruff format --check .
 mypy
-python -m pytest -m "not slow" "$@"
+python -m pytest -m "not slow" -n 2 --dist loadfile "$@"  # a file is one worker's: fixtures are shared
