@@ -73,6 +73,7 @@ def tune_block(
             _share_gradients(values, step < len(order), workers)
             optimizer.step()
             schedule.step()
+        optimizer.zero_grad()
         found = [value.detach().clone() for value in values]
         rounded = [value.to(weight.dtype) for value, weight in zip(found, stored, strict=True)]
         _write(values, rounded)
