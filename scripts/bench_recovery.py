@@ -289,6 +289,11 @@ def long(bench: Bench) -> None:
     if blocks.is_dir():
         found["block by block"] = bench.once("blocks-tuned", dict)
         found["block by block, then distill + CE"] = bench.trained("long-blocks", str(blocks), **given, **mixed)
+        folded = bench.folder / "blocks_distilled"
+        if found["block by block, then distill + CE"] and not folded.is_dir():
+            lord_tune.export(str(bench.folder / "runs" / "long-blocks"), str(folded), "factored")
+        more = given | {"max_steps": 64, "seed": 1}
+        found["and 65k tokens more"] = bench.trained("long-more", str(folded), **more, **mixed)
     runs = {name: [run] if run else [] for name, run in found.items()}
     tokens = LONG["max_steps"] * LONG["max_length"] * LONG["per_device_train_batch_size"]
     rates = dict.fromkeys(runs, f"{LONG_RATE:g}")
