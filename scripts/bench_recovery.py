@@ -292,7 +292,7 @@ def long(bench: Bench) -> None:
         folded = bench.folder / "blocks_distilled"
         if found["block by block, then distill + CE"] and not folded.is_dir():
             lord_tune.export(str(bench.folder / "runs" / "long-blocks"), str(folded), "factored")
-        more = given | {"max_steps": 64, "seed": 1}
+        more = given | {"max_steps": 64, "seed": 1, "teacher_model_name_or_path": bench.dense}
         found["and 65k tokens more"] = bench.trained("long-more", str(folded), **more, **mixed)
     runs = {name: [run] if run else [] for name, run in found.items()}
     tokens = LONG["max_steps"] * LONG["max_length"] * LONG["per_device_train_batch_size"]
