@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import lord_tune
-from lord_tune import commands
+from lord_tune import tables
 from lord_tune.calibration.collect import BlockWalk
 from lord_tune.calibration.states import StateFile, StateWriter
 from lord_tune.decomposition import engine
@@ -426,9 +426,9 @@ def test_there_is_no_such_table_without_low_rank_or_backbone(llama_dir, rows_fil
 
 def test_errors_between_two_widths_are_interpolated_in_their_logarithm():
     curve = [(2.0, 0.4), (3.0, 0.1), (4.0, 0.05)]
-    assert commands._interpolated(curve, 2.5) == pytest.approx(0.2)  # the geometric mean
-    assert commands._interpolated(curve, 3.0) == pytest.approx(0.1) and commands._interpolated(curve, 1.0) == 0.4
-    assert commands._interpolated(curve, 9.0) == 0.05
+    assert tables._interpolated(curve, 2.5) == pytest.approx(0.2)  # the geometric mean
+    assert tables._interpolated(curve, 3.0) == pytest.approx(0.1) and tables._interpolated(curve, 1.0) == 0.4
+    assert tables._interpolated(curve, 9.0) == 0.05
 
 
 def test_a_layer_of_zeros_goes_through(llama_dir, rows_file, tmp_path, capsys):
