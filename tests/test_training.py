@@ -125,7 +125,7 @@ def test_rows_that_max_length_cuts_are_counted(base, tmp_path):
     said = [str(entry.message) for entry in told]
     assert any(line.startswith("1 of 5 rows have no trained token within max_length 64") for line in said)
     assert any(line.startswith("2 of 4 training sequences are cut at max_length 64") for line in said)
-    with pytest.warns(LordWarning, match="2 of 4 training sequences are cut"):
+    with pytest.warns(LordWarning, match="2 of 4 training sequences are cut.* or set packing_strategy: bfd_split"):
         packed = write_rows(tmp_path / "packed.jsonl", [{"text": "t" * n} for n in (5, 9, 64, 90)])
         train(base, packed, tmp_path / "packed", packing=True)
     with warnings.catch_warnings():

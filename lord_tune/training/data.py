@@ -113,7 +113,8 @@ def check_tokenized(trainer: Any, tokenizer: Any, given: int, chats: bool) -> No
         ends = f"are cut at max_length {limit} and do not end with the end-of-text token"
     if cut:
         total = len(_lengths(dataset, packed))
-        _warn(f"{cut:,} of {total:,} training sequences {ends}; raise max_length to train on all of them.")
+        way = "raise max_length" + (", or set packing_strategy: bfd_split," if packed else "")
+        _warn(f"{cut:,} of {total:,} training sequences {ends}; {way} to train on all of them.")
 
 
 def _warn(message: str) -> None:
