@@ -273,6 +273,11 @@ def lord(bench: Bench) -> None:
         runs[name], rates[name] = grid(
             key, LORD_GRID, lambda row, o=options, **given: bench.trained(row, lord_20(bench), **SHORT, **o, **given)
         )
+    for name in ("sft", "distill + CE"):
+        key = f"split-{name.replace(' + ', '-').lower()}-0.0001-0"
+        given = {"learning_rate": 1e-4, "seed": 0, "packing_strategy": "bfd_split", **SHORT, **METHODS[name]}
+        run = bench.trained(key, lord_20(bench), **given)
+        runs[f"{name}, whole files"], rates[f"{name}, whole files"] = [run] if run else [], "0.0001"
     runs["control: dense, tuned"], rates["control: dense, tuned"] = grid(
         "lord-control", LORD_GRID, lambda row, **given: tuned_dense(bench, row, **SHORT, **given)
     )
