@@ -85,7 +85,15 @@ from .integrations.models import (
 from .layer_plan import DTYPES, FORMAT_VERSION, make_quantizer
 from .layers import dequantize_once
 from .memory import PeakMemory
-from .storage import atomic_directory, check_destination, check_json_file, read_json, sha256_files, write_json
+from .storage import (
+    atomic_directory,
+    check_destination,
+    check_json_file,
+    read_json,
+    sha256_files,
+    write_json,
+    write_text,
+)
 from .tables import (
     LAYER_COLUMNS,
     LAYER_WIDTHS,
@@ -255,7 +263,7 @@ def train(**options: Any) -> dict[str, Any]:
     command = command_line("train", config)
     metrics = train_model(model, tokenizer, chosen, arguments, resolved, _notify_training, foreseen)
     if is_main_process():
-        (Path(config.output_dir) / "README.md").write_text(training_card(resolved, metrics, command))
+        write_text(Path(config.output_dir) / "README.md", training_card(resolved, metrics, command))
         loss = metrics["train_loss"]
         say(f"trained {metrics['steps']} steps, mean loss {loss:.4f}; adapter in {config.output_dir}")
         if foreseen is not None:

@@ -103,10 +103,15 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON beside `path` and rename, so that readers never see half of it."""
+    """A JSON file that appears whole."""
+    write_text(path, json.dumps(content, indent=1, sort_keys=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside `path` and rename, so that readers never see half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(content, indent=1, sort_keys=False) + "\n")
+        temporary.write_text(text)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -184,10 +184,14 @@ def test_prompts_and_answers_as_messages_need_no_end_of_text(base, tmp_path, mon
     assert text_of(decoded(kept[0]), True) == "Hello<|im_end|>\n"
 
 
-def test_wrapped_packing_cuts_texts_anywhere(base, rows, tmp_path):
+def test_wrapped_packing_cuts_texts_anywhere(base, rows, tmp_path, monkeypatch):
+    """Which is no loss of tokens and no reason for a warning."""
+    kept = trainer_of(monkeypatch)
     with warnings.catch_warnings():
         warnings.simplefilter("error", LordWarning)
         train(base, rows, tmp_path / "run", packing=True, packing_strategy="wrapped")
+    lengths = [len(row["input_ids"]) for row in kept[0].train_dataset]
+    assert set(lengths[:-1]) == {64} and sum(lengths) == sum(len(code_document(n)) + 1 for n in range(16))
 
 
 def test_the_configuration_of_the_training_set_is_not_that_of_another(base, rows, tmp_path, monkeypatch):
