@@ -140,7 +140,7 @@ def _predict(folder: Path, **given: Any) -> Any:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_step_in_bfloat16_is_foreseen(base, rows_file, tmp_path, checkpointing):
-    """Autocast keeps casts of float32 factors, whose number the meta device overrates by up to a quarter."""
+    """Autocast keeps casts of float32 factors, whose number is foreseen up to a quarter too high."""
     options = {"bf16": True, "gradient_checkpointing": checkpointing}
     foreseen, measured = compare(base("llama", "factors"), rows_file, tmp_path / "run", **options)
     assert_foreseen(foreseen, measured, 0.005 if checkpointing else 0.25)
