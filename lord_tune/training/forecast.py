@@ -3,8 +3,7 @@
 The factored model's skeleton comes from config.json and its manifest, the adapter is hung on it as in the run, and
 forward, loss and backward run with the run's batch, precision and checkpointing while every allocation is counted.
 What autograd saves, what a decoded tile or a recomputed block costs and when each is freed are those of the real
-modules, not a model of them. Three things are stand-ins of the right shapes, because they read what they are given or
-need tables: packed formats (`_ShapesOnly`), attention (`_Attention`) and trl's loss (`_LossInPieces`).
+modules, not a model of them; three stand-ins are in shapes.py.
 
 Not foreseen: the accelerator's context, fragmentation, buffers of several processes (DDP holds the gradients a second
 time), what FSDP shards away, rows shorter than `max_length`. A model that decides by values, as routing experts do,
@@ -15,31 +14,24 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface
+from torch import Tensor
 
 from ..console import human_bytes
 from ..errors import UsageError
 from ..integrations.checkpoint import skeleton
 from ..integrations.models import DTYPE_NAMES, kind_of, max_length, model_class
 from ..integrations.transformers_quantizer import QUANT_METHOD, LordConfig, LordQuantizer
-from ..layers import QuantizedLinear, dequantize_once
-from ..quantizers import Rotated
-from ..quantizers.base import TILE, spans
+from ..layers import dequantize_once
 from .arguments import DISTILL, DPO, TrainOptions
 from .memory import Live, Saved, gradient_bytes, held
 from .run import expose, teacher_source
+from .shapes import LossInPieces, decode_by_shapes, set_attention, without_content
 from .teacher_logits import INDEX
 
 _BYTES_PER_NUMBER: dict[str, float] = {  # of optimizer state; transformers' names without "paged_" and "_bnb"
@@ -97,9 +89,9 @@ def predict_memory(
     model = factored_skeleton(source, dtype)
     with torch.device("meta"):
         exposed = expose(model, options)
-    _decode_by_shapes(exposed)
+    decode_by_shapes(exposed)
     notes = []
-    with _without_content(exposed, arguments):
+    with without_content(exposed, arguments):
         if keep_dense:
             dequantize_once(exposed, model.dtype)
         weights, adapters, blocks = held(exposed)
@@ -161,7 +153,7 @@ def _teacher(options: TrainOptions, dtype: str | None) -> Any:
     if _manifest(model_class(source)[1]) is None:
         return skeleton(source, dtype).requires_grad_(False)
     model = factored_skeleton(source, dtype)
-    _decode_by_shapes(model)
+    decode_by_shapes(model)
     return model
 
 
@@ -195,173 +187,6 @@ def factored_skeleton(name: str, dtype: str | None = None) -> Any:
     return model.requires_grad_(False)
 
 
-@dataclass(frozen=True)
-class _ShapesOnly:
-    """Stands for a format while shapes alone are asked for."""
-
-    inner: Any  # Quantizer
-
-    @property
-    def name(self) -> str:
-        return self.inner.name
-
-    def dequantize(self, parts: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        return _decoded(shape[0], shape, parts["weight"], dtype)
-
-    def linear(self, x: Tensor, parts: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
-        if not isinstance(self.inner, Rotated):
-            return _Product.apply(x, parts["weight"], shape, self.inner.row_step(shape))
-        return _Turned.apply(_Product.apply(_Turned.apply(x), parts["weight"], shape, self.inner.inner.row_step(shape)))
-
-
-def _decoded(rows: int, shape: tuple[int, int], codes: Tensor, dtype: torch.dtype) -> Tensor:
-    decoded = torch.empty(rows, shape[1], dtype=dtype, device=codes.device)
-    if dtype != torch.float32:  # formats decode in single precision
-        torch.empty(min(decoded.numel(), TILE), dtype=torch.float32, device=codes.device)
-    return decoded
-
-
-class _Product(torch.autograd.Function):
-    """quantizers/base.py's product with tiles of Q, by shapes: one tile and one share of the result beside it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, codes: Tensor, shape: tuple[int, int], step: int) -> Tensor:
-        start, stop = next(spans(shape, step, TILE))
-        ctx.save_for_backward(codes)
-        ctx.shape, ctx.rows, ctx.dtype = shape, stop - start, x.dtype
-        tile = _decoded(ctx.rows, shape, codes, x.dtype)
-        product = x.new_empty(*x.shape[:-1], ctx.rows)
-        del tile
-        return product if ctx.rows == shape[0] else x.new_empty(*x.shape[:-1], shape[0])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = gradients[0]
-        tile = _decoded(ctx.rows, ctx.shape, ctx.saved_tensors[0], gradient.dtype)
-        whole = gradient.new_empty(*gradient.shape[:-1], ctx.shape[1])
-        if ctx.rows < ctx.shape[0]:
-            total = torch.empty_like(whole, dtype=torch.promote_types(gradient.dtype, torch.float32))
-            whole = total.to(gradient.dtype)
-        del tile
-        return whole, None, None, None
-
-
-class _Turned(torch.autograd.Function):
-    """A rotation by shapes: signs are saved, results and gradients are new tensors."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(torch.empty(x.shape[-1], dtype=x.dtype, device=x.device))
-        return torch.empty_like(torch.empty_like(x))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return torch.empty_like(torch.empty_like(gradients[0]))
-
-
-@contextlib.contextmanager
-def _without_content(model: nn.Module, arguments: Any) -> Iterator[None]:
-    """Operations on the model compute shapes. torch's meta device does so at a fraction of FakeTensorMode's cost, but
-    knows no autocast, and computes attention in another way than any device does."""
-    if arguments.bf16 or arguments.fp16:
-        with FakeTensorMode():
-            _materialise(model)
-            yield
-    else:
-        yield
-
-
-class _Attention(TorchFunctionMode):
-    """Scaled dot products as the fused kernels have them: q, k, v, a mask in their dtype, the result and one number per
-    query are saved. With dropout a CPU has no such kernel and computes the plain way, as the meta device does."""
-
-    def __init__(self, on_gpu: bool):
-        super().__init__()
-        self._on_gpu = on_gpu
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = kwargs or {}
-        if function is not nn.functional.scaled_dot_product_attention:
-            return function(*args, **given)
-        query, key, value, *more = args
-        names = dict(zip(("attn_mask", "dropout_p"), more, strict=False)) | given
-        if names.get("dropout_p") and not self._on_gpu:
-            return function(*args, **given)
-        mask = names.get("attn_mask")
-        if mask is not None and mask.dtype == torch.bool:
-            mask = torch.empty_like(mask, dtype=query.dtype)
-        return _FusedAttention.apply(query, key, value, mask)
-
-
-class _FusedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        batch, heads, length, _ = query.shape
-        result = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
-        sums = query.new_empty(batch, length, heads, dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, mask, result, sums)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return (*(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3]), None)
-
-
-def _decode_by_shapes(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, QuantizedLinear):
-            module.quantizer = _ShapesOnly(module.quantizer)  # type: ignore[assignment]
-
-
-def _materialise(model: nn.Module) -> None:
-    """Put tensors of the fake CPU, under the active FakeTensorMode, in place of those on the meta device."""
-    made: dict[int, Tensor] = {}
-    kept = []  # an id is unique as long as its tensor lives
-
-    def replace(tensor: Tensor) -> Tensor:
-        if id(tensor) not in made:
-            kept.append(tensor)
-            blank = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-            trains = tensor.requires_grad
-            made[id(tensor)] = nn.Parameter(blank, trains) if isinstance(tensor, nn.Parameter) else blank
-        return made[id(tensor)]
-
-    for module in model.modules():
-        tables: list[dict[str, Any]] = [module._parameters, module._buffers, vars(module)]  # type: ignore[list-item]
-        for table in tables:
-            for name, value in table.items():
-                if isinstance(value, Tensor):
-                    table[name] = replace(value)
-
-
-_MASKED, _UNMASKED = "lord_tune_masked", "lord_tune_unmasked"
-
-
-def _whole_mask(*, batch_size: int, q_length: int, kv_length: int, device: Any, **more: Any) -> Tensor:
-    """transformers' mask for scaled dot products where rows are padded or packed, by its shape."""
-    return torch.empty(batch_size, 1, q_length, kv_length, dtype=torch.bool, device=device)
-
-
-def _no_mask(*, kv_length: int, local_size: int | None = None, **more: Any) -> Tensor | None:
-    """The same where no row is: none, unless attention is to a window only."""
-    return None if local_size is None or kv_length < local_size else _whole_mask(kv_length=kv_length, **more)
-
-
-def _set_attention(config: Any, masked: bool, on_gpu: bool) -> None:
-    """transformers looks at the content of masks before it makes one; ours tell what it would find."""
-    if config._attn_implementation != "sdpa":  # the others do not look, or have no mask
-        return
-    name, mask = (_MASKED, _whole_mask) if masked else (_UNMASKED, _no_mask)
-
-    def attention(module: nn.Module, query: Tensor, *given: Any, **more: Any) -> Any:
-        with _Attention(on_gpu) if query.is_meta else contextlib.nullcontext():
-            return sdpa_attention_forward(module, query, *given, **more)
-
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, mask)
-    config._attn_implementation = name
-
-
 def _prepared(model: Any, arguments: Any, on_gpu: bool, options: TrainOptions, teacher: Any) -> tuple[Any, int]:
     """(a function that gives the loss of one full batch, its tokens); the model is set up as the trainer would."""
     base = model.get_base_model()
@@ -378,7 +203,7 @@ def _prepared(model: Any, arguments: Any, on_gpu: bool, options: TrainOptions, t
     ids = torch.zeros(shape, dtype=torch.long, device=next(model.parameters()).device)
     batch = {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
     whole = rows == 1 or packing  # no row is padded
-    _set_attention(base.config, packed or not whole, on_gpu)
+    set_attention(base.config, packed or not whole, on_gpu)
     model.train()
     if arguments.gradient_checkpointing:
         model.enable_input_require_grads()
@@ -389,7 +214,7 @@ def _prepared(model: Any, arguments: Any, on_gpu: bool, options: TrainOptions, t
         return lambda: model(**batch).loss, ids.numel()
     if options.objective == DISTILL:
         if teacher is not None:
-            _set_attention(teacher.config, packed or not whole, on_gpu)
+            set_attention(teacher.config, packed or not whole, on_gpu)
         return lambda: _distillation_loss(base, teacher, batch, options), ids.numel()
     if options.objective == DPO:
         return lambda: _with_reference(base, batch, on_gpu), ids.numel()
@@ -401,7 +226,7 @@ def _causal_loss(base: Any, batch: dict[str, Tensor], on_gpu: bool) -> Tensor:
     given = {key: value for key, value in batch.items() if key != "labels"}
     hidden = base.base_model(**given, use_cache=False).last_hidden_state[:, :-1]
     head = base.get_output_embeddings()
-    return _LossInPieces.apply(hidden.reshape(-1, hidden.shape[-1]), head.weight, on_gpu).sum()
+    return LossInPieces.apply(hidden.reshape(-1, hidden.shape[-1]), head.weight, on_gpu).sum()
 
 
 def _with_reference(base: Any, batch: dict[str, Tensor], on_gpu: bool) -> Tensor:
@@ -441,44 +266,6 @@ def _distillation_loss(base: Any, teacher: Any, batch: dict[str, Tensor], option
     chunk = max(1, _CHUNK // base.config.get_text_config().vocab_size)
     weights = options.distill_ce_weight, options.distill_temperature
     return _TokenLoss.apply(hidden, labels, head_of(base), kl, *weights, chunk)[0]
-
-
-_TOKENS_AT_ONCE, _WORDS_AT_ONCE = 4096, 32768
-# bytes per logit at the worst moment of trl's torch operations on a piece, beside the piece: three float32 and one mask
-# forward, seven and one backward. On a GPU one kernel needs none.
-_FORWARD_BYTES, _BACKWARD_BYTES = 13, 29
-
-
-class _LossInPieces(torch.autograd.Function):
-    """trl's ChunkedLogProbFunction by shapes: the hidden states, the targets and two numbers per token are saved."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, on_gpu: bool) -> Tensor:
-        cast = torch.is_autocast_enabled("cpu")
-        ctx.dtype, ctx.on_gpu = torch.get_autocast_dtype("cpu") if cast else hidden.dtype, on_gpu
-        count = len(hidden)
-        per_token = [hidden.new_empty(count, dtype=torch.float32) for _ in range(7)]
-        ctx.save_for_backward(hidden, weight, hidden.new_empty(count, dtype=torch.long), *per_token[:2])
-        _piece(ctx, hidden, weight, _FORWARD_BYTES)
-        return hidden.new_empty(count, dtype=torch.float32)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, *_ = ctx.saved_tensors
-        result = torch.empty_like(hidden, dtype=torch.float32)
-        _piece(ctx, hidden, weight, _BACKWARD_BYTES)
-        return result.to(hidden.dtype), None, None
-
-
-def _piece(ctx: Any, hidden: Tensor, weight: Tensor, bytes_per_logit: int) -> None:
-    tokens, words = min(len(hidden), _TOKENS_AT_ONCE), min(len(weight), _WORDS_AT_ONCE)
-    piece = hidden.new_empty(tokens, _WORDS_AT_ONCE, dtype=ctx.dtype)
-    cast = [
-        torch.empty_like(part, dtype=ctx.dtype) for part in (weight[:words], hidden[:tokens]) if part.dtype != ctx.dtype
-    ]
-    if not ctx.on_gpu:
-        hidden.new_empty(bytes_per_logit, tokens, words, dtype=torch.uint8)
-    del piece, cast
 
 
 def _autocast(arguments: Any) -> Any:
