@@ -70,7 +70,13 @@ def source_rows(name: str, local: str | None) -> Iterable[Row]:
     from datasets import load_dataset
 
     source, config, split, _, _ = FILES[name]
-    return load_dataset(source, config, split=split, streaming=name == "c4")
+    try:
+        return load_dataset(source, config, split=split, streaming=name == "c4")
+    except Exception as error:  # of half a dozen libraries, for one cause
+        reason = str(error).strip().splitlines()[0]
+        raise SystemExit(
+            f"error: {source} could not be read from the Hub ({reason}); use --local {name}=FILE"
+        ) from error
 
 
 def main() -> None:
@@ -83,7 +89,10 @@ def main() -> None:
         if name not in FILES:
             parser.error(f"{name} is not one of {', '.join(FILES)}")
     if len(local) < len(arguments.local):
-        parser.error("--local wants NAME=FILE")
+        parser.error("--local wants NAME=FILE, each name once")
+    for file in local.values():
+        if not Path(file).is_file():
+            parser.error(f"the file {file} does not exist; check the path")
     arguments.folder.mkdir(parents=True, exist_ok=True)
     for name in local or FILES:
         _, _, _, convert, limit = FILES[name]

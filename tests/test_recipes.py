@@ -150,6 +150,9 @@ def test_rows_of_tasks_are_prompts_and_completions(tmp_path):
     assert found["winogrande_train"] == []
     assert found["rte_valid"][0]["completion"] == " True" and "Africa" in found["rte_valid"][0]["prompt"]
     assert found["winogrande_valid"] == [{"prompt": "The trophy did not fit, for it", "completion": " was big."}]
+    for wrong, says in (("rte_valid=missing.jsonl", "missing.jsonl does not exist"), ("rte=x", "rte is not one of")):
+        run = subprocess.run([*words[:3], "--local", wrong], capture_output=True, text=True)
+        assert run.returncode == 2 and says in run.stderr.splitlines()[-1]
     script = (ROOT / "scripts/make_task_data.py").read_text()
     for path in (ROOT / "recipes/llama2_7b").rglob("*.yaml"):
         for name in re.findall(r"data/(\w+)\.jsonl", path.read_text()):
