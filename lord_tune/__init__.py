@@ -22,21 +22,22 @@ _FUNCTIONS = {
     "inspect": "commands",
     "plan": "commands",
     "quickstart": "demo",
-    "expose_factors": "integrations.peft_adapters",
-    "add_lora": "integrations.peft_adapters",
-    "add_scales": "integrations.peft_adapters",
-    "load_adapter": "integrations.peft_adapters",
-    "merge": "integrations.peft_adapters",
-    "unmerge": "integrations.peft_adapters",
-    "fold": "integrations.peft_adapters",
-    "load": "integrations.models",
+    "expose_factors": "adapters.attach",
+    "add_lora": "adapters.attach",
+    "add_scales": "adapters.attach",
+    "load_adapter": "adapters.loading",
+    "merge": "adapters.fold",
+    "unmerge": "adapters.fold",
+    "fold": "adapters.fold",
+    "load": "adapters.loading",
 }
 
 if TYPE_CHECKING:
+    from .adapters.attach import add_lora, add_scales, expose_factors
+    from .adapters.fold import fold, merge, unmerge
+    from .adapters.loading import load, load_adapter
     from .commands import decompose, evaluate, export, inspect, plan, train
     from .demo import quickstart
-    from .integrations.models import load
-    from .integrations.peft_adapters import add_lora, add_scales, expose_factors, fold, load_adapter, merge, unmerge
 
 __all__ = [
     "add_lora",
@@ -66,3 +67,7 @@ def __getattr__(name: str) -> Any:
     if name in _FUNCTIONS:
         return getattr(importlib.import_module(f"lord_tune.{_FUNCTIONS[name]}"), name)
     raise AttributeError(f"module 'lord_tune' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_FUNCTIONS})

@@ -6,94 +6,33 @@ Keyword arguments are the fields of the verb's record in config.py.
 from __future__ import annotations
 
 import json
-import platform
-import shlex
 import time
-import warnings
-from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
-
-from . import __version__
-from .allocation import ALLOCATORS
-from .calibration.corpus import documents, file_windows, text_sha256, token_windows
+from .adapters.loading import load
+from .calibration.corpus import file_windows
 from .cards import decomposition_card, export_card, training_card
-from .config import (
-    DecomposeConfig,
-    EvaluateConfig,
-    ExportConfig,
-    InspectConfig,
-    MethodConfig,
-    PlanConfig,
-    RunConfig,
-    TrainConfig,
-)
-from .console import (
-    LiveTable,
-    human_bytes,
-    is_main_process,
-    note,
-    progress,
-    say,
-    show_spans,
-    show_table,
-)
-from .decomposition import (
-    BlockRecovery,
-    Estimate,
-    Journal,
-    LayerRecord,
-    Rates,
-    Settings,
-    TextSize,
-    Windows,
-    decompose_checkpoint,
-    estimate,
-    fit_format,
-    known_ranks,
-    survey,
-    trace,
-)
-from .errors import LordError, LordWarning, UsageError
-from .evaluation import evaluate_model, sizes
-from .exporting import export_model
-from .factorizations import METHODS
+from .config import DecomposeConfig, EvaluateConfig, ExportConfig, InspectConfig, PlanConfig, RunConfig, TrainConfig
+from .console import LiveTable, human_bytes, is_main_process, note, progress, say, show_spans, show_table
+from .data.rows import documents
+from .decomposition import Journal, LayerRecord, Rates, TextSize, check_budget, decompose_checkpoint, survey
+from .errors import LordError, UsageError
+from .evaluation.run import evaluate_model
+from .exports.run import export_model
 from .integrations.checkpoint import Checkpoint, skeleton, write_index
-from .integrations.models import (
-    ADAPTER_FILE,
-    base_of_adapter,
-    default_device,
-    fingerprint,
-    first_line,
-    kind_of,
-    launched_processes,
-    load,
-    load_tokenizer,
-    max_length,
-    model_class,
-    quiet,
-    resolve_model,
-    run_on_meta,
-    task_of,
-    weight_files,
-    window_length,
-)
-from .layer_plan import DTYPES, FORMAT_VERSION, make_quantizer
+from .integrations.files import ADAPTER_FILE, base_of_adapter, fingerprint, first_line
+from .integrations.models import default_device, launched_processes, load_tokenizer, model_class, quiet
+from .integrations.running import kind_of, task_of, window_length
+from .integrations.sources import resolve_model
+from .layer_plan import FORMAT_VERSION
 from .layers import dequantize_once
+from .layers.sizes import sizes
 from .memory import PeakMemory
-from .storage import (
-    atomic_directory,
-    check_destination,
-    check_json_file,
-    read_json,
-    sha256_files,
-    write_json,
-    write_text,
-)
+from .provenance import command_line, identity_of, lasting, versions
+from .resolve import SENSITIVITY_LENGTH, check_formats, estimate_of, settings_of, text_size_of, windows_of
+from .storage import atomic_directory, check_destination, check_json_file, read_json, write_json, write_text
 from .tables import (
     LAYER_COLUMNS,
     LAYER_WIDTHS,
@@ -108,9 +47,6 @@ from .tables import (
 )
 from .training import MemoryEstimate, TrainOptions, predict_memory, train_model, trainer_arguments
 
-_SHRINKAGES = (0.0, 0.05, 0.15, 0.4)  # candidates of --shrinkage auto
-_SENSITIVITY_LENGTH = 256  # tokens per window of the backward pass: its activations are what peaks
-
 
 def decompose(model: str, out: str, **options: Any) -> dict[str, Any]:
     """Decompose a model into a factored checkpoint at `out`; returns the content of decomposition.json.
@@ -121,7 +57,7 @@ def decompose(model: str, out: str, **options: Any) -> dict[str, Any]:
     if config.dry_run:
         return show_plan(config)
     quiet()
-    _check_formats(config)
+    check_formats(config)
     workers, device = launched_processes()
     journal = Journal(Path(config.out), workers)
     perhaps_finished = config.resume and not config.overwrite and (journal.out / "decomposition.json").is_file()
@@ -130,18 +66,18 @@ def decompose(model: str, out: str, **options: Any) -> dict[str, Any]:
     source_name = resolve_model(config.model)
     _, base_config = model_class(source_name)
     tokenizer = load_tokenizer(source_name)
-    windows, calibration = _windows(config, base_config, tokenizer)
-    base = workers.send(_identity(config.model, source_name, base_config) if journal.writes else None, 0)
+    windows, calibration = windows_of(config, base_config, tokenizer)
+    base = workers.send(identity_of(config.model, source_name, base_config) if journal.writes else None, 0)
     if perhaps_finished:
         report = read_json(journal.out / "decomposition.json")
-        now = json.loads(json.dumps({"config": _lasting(config), "base": base, "calibration": calibration}))
+        now = json.loads(json.dumps({"config": lasting(config), "base": base, "calibration": calibration}))
         if now == {key: report[key] for key in now}:
             journal.remove_work()
             say(f"{config.out} is finished already.")
             return report
         journal.check(config.resume, config.overwrite)
     identity = {
-        "config": _lasting(config),
+        "config": lasting(config),
         "base": base,
         "calibration": calibration,
         "versions": versions(),
@@ -154,10 +90,11 @@ def decompose(model: str, out: str, **options: Any) -> dict[str, Any]:
     try:
         source = Checkpoint(source_name, config.dtype, journal.work / f"converted-{workers.rank}", device)
         shape = skeleton(source_name, config.dtype)
-        settings = _settings(config, shape)
+        settings = settings_of(config, shape)
         found = survey(source.model, settings)
+        check_budget(found.layers, settings)
         before = sizes(source.model)
-        foreseen = _estimate(shape, settings, _text_size(windows), None, workers.size)
+        foreseen = estimate_of(shape, settings, text_size_of(windows), None, workers.size)
         say(f"decomposing {config.model}: {summary(config, settings)}")
         say(
             f"{foreseen.parameters:,} parameters, {foreseen.layers} layers in {foreseen.blocks} blocks; estimated peak "
@@ -172,7 +109,7 @@ def decompose(model: str, out: str, **options: Any) -> dict[str, Any]:
             "format_version": FORMAT_VERSION,
             "base": base,
             "command": command_line("decompose", config),
-            "config": _lasting(config),
+            "config": lasting(config),
             "versions": versions(),
             "seed": config.seed,
             "calibration": calibration,
@@ -211,12 +148,14 @@ def plan(model: str, **options: Any) -> dict[str, Any]:
         length = window_length(config.context_length, shape)
         tokens = -(-config.calibration_tokens // length) * length
         heldout = max(1, -(-config.calibration_tokens // 16 // length)) * length
-        short = min(_SENSITIVITY_LENGTH, length)
+        short = min(SENSITIVITY_LENGTH, length)
         weighted = max(1, config.sensitivity_tokens // short) * short
         size = TextSize(tokens, heldout, length, weighted, short)
     device = default_device()
-    settings = _settings(config, shape)
-    foreseen = _estimate(shape, settings, size, Rates.measure(next(shape.parameters()).dtype, device), config.processes)
+    settings = settings_of(config, shape)
+    foreseen = estimate_of(
+        shape, settings, size, Rates.measure(next(shape.parameters()).dtype, device), config.processes
+    )
     result = {"model": config.model, **foreseen.to_dict()}
     if config.json_file:
         write_json(Path(config.json_file), result)
@@ -396,178 +335,11 @@ def inspect(model: str, **options: Any) -> dict[str, Any]:
     return report
 
 
-def command_line(verb: str, config: RunConfig) -> str:
-    """The command that repeats a run: positional fields, then every field that differs from its default."""
-    words = ["lord-tune", verb]
-    positional = [n for n in ("model", "out") if n in type(config).model_fields and verb != "quickstart"]
-    words += [str(getattr(config, name)) for name in positional]
-    values = {name: getattr(config, name) for name in type(config).model_fields} | (config.model_extra or {})
-    for name, value in values.items():
-        field = type(config).model_fields.get(name)
-        if name in (*positional, "overwrite", "resume", "dry_run"):
-            continue
-        if field is not None and value == field.get_default(call_default_factory=True):
-            continue
-        flag = "--" + ((field.alias if field and field.alias else name).replace("_", "-"))
-        if isinstance(value, bool) and field is not None:
-            words.append(flag if value else f"--no-{flag[2:]}")
-        elif isinstance(value, list):
-            words += [flag, *map(str, value)]
-        elif isinstance(value, dict):
-            words += [flag, json.dumps(value)]
-        elif value is not None:
-            words += [flag, str(value)]
-    return shlex.join(words)
-
-
-def versions() -> dict[str, str]:
-    """Of the libraries that decide the result."""
-    found = {"lord_tune": __version__, "python": platform.python_version()}
-    for name in ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "safetensors"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "absent"
-    return found
-
-
-def _identity(name: str, source: str, config: Any) -> dict[str, Any]:
-    """Which weights these were: the sha256 of local files, the revision of a Hub model."""
-    files = weight_files(source)
-    return {
-        "name": name,
-        "sha256": sha256_files(files) if files else None,
-        "revision": getattr(config, "_commit_hash", None),
-    }
-
-
-def _lasting(config: RunConfig) -> dict[str, Any]:
-    """The configuration without what does not change the result."""
-    return config.model_dump(exclude={"resume", "overwrite", "dry_run"})
-
-
-def _text_size(windows: Windows | None) -> TextSize | None:
-    if windows is None:
-        return None
-    sensitivity = windows.sensitivity
-    return TextSize(
-        windows.calibration.numel(),
-        windows.heldout.numel(),
-        windows.calibration.shape[1],
-        sensitivity.numel(),
-        sensitivity.shape[1],
-    )
-
-
-def _estimate(shape: Any, settings: Settings, text: TextSize | None, rates: Rates | None, processes: int) -> Estimate:
-    """For a skeleton on the meta device."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", LordWarning)  # the run itself says them
-        found = survey(shape, settings)
-    length = text.length if text is not None else min(64, max_length(shape))
-    groups, flops = trace(shape, found, run_on_meta, length)
-    held = psutil.Process().memory_info().rss
-    ranks = known_ranks(found.layers, settings)
-    return estimate(shape, found, settings, text, ranks, groups, flops, held, rates, processes)
-
-
 def show_plan(config: RunConfig) -> dict[str, Any]:
     """What `--dry-run` prints; returned as a dict."""
     resolved = config.model_dump()
     show_table("resolved configuration", ["key", "value"], [[key, str(value)] for key, value in resolved.items()])
     return resolved
-
-
-def _format_options(config: MethodConfig, form: str) -> dict[str, Any]:
-    """The hyperparameters of a storage format."""
-    if form == "nf4":
-        options: dict[str, Any] = {"block_size": config.block_size, "double_quant": config.double_quant}
-    elif form == "spqr":
-        options = {"bits": config.spqr_bits, "outlier_fraction": config.outliers}
-        options["group_size"] = config.group_size or 16
-    elif form.startswith(("int", "lloyd")):
-        options = {"group_size": config.group_size or 64}
-        options |= {"symmetric": config.symmetric} if form.startswith("int") else {}
-    else:
-        options = {}
-    by_default = form.startswith(("lloyd", "e8"))
-    if by_default if config.incoherence is None else config.incoherence:
-        options |= {"incoherence": True, "seed": config.seed}
-    return options
-
-
-def _check_formats(config: MethodConfig) -> None:
-    """Refuse bad hyperparameters of the formats before any work."""
-    for form in (config.backbone, config.factor_format):
-        if form is not None and form != "none" and form not in DTYPES:
-            make_quantizer(form, _format_options(config, form))
-
-
-def _settings(config: MethodConfig, shape: Any) -> Settings:
-    """What to do with every layer; `shape` is the skeleton, on which widths in bits are tried."""
-    form, top = config.factor_format, config.top_format
-    iterations = {} if config.iterations is None else {"iterations": config.iterations}
-    by_method: dict[str, dict[str, Any]] = {
-        "whitened": {
-            "sink_weight": config.sink_weight,
-            "shrinkage": 0.0 if config.shrinkage == "auto" else config.shrinkage,
-        },
-        "afm": {"centred": config.centred},
-        "loftq": iterations,
-        "caldera": iterations | {"downdate": config.downdate, "order": config.order, "weighting": config.weighting},
-    }
-    choose_format = config.bits_per_weight is not None and config.backbone == "none"
-    formats = config.families() if choose_format else [] if config.backbone == "none" else [config.backbone]
-    quantizers = [make_quantizer(name, _format_options(config, name)) for name in formats]
-    settings = Settings(
-        method=METHODS[config.method](**by_method.get(config.method, {})),
-        quantizer=quantizers[0] if quantizers else None,
-        rank=config.rank,
-        kept_fraction=config.kept_fraction,
-        allocator=ALLOCATORS[config.allocation](),
-        factor_format=form,
-        factor_options={} if form is None or form in DTYPES else _format_options(config, form),
-        top_rank=config.top_rank,
-        top_format=top,
-        top_options={} if top in DTYPES else {"group_size": 64},
-        bits_per_weight=None if config.rank is not None else config.bits_per_weight,
-        targets=config.targets,
-        exclude=config.exclude,
-        recovery=BlockRecovery(config.recover_epochs, config.recover_learning_rate) if config.recover_epochs else None,
-        propagate=config.propagate,
-        shrinkages=_SHRINKAGES if config.shrinkage == "auto" else (),
-    )
-    if not choose_format:
-        return settings
-    assert config.bits_per_weight is not None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", LordWarning)  # the run itself says them
-        layers = survey(shape, replace(settings, rank=0, bits_per_weight=None)).layers  # no budget to refuse yet
-    smallest = {} if config.rank is None else {"smallest_rank": config.rank}
-    return fit_format(layers, settings, quantizers, config.bits_per_weight, **smallest)
-
-
-def _windows(config: DecomposeConfig, model: Any, tokenizer: Any) -> tuple[Windows | None, dict[str, Any]]:
-    if not config.calibration:
-        return None, {"tokens": 0, "source": [], "sha256": None}
-    texts = documents(list(config.calibration), tokenizer)
-    length = window_length(config.context_length, model)
-    calibration, heldout = token_windows(
-        texts, tokenizer, config.calibration_tokens, config.calibration_tokens // 16, length, config.seed
-    )
-    short = min(_SENSITIVITY_LENGTH, length)
-    pieces = calibration[:, : length // short * short].reshape(-1, short)
-    # an even sample over all windows, not the first ones only
-    count = min(max(1, config.sensitivity_tokens // short), len(pieces))
-    sensitivity = pieces[torch.linspace(0, len(pieces) - 1, count).long()]
-    described = {
-        "tokens": calibration.numel(),
-        "heldout_tokens": heldout.numel(),
-        "context_length": length,
-        "source": list(config.calibration),
-        "sha256": text_sha256(texts),
-    }
-    return Windows(calibration, heldout, sensitivity), described
 
 
 def _totals(

@@ -15,10 +15,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .commands import command_line, decompose, evaluate, export, show_plan, train, versions
+from .commands import decompose, evaluate, export, show_plan, train
 from .config import QuickstartConfig
 from .console import human_bytes, say, show_table
-from .integrations.models import quiet, resolve_model
+from .integrations.models import quiet
+from .integrations.sources import resolve_model
+from .provenance import command_line, versions
 from .storage import check_destination, write_json
 
 _HELD_OUT_SHARE = 5  # one file in five is held out

@@ -9,28 +9,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-
-from .errors import CheckpointError, unknown_name
-from .quantizers import QUANTIZERS, Quantizer, Rotated
+from .errors import CheckpointError
 
 FORMAT_VERSION = 1
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def make_quantizer(name: str, options: dict[str, Any] | None = None) -> Quantizer:
-    """A quantizer by name; UsageError with the nearest name if there is none. The options `incoherence` and `seed` wrap
-    any format in a rotation."""
-    if name not in QUANTIZERS:
-        raise unknown_name("format", name, [*QUANTIZERS, *DTYPES])
-    own = dict(options or {})
-    seed = own.pop("seed", 0)
-    rotated = own.pop("incoherence", False)
-    inner: Quantizer = QUANTIZERS[name](**own)
-    if not rotated:
-        return inner
-    turned: Any = Rotated(inner, seed)  # its name is a property: that of the inner format
-    return turned
 
 
 @dataclass(frozen=True)

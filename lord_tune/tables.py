@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from .adapters.attach import Coverage
 from .allocation import break_even
 from .config import DecomposeConfig, MethodConfig, PlanConfig
 from .console import LiveTable, duration, human_bytes, say, show_table
 from .decomposition import Estimate, Notify, Progress, Settings, Survey
-from .integrations.peft_adapters import Coverage
 from .layers import shape_of
 from .training import MemoryEstimate
 

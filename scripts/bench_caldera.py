@@ -29,11 +29,13 @@ from bench_spine import Bench as SpineBench
 from torch import Tensor
 
 import lord_tune
-from lord_tune.calibration.corpus import documents, token_windows
+from lord_tune.adapters.loading import load
+from lord_tune.calibration.corpus import token_windows
 from lord_tune.calibration.moments import MomentAccumulator, Moments
 from lord_tune.console import say, show_table
+from lord_tune.data.rows import documents
 from lord_tune.factorizations import Caldera, FactorForm, LoftQ, PlainSVD, Split, Whitened, relative_error
-from lord_tune.integrations.models import load, quiet
+from lord_tune.integrations.models import quiet
 from lord_tune.quantizers import E8P2, E8P3, E8P4, Int2, Int8, Lloyd2, Lloyd4, Rotated
 from lord_tune.storage import read_json, write_json
 

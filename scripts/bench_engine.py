@@ -29,11 +29,14 @@ from typing import Any
 import torch
 
 import lord_tune
-from lord_tune.calibration.corpus import documents, token_windows
+from lord_tune.adapters.loading import load
+from lord_tune.calibration.corpus import token_windows
 from lord_tune.calibration.moments import add_gram
 from lord_tune.console import say, show_table
+from lord_tune.data.rows import documents
 from lord_tune.demo import standard_library_files, write_rows
-from lord_tune.integrations.models import load, quiet, resolve_model
+from lord_tune.integrations.models import quiet
+from lord_tune.integrations.sources import resolve_model
 from lord_tune.layers import is_linear, shape_of
 from lord_tune.storage import read_json, write_json
 

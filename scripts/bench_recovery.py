@@ -39,9 +39,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import lord_tune
+from lord_tune.adapters.loading import load
 from lord_tune.console import human_bytes, say, show_table
 from lord_tune.factorizations import Factors, PlainSVD, truncate
-from lord_tune.integrations.models import load, quiet, save_model
+from lord_tune.integrations.models import quiet, save_model
 from lord_tune.layers import factored_layers, weight_of
 from lord_tune.storage import atomic_directory, read_json, write_json
 from lord_tune.training import trainer_arguments

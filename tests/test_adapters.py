@@ -17,20 +17,12 @@ from datasets import Dataset
 from tiny import code_document, read_tensors, tiny_tokenizer
 
 import lord_tune
+from lord_tune.adapters.attach import MODES, add_lora, add_scales, coverage, expose_factors, mode_of
+from lord_tune.adapters.fold import merge, unmerge
+from lord_tune.adapters.loading import load_adapter
+from lord_tune.adapters.stored_tensors import StoredTensor
 from lord_tune.errors import CheckpointError, LordWarning, UsageError
 from lord_tune.integrations.models import load_dense_or_factored
-from lord_tune.integrations.peft_adapters import (
-    MODES,
-    add_lora,
-    add_scales,
-    coverage,
-    expose_factors,
-    load_adapter,
-    merge,
-    mode_of,
-    unmerge,
-)
-from lord_tune.integrations.stored_tensors import StoredTensor
 from lord_tune.integrations.transformers_quantizer import attach
 from lord_tune.layers import CastLinear, dense_factor, factored_layers
 

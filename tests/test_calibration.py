@@ -11,13 +11,15 @@ import torch
 from tiny import tiny_bert, tiny_gpt2, tiny_llama, tiny_tokenizer
 from torch import nn
 
-from lord_tune.calibration.collect import BlockWalk, find_blocks
-from lord_tune.calibration.corpus import documents, file_windows, recognise, token_windows
+from lord_tune.calibration.blocks import find_blocks
+from lord_tune.calibration.collect import BlockWalk
+from lord_tune.calibration.corpus import file_windows, token_windows
 from lord_tune.calibration.moments import MomentAccumulator, SampleAccumulator, add_gram
 from lord_tune.calibration.sensitivity import output_sensitivity, whole_model_sensitivity
+from lord_tune.data.rows import documents, recognise
 from lord_tune.errors import CalibrationError, LordWarning, UsageError
 from lord_tune.factorizations import Core
-from lord_tune.integrations.models import task_of
+from lord_tune.integrations.running import task_of
 from lord_tune.layers import select_linears
 
 MODELS = [tiny_llama, tiny_gpt2, tiny_bert]

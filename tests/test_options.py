@@ -1463,7 +1463,7 @@ def test_every_field_is_a_flag(verb, monkeypatch):
 )
 def test_the_recorded_command_repeats_the_run(verb, values, monkeypatch):
     """The `command` in decomposition.json and the cards parses back to the configuration it came from."""
-    from lord_tune.commands import command_line
+    from lord_tune.provenance import command_line
 
     record = {"decompose": DecomposeConfig, "export": ExportConfig, "train": TrainConfig}[verb]
     config = record.build(values)

@@ -14,14 +14,17 @@ from safetensors.torch import load_file, save_file
 from tiny import code_document, read_tensors, tiny_tokenizer, write_code_rows
 
 import lord_tune
+from lord_tune.adapters.attach import add_lora, coverage, expose_factors, mode_of
+from lord_tune.adapters.fold import fold
+from lord_tune.adapters.loading import load_adapter
 from lord_tune.errors import CheckpointError, ExportMismatch, LordWarning, UsageError
-from lord_tune.evaluation import sizes
-from lord_tune.exporting import compare, export_model, outputs_of, probe_ids
+from lord_tune.exports.run import export_model
+from lord_tune.exports.verify import compare, outputs_of, probe_ids
 from lord_tune.integrations.models import load_dense_or_factored
-from lord_tune.integrations.peft_adapters import add_lora, coverage, expose_factors, fold, load_adapter, mode_of
 from lord_tune.integrations.transformers_quantizer import attach
-from lord_tune.layer_plan import DTYPES
 from lord_tune.layers import FactoredLinear, QuantizedLinear, dequantize_once, factored_layers
+from lord_tune.layers.sizes import sizes
+from lord_tune.quantizers import DTYPES
 
 FAMILIES = ["llama", "gpt2", "bert"]
 STORES = {
@@ -593,7 +596,7 @@ def test_perplexity_is_the_definition(llama_dir, tmp_path):
 
 
 def test_write_rows_helper_gives_enough_text(tmp_path):
-    from lord_tune.calibration.corpus import documents
+    from lord_tune.data.rows import documents
 
     assert sum(map(len, documents([str(write_code_rows(tmp_path / "x.jsonl"))]))) > 4000
 
@@ -674,7 +677,7 @@ def test_adapters_that_are_truncated_incomplete_or_of_another_base_are_refused(f
 
 
 def test_rank_zero_has_nothing_to_train_in_either_mode(llama_dir, tmp_path):
-    from lord_tune.integrations.peft_adapters import add_lora, expose_factors
+    from lord_tune.adapters.attach import add_lora, expose_factors
 
     lord_tune.decompose(str(llama_dir), str(tmp_path / "q"), method="svd", rank=0, backbone="nf4")
     for expose in (add_lora, expose_factors):

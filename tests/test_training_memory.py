@@ -10,7 +10,7 @@ from tiny import save_tiny, tiny_llama
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import lord_tune
-from lord_tune.integrations.peft_adapters import add_lora, expose_factors
+from lord_tune.adapters.attach import add_lora, expose_factors
 from lord_tune.training.memory import account
 
 

@@ -8,79 +8,18 @@ in which blocks hand their input on without computing.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import CalibrationError, LordWarning
+from ..errors import CalibrationError
 from ..parallel import Workers
+from .blocks import Blocks, Stop, hidden_argument, hidden_of, replaced_forward
 from .moments import InputStatistics, MomentAccumulator, SampleAccumulator
 from .states import StateFile, StateWriter
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """The repeated blocks of a model; without a block list, the model itself as the only 'block'."""
-
-    prefix: str  # module path of the list, "" when the whole model is the block
-    modules: tuple[nn.Module, ...]
-
-    def names(self) -> list[str]:
-        return [f"{self.prefix}.{i}" if self.prefix else "" for i in range(len(self.modules))]
-
-    def holds(self, index: int, name: str) -> bool:
-        """Whether the module or tensor `name` lies inside block `index`."""
-        return not self.prefix or name.startswith(f"{self.prefix}.{index}.")
-
-
-def find_blocks(model: nn.Module) -> Blocks:
-    """The longest ModuleList whose members are of one class; lists inside the members of another (experts) and lists of
-    mere linear layers are no blocks; the first of equals counts."""
-    lists = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len({type(child) for child in module}) == 1
-        and any(True for _ in next(iter(module)).children())
-    }
-    outer = {n: m for n, m in lists.items() if not any(n.startswith(other + ".") for other in lists)}
-    if not outer:
-        warnings.warn(
-            "The model has no list of repeated blocks; all layers are calibrated in one pass, which holds every "
-            "weight and every Gram matrix in memory at once.",
-            LordWarning,
-            stacklevel=2,
-        )
-        return Blocks("", (model,))
-    name = max(outer, key=lambda n: len(outer[n]))
-    return Blocks(name, tuple(outer[name]))
-
-
-class _Stop(Exception):
-    """Raised by a recorder to end a forward pass early."""
-
-
-@contextmanager
-def replaced_forward(modules: dict[int, nn.Module], make: Callable[[int, Callable], Callable]) -> Iterator[None]:
-    """Give each module another forward for a while: `make(index, original)`."""
-    for index, module in modules.items():
-        module.forward = make(index, module.forward)
-    try:
-        yield
-    finally:
-        for module in modules.values():
-            del module.forward
-
-
-def hidden_of(output: Any) -> Tensor:
-    """The hidden states in what a block returns."""
-    return output[0] if isinstance(output, tuple | list) else output
 
 
 class BlockWalk:
@@ -140,15 +79,15 @@ class BlockWalk:
                     learnt.append(original(*args, **kwargs))
                     self._learn_form(learnt[0])
                 if index == last:
-                    raise _Stop
-                return self._wrap(_hidden_argument(args, kwargs))
+                    raise Stop
+                return self._wrap(hidden_argument(args, kwargs))
 
             return record
 
         with replaced_forward(dict(enumerate(self._blocks.modules)), make):
             try:
                 self._forward(self._model, window)
-            except _Stop:
+            except Stop:
                 pass
         found = []
         for index in range(last + 1):
@@ -182,15 +121,15 @@ class BlockWalk:
 
         def make(index: int, original: Callable) -> Callable:
             def record(*args: Any, **kwargs: Any) -> Any:
-                found.append(_hidden_argument(args, kwargs))
-                raise _Stop
+                found.append(hidden_argument(args, kwargs))
+                raise Stop
 
             return record
 
         with replaced_forward({0: self._blocks.modules[0]}, make):
             try:
                 self._forward(self._model, window)
-            except _Stop:
+            except Stop:
                 pass
         return found[0]
 
@@ -312,7 +251,7 @@ class BlockWalk:
 
                 def make(index: int, original: Callable, leaf: Tensor = leaf) -> Callable:
                     def skip(*args: Any, **kwargs: Any) -> Any:
-                        return self._wrap(leaf if index == last else _hidden_argument(args, kwargs))
+                        return self._wrap(leaf if index == last else hidden_argument(args, kwargs))
 
                     return skip
 
@@ -336,7 +275,3 @@ class BlockWalk:
                 target.append(leaf.grad)
         states.close()
         above.close()
-
-
-def _hidden_argument(args: tuple, kwargs: dict) -> Tensor:
-    return args[0] if args else kwargs["hidden_states"]

@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..allocation import Allocator
 from ..factorizations import FactorForm, Factorization
-from ..layer_plan import DTYPES, make_quantizer
-from ..quantizers import Quantizer
+from ..quantizers import DTYPES, Quantizer, make_quantizer
 
 
 @dataclass(frozen=True)
@@ -73,15 +72,6 @@ class Windows:
     def tokens(self) -> int:
         """Of the streams that every layer's errors are measured on."""
         return self.calibration.numel() + self.heldout.numel()
-
-
-@dataclass(frozen=True)
-class Task:
-    """How this kind of model is run; supplied by integrations, so that nothing here knows a model class."""
-
-    forward: Callable[[nn.Module, Tensor], Any]  # (model, (1, length) ids)
-    loss: Callable[[nn.Module, Tensor], Tensor]  # the same -> scalar, summed over tokens
-    prepare: Callable[[Tensor], Tensor] = lambda ids: ids  # (1, length) -> the ids that `loss` runs the model on
 
 
 class Source(Protocol):

@@ -47,23 +47,25 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..allocation import ALIGNMENT, LayerSpectrum, break_even, factor_cost
-from ..calibration.collect import Blocks, BlockWalk, find_blocks
+from ..allocation import LayerSpectrum, break_even
+from ..calibration.collect import BlockWalk
 from ..calibration.moments import InputStatistics, Moments
 from ..calibration.sensitivity import fisher_means, output_sensitivity, whole_model_fisher, whole_model_sensitivity
+from ..calibration.task import Task
 from ..errors import CalibrationError, LordError, LordWarning, UsageError
 from ..factorizations import Fisher, Projection
 from ..layer_plan import LayerPlan
-from ..layers import FactoredLinear, check_finite, fused_parameters, select_linears, shape_of, weight_of
-from ..memory import give_back
+from ..layers import FactoredLinear, shape_of, weight_of
 from ..parallel import share_out
-from ..quantizers import Quantizer
 from ..storage import write_tensors
-from .base import LayerRecord, Notify, Progress, Settings, Source, Task, Windows
-from .estimate import bits_at, layer_flops
+from .base import LayerRecord, Notify, Progress, Settings, Source, Windows
+from .budget import check_kept, known_ranks, needs_text
 from .journal import Journal
 from .layerwise import Analysis, Finished, analyse, install, left_dense, project_layer, split_layer
 from .recovery import STUDENT, STUDENT_HELDOUT, tune_block
+from .shards import Loaded, to_meta
+from .survey import Survey
+from .timing import layer_flops
 
 _SENSITIVITY = "sensitivity"
 _COST = {
@@ -75,18 +77,6 @@ _COST = {
 
 
 @dataclass(frozen=True)
-class Survey:
-    """What a model's structure says before any weight is read."""
-
-    blocks: Blocks
-    layers: dict[str, nn.Module]  # to decompose, by name
-    skipped: dict[str, str]  # every other linear layer or fused parameter -> why
-
-    def members(self, index: int) -> dict[str, nn.Module]:
-        return {name: module for name, module in self.layers.items() if self.blocks.holds(index, name)}
-
-
-@dataclass(frozen=True)
 class Outcome:
     """What became of a model: the records of all eligible layers, why others were left, the plans and the shards."""
 
@@ -95,59 +85,6 @@ class Outcome:
     plans: dict[str, LayerPlan]
     weight_map: dict[str, str]  # tensor -> file
     recovery: dict[str, dict[str, Any]]  # block -> held-out error before and after block-wise recovery, passes kept
-
-
-def survey(model: nn.Module, settings: Settings) -> Survey:
-    """Find the blocks and the layers; works on the meta device. Refuses impossible budgets."""
-    blocks = find_blocks(model)
-    layers, skipped = select_linears(model, blocks.names(), settings.targets, settings.exclude)
-    fused = fused_parameters(model)
-    if fused:
-        warnings.warn(
-            f"{len(fused)} fused expert parameters stay dense, like {next(iter(fused))} "
-            f"({'x'.join(map(str, next(iter(fused.values())).shape))}); they are listed under 'skipped'.",
-            LordWarning,
-            stacklevel=2,
-        )
-    skipped |= dict.fromkeys(fused, "fused experts (3-D parameter)")
-    check_budget(layers, settings)
-    return Survey(blocks, layers, skipped)
-
-
-def needs_text(settings: Settings) -> bool:
-    """Whether the settings cannot be carried out without calibration text."""
-    needs = settings.method.needs | (settings.allocator.needs if settings.kept_fraction is not None else frozenset())
-    return bool(needs & {"input_gram", "loss_weights", "fisher"})
-
-
-def _rank_within(module: Any, bits: float, settings: Settings) -> int:
-    """The largest multiple of 8, or 0, at which the layer takes at most `bits` per weight."""
-    low, high = 0, min(shape_of(module)) // ALIGNMENT
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if bits_at(module, middle * ALIGNMENT, settings) <= bits else (low, middle - 1)
-    return low * ALIGNMENT
-
-
-def known_ranks(layers: dict[str, nn.Module], settings: Settings) -> dict[str, int | None] | None:
-    """The rank of every layer (None: dense) where shapes alone decide it."""
-    shapes = {name: shape_of(module) for name, module in layers.items()}
-    if settings.rank is not None:
-        dense = settings.quantizer is None  # above break-even, L and R would be larger than W
-        return {n: None if dense and settings.rank > break_even(s) else settings.rank for n, s in shapes.items()}
-    if settings.bits_per_weight is not None:
-        budget = settings.bits_per_weight
-        by_shape: dict[tuple, int] = {}
-        for name, module in layers.items():
-            key = (shapes[name], module.weight.dtype)
-            if key not in by_shape:
-                by_shape[key] = _rank_within(module, budget, settings)
-        return {name: by_shape[shapes[name], module.weight.dtype] for name, module in layers.items()}
-    assert settings.kept_fraction is not None
-    if settings.allocator.needs:
-        return None
-    empty = {name: LayerSpectrum(shape, torch.zeros(min(shape) + 1)) for name, shape in shapes.items()}
-    return settings.allocator.allocate(empty, settings.kept_fraction)
 
 
 def decompose_checkpoint(
@@ -176,7 +113,7 @@ def decompose_checkpoint(
         stored = False
         if "fisher" in settings.method.needs:
             run.measure_gradients()
-    _check_kept(found, ranks, settings)
+    check_kept(found, ranks, settings)
     if all(rank is None for rank in ranks.values()):
         journal.discard()
         raise LordError("Every layer stays dense at this budget, so nothing is done; choose another --kept-fraction.")
@@ -274,9 +211,9 @@ class _Run:
         walk = BlockWalk(self.model, self.blocks, streams, self.task.forward, folder, self.workers)
         if walk.streamed:
             head = self._head()
-            with _Loaded(self.source, head, self.model):
+            with Loaded(self.source, head, self.model):
                 pass  # its values are checked now, not after hours
-            with _Loaded(self.source, [n for n in self._rest if n not in head], self.model), self._loaded(0):
+            with Loaded(self.source, [n for n in self._rest if n not in head], self.model), self._loaded(0):
                 walk.record()
                 if not self.journal.has(f"started-{phase}"):
                     walk.start()
@@ -291,8 +228,8 @@ class _Run:
         own = set() if head is None else {id(p) for p in head.parameters()} - shared
         return [name for name, p in self.model.named_parameters() if id(p) in own and name in self._rest]
 
-    def _loaded(self, index: int) -> _Loaded:
-        return _Loaded(self.source, [n for n in self._tensors if self.blocks.holds(index, n)], self.model)
+    def _loaded(self, index: int) -> Loaded:
+        return Loaded(self.source, [n for n in self._tensors if self.blocks.holds(index, n)], self.model)
 
     def _collect(self, walk: BlockWalk | None, index: int, keep: bool) -> dict[str, dict[str, InputStatistics]]:
         if walk is None:
@@ -366,7 +303,7 @@ class _Run:
         if not self.journal.has("started-sensitivity"):
             # the corrupted ids of a masked model are drawn again by the loss itself: the same ones
             walk.windows[_SENSITIVITY] = self.windows.sensitivity[self.workers.rank :: self.workers.size]
-            with _Loaded(self.source, self._rest, self.model):
+            with Loaded(self.source, self._rest, self.model):
                 walk.write_gradients(_SENSITIVITY, self.task.loss, self.model.get_input_embeddings().weight.device)
             self.journal.commit("started-sensitivity")
         for index in reversed(range(self.count)):
@@ -492,8 +429,8 @@ class _Run:
                 }
                 del tensors
                 for name in done:
-                    _to_meta(self.model.get_submodule(name))
-                    _to_meta(self.found.layers[name])  # the dense layer it replaced, which the survey still knows
+                    to_meta(self.model.get_submodule(name))
+                    to_meta(self.found.layers[name])  # the dense layer it replaced, which the survey still knows
             self.journal.commit(step, path, digest, **content)
             self._report("writing", index, {name: f.record for name, f in done.items()})
             if walk is not None:
@@ -588,7 +525,7 @@ class _Run:
     def _shard_name(self, index: int) -> str:
         return f"model-{index + 1:05d}-of-{self.shards:05d}.safetensors"
 
-    def _shard(self, loaded: _Loaded, decomposed: set[str]) -> dict[str, Tensor]:
+    def _shard(self, loaded: Loaded, decomposed: set[str]) -> dict[str, Tensor]:
         """Tensors of a block: of decomposed layers as they are now, all others as the checkpoint stores them."""
         if not self.journal.writes:
             return {}
@@ -620,7 +557,7 @@ class _Run:
         digest = None
         if self.journal.writes:
             stored = {name: self.source.stored(name) for name in self._rest}
-            with _Loaded(self.source, [name for name, tensor in stored.items() if tensor is None], self.model):
+            with Loaded(self.source, [name for name, tensor in stored.items() if tensor is None], self.model):
                 tensors = {n: self._untouched(n) if t is None else t for n, t in stored.items()}
                 digest = write_tensors(path, tensors)
         self.journal.commit("rest", path, digest, tensors=list(tensors))
@@ -647,118 +584,4 @@ class _Run:
                 warnings.warn(f"{name}: {text}", LordWarning, stacklevel=2)
         return Outcome(
             {name: records[name] for name in self.found.layers}, self.found.skipped, plans, weight_map, recovery
-        )
-
-
-class _Loaded:
-    """A block's tensors in memory for the length of a `with`; raises CheckpointError if one holds NaN or Inf."""
-
-    def __init__(self, source: Source, names: list[str], model: nn.Module):
-        self.source, self.names, self.model = source, names, model
-
-    def __enter__(self) -> _Loaded:
-        self.source.load(self.names)
-        check_finite(self.model)
-        return self
-
-    def __exit__(self, *rest: Any) -> None:
-        self.source.release(self.names)
-        give_back()
-
-
-def _to_meta(module: nn.Module) -> None:
-    for name, parameter in list(module.named_parameters()):
-        owner = module.get_submodule(name.rpartition(".")[0])
-        empty = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-        owner.register_parameter(name.rpartition(".")[2], empty)
-
-
-def check_budget(layers: dict[str, nn.Module], settings: Settings) -> None:
-    """Refuse impossible ranks before any calibration."""
-    shapes = {name: shape_of(module) for name, module in layers.items()}
-    budgets = (settings.rank, settings.kept_fraction, settings.bits_per_weight)
-    if sum(budget is not None for budget in budgets) != 1:
-        raise UsageError("Give --rank, --kept-fraction or --bits-per-weight, exactly one of them.")
-    if settings.bits_per_weight is not None:
-        _check_bits(layers, settings)
-        return
-    if settings.kept_fraction is not None:
-        if settings.quantizer is not None:
-            raise UsageError("--kept-fraction counts parameters of L and R against W; with a --backbone give --rank.")
-        settings.allocator.allocate(
-            {n: LayerSpectrum(s, torch.zeros(min(s) + 1)) for n, s in shapes.items()}, settings.kept_fraction
-        )
-        return
-    rank = settings.rank
-    assert rank is not None
-    if rank < (1 if settings.quantizer is None else 0):
-        raise UsageError(f"--rank {rank} came; a rank is at least 1 (0 is plain rounding and needs a --backbone).")
-    if settings.quantizer is not None:
-        small = {name: shape for name, shape in shapes.items() if rank > min(shape)}
-        if small:
-            name, shape = next(iter(small.items()))
-            raise UsageError(
-                f"--rank {rank} exceeds the smaller side of {len(small)} layers (like {name}, {shape[0]}x{shape[1]}); "
-                f"choose at most {min(map(min, shapes.values()))} or --exclude them."
-            )
-    elif all(rank > break_even(shape) for shape in shapes.values()):
-        best = max(map(break_even, shapes.values()))
-        raise UsageError(
-            f"--rank {rank} is above break-even for every layer: L and R would hold more numbers than W. "
-            f"Choose at most {best}, or add --backbone nf4."
-        )
-
-
-def _check_bits(layers: dict[str, nn.Module], settings: Settings) -> None:
-    if settings.quantizer is None:
-        raise UsageError("--bits-per-weight shares bits between Q and L R; with --backbone none give --kept-fraction.")
-    assert settings.bits_per_weight is not None
-    needed = {name: bits_at(module, 0, settings) for name, module in layers.items()}
-    name = max(needed, key=lambda n: needed[n])
-    if needed[name] > settings.bits_per_weight:
-        raise UsageError(
-            f"--bits-per-weight {settings.bits_per_weight:g} came; {settings.quantizer.name} alone takes "
-            f"{needed[name]:.3f} for '{name}'. Give more, or a --backbone of fewer bits."
-        )
-
-
-def fit_format(
-    layers: dict[str, nn.Module],
-    settings: Settings,
-    formats: list[Quantizer],  # narrowest first
-    bits: float,
-    smallest_rank: int = ALIGNMENT,
-) -> Settings:
-    """The settings with the widest format that leaves every layer at least `smallest_rank` within `bits` per weight.
-
-    Width goes to Q first: at equal bits feedback rounding gains more from another bit than from a rank at widths up to
-    a few thousand (the table of equal bits after each run says by how much), and L R is there to be trained.
-    """
-    for quantizer in reversed(formats):
-        tried = dataclasses.replace(settings, quantizer=quantizer)
-        if all(bits_at(module, smallest_rank, tried) <= bits for module in layers.values()):
-            return tried
-    least = dataclasses.replace(settings, quantizer=formats[0])
-    needed = max(bits_at(module, smallest_rank, least) for module in layers.values())
-    raise UsageError(
-        f"--bits-per-weight {bits:g} came; the narrowest format, {formats[0].name}, takes {needed:.3f} with rank "
-        f"{smallest_rank}. Give at least that{', a coarser --factor-format, or --rank 0' if smallest_rank else ''}."
-    )
-
-
-def _check_kept(found: Survey, ranks: dict[str, int | None], settings: Settings) -> None:
-    """Warn where an allocator keeps more than was asked for."""
-    if settings.kept_fraction is None:
-        return
-    shapes = {name: shape_of(found.layers[name]) for name in ranks}
-    numbers = {name: shape[0] * shape[1] for name, shape in shapes.items()}
-    costs = {name: numbers[name] if rank is None else factor_cost(shapes[name], rank) for name, rank in ranks.items()}
-    kept = sum(costs.values()) / sum(numbers.values())
-    if kept > settings.kept_fraction + 1e-9:
-        dense = [name for name, rank in ranks.items() if rank is None]
-        warnings.warn(
-            f"{kept:.3f} of the parameters are kept, {settings.kept_fraction:g} were asked for: {len(dense)} layers, "
-            f"like {dense[0]}, would get less than the smallest rank and stay dense.",
-            LordWarning,
-            stacklevel=2,
         )

@@ -32,9 +32,9 @@ from ..factorizations import (
     round_factors,
     truncate,
 )
-from ..layer_plan import DTYPES, LayerPlan
+from ..layer_plan import LayerPlan
 from ..layers import FactoredLinear, build_layer, weight_of
-from ..quantizers import E8P2, E8P3, E8P4, Rotated
+from ..quantizers import DTYPES, E8P2, E8P3, E8P4, Rotated
 from .base import LayerRecord, Settings
 
 _CURVES = ("calibrated", "heldout", "plain", "beyond_top")

@@ -17,8 +17,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import CheckpointError
-from ..layer_plan import DTYPES, FORMAT_VERSION, LayerPlan
+from ..layer_plan import FORMAT_VERSION, LayerPlan
 from ..layers import FactoredLinear, QuantizedLinear, densify, factored_layers, is_linear, weight_of
+from ..quantizers import DTYPES
 
 QUANT_METHOD = "lord"
 

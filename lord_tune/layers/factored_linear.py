@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..factorizations import Factors
-from ..layer_plan import DTYPES, LayerPlan, make_quantizer
+from ..layer_plan import LayerPlan
+from ..quantizers import DTYPES, make_quantizer
 from .quantized_linear import CastLinear, QuantizedLinear
 
 

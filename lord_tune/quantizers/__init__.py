@@ -1,5 +1,12 @@
-"""Low-precision storage formats, one file each; `QUANTIZERS` lists them by name."""
+"""Low-precision storage formats, one file each; `QUANTIZERS` lists them by name, `make_quantizer` makes one."""
 
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..errors import unknown_name
 from .base import Quantizer
 from .e8 import E8P2, E8P3, E8P4
 from .incoherence import Rotated
@@ -11,8 +18,10 @@ from .spqr import SpQR
 QUANTIZERS: dict[str, type] = {
     form.name: form for form in (NF4, Int2, Int3, Int4, Int8, Lloyd2, Lloyd3, Lloyd4, E8P2, E8P3, E8P4, SpQR)
 }
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # formats that need no quantizer
 
 __all__ = [
+    "DTYPES",
     "E8P2",
     "E8P3",
     "E8P4",
@@ -28,4 +37,20 @@ __all__ = [
     "Quantizer",
     "Rotated",
     "SpQR",
+    "make_quantizer",
 ]
+
+
+def make_quantizer(name: str, options: dict[str, Any] | None = None) -> Quantizer:
+    """A quantizer by name; UsageError with the nearest name if there is none. The options `incoherence` and `seed` wrap
+    any format in a rotation."""
+    if name not in QUANTIZERS:
+        raise unknown_name("format", name, [*QUANTIZERS, *DTYPES])
+    own = dict(options or {})
+    seed = own.pop("seed", 0)
+    rotated = own.pop("incoherence", False)
+    inner: Quantizer = QUANTIZERS[name](**own)
+    if not rotated:
+        return inner
+    turned: Any = Rotated(inner, seed)  # its name is a property: that of the inner format
+    return turned

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 import yaml
 
+from ..adapters.attach import FACTORS, LORA, SCALES, SPLIT
 from ..errors import UsageError
 from ..integrations.models import default_device
-from ..integrations.peft_adapters import FACTORS, LORA, SCALES, SPLIT
 
 LEARNING_RATES = {FACTORS: 1e-4, SPLIT: 1e-4, LORA: 2e-4, SCALES: 1e-2}
 SFT, DISTILL, DPO = "sft", "distill", "dpo"

@@ -17,7 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ..integrations.models import ADAPTER_FILE
+from ..integrations.files import ADAPTER_FILE
 
 LOG_FILE = "log_state.json"  # trainers.py
 _WEIGHTS = "adapter_model.safetensors"

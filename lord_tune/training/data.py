@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..calibration.corpus import RowFormat, load_rows, prompt_of, recognise
+from ..data.rows import RowFormat, load_rows, prompt_of, recognise
 from ..errors import LordError, LordWarning, UsageError
 
 _CHECKED_ROWS = 64

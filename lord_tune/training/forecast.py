@@ -25,7 +25,8 @@ from torch import Tensor
 from ..console import human_bytes
 from ..errors import UsageError
 from ..integrations.checkpoint import skeleton
-from ..integrations.models import DTYPE_NAMES, kind_of, max_length, model_class
+from ..integrations.models import DTYPE_NAMES, model_class
+from ..integrations.running import kind_of, max_length
 from ..integrations.transformers_quantizer import QUANT_METHOD, LordConfig, LordQuantizer
 from ..layers import dequantize_once
 from .arguments import DISTILL, DPO, TrainOptions

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..calibration.corpus import load_rows
+from ..data.rows import load_rows
 from ..errors import LordError, UsageError
 
 COLUMNS = ("prompt", "chosen", "rejected")

@@ -11,31 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..adapters.attach import FACTORS, LORA, MODES, SCALES, SPLIT, add_lora, add_scales, coverage, expose_factors
+from ..adapters.loading import load
 from ..console import is_main_process, note
 from ..errors import LordError, UsageError
-from ..integrations.models import (
-    ADAPTER_FILE,
-    DTYPE_NAMES,
-    RUN_FILE,
-    fingerprint,
-    kind_of,
-    load,
-    load_tokenizer,
-    max_length,
-    model_class,
-    resolve_model,
-)
-from ..integrations.peft_adapters import (
-    FACTORS,
-    LORA,
-    MODES,
-    SCALES,
-    SPLIT,
-    add_lora,
-    add_scales,
-    coverage,
-    expose_factors,
-)
+from ..integrations.files import ADAPTER_FILE, RUN_FILE, fingerprint
+from ..integrations.models import DTYPE_NAMES, load_tokenizer, model_class
+from ..integrations.running import kind_of, max_length
+from ..integrations.sources import resolve_model
 from ..storage import read_json, write_json
 from .arguments import DISTILL, DPO, TrainOptions
 from .checkpoints import defect, newest_complete

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import nested_gather
 from trl import DPOTrainer, SFTTrainer
 
-from ..integrations.models import ADAPTER_FILE
+from ..integrations.files import ADAPTER_FILE
 from ..storage import read_json, write_json
 from .checkpoints import LOG_FILE
 

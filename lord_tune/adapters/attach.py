@@ -19,7 +19,7 @@ on the `left` ones too if asked: W = Q + D_out L D R (Bolaco's diagonal post-tra
 2405.10616). Components apart get numbers of their own. Q is not scaled.
 
 `disable_adapter()`, an adapter that trains other layers only, and a deleted or unloaded one all give the decomposed
-model: in the first two modes a layer then computes with the factors it started from (`_Route`), which are read from
+model: in the first two modes a layer then computes with the factors it started from (`Route`), which are read from
 its checkpoint. (In a 16-bit model they compute in 16 bits then, those that train in float32.) Several adapters are
 PEFT's (`load_adapter`, `set_adapter`, `delete_adapter`). One trap: PEFT's own `add_adapter` starts a further factors or
 split adapter from random numbers, unless it is filled afterwards (as `load_adapter` and trl's reference copy do);
@@ -35,7 +35,6 @@ import dataclasses
 import functools
 import re
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,18 +45,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, LordError, LordWarning, UsageError
-from ..layers import (
-    CastLinear,
-    FactoredLinear,
-    FrozenSum,
-    Parts,
-    QuantizedLinear,
-    ZeroLinear,
-    dense_factor,
-    factored_layers,
-)
-from .stored_tensors import StoredTensor, StoredTensors, value_of
-from .transformers_quantizer import realised_plan
+from ..layers import CastLinear, FactoredLinear, FrozenSum, QuantizedLinear, ZeroLinear, factored_layers
+from .route import Route, adapters_of, base_of, wrappers_of
+from .stored_tensors import StoredTensors, value_of
 
 FACTORS, SPLIT, LORA, SCALES = "factors", "split", "lora", "scales"
 MODES = (FACTORS, SPLIT, LORA, SCALES)
@@ -76,9 +66,6 @@ class Coverage:
     trainable_parameters: int
 
 
-# ---- putting adapters on ---------------------------------------------------------------------------------------------
-
-
 def expose_factors(model: Any, targets: str | None = None, adapter_name: str = "default", mode: str = FACTORS) -> Any:
     """Make L and R of the factored layers (those matching the regex `targets`) the trainable PEFT adapter.
 
@@ -91,7 +78,7 @@ def expose_factors(model: Any, targets: str | None = None, adapter_name: str = "
     for name, layer in chosen.items():
         if layer.host is None:
             _check_trainable(name, layer, mode)
-    stored = StoredTensors(_plain(model))
+    stored = StoredTensors(plain_of(model))
     factors = {name: _host_factors(name, layer, mode, stored) for name, layer in chosen.items()}
     ranks = {name: right.shape[0] for name, (_, right) in factors.items()}
     patterns = {rf"^{re.escape(name)}\.host$": rank for name, rank in ranks.items()}
@@ -138,7 +125,7 @@ def add_lora(
     if on not in (BOTH, LEFT, RIGHT, SMALLER):
         raise UsageError(f"lora_on: {on} came; use {BOTH}, {LEFT}, {RIGHT} or {SMALLER}.")
     paths = [f"{name}.{s}" for name, layer in _chosen(model, targets, LORA).items() for s in _sides(layer, on)]
-    return _add_lora(model, paths, rank, 2 * rank if alpha is None else alpha, dropout, adapter_name)
+    return wrap_lora(model, paths, rank, 2 * rank if alpha is None else alpha, dropout, adapter_name)
 
 
 def _sides(layer: FactoredLinear, on: str) -> list[str]:
@@ -146,7 +133,7 @@ def _sides(layer: FactoredLinear, on: str) -> list[str]:
     return [LEFT, RIGHT] if on == BOTH else [smaller if on == SMALLER else on]
 
 
-def _add_lora(model: Any, paths: list[str], rank: int, alpha: float, dropout: float, adapter_name: str) -> Any:
+def wrap_lora(model: Any, paths: list[str], rank: int, alpha: float, dropout: float, adapter_name: str) -> Any:
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides it, a float is fine
@@ -157,7 +144,7 @@ def _add_lora(model: Any, paths: list[str], rank: int, alpha: float, dropout: fl
     )
     peft_model = _wrap(model, config, adapter_name)
     for path in paths:
-        factor = _plain(peft_model).get_submodule(path)
+        factor = plain_of(peft_model).get_submodule(path)
         if not isinstance(factor, LoraLayer) or factor.r[adapter_name] != rank:
             raise LordError(f"PEFT did not wrap '{path}' at rank {rank}; report this model.")
     return peft_model
@@ -175,14 +162,14 @@ def add_scales(model: Any, targets: str | None = None, adapter_name: str = "defa
     for name, layer in _chosen(model, targets, SCALES).items():
         for prefix in ("", "top_") if layer.top_left is not None else ("",):
             paths += [f"{name}.{prefix}{side}" for side in sides]
-    return _add_scales(model, paths, adapter_name)
+    return wrap_scales(model, paths, adapter_name)
 
 
-def _add_scales(model: Any, paths: list[str], adapter_name: str) -> Any:
+def wrap_scales(model: Any, paths: list[str], adapter_name: str) -> Any:
     config = IA3Config(target_modules=_exactly(paths), feedforward_modules=[], task_type=_task_type(model))
     peft_model = _wrap(model, config, adapter_name)
     for path in paths:
-        factor: Any = _plain(peft_model).get_submodule(path)
+        factor: Any = plain_of(peft_model).get_submodule(path)
         if not isinstance(factor, IA3Layer) or factor.is_feedforward:
             raise LordError(f"PEFT did not wrap '{path}' with scales of its outputs; report this model.")
         # PEFT's move to float32 makes the scales of an adapter that is not the active one trainable
@@ -192,7 +179,7 @@ def _add_scales(model: Any, paths: list[str], adapter_name: str) -> Any:
 
 def _chosen(model: Any, targets: str | None, mode: str) -> dict[str, FactoredLinear]:
     """The layers to train; warns of those left out."""
-    layers = factored_layers(_plain(model))
+    layers = factored_layers(plain_of(model))
     if not layers:
         raise UsageError("The model has no factored layers; run `lord-tune decompose` first and train its output.")
     present = mode_of(model)
@@ -217,7 +204,7 @@ def _exactly(paths: list[str]) -> str:
     return _WRAPPED.format("|".join(re.escape(path) for path in paths))
 
 
-def _plain(model: Any) -> Any:
+def plain_of(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
@@ -258,7 +245,7 @@ def _check_loaded(model: Any, result: Any) -> None:
             "the checkpoint it was trained on."
         )
     for name, layer in factored_layers(model).items():
-        if isinstance(layer.host, LoraLayer) and isinstance(layer.route, _Route):
+        if isinstance(layer.host, LoraLayer) and isinstance(layer.route, Route):
             for adapter, rank in layer.host.r.items():
                 if rank != layer.route.rank:
                     raise CheckpointError(
@@ -284,13 +271,13 @@ def _check_trainable(name: str, layer: FactoredLinear, mode: str) -> None:
 def _host_factors(name: str, layer: FactoredLinear, mode: str, stored: StoredTensors) -> tuple[Tensor, Tensor]:
     """L and R to train: the parameters themselves, moved out of the layer, or for a further adapter copies."""
     if layer.host is not None:
-        assert isinstance(layer.route, _Route) and layer.route.start is not None
+        assert isinstance(layer.route, Route) and layer.route.start is not None
         left, right = (value_of(kept).to(layer.weight.device, torch.float32, copy=True) for kept in layer.route.start)
         return left, right
     top = "top_" if mode == SPLIT else ""
     left, right = (getattr(layer, f"{top}{side}").weight for side in (LEFT, RIGHT))
     kept = stored.keep(f"{name}.{top}left.weight", left), stored.keep(f"{name}.{top}right.weight", right)
-    layer.route = _Route(kept, right.shape[0])
+    layer.route = Route(kept, right.shape[0])
     if mode == SPLIT:
         layer.host = FrozenSum(layer.left, layer.right, layer.backbone)
     else:
@@ -300,7 +287,7 @@ def _host_factors(name: str, layer: FactoredLinear, mode: str, stored: StoredTen
 
 
 def _task_type(model: Any) -> str | None:
-    plain = _plain(model)
+    plain = plain_of(model)
     return "CAUSAL_LM" if hasattr(plain, "can_generate") and plain.can_generate() else None
 
 
@@ -312,78 +299,11 @@ def _check_realised(name: str, layer: FactoredLinear, rank: int, adapter: str) -
         raise LordError(f"PEFT realised '{name}' at {realised}, scaling {host.scaling[adapter]}; wanted rank {rank}.")
 
 
-# ---- what a layer computes with --------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _Route:
-    """Which modules a layer computes with, if not its own: those of a merged adapter, or the factors it started from.
-
-    Modules here are not children of the layer, so they are neither saved nor moved with it.
-    """
-
-    start: tuple[StoredTensor | Tensor, StoredTensor | Tensor] | None = None  # (L, R) of a layer with a host
-    rank: int = 0  # of these
-    merged: Parts | None = None
-    names: tuple[str, ...] = ()  # the adapters in `merged`
-
-    def __call__(self, layer: FactoredLinear) -> Parts | None:
-        names = _active(layer)
-        if self.merged is not None and names == self.names:  # another adapter computes as if nothing were merged
-            if layer.training and torch.is_grad_enabled():
-                raise UsageError("The adapter is merged, so it cannot train; call lord_tune.unmerge first.")
-            return self.merged
-        return _start_parts(layer) if layer.host is not None and not names else None
-
-
-def _wrappers(layer: FactoredLinear) -> list[Any]:
-    return [child for child in layer.children() if isinstance(child, BaseTunerLayer)]
-
-
-def _held(wrapper: Any) -> Any:
-    """The adapters of a LoRA or IA3 layer, by name."""
-    return getattr(wrapper, wrapper.adapter_layer_names[0])
-
-
-def _active(layer: FactoredLinear) -> tuple[str, ...]:
-    """The adapters that change this layer now."""
-    wrappers = [wrapper for wrapper in _wrappers(layer) if not wrapper.disable_adapters]
-    return tuple(dict.fromkeys(n for wrapper in wrappers for n in wrapper.active_adapters if n in _held(wrapper)))
-
-
-def _linear_of(value: Tensor) -> CastLinear:
-    module = CastLinear(value.shape[1], value.shape[0], value.dtype, device="meta")
-    module.weight = nn.Parameter(value.detach(), requires_grad=False)
-    return module
-
-
-def _base_of(module: Any) -> Any:
-    """What PEFT's layer wraps."""
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-
-
-def _around(layer: FactoredLinear, left: Tensor, right: Tensor) -> Parts:
-    """A layer with a host whose trainable factors are these."""
-    base, pair = _base_of(layer.host), (_linear_of(left), _linear_of(right))
-    if isinstance(base, FrozenSum):
-        return Parts(base.left, base.right, base.backbone, *pair)
-    return Parts(*pair, None if isinstance(base, ZeroLinear) else base)
-
-
-def _start_parts(layer: FactoredLinear) -> Parts:
-    assert isinstance(layer.route, _Route) and layer.route.start is not None
-    left, right = (value_of(kept).to(layer.weight.device) for kept in layer.route.start)
-    return _around(layer, left, right)
-
-
-# ---- asking ----------------------------------------------------------------------------------------------------------
-
-
 def mode_of(model: Any) -> str | None:
     """factors, split, lora, scales, or None for a model without our adapters."""
     for layer in factored_layers(model).values():
         if isinstance(layer.host, LoraLayer):
-            return SPLIT if isinstance(_base_of(layer.host), FrozenSum) else FACTORS
+            return SPLIT if isinstance(base_of(layer.host), FrozenSum) else FACTORS
         for factor in (layer.left, layer.right):
             if isinstance(factor, BaseTunerLayer):
                 return SCALES if isinstance(factor, IA3Layer) else LORA
@@ -393,185 +313,11 @@ def mode_of(model: Any) -> str | None:
 def coverage(model: Any, adapter_name: str = "default") -> Coverage:
     """Which factored layers of an exposed model train, and how many parameters."""
     trained, untouched = {}, []
-    for name, layer in factored_layers(_plain(model)).items():
-        wrappers = [wrapper for wrapper in _wrappers(layer) if adapter_name in _held(wrapper)]
+    for name, layer in factored_layers(plain_of(model)).items():
+        wrappers = [wrapper for wrapper in wrappers_of(layer) if adapter_name in adapters_of(wrapper)]
         if not wrappers:
             untouched.append(name)
         else:
             trained[name] = wrappers[0].r[adapter_name] if isinstance(wrappers[0], LoraLayer) else layer.rank
     total = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Coverage(mode_of(model) or "none", trained, untouched, total)
-
-
-# ---- loading ---------------------------------------------------------------------------------------------------------
-
-
-def load_adapter(model: Any, folder: Path | str, adapter_name: str = "default") -> Any:
-    """Put a saved adapter (any mode) back on its factored base, or beside the adapters of a PEFT model of its mode.
-
-    A further adapter is not active until `set_adapter`, as PEFT has it.
-    """
-    from peft import set_peft_model_state_dict
-    from peft.utils import load_peft_weights
-    from safetensors import SafetensorError
-
-    try:
-        config: Any = PeftConfig.from_pretrained(str(folder))
-        state = load_peft_weights(str(folder), device="cpu")
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"The adapter in {folder} could not be read: {error}; write it again.") from error
-    paths = {re.split(r"\.(?:lora_|ia3_)", key.removeprefix("base_model.model."))[0] for key in state}
-    layers, owners = factored_layers(_plain(model)), sorted({path.rpartition(".")[0] for path in paths})
-    missing = [owner for owner in owners if owner not in layers]
-    if missing or not owners:
-        what = missing[0] if missing else "(no factored layer)"
-        raise CheckpointError(f"The adapter in {folder} trains {what}, which its base model does not have factored.")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", LordWarning)  # a partial match was reported when the adapter was trained
-        peft_model = _like_saved(model, config, sorted(paths), owners, adapter_name)
-    try:
-        result: Any = set_peft_model_state_dict(peft_model, state, adapter_name=adapter_name)
-    except RuntimeError as error:  # shapes differ
-        raise CheckpointError(
-            f"The adapter in {folder} does not fit its base model, whose ranks or shapes have changed since; decompose "
-            "the base as it was, or train again."
-        ) from error
-    absent = [key for key in result.missing_keys if f".{adapter_name}" in key and ("lora_" in key or "ia3_" in key)]
-    if absent:
-        raise CheckpointError(f"The adapter in {folder} lacks {absent[0]}; it is not complete, write it again.")
-    peft_model.eval()
-    return peft_model
-
-
-def _like_saved(model: Any, config: Any, paths: list[str], owners: list[str], adapter_name: str) -> Any:
-    """`model` with an adapter as `paths` (the modules it wraps) and its configuration describe it, not filled yet."""
-    layers = factored_layers(_plain(model))
-    ends = {path.rpartition(".")[2] for path in paths}
-    if ends == {"host"}:
-        split = all(layers[n].top_left is not None or isinstance(_base_of(layers[n].host), FrozenSum) for n in owners)
-        targets = rf"^({'|'.join(re.escape(name) for name in owners)})$"
-        return expose_factors(model, targets, adapter_name, SPLIT if split else FACTORS)
-    wanted = LORA if isinstance(config, LoraConfig) else SCALES
-    if mode_of(model) not in (None, wanted):
-        raise UsageError(
-            f"The model has an adapter of mode {mode_of(model)}, one of mode {wanted} came; load the base again."
-        )
-    gone = [path for path in paths if getattr(layers[path.rpartition(".")[0]], path.rpartition(".")[2], None) is None]
-    if gone:
-        raise CheckpointError(f"The adapter trains '{gone[0]}', which its base model does not have; train it again.")
-    if isinstance(config, LoraConfig):
-        return _add_lora(model, paths, config.r, config.lora_alpha, config.lora_dropout, adapter_name)
-    return _add_scales(model, paths, adapter_name)
-
-
-# ---- merging ---------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def merge(model: Any) -> Any:
-    """Compute with L and R that have the active adapter in them, until `unmerge`; exact, the ranks are unchanged.
-
-    The adapter stays beside them, so saving it, disabling it and switching to another one work as before; what is not
-    seen any more is a change of its parameters. Costs the memory of the factors that `fold` would write.
-    """
-    layers = {name: layer for name, layer in factored_layers(_plain(model)).items() if _active(layer)}
-    if not layers:
-        raise UsageError("The model has no active adapter, so nothing can be merged; load or enable one.")
-    for name, layer in layers.items():
-        names = _active(layer)
-        route = layer.route if isinstance(layer.route, _Route) else _Route()
-        layer.route = dataclasses.replace(route, merged=_parts_with(name, layer, names), names=names)
-    return model
-
-
-def unmerge(model: Any) -> Any:
-    """Compute with the adapter itself again, which `merge` has left as it was."""
-    for layer in factored_layers(_plain(model)).values():
-        if isinstance(layer.route, _Route):
-            layer.route = dataclasses.replace(layer.route, merged=None, names=()) if layer.route.start else None
-    return model
-
-
-@torch.no_grad()
-def fold(model: Any, adapter_name: str | None = None) -> Any:
-    """Fold an adapter (default: the active one) back into L and R and return the plain factored model, exactly.
-
-    factors, split: the trained parameters become `left` and `right` again. lora: L + dL and R + dR. scales: into the
-    one of L and R whose storage that changes least; components apart, both. What a fold changes becomes float32, if it
-    was stored in fewer bits (decoded first, so the update is not rounded away).
-    """
-    base = _plain(model)
-    layers = factored_layers(base)
-    if adapter_name is not None and not any(adapter_name in _held(w) for y in layers.values() for w in _wrappers(y)):
-        raise UsageError(f"The model has no adapter '{adapter_name}'; load it, or leave adapter_name out.")
-    for name, layer in layers.items():
-        parts = _parts_with(name, layer, _active(layer) if adapter_name is None else (adapter_name,))
-        layer.host = layer.route = None
-        layer.left, layer.right, layer.backbone, layer.top_left, layer.top_right = parts
-        layer.plan = realised_plan(layer)
-    for key in ("peft_config", "_hf_peft_config_loaded"):
-        base.__dict__.pop(key, None)
-    base.requires_grad_(False)
-    return base.eval()
-
-
-def _parts_with(name: str, layer: FactoredLinear, adapters: tuple[str, ...]) -> Parts:
-    """The modules of a layer with these adapters folded in."""
-    if layer.host is None:
-        pair = _folded_pair(layer.left, layer.right, adapters)
-        top: tuple[Any, Any] = (None, None)
-        if layer.top_left is not None:
-            old = _base_of(layer.top_left), _base_of(layer.top_right)
-            top = _folded_pair(layer.top_left, layer.top_right, adapters)
-            if top != old:  # a checkpoint has one format for both
-                top = _linear_of(dense_factor(top[0]).float()), _linear_of(dense_factor(top[1]).float())
-        return Parts(*pair, layer.backbone, *top)
-    host = layer.host
-    present = [n for n in adapters if isinstance(host, LoraLayer) and n in host.lora_A]
-    if len(present) > 1:
-        raise UsageError(f"'{name}' has {len(present)} adapters active, each of which is all of L R; set one of them.")
-    if not present:
-        return _start_parts(layer)
-    return _around(layer, host.lora_B[present[0]].weight, host.lora_A[present[0]].weight)
-
-
-def _folded_pair(left: Any, right: Any, adapters: tuple[str, ...]) -> tuple[Any, Any]:
-    if isinstance(left, IA3Layer) or isinstance(right, IA3Layer):
-        return _scaled_pair(left, right, adapters)
-    return _with_lora(left, adapters), _with_lora(right, adapters)
-
-
-def _with_lora(wrapped: Any, adapters: tuple[str, ...]) -> Any:
-    """A factor plus scaling * B A."""
-    present = [n for n in adapters if isinstance(wrapped, LoraLayer) and n in wrapped.lora_A]
-    if not present:
-        return _base_of(wrapped)
-    value = dense_factor(_base_of(wrapped))
-    for n in present:
-        value = value + wrapped.scaling[n] * (wrapped.lora_B[n].weight.double() @ wrapped.lora_A[n].weight.double())
-    return _linear_of(value.float())
-
-
-def _scaled_pair(left: Any, right: Any, adapters: tuple[str, ...]) -> tuple[Any, Any]:
-    """D_out L D and R, or D_out L and D R: D goes where something changes anyway, or else into the smaller of what is
-    not packed."""
-    outputs, components = _scales_of(left, adapters), _scales_of(right, adapters)
-    left, right = _base_of(left), _base_of(right)
-    if outputs is None and components is None:
-        return left, right
-    dense = [factor for factor in (right, left) if not isinstance(factor, QuantizedLinear)] or [right, left]
-    into_left = outputs is not None or min(dense, key=lambda f: f.in_features * f.out_features) is left
-    if components is not None and not into_left:
-        right = _linear_of((components[:, None] * dense_factor(right)).float())
-    if into_left:
-        value = dense_factor(left)
-        value = value if components is None else value * components
-        value = value if outputs is None else outputs[:, None] * value
-        left = _linear_of(value.float())
-    return left, right
-
-
-def _scales_of(wrapped: Any, adapters: tuple[str, ...]) -> Tensor | None:
-    """The product of the adapters' scales, float64, (out,)."""
-    present = [wrapped.ia3_l[n] for n in adapters if isinstance(wrapped, IA3Layer) and n in wrapped.ia3_l]
-    return torch.stack([scales.double().flatten() for scales in present]).prod(0) if present else None

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .models import weight_files
+from ..integrations.files import weight_files
 
 Stamp = tuple[int, int]  # nanoseconds of the last change, bytes
 

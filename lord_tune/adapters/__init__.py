@@ -1,0 +1,1 @@
+"""PEFT adapters on the factors: attach, route, fold, load."""

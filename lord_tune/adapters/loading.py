@@ -1,0 +1,97 @@
+"""Load a model of any kind: dense, factored, a training output with its adapter, or `.gguf`."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftConfig
+
+from ..errors import CheckpointError, LordWarning, UsageError
+from ..integrations.files import ADAPTER_FILE, RUN_FILE, base_of_adapter, fingerprint
+from ..integrations.models import load_dense_or_factored, load_tokenizer
+from ..integrations.sources import resolve_model
+from ..layers import FrozenSum, factored_layers
+from ..storage import read_json
+from .attach import FACTORS, LORA, SCALES, SPLIT, expose_factors, mode_of, plain_of, wrap_lora, wrap_scales
+from .route import base_of
+
+
+def load(name: str, dtype: str | None = None) -> tuple[Any, Any]:
+    """Model and tokenizer of a dense or factored checkpoint, a training output, a Hub id or a `.gguf` file.
+
+    A training output comes back as the PEFT model it was saved from, on its factored base.
+    """
+    source = resolve_model(name)
+    folder = Path(source)
+    if (folder / ADAPTER_FILE).is_file():
+        origin = resolve_model(base_of_adapter(folder))
+        trained_on = read_json(folder / RUN_FILE).get("base") if (folder / RUN_FILE).is_file() else None
+        if trained_on is not None and trained_on != fingerprint(origin):
+            raise CheckpointError(
+                f"{origin} is not the checkpoint that {folder} was trained on (written again since); its L and "
+                "R belong to another Q; decompose as before, or train again."
+            )
+        base = load_dense_or_factored(origin, dtype)
+        return load_adapter(base, folder), load_tokenizer(source)
+    return load_dense_or_factored(source, dtype), load_tokenizer(source)
+
+
+def load_adapter(model: Any, folder: Path | str, adapter_name: str = "default") -> Any:
+    """Put a saved adapter (any mode) back on its factored base, or beside the adapters of a PEFT model of its mode.
+
+    A further adapter is not active until `set_adapter`, as PEFT has it.
+    """
+    from peft import set_peft_model_state_dict
+    from peft.utils import load_peft_weights
+    from safetensors import SafetensorError
+
+    try:
+        config: Any = PeftConfig.from_pretrained(str(folder))
+        state = load_peft_weights(str(folder), device="cpu")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"The adapter in {folder} could not be read: {error}; write it again.") from error
+    paths = {re.split(r"\.(?:lora_|ia3_)", key.removeprefix("base_model.model."))[0] for key in state}
+    layers, owners = factored_layers(plain_of(model)), sorted({path.rpartition(".")[0] for path in paths})
+    missing = [owner for owner in owners if owner not in layers]
+    if missing or not owners:
+        what = missing[0] if missing else "(no factored layer)"
+        raise CheckpointError(f"The adapter in {folder} trains {what}, which its base model does not have factored.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LordWarning)  # a partial match was reported when the adapter was trained
+        peft_model = _like_saved(model, config, sorted(paths), owners, adapter_name)
+    try:
+        result: Any = set_peft_model_state_dict(peft_model, state, adapter_name=adapter_name)
+    except RuntimeError as error:  # shapes differ
+        raise CheckpointError(
+            f"The adapter in {folder} does not fit its base model, whose ranks or shapes have changed since; decompose "
+            "the base as it was, or train again."
+        ) from error
+    absent = [key for key in result.missing_keys if f".{adapter_name}" in key and ("lora_" in key or "ia3_" in key)]
+    if absent:
+        raise CheckpointError(f"The adapter in {folder} lacks {absent[0]}; it is not complete, write it again.")
+    peft_model.eval()
+    return peft_model
+
+
+def _like_saved(model: Any, config: Any, paths: list[str], owners: list[str], adapter_name: str) -> Any:
+    """`model` with an adapter as `paths` (the modules it wraps) and its configuration describe it, not filled yet."""
+    layers = factored_layers(plain_of(model))
+    ends = {path.rpartition(".")[2] for path in paths}
+    if ends == {"host"}:
+        split = all(layers[n].top_left is not None or isinstance(base_of(layers[n].host), FrozenSum) for n in owners)
+        targets = rf"^({'|'.join(re.escape(name) for name in owners)})$"
+        return expose_factors(model, targets, adapter_name, SPLIT if split else FACTORS)
+    wanted = LORA if isinstance(config, LoraConfig) else SCALES
+    if mode_of(model) not in (None, wanted):
+        raise UsageError(
+            f"The model has an adapter of mode {mode_of(model)}, one of mode {wanted} came; load the base again."
+        )
+    gone = [path for path in paths if getattr(layers[path.rpartition(".")[0]], path.rpartition(".")[2], None) is None]
+    if gone:
+        raise CheckpointError(f"The adapter trains '{gone[0]}', which its base model does not have; train it again.")
+    if isinstance(config, LoraConfig):
+        return wrap_lora(model, paths, config.r, config.lora_alpha, config.lora_dropout, adapter_name)
+    return wrap_scales(model, paths, adapter_name)

@@ -1,0 +1,18 @@
+"""How a kind of model is run, told to the calibration by whoever knows its class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Task:
+    """How this kind of model is run; supplied by integrations, so that nothing here knows a model class."""
+
+    forward: Callable[[nn.Module, Tensor], Any]  # (model, (1, length) ids)
+    loss: Callable[[nn.Module, Tensor], Tensor]  # the same -> scalar, summed over tokens
+    prepare: Callable[[Tensor], Tensor] = lambda ids: ids  # (1, length) -> the ids that `loss` runs the model on

@@ -1,0 +1,1 @@
+"""Text data: rows of files and datasets."""

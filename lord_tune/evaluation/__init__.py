@@ -1,0 +1,1 @@
+"""Measure a model: perplexity.py, speed.py; run.py does both."""

@@ -1,0 +1,41 @@
+"""Perplexity: non-overlapping windows of `context_length` tokens, each predicting its tokens 2..n, float32 logits.
+
+A model with a masked-token head is measured on a fixed random 15 % of the tokens, masked; the number is then exp(loss
+per masked token) and not comparable with a causal model's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import LordError, UsageError
+from ..integrations.running import kind_of, summed_loss
+
+
+def perplexity(
+    model: Any,
+    tokenizer: Any,
+    windows: Tensor,  # (window, length)
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> tuple[float, int]:
+    """(mean loss in nats per predicted token, predicted tokens)."""
+    if kind_of(model) == "bare":
+        raise UsageError(
+            f"{type(model).__name__} has no language-model head, so it has no perplexity; its per-layer errors are in "
+            "decomposition.json (`lord-tune inspect`)."
+        )
+    mask_token = getattr(tokenizer, "mask_token_id", None)
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for index, window in enumerate(windows):
+            loss, tokens = summed_loss(model, window[None], mask_token)
+            total, count = total + float(loss), count + tokens
+            progress("measuring perplexity", index + 1, len(windows))
+    if not math.isfinite(total):
+        raise LordError("The loss is NaN or Inf; the weights are broken or the dtype is too narrow (--dtype float32).")
+    return total / count, count

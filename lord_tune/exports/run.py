@@ -1,0 +1,78 @@
+"""Write a factored model (or one with a trained adapter) in another form, reload what was written, compare logits.
+
+dense: an ordinary Hugging Face checkpoint, W = Q + L R per layer, any loader.
+factored: the adapter folded back into L and R, exactly; needs lord_tune to load.
+peft: a bitsandbytes NF4 base holding Q and an ordinary LoRA adapter holding L and R with lora_alpha == r; loads with
+  stock transformers + peft, without lord_tune. Only for an NF4 backbone: LoRD has no Q, its base would be zeros.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..adapters.attach import mode_of
+from ..adapters.fold import fold
+from ..errors import ExportMismatch, UsageError
+from ..integrations.models import DTYPE_NAMES, load_dense_or_factored, save_model
+from ..integrations.running import max_length
+from ..integrations.transformers_quantizer import attach
+from ..layers import factored_layers
+from .dense import write_dense
+from .peft import check_peft_exportable, write_peft
+from .verify import PROBE_TOKENS, THRESHOLDS, Comparison, compare, outputs_of, probe_ids
+
+FORMATS = ("dense", "factored", "peft")
+
+
+def export_model(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,  # empty, exists; becomes the export
+    form: str,
+    dtype: str = "float32",
+    threshold: float | None = None,
+    text: str | None = None,
+    final: Path | None = None,  # where `folder` will be moved
+    card: Callable[[str], str] | None = None,  # format -> README text
+) -> Comparison:
+    """Write `model` as `form` into `folder` and verify it; raises ExportMismatch over the threshold.
+
+    The model is consumed: its adapter is folded and, for `dense`, its layers are replaced.
+    """
+    if form not in FORMATS:
+        raise UsageError(f"--format {form} is unknown; use one of {', '.join(FORMATS)}.")
+    if dtype not in DTYPE_NAMES:
+        raise UsageError(f"--dtype {dtype} is unknown; use one of {', '.join(DTYPE_NAMES)}.")
+    plain = model.get_base_model() if mode_of(model) else model
+    if not factored_layers(plain):
+        raise UsageError("The model has no factored layers; it is an ordinary checkpoint already.")
+    if form == "peft":
+        check_peft_exportable(plain)
+    model_dtype = plain.dtype
+    ids = probe_ids(tokenizer, text, min(PROBE_TOKENS, max_length(plain)))
+    reference = outputs_of(model, ids)
+    factored = fold(model) if mode_of(model) else model
+    if form == "dense":
+        written = write_dense(factored, tokenizer, folder, DTYPE_NAMES[dtype], ids)
+    elif form == "factored":
+        attach(factored)
+        save_model(factored, tokenizer, folder)
+        written = outputs_of(load_dense_or_factored(str(folder)), ids)
+    else:
+        written = write_peft(factored, tokenizer, folder, ids, final or folder)
+    if card is not None:
+        (folder / "README.md").write_text(card(form))
+    comparison = compare(reference, written)
+    # `factored` keeps every dtype and is exact; the others compute in another dtype than a 16-bit model
+    computed = [] if form == "factored" else [str(model_dtype).removeprefix("torch."), dtype if form == "dense" else ""]
+    limit = max(THRESHOLDS.get(name, 0.0) for name in ["float32", *computed]) if threshold is None else threshold
+    if not math.isfinite(comparison.kl) or comparison.kl > limit:
+        raise ExportMismatch(
+            f"The written {form} checkpoint differs from the model: KL {comparison.kl:.3g} nats per token, at most "
+            f"{limit:.3g} wanted (largest logit difference {comparison.max_logit_difference:.3g}). Nothing was kept; "
+            "try --dtype float32, or raise --threshold if this loss is acceptable."
+        )
+    return comparison

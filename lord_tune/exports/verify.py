@@ -1,0 +1,64 @@
+"""Compare the outputs of a written model with those of the model it was written from."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+
+# KL in nats per token between unmerged and written model; float32 differs in the order of summation only,
+# 16-bit weights by their rounding (relative 2^-9 for bfloat16 on every weight)
+THRESHOLDS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+PROBE_TOKENS = 256
+PROBE_TEXT = '''def moving_average(values, width):
+    """Return the mean of each window of `width` consecutive values."""
+    if width < 1:
+        raise ValueError("width must be at least 1")
+    total, result = sum(values[:width]), []
+    for old, new in zip(values, values[width:] + [0]):
+        result.append(total / width)
+        total += new - old
+    return result
+
+
+The lighthouse keeper climbed the stairs every evening, counting the steps aloud, and wrote the weather of the day into
+a book that nobody had asked him to keep. In winter the wind came from the north and the ink froze in its glass.
+'''
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Unmerged against written model on the probe text."""
+
+    kl: float  # mean KL(unmerged || written), nats per token
+    max_logit_difference: float
+    top1_agreement: float
+    tokens: int
+
+
+def probe_ids(tokenizer: Any, text: str | None, longest: int = PROBE_TOKENS) -> Tensor:
+    """(1, length) ids of the comparison text, at most `longest`."""
+    ids = tokenizer(PROBE_TEXT if text is None else text, verbose=False)["input_ids"][:longest]
+    if len(ids) < 2:
+        raise UsageError(f"The comparison text has {len(ids)} tokens; at least 2 are needed.")
+    return torch.tensor([ids])
+
+
+@torch.no_grad()
+def outputs_of(model: Any, ids: Tensor) -> Tensor:
+    """Logits, or last hidden states of a model without a head; (length, width) float32 on the CPU."""
+    result = model.eval()(input_ids=ids.to(next(model.parameters()).device))
+    logits = result.logits if "logits" in result else result.last_hidden_state
+    return logits[0].float().cpu()
+
+
+def compare(reference: Tensor, written: Tensor) -> Comparison:
+    """Both (token, vocabulary)."""
+    p, q = reference.double().log_softmax(-1), written.double().log_softmax(-1)
+    kl = float((p.exp() * (p - q)).sum(-1).mean().clamp_min(0))
+    agreement = float((reference.argmax(-1) == written.argmax(-1)).double().mean())
+    return Comparison(kl, float((reference - written).abs().max()), agreement, reference.shape[0])

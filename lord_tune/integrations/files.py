@@ -1,0 +1,59 @@
+"""The files of a model folder: weights, shards, records, the base of an adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import CheckpointError
+from ..storage import read_json, sha256_files
+
+ADAPTER_FILE = "adapter_config.json"
+RUN_FILE = "train_config.json"  # beside an adapter: the resolved configuration of its run
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, for one-sentence reports."""
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__
+
+
+def check_shards(folder: Path) -> None:
+    """CheckpointError if a safetensors file is missing, truncated or has a broken header."""
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / "model.safetensors.index.json"
+    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else []
+    names = names or sorted(path.name for path in folder.glob("*.safetensors"))
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{folder} lacks the shard {name} that its index names; download it again.")
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{path} is truncated or not a safetensors file ({first_line(error)}); download or write it again."
+            ) from error
+
+
+def base_of_adapter(folder: Path) -> str:
+    """The factored checkpoint an adapter folder was trained on."""
+    base = read_json(folder / ADAPTER_FILE).get("base_model_name_or_path")
+    if not base:
+        raise CheckpointError(f"{folder / ADAPTER_FILE} names no base model; pass the folder that `train` wrote.")
+    if not Path(base).is_dir() and (folder / base).is_dir():
+        base = str(folder / base)
+    return base
+
+
+def fingerprint(name: str) -> str | None:
+    """Which factored checkpoint a folder holds: the sha256 of the record of how it was made (cheap for any size)."""
+    records = [Path(name) / file for file in ("decomposition.json", "export.json")]
+    found = [path for path in records if path.is_file()] or weight_files(name)
+    return sha256_files(found) if found else None
+
+
+def weight_files(name: str) -> list[Path]:
+    """The safetensors files of a local model directory, in order; empty for a Hub id."""
+    return sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []

@@ -1,0 +1,64 @@
+"""Where a result came from: the command that repeats a run, the versions, the identity of the base model."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from . import __version__
+from .config import RunConfig
+from .integrations.files import weight_files
+from .storage import sha256_files
+
+
+def command_line(verb: str, config: RunConfig) -> str:
+    """The command that repeats a run: positional fields, then every field that differs from its default."""
+    words = ["lord-tune", verb]
+    positional = [n for n in ("model", "out") if n in type(config).model_fields and verb != "quickstart"]
+    words += [str(getattr(config, name)) for name in positional]
+    values = {name: getattr(config, name) for name in type(config).model_fields} | (config.model_extra or {})
+    for name, value in values.items():
+        field = type(config).model_fields.get(name)
+        if name in (*positional, "overwrite", "resume", "dry_run"):
+            continue
+        if field is not None and value == field.get_default(call_default_factory=True):
+            continue
+        flag = "--" + ((field.alias if field and field.alias else name).replace("_", "-"))
+        if isinstance(value, bool) and field is not None:
+            words.append(flag if value else f"--no-{flag[2:]}")
+        elif isinstance(value, list):
+            words += [flag, *map(str, value)]
+        elif isinstance(value, dict):
+            words += [flag, json.dumps(value)]
+        elif value is not None:
+            words += [flag, str(value)]
+    return shlex.join(words)
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that decide the result."""
+    found = {"lord_tune": __version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "safetensors"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def identity_of(name: str, source: str, config: Any) -> dict[str, Any]:
+    """Which weights these were: the sha256 of local files, the revision of a Hub model."""
+    files = weight_files(source)
+    return {
+        "name": name,
+        "sha256": sha256_files(files) if files else None,
+        "revision": getattr(config, "_commit_hash", None),
+    }
+
+
+def lasting(config: RunConfig) -> dict[str, Any]:
+    """The configuration without what does not change the result."""
+    return config.model_dump(exclude={"resume", "overwrite", "dry_run"})
