@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import lord_tune
 
@@ -14,6 +17,7 @@ ROOT = Path(lord_tune.__file__).parent
 STAIRS = [
     ["errors", "linalg", "memory", "parallel"],
     ["storage", "console"],
+    ["data"],
     ["calibration", "quantizers"],
     ["factorizations"],
     ["layer_plan"],
@@ -21,42 +25,101 @@ STAIRS = [
     ["allocation"],
     ["decomposition"],
     ["integrations"],
-    ["evaluation", "training", "exporting", "cards"],
+    ["adapters"],
+    ["evaluation", "training", "exports", "cards"],
     ["config"],
-    ["tables"],
+    ["provenance", "resolve", "tables"],
     ["commands"],
     ["demo"],
     ["cli"],
     ["__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(STAIRS) for name in names}
+FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+LONGEST = 400
+REASON = "Longer than 400 lines because"
 
 
-def imported(path: Path) -> set[str]:
-    """Names of the package's top-level parts that a file imports."""
-    depth = len(path.relative_to(ROOT).parts) - 1
+def name_of(path: Path) -> str:
+    """lord_tune.a.b, also for lord_tune/a/b/__init__.py."""
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path) for path in FILES} | {"lord_tune"}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules of the package that a file imports anywhere: at its top, inside functions, under TYPE_CHECKING.
+
+    Importing a name that a package's `__init__` re-exports counts as importing that `__init__`.
+    """
+    package = name_of(path).split(".") if path.name == "__init__.py" else name_of(path).split(".")[:-1]
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == depth + 1:
-            found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lord_tune."):
-            found.add(node.module.split(".")[1])
-    return found & set(LEVEL)
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            target = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {f"{target}.{a.name}" if f"{target}.{a.name}" in MODULES else target for a in node.names}
+    return (found & MODULES) - {"lord_tune"}
+
+
+GRAPH = {name_of(path): imports_of(path) for path in FILES}
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """One circle of imports, or nothing."""
+    done: set[str] = set()
+
+    def follow(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in done:
+            return []
+        for other in sorted(graph.get(name, ())):
+            found = follow(other, [*path, name])
+            if found:
+                return found
+        done.add(name)
+        return []
+
+    return next((found for name in sorted(graph) if (found := follow(name, []))), [])
+
+
+def part_of(module: str) -> str:
+    return module.split(".")[1]
 
 
 def test_every_file_has_a_level():
-    parts = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in ROOT.rglob("*.py")}
-    assert parts - {"__init__"} == set(LEVEL)
+    parts = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in FILES}
+    assert parts == set(LEVEL)
 
 
 def test_imports_go_down():
-    wrong = []
-    for path in ROOT.rglob("*.py"):
-        part = path.relative_to(ROOT).parts[0].removesuffix(".py")
-        if part == "__init__":
-            continue
-        wrong += [f"{path.name} -> {name}" for name in imported(path) if name != part and LEVEL[name] >= LEVEL[part]]
+    wrong = [
+        f"{module} -> {other}"
+        for module, others in GRAPH.items()
+        for other in others
+        if part_of(other) != part_of(module) and LEVEL[part_of(other)] >= LEVEL[part_of(module)]
+    ]
     assert wrong == []
+
+
+def test_no_file_is_part_of_a_circle():
+    assert circle(GRAPH) == []
+
+
+def test_a_circle_is_found():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a", "b", "c", "a"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_long_file_says_why(path: Path):
+    text = path.read_text()
+    documented = ast.get_docstring(ast.parse(text)) or ""
+    assert text.count("\n") <= LONGEST or REASON in re.sub(r"\s+", " ", documented)
 
 
 def test_numerics_do_not_import_models_or_commands():

@@ -468,7 +468,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 import lord_tune
 from lord_tune.integrations.models import load_dense_or_factored
-from lord_tune.integrations.peft_adapters import add_lora, expose_factors
+from lord_tune.adapters.attach import add_lora, expose_factors
 torch.set_num_threads(1)
 folder, mode, shard = sys.argv[1], sys.argv[2], len(sys.argv) > 3
 torch.manual_seed(0)

@@ -1,5 +1,7 @@
 """The driver: decompose a checkpoint block by block, in memory bounded by its largest block.
 
+Longer than 400 lines because the passes are still one class.
+
 Up to three passes over the blocks. In each, a block's weights are loaded, used and released; hidden states lie in
 files between blocks; a finished block is a file and a line in the journal.
 

@@ -36,7 +36,7 @@ class FactoredLinear(nn.Module):
 
     Where the first components are stored apart, `left` and `right` hold the others, `top_left` and `top_right` these.
     While PEFT trains the factors themselves, they live in the LoRA layer around the child `host` (which then holds the
-    backbone or nothing) and `left`, `right`, `backbone` are None; see integrations/peft_adapters.py. In mode split only
+    backbone or nothing) and `left`, `right`, `backbone` are None; see adapters/attach.py. In mode split only
     `top_left` and `top_right` move there. `route` is asked at every forward for other modules to use (of a disabled or
     merged adapter); it is neither a module nor saved.
 
