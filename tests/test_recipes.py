@@ -71,6 +71,21 @@ def test_header_gives_command_machine_time_and_result(path):
     assert str(path.relative_to(ROOT)) in header
 
 
+def test_the_list_of_recipes_is_complete():
+    """recipes/README.md links each recipe once, and gives once the command that the recipe's header gives."""
+    text = (ROOT / "recipes/README.md").read_text()
+    rows = "\n".join(line for line in text.splitlines() if line.startswith("|"))
+    linked = [ROOT / "recipes" / link for link in re.findall(r"\]\(([\w./]+\.yaml)\)", rows)]
+    assert sorted(linked) == RECIPES
+    listed = text.split("## The recipes")[1].split("## Decomposition in detail")[0].splitlines()
+    for path in [*DECOMPOSE, *TRAIN]:
+        name = str(path.relative_to(ROOT))
+        (line,) = (row for row in path.read_text().splitlines() if row.startswith("#") and name in row)
+        command = line.removeprefix("# command:").strip("# ").split(" && ")[-1]
+        assert listed.count(command) == 1, command
+    assert sum("--config recipes/" in line for line in listed) == len(DECOMPOSE) + len(TRAIN)
+
+
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory, rows_file) -> dict[str, Path]:
     """Kind of recipe -> rows in the columns that its data set has."""
