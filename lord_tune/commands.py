@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from .cards import decomposition_card, export_card, training_card
 from .config import DecomposeConfig, EvaluateConfig, ExportConfig, InspectConfig, PlanConfig, RunConfig, TrainConfig
 from .console import LiveTable, human_bytes, is_main_process, note, progress, say, show_spans, show_table
 from .data.rows import documents
-from .decomposition import Journal, LayerRecord, Rates, TextSize, check_budget, decompose_checkpoint, survey
-from .errors import LordError, UsageError
+from .decomposition import Journal, LayerRecord, Phase, Rates, TextSize, decide, decompose_checkpoint, is_block, survey
+from .errors import LordError, LordWarning, UsageError
 from .evaluation.run import evaluate_model
 from .exports.run import export_model
 from .integrations.checkpoint import Checkpoint, skeleton, write_index
@@ -26,12 +27,12 @@ from .integrations.files import ADAPTER_FILE, base_of_adapter, fingerprint, firs
 from .integrations.models import default_device, launched_processes, load_tokenizer, model_class, quiet
 from .integrations.running import kind_of, task_of, window_length
 from .integrations.sources import resolve_model
-from .layer_plan import FORMAT_VERSION
 from .layers import dequantize_once
 from .layers.sizes import sizes
 from .memory import PeakMemory
+from .plans import FORMAT_VERSION, Plan
 from .provenance import command_line, identity_of, lasting, versions
-from .resolve import SENSITIVITY_LENGTH, check_formats, estimate_of, settings_of, text_size_of, windows_of
+from .resolve import SENSITIVITY_LENGTH, check_formats, estimate_of, request_of, text_size_of, windows_of
 from .storage import atomic_directory, check_destination, check_json_file, read_json, write_json, write_text
 from .tables import (
     LAYER_COLUMNS,
@@ -85,24 +86,34 @@ def decompose(model: str, out: str, **options: Any) -> dict[str, Any]:
     }
     start = time.perf_counter()
     if journal.open(identity, config.resume):
-        blocks = sum(1 for step in journal.steps if step.startswith("writing/"))
+        blocks = sum(is_block(step, Phase.WRITING) for step in journal.steps)
         note(f"continuing the run in {journal.folder}: {blocks} blocks are written")
     try:
         source = Checkpoint(source_name, config.dtype, journal.work / f"converted-{workers.rank}", device)
         shape = skeleton(source_name, config.dtype)
-        settings = settings_of(config, shape)
-        found = survey(source.model, settings)
-        check_budget(found.layers, settings)
+        request = request_of(config)
+        found = survey(source.model, request.targets, request.exclude)
+        for text in found.notes():
+            warnings.warn(text, LordWarning, stacklevel=2)
+        chosen = decide(found.layers, request)
         before = sizes(source.model)
-        foreseen = estimate_of(shape, settings, text_size_of(windows), None, workers.size)
-        say(f"decomposing {config.model}: {summary(config, settings)}")
+        foreseen = estimate_of(
+            shape,
+            survey(shape, request.targets, request.exclude),
+            request,
+            chosen,
+            text_size_of(windows),
+            None,
+            workers.size,
+        )
+        say(f"decomposing {config.model}: {summary(config, _backbone(chosen))}")
         say(
             f"{foreseen.parameters:,} parameters, {foreseen.layers} layers in {foreseen.blocks} blocks; estimated peak "
             f"memory {human_bytes(foreseen.peak_bytes)}, scratch files {human_bytes(foreseen.scratch_bytes)}"
         )
         task = task_of(tokenizer, kind_of(source.model) == "masked")
         with PeakMemory() as peak, LiveTable(LAYER_COLUMNS, LAYER_WIDTHS) as table:
-            outcome = decompose_checkpoint(source, found, settings, windows, task, journal, layer_rows(table))
+            outcome = decompose_checkpoint(source, found, request, chosen, windows, task, journal, layer_rows(table))
         totals = _totals(outcome.records, before, sizes(source.model), time.perf_counter() - start)
         totals |= {"peak_rss_bytes": peak.bytes, "estimated_peak_rss_bytes": foreseen.peak_bytes}
         report = {
@@ -115,7 +126,7 @@ def decompose(model: str, out: str, **options: Any) -> dict[str, Any]:
             "calibration": calibration,
             "layers": {name: asdict(record) for name, record in outcome.records.items()},
             "recovery": outcome.recovery,
-            "skipped": outcome.skipped,
+            "skipped": found.skipped,
             "totals": totals,
         }
         if journal.writes:
@@ -129,6 +140,11 @@ def decompose(model: str, out: str, **options: Any) -> dict[str, Any]:
         raise
     show_decomposition(report, config)
     return report
+
+
+def _backbone(chosen: Plan | None) -> str:
+    """The backbones of a plan, in words."""
+    return "none" if chosen is None else ", ".join(dict.fromkeys(c.backbone for c in chosen.layers.values()))
 
 
 def plan(model: str, **options: Any) -> dict[str, Any]:
@@ -152,15 +168,19 @@ def plan(model: str, **options: Any) -> dict[str, Any]:
         weighted = max(1, config.sensitivity_tokens // short) * short
         size = TextSize(tokens, heldout, length, weighted, short)
     device = default_device()
-    settings = settings_of(config, shape)
+    request = request_of(config)
+    found = survey(shape, request.targets, request.exclude)
+    for text in found.notes():
+        warnings.warn(text, LordWarning, stacklevel=2)
+    chosen = decide(found.layers, request)
     foreseen = estimate_of(
-        shape, settings, size, Rates.measure(next(shape.parameters()).dtype, device), config.processes
+        shape, found, request, chosen, size, Rates.measure(next(shape.parameters()).dtype, device), config.processes
     )
     result = {"model": config.model, **foreseen.to_dict()}
     if config.json_file:
         write_json(Path(config.json_file), result)
         return result
-    show_estimate(foreseen, survey(shape, settings), config, settings)
+    show_estimate(foreseen, found, config, _backbone(chosen))
     return result
 
 

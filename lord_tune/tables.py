@@ -11,8 +11,7 @@ from .adapters.attach import Coverage
 from .allocation import break_even
 from .config import DecomposeConfig, MethodConfig, PlanConfig
 from .console import LiveTable, duration, human_bytes, say, show_table
-from .decomposition import Estimate, Notify, Progress, Settings, Survey
-from .layers import shape_of
+from .decomposition import Estimate, Notify, Progress, Survey
 from .training import MemoryEstimate
 
 LAYER_COLUMNS = ["layer", "shape", "rank", "calibrated", "held-out", "plain SVD", "seconds"]
@@ -36,20 +35,20 @@ def layer_rows(table: LiveTable) -> Notify:
     return show
 
 
-def show_estimate(foreseen: Estimate, found: Survey, config: PlanConfig, settings: Settings) -> None:
+def show_estimate(foreseen: Estimate, found: Survey, config: PlanConfig, backbone: str) -> None:
     kinds: dict[str, list[str]] = {}
     for name in found.layers:
         kinds.setdefault(_kind(name), []).append(name)
     rows = []
     for kind, names in kinds.items():
-        shape = shape_of(found.layers[names[0]])
+        shape = found.layers[names[0]].shape
         rank = "from calibration"
         if foreseen.ranks is not None:
             chosen = {foreseen.ranks[name] for name in names}
             rank = ", ".join("dense" if r is None else str(r) for r in sorted(chosen, key=lambda r: r or 0))
         rows.append([kind, f"{shape[0]}x{shape[1]}", str(len(names)), rank, str(break_even(shape))])
     show_table(
-        f"plan for {config.model}: {summary(config, settings)}",
+        f"plan for {config.model}: {summary(config, backbone)}",
         ["layer", "shape", "count", "rank", "break-even"],
         rows,
     )
@@ -86,7 +85,7 @@ def _count_reasons(skipped: dict[str, str]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in counts.items())
 
 
-def summary(config: MethodConfig, settings: Settings) -> str:
+def summary(config: MethodConfig, backbone: str) -> str:
     if config.bits_per_weight is not None:
         budget = f"{config.bits_per_weight:g} bits per weight"
         budget += "" if config.rank is None else f" with rank {config.rank}"
@@ -94,8 +93,8 @@ def summary(config: MethodConfig, settings: Settings) -> str:
         budget = f"rank {config.rank}"
     else:
         budget = f"{config.kept_fraction:g} kept, {config.allocation}"
-    backbone = "L R only" if settings.quantizer is None else f"{settings.quantizer.name} + L R"
-    return f"{backbone}, method {config.method}, {budget}"
+    parts = "L R only" if backbone == "none" else f"{backbone} + L R"
+    return f"{parts}, method {config.method}, {budget}"
 
 
 def show_decomposition(report: dict[str, Any], config: DecomposeConfig) -> None:

@@ -9,8 +9,6 @@ import pytest
 import torch
 from contracts import inputs, moments_of, weight
 
-from lord_tune.allocation import Uniform
-from lord_tune.decomposition.base import Settings
 from lord_tune.decomposition.layerwise import project_layer
 from lord_tune.errors import UsageError
 from lord_tune.factorizations import (
@@ -26,6 +24,7 @@ from lord_tune.factorizations import (
     round_factors,
 )
 from lord_tune.factorizations.caldera import DAMPINGS, Caldera, _Problem
+from lord_tune.plans import LayerChoice
 from lord_tune.quantizers import E8P2, E8P3, NF4, Int2, Int3, Int4, Int8, Lloyd2, Lloyd4, Rotated, SpQR
 from lord_tune.quantizers import QUANTIZERS as BY_NAME
 from lord_tune.quantizers.ldlq import Feedback, block_of, round_with_feedback, rounding_gram
@@ -426,10 +425,10 @@ def test_a_centred_method_is_rounded_to_its_own_product():
     stays, would count it twice."""
     w, x = weight((24, 48)), inputs(48, tokens=1024)
     moments, heldout = moments_of(x), moments_of(inputs(48, tokens=256, seed=5))
-    settings = Settings(AFM(), None, 6, None, Uniform(), "lloyd4", {"incoherence": True, "seed": 0})
+    choice = LayerChoice("afm", 6, factor_format="lloyd4", factor_options={"incoherence": True, "seed": 0})
     module = torch.nn.Linear(48, 24, bias=False)
     module.weight.data = w.float()
-    finished = project_layer(module, moments, heldout, 6, settings)
+    finished = project_layer(module, moments, heldout, choice)
     with torch.no_grad():
         y = x[0] @ module.weight.double().T
         stored = x[0] @ finished.layer.dense_weight(torch.float64).T + finished.layer.bias.double()

@@ -23,8 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 import lord_tune
 from lord_tune.cli import main
 from lord_tune.decomposition import Rates
-from lord_tune.layer_plan import LayerPlan
 from lord_tune.layers import FactoredLinear
+from lord_tune.plans import LayerPlan
 from lord_tune.training import load_yaml
 
 SHORT = {"context_length": 64, "calibration_tokens": 512}

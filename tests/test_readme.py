@@ -13,7 +13,7 @@ import pytest
 
 import lord_tune
 from lord_tune.cli import _RECORDS, main
-from lord_tune.integrations import models
+from lord_tune.integrations import sources
 from lord_tune.training import load_yaml
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +38,7 @@ def folder(tmp_path_factory, aligned_llama_dir):
         (place / name).symlink_to(ROOT / name)
     patch = pytest.MonkeyPatch()
     patch.chdir(place)
-    patch.setattr(models, "demo_model", lambda: str(aligned_llama_dir))
+    patch.setattr(sources, "demo_model", lambda: str(aligned_llama_dir))
     yield place
     patch.undo()
 

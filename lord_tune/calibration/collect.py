@@ -43,13 +43,21 @@ class BlockWalk:
         self._workers = workers or Workers()
         self._tokens = {name: windows.numel() for name, windows in streams.items()}
         self._examples = {name: windows[:1] for name, windows in streams.items()}
-        self.windows: dict[str, Tensor] = {}
-        for position, (name, windows) in enumerate(streams.items()):
-            # every other stream is dealt from the other end, so that one process does not get every odd window
-            first = self._workers.size - 1 - self._workers.rank if position % 2 else self._workers.rank
-            self.windows[name] = windows[first :: self._workers.size]
+        self._positions = {name: position for position, name in enumerate(streams)}
+        self.windows = {name: self.share(name, windows) for name, windows in streams.items()}
         self._calls: dict[str, list[tuple[tuple, dict]]] = {}
         self._wrap: Callable[[Tensor], Any] = lambda hidden: hidden
+
+    def share(self, stream: str, windows: Tensor) -> Tensor:
+        """This process's part of a stream's windows. Every other stream is dealt from the other end, so that one
+        process does not get every odd window."""
+        size, rank = self._workers.size, self._workers.rank
+        first = size - 1 - rank if self._positions[stream] % 2 else rank
+        return windows[first::size]
+
+    def hand_out(self, stream: str, windows: Tensor) -> None:
+        """Take other token ids for a stream whose states are written: those that the loss starts from."""
+        self.windows[stream] = self.share(stream, windows)
 
     @property
     def streamed(self) -> bool:

@@ -3,6 +3,7 @@
 from .afm import AFM
 from .base import (
     Core,
+    FactorForm,
     Factorization,
     Factors,
     Fisher,
@@ -17,7 +18,7 @@ from .base import (
 )
 from .caldera import Caldera, feedback_alone
 from .loftq import LoftQ
-from .rounding import FactorForm, round_factors
+from .rounding import round_factors
 from .svd import PlainSVD
 from .whitened import Whitened
 

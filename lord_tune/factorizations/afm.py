@@ -32,6 +32,10 @@ class AFM(Projection):
     needs: ClassVar[frozenset[str]] = frozenset({"input_gram"})
     centred: bool = True
 
+    @property
+    def shifts_bias(self) -> bool:
+        return self.centred
+
     def selection(self, core: Core, moments: Moments | None) -> tuple[Tensor, Tensor | None]:
         assert moments is not None and core.outputs is not None, "the driver collects what `needs` names"
         centre = moments.mean if self.centred else None

@@ -43,18 +43,20 @@ from ..quantizers.ldlq import (
     rounding_gram,
     rounding_inputs,
 )
-from .base import Factors, Fisher, Split
-from .rounding import FactorForm, factor_feedback, plainly_rounded, refine
+from .base import FactorForm, Factors, Fisher, Method, Split
+from .rounding import factor_feedback, plainly_rounded, refine
 
 DAMPINGS: tuple[float, ...] = (0.01, 0.1, 0.3)
 STRETCHES = (0.92, 1.0, 1.08)
 
 
 @dataclass(frozen=True)
-class Caldera:
+class Caldera(Method):
     """Alternation of LDLQ and activation-aware low rank."""
 
     name: ClassVar[str] = "caldera"
+    needs_backbone: ClassVar[bool] = True
+    alternates: ClassVar[bool] = True
     iterations: int = 6
     downdate: str = "auto"  # auto, on, off
     order: str = "auto"  # what is fitted to W first: auto, q, lr
@@ -64,6 +66,13 @@ class Caldera:
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"input_gram"} if self.weighting == "activations" else {"input_gram", "fisher"})
+
+    @property
+    def solves(self) -> int:
+        return self.iterations
+
+    def rounding(self, form: FactorForm | None) -> Caldera:
+        return replace(self, factor_form=form)
 
     def split(
         self,

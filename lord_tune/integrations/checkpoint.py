@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, UsageError
-from ..layer_plan import LayerPlan
+from ..plans import LayerPlan
 from ..storage import write_json
 from .models import default_device, load_dense_or_factored, model_class
 from .transformers_quantizer import LordConfig

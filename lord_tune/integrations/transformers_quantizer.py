@@ -17,8 +17,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import CheckpointError
-from ..layer_plan import FORMAT_VERSION, LayerPlan
 from ..layers import FactoredLinear, QuantizedLinear, densify, factored_layers, is_linear, weight_of
+from ..plans import FORMAT_VERSION, LayerPlan
 from ..quantizers import DTYPES
 
 QUANT_METHOD = "lord"

@@ -24,6 +24,11 @@ def weight_of(module: Any) -> Tensor:
     return module.weight.detach().T if isinstance(module, Conv1D) else module.weight.detach()
 
 
+def is_transposed(module: Any) -> bool:
+    """Whether the weight is stored as (in, out)."""
+    return isinstance(module, Conv1D)
+
+
 def shape_of(module: Any) -> tuple[int, int]:
     """(out, in)"""
     weight = weight_of(module)
