@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from .base import constant, decoded_linear, in_chunks
+from .base import constant, decoded_linear, in_chunks, stored_half
 from .packing import aligned_codes, pack, packed_bytes, unpack_values, word_table
 
 
@@ -169,7 +169,7 @@ class GroupRounder:
     def __init__(self, form: Grouped, weight: Tensor, stretch: float | Tensor):
         scales = form.scales_of(weight)
         if isinstance(stretch, Tensor) or stretch != 1.0:
-            scales = {name: (value.float() * stretch).to(value.dtype) for name, value in scales.items()}
+            scales = {name: stored_half(value.float() * stretch) for name, value in scales.items()}
         self._form, self._scales = form, scales
         self._factor, self._offset = form.affine(scales)
         self._codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import constant
+from .base import constant, stored_scales
 from .grouped import Grouped
 
 
@@ -57,7 +57,7 @@ class _Lloyd(Grouped):
 
     def group_scales(self, groups: Tensor, counts: Tensor) -> dict[str, Tensor]:
         rms = (groups.square().sum(-1) / counts).sqrt()
-        return {"scales": rms.half()}
+        return {"scales": stored_scales(rms, zero_is_a_code=False)}
 
     def nearest(self, normalised: Tensor) -> Tensor:
         return torch.bucketize(normalised.contiguous(), _edges(self.bits, str(normalised.device))).to(torch.uint8)

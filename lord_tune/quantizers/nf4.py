@@ -7,7 +7,8 @@ writes them unchanged.
 
 Layout: `weight` uint8 ((out*in + 1) // 2, 1), row-major (out, in), first code of a pair in the high nibble; `absmax`
 float32 (blocks,), blocks running along the flattened matrix. With double quantization `absmax` is uint8 and
-`nested_absmax` float32 (blocks / 256,), `nested_offset` float32 () hold its scale.
+`nested_absmax` float32 (blocks / 256,), `nested_offset` float32 (1,) hold its scale. FSDP2 takes no tensor without
+dimensions; checkpoints of earlier versions hold the offset as one, which the loader still reads.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class NF4:
         )
         parts = {"weight": packed, "absmax": state.absmax}
         if self.double_quant:
-            parts |= {"nested_absmax": state.state2.absmax, "nested_offset": state.offset.reshape(())}
+            parts |= {"nested_absmax": state.state2.absmax, "nested_offset": state.offset.reshape(1)}
         return parts
 
     def state(self, parts: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> QuantState:
@@ -78,7 +79,7 @@ class NF4:
             blocksize=self.block_size,
             quant_type="nf4",
             dtype=dtype,
-            offset=None if nested is None else parts["nested_offset"],
+            offset=None if nested is None else parts["nested_offset"].reshape(()),
             state2=nested,
         )
 
@@ -126,7 +127,7 @@ class NF4:
         if self.double_quant:
             parts["absmax"] = torch.empty(blocks, dtype=torch.uint8, device=device)
             parts["nested_absmax"] = torch.empty(-(-blocks // _NESTED_BLOCK), device=device, dtype=torch.float32)
-            parts["nested_offset"] = torch.empty((), device=device, dtype=torch.float32)
+            parts["nested_offset"] = torch.empty(1, device=device, dtype=torch.float32)
         else:
             parts["absmax"] = torch.empty(blocks, device=device, dtype=torch.float32)
         return parts
@@ -135,7 +136,7 @@ class NF4:
         import bitsandbytes as bnb
 
         fused = x.is_cuda and x.numel() == shape[1]
-        if not self.rows_are_blocks(shape) or not (fused or one_tile(shape)):
+        if not self.rows_are_blocks(shape) or not (fused or one_tile(shape, x.device)):
             return decoded_linear(x, self, parts, shape)
         return bnb.matmul_4bit(x, parts["weight"], quant_state=self.state(parts, shape, x.dtype))
 

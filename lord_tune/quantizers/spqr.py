@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from .base import decoded_linear
+from .base import decoded_linear, on_host, stored_half
 from .grouped import Grouped
 from .integer import Int2, Int3, Int4
 from .packing import pack
@@ -135,7 +135,8 @@ class SpQR:
     def rows(self, parts: dict[str, Tensor], shape: tuple[int, int], start: int, stop: int) -> dict[str, Tensor]:
         size = (shape[0], self.inner.groups_of(shape[1]))
         pointers = parts["outlier_rows"][start : stop + 1]
-        first, last = int(pointers[0]), int(pointers[-1])
+        known = on_host(parts["outlier_rows"])
+        first, last = int(known[start]), int(known[stop])
         return (
             parts
             | {"weight": self.inner.code_rows(parts["weight"], shape, start, stop)}
@@ -222,7 +223,7 @@ class SpQRRounder:
         scales = form.group_scales(weight, sparse)
         if isinstance(stretch, Tensor) or stretch != 1.0:
             scales = {
-                name: value if name.endswith("_codes") else (value.float() * stretch).to(value.dtype)
+                name: value if name.endswith("_codes") else stored_half(value.float() * stretch)
                 for name, value in scales.items()
             }
         self._form, self._inner, self._scales = form, inner, scales
