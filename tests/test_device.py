@@ -24,7 +24,9 @@ from lord_tune.decomposition.estimate import Rates
 from lord_tune.integrations.models import load_dense_or_factored, masked_windows
 from lord_tune.layers import factored_layers
 from lord_tune.parallel import Workers, _on_wire
+from lord_tune.quantizers import Rotated
 from lord_tune.quantizers.incoherence import _factors, random_signs
+from lord_tune.quantizers.ldlq import Feedback, block_of, ldlq
 
 IDS = torch.tensor([tiny_tokenizer()(code_document(40))["input_ids"][:24]])
 TEXT = {"calibration_tokens": 512, "context_length": 64, "sensitivity_tokens": 128}
@@ -330,3 +332,18 @@ def test_tensors_of_the_cpu_go_where_the_group_sends_from(config, device, monkey
     tensor = torch.ones(2)
     monkeypatch.setattr(torch.Tensor, "to", lambda self, device: moved.append(str(device)) or self)
     assert _on_wire(tensor) is tensor and (moved or ["cpu"]) == [device]
+
+
+@pytest.mark.parametrize("form", QUANTIZERS, ids=str)
+def test_rounding_with_feedback_waits_for_nothing(form):
+    """There are as many rounds as columns, so one look at a value in each would be thousands."""
+    inner = form.inner if isinstance(form, Rotated) else form
+    weight, gram = torch.randn(24, 40), torch.eye(40, dtype=torch.float64) + 0.1
+    expected = ldlq(weight, Feedback.of(gram, 0.01, block_of(form)), inner.rounder(weight))
+    with StandIn() as device:
+        values = weight.to(DEVICE)
+        feedback, rounder = Feedback.of(gram.to(DEVICE), 0.01, block_of(form)), inner.rounder(values)
+        ldlq(values, feedback, inner.rounder(values))  # constants of the format are made once
+        with device.watched() as seen:
+            result = ldlq(values, feedback, rounder)
+        assert not seen and torch.equal(result.cpu(), expected)

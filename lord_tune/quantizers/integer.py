@@ -39,8 +39,15 @@ class _Integer(Grouped):
         return scales["scales"].float(), None if self.symmetric else scales["minimum"].float()
 
     def nearest(self, normalised: Tensor) -> Tensor:
-        shift = 2 ** (self.bits - 1) if self.symmetric else 0
-        return (normalised + shift).round().clamp(0, 2**self.bits - 1).to(torch.uint8)
+        return self._codes_of(normalised).to(torch.uint8)
+
+    def rounded(self, normalised: Tensor) -> tuple[Tensor, Tensor]:
+        codes = self._codes_of(normalised)
+        return codes.to(torch.uint8), codes - 2 ** (self.bits - 1) if self.symmetric else codes
+
+    def _codes_of(self, normalised: Tensor) -> Tensor:
+        shifted = normalised + 2 ** (self.bits - 1) if self.symmetric else normalised
+        return shifted.round().clamp_(0, 2**self.bits - 1)
 
     def scale_dtypes(self) -> dict[str, torch.dtype]:
         return {"scales": torch.float16} | ({} if self.symmetric else {"minimum": torch.float16})

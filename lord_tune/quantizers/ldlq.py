@@ -106,7 +106,7 @@ def ldlq(weight: Tensor, feedback: Feedback, rounder: Rounder) -> Tensor:
             target = corrected[:, start - left : stop - left]
             target = target + error[:, stop:right] @ feedback.lower[stop:right, start:stop]
             decoded[:, start:stop] = rounder.round(target, start)
-            error[:, start:stop] = values[:, start:stop] - decoded[:, start:stop]
+            torch.sub(values[:, start:stop], decoded[:, start:stop], out=error[:, start:stop])
     return decoded
 
 

@@ -60,7 +60,14 @@ class _Lloyd(Grouped):
         return {"scales": stored_scales(rms, zero_is_a_code=False)}
 
     def nearest(self, normalised: Tensor) -> Tensor:
-        return torch.bucketize(normalised.contiguous(), _edges(self.bits, str(normalised.device))).to(torch.uint8)
+        return self._places(normalised).to(torch.uint8)
+
+    def rounded(self, normalised: Tensor) -> tuple[Tensor, Tensor]:
+        places = self._places(normalised)
+        return places, self.book(places.device)[places]
+
+    def _places(self, normalised: Tensor) -> Tensor:
+        return torch.bucketize(normalised.contiguous(), _edges(self.bits, str(normalised.device)))
 
 
 class Lloyd2(_Lloyd):

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from .base import constant, decoded_linear, one_tile
+from .grouped import divisor_of
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -158,22 +159,26 @@ class NF4Rounder:
         self._form = form
         self._scales = {name: value for name, value in parts.items() if name != "weight"}
         self._absmax = form.block_scales(parts)
+        self._divisor = divisor_of(self._absmax)
         self._book, _ = _codebooks(str(weight.device))
+        self._edges = (self._book[1:] + self._book[:-1]) / 2
         self._codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
 
-    def _factor(self, start: int, stop: int) -> Tensor:
-        """The block scale of every weight of these columns; blocks may cross rows."""
+    def _scales_at(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """(block scale, what to divide by) of every weight of these columns; blocks may cross rows."""
         out, width = self._codes.shape
+        size = self._form.block_size
+        if width % size == 0 and start // size == (stop - 1) // size:
+            factor, divisor = (scale.view(out, -1)[:, start // size, None] for scale in (self._absmax, self._divisor))
+            return factor, divisor
         columns = torch.arange(start, stop, device=self._codes.device)
-        return self._absmax[
-            (torch.arange(0, out * width, width, device=columns.device)[:, None] + columns) // self._form.block_size
-        ]
+        blocks = (torch.arange(0, out * width, width, device=columns.device)[:, None] + columns) // size
+        return self._absmax[blocks], self._divisor[blocks]
 
     def round(self, values: Tensor, start: int) -> Tensor:
-        factor = self._factor(start, start + values.shape[1])
-        scaled = torch.where(factor == 0, torch.zeros_like(values), values / factor)
-        codes = torch.bucketize(scaled.contiguous(), (self._book[1:] + self._book[:-1]) / 2)
-        self._codes[:, start : start + values.shape[1]] = codes.to(torch.uint8)
+        factor, divisor = self._scales_at(start, start + values.shape[1])
+        codes = torch.bucketize((values / divisor).contiguous(), self._edges)
+        self._codes[:, start : start + values.shape[1]] = codes
         return self._book[codes] * factor
 
     def parts(self) -> dict[str, Tensor]:

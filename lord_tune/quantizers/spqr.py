@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from .base import decoded_linear, on_host, stored_half
-from .grouped import Grouped
+from .grouped import Grouped, divisor_of
 from .integer import Int2, Int3, Int4
 from .packing import pack
 
@@ -228,6 +228,7 @@ class SpQRRounder:
             }
         self._form, self._inner, self._scales = form, inner, scales
         self._factor, self._offset = form.affine(scales, (out, width))
+        self._divisor = divisor_of(self._factor)
         self._codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
         self._rows, self._columns = sparse.nonzero(as_tuple=True)
         self._values = torch.zeros(number, dtype=torch.float16, device=weight.device)
@@ -240,7 +241,8 @@ class SpQRRounder:
     def round(self, values: Tensor, start: int) -> Tensor:
         stop, group = start + values.shape[1], start // self._form.group_size
         offset = self._offset[:, group, None]
-        codes, decoded = self._inner.round_with(values, self._factor[:, group, None], offset)
+        factor, divisor = self._factor[:, group, None], self._divisor[:, group, None]
+        codes, decoded = self._inner.round_with(values, factor, offset, divisor)
         which = self._by_column[self._column_starts[start] : self._column_starts[stop]]
         rows, columns = self._rows[which], self._columns[which] - start
         kept = values[rows, columns].clamp(-_LARGEST_VALUE, _LARGEST_VALUE).half()
