@@ -59,7 +59,7 @@ class PeakMemory:
     larger. Of an accelerator torch's own count, of this process alone.
     """
 
-    def __init__(self, device: torch.device = torch.device("cpu")):
+    def __init__(self, device: torch.device):
         self._device = device
 
     def __enter__(self) -> PeakMemory:
@@ -84,6 +84,7 @@ class PeakMemory:
             return
         self._stop.set()
         self._thread.join()
+        self._sampled = max(self._sampled, psutil.Process().memory_info().rss)  # a short block has no sample yet
 
     @property
     def bytes(self) -> int:

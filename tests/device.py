@@ -5,8 +5,8 @@ them run on the CPU tensors they hold, so values are real, autograd too. What a 
 tensor from the CPU beside one from the device, unless it is 0-dimensional or an index, and a random generator of
 the CPU. What makes a GPU wait is counted: copies in either direction, and values that the host looks at.
 
-The device is "lazy:0": a name that every build of torch knows and none uses for anything here, whose backward passes run
-in the caller's thread. It has no memory of its own to measure, no streams and no random state.
+The device is "lazy:0", a name that every build of torch knows and that has no kernels; backward passes for it run in
+the caller's thread. It has no streams, no random state and no memory of its own: torch.accelerator says PEAK bytes.
 """
 
 from __future__ import annotations

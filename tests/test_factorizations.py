@@ -12,7 +12,7 @@ from lord_tune.calibration.moments import SampleAccumulator
 from lord_tune.errors import UsageError
 from lord_tune.factorizations import AFM, METHODS, LoftQ, PlainSVD, Whitened, error_curves, relative_error, truncate
 from lord_tune.linalg import balanced
-from lord_tune.quantizers import NF4, Int2
+from lord_tune.quantizers import Int2
 
 # float64 eigendecompositions of matrices of norm <= 1e4: a relative 1e-10 leaves four digits for accumulation
 EXACT = 1e-10

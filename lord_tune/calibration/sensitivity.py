@@ -97,11 +97,15 @@ def _run_backward(model: Any, windows: Tensor, objective: Callable[[nn.Module, T
         start.remove()
 
 
+def _device_of(layer: Any) -> torch.device:
+    return layer.weight.device
+
+
 @contextmanager
 def _observed(layers: dict[str, nn.Module], bases: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """Sums of (U^T g)^2 while the body runs backward passes. The layers' parameters require no gradients."""
     sums: dict[str, Tensor] = {}
-    placed = {name: basis.to(layers[name].weight.device, torch.float32) for name, basis in bases.items()}
+    placed = {name: basis.to(_device_of(layers[name]), torch.float32) for name, basis in bases.items()}
     for name, basis in placed.items():
         sums[name] = torch.zeros(basis.shape[1], dtype=torch.float64, device=basis.device)
 
@@ -130,7 +134,7 @@ def _weight_gradients(layers: dict[str, nn.Module], shapes: dict[str, tuple[int,
     sums: dict[str, Tensor] = {}
     for name in layers:
         out, inputs = shapes[name]
-        device = layers[name].weight.device
+        device = _device_of(layers[name])
         sums[f"{name}:rows"] = torch.zeros(out, dtype=torch.float64, device=device)
         sums[f"{name}:columns"] = torch.zeros(inputs, dtype=torch.float64, device=device)
 

@@ -89,7 +89,7 @@ def dequantize_once(model: nn.Module, dtype: torch.dtype = torch.float32) -> int
 
 
 def _moving(fn: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
-    """What `fn` (of `Module.to`, `half`, `cuda`, ...) does to the place of a tensor, without what it does to its dtype."""
+    """What `fn` (of `Module.to`, `half`, `cuda`, ...) does to the place of a tensor, not what it does to its dtype."""
 
     def moved(tensor: Tensor) -> Tensor:
         result = fn(tensor)
@@ -99,8 +99,8 @@ def _moving(fn: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
 
 
 class CastLinear(nn.Linear):
-    """An `nn.Linear` without bias, stored in one floating dtype, which a cast of the model leaves alone, and computed in
-    the input's."""
+    """An `nn.Linear` without bias, computed in the input's dtype and stored in one of its own, which no cast of the
+    model changes."""
 
     def __init__(
         self, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device | str | None = None

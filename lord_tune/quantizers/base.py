@@ -4,9 +4,9 @@ A quantizer is a frozen dataclass of its hyperparameters. It sees tensors, never
 that are stored; `dequantize` of these parts is the backbone Q, exactly: factorizations work on W - dequantize(parts),
 and a reload decodes the same bytes, so what was compensated is what is there.
 
-No product holds more of Q than a tile of weights (`tile_of`): rows of Q are decoded, used and dropped, forward and backward. Decoding
-itself goes CHUNK weights at a time, so that its temporaries stay in the second-level cache; that is why every format
-can decode a range of rows alone, to the same bits.
+No product holds more of Q than a tile of weights (`tile_of`): rows of Q are decoded, used and dropped, forward and
+backward. Decoding itself goes CHUNK weights at a time, so that its temporaries stay in the second-level cache; that is
+why every format can decode a range of rows alone, to the same bits.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def stored_scales(scales: Tensor, zero_is_a_code: bool = True) -> Tensor:
         return result
     warnings.warn(
         f"{poor:.1%} of the scales of a packed matrix are outside the range of float16 (they reach from "
-        f"{float(scales.min()):.2g} to {float(scales.max()):.2g}): its smallest or largest weights are stored coarsely. "
+        f"{float(scales.min()):.2g} to {float(scales.max()):.2g}): their weights are stored coarsely. "
         "Use NF4 for this layer, whose scales are float32, or --exclude it.",
         LordWarning,
         stacklevel=2,
