@@ -168,12 +168,12 @@ class BlockWalk:
         device = next(iter(self._blocks.modules[index].parameters())).device
         source = StateFile(self._file(index, stream))
         if not keep:
-            for position in range(len(source)):
-                self.block(index, stream, source[position].to(device))
+            for hidden in source.on(device):
+                self.block(index, stream, hidden)
         else:
             with StateWriter(self._file(index + 1, stream)) as target:
-                for position in range(len(source)):
-                    target.append(self.block(index, stream, source[position].to(device)))
+                for hidden in source.on(device):
+                    target.append(self.block(index, stream, hidden))
         source.close()
 
     def collect(
@@ -232,20 +232,20 @@ class BlockWalk:
             seen.clear()
             for handle in handles:
                 handle.remove()
-        self._agree(sums, leader, accumulator)
+        device = next(iter(block.parameters())).device
+        self._agree(sums, leader, lambda width: accumulator(width, device))
         results = {name: sums[name].result(name, self._workers) for name in sorted(sums)}
         return {name: results[leader[name]] for name in layers if name in leader}
 
     def _agree(self, sums: dict, leader: dict[str, str], accumulator: Callable) -> None:
         """Make every process know every layer that ran on any of them, so that all add up the same sums."""
-        device = next(iter(self._model.buffers()), torch.zeros(0)).device if not sums else None
         for other_leader, widths in self._workers.gather((leader, {name: s.width for name, s in sums.items()})):
             for name, first in other_leader.items():
                 if leader.setdefault(name, first) != first:
                     raise CalibrationError(f"The layers that share the input of '{name}' differ between processes.")
             for name, width in widths.items():
                 if name not in sums:
-                    sums[name] = accumulator(width, device or next(iter(sums.values()))._device)
+                    sums[name] = accumulator(width)
 
     # --- the way back: gradients of the loss, from the last block to the first ---
 
@@ -254,8 +254,8 @@ class BlockWalk:
         last = len(self._blocks.modules) - 1
         source = StateFile(self._file(last + 1, stream))
         with StateWriter(self._file(last + 1, stream, "gradients")) as target:
-            for position, window in enumerate(self.windows[stream]):
-                leaf = source[position].to(device).requires_grad_(True)
+            for window, hidden in zip(self.windows[stream], source.on(device), strict=True):
+                leaf = hidden.requires_grad_(True)
 
                 def make(index: int, original: Callable, leaf: Tensor = leaf) -> Callable:
                     def skip(*args: Any, **kwargs: Any) -> Any:
@@ -275,10 +275,10 @@ class BlockWalk:
         states = StateFile(self._file(index, stream))
         above = StateFile(self._file(index + 1, stream, "gradients"))
         with StateWriter(self._file(index, stream, "gradients")) as target:
-            for position in range(len(states)):
-                leaf = states[position].to(device).requires_grad_(True)
+            for hidden, gradient in zip(states.on(device), above.on(device), strict=True):
+                leaf = hidden.requires_grad_(True)
                 with torch.enable_grad():
-                    torch.autograd.backward(self.block(index, stream, leaf), above[position].to(device))
+                    torch.autograd.backward(self.block(index, stream, leaf), gradient)
                 assert leaf.grad is not None, "a block's output depends on its input"
                 target.append(leaf.grad)
         states.close()

@@ -169,11 +169,12 @@ def truncate(
     limit = spectrum.basis.shape[1]
     if not 0 <= rank <= limit:
         raise UsageError(f"Rank {rank} came for a {tuple(weight.shape)} matrix; choose 0 to {limit}.")
-    w, left = weight.double(), spectrum.basis[:, :rank].to(torch.float64, copy=True)  # a view would hold the basis
+    w = weight.double()
+    left = spectrum.basis[:, :rank].to(w.device, torch.float64, copy=True)  # a view would hold the basis
     right = left.T @ w
     if spectrum.centre is None:
         return Factors(left, right)
-    output_mean = w @ spectrum.centre.double()
+    output_mean = w @ spectrum.centre.to(w)
     return Factors(left, right, output_mean - left @ (left.T @ output_mean))
 
 

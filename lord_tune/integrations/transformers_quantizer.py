@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -70,10 +71,16 @@ class LordQuantizer(HfQuantizer):
                 )
             with torch.device("meta"):
                 model.set_submodule(found, FactoredLinear(plan, device="meta", dtype=old.weight.dtype))
+        _expect_scalars(model, kwargs.get("checkpoint_files") or [])
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         for layer in factored_layers(model).values():  # the loader lets every floating tensor require gradients
             layer.requires_grad_(False)
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear):
+                parts = module.parts()
+                if any(not part.dim() for part in parts.values()):
+                    module.set_parts({name: part.reshape(part.shape or 1) for name, part in parts.items()})
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict]:
         """Refresh the manifest: ranks and formats may have changed since loading (merged adapters)."""
@@ -90,6 +97,22 @@ class LordQuantizer(HfQuantizer):
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         densify(model, dtype)
         return model
+
+
+def _expect_scalars(model: nn.Module, files: list[str]) -> None:
+    """Prepare packed layers for parts that checkpoints of earlier versions hold without dimensions: `nested_offset`."""
+    packed = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    if not any("nested_offset" in module.parts() for module in packed.values()):
+        return
+    for path in files:
+        if not str(path).endswith(".safetensors"):
+            continue
+        with safe_open(path, framework="pt") as file:
+            old = [key for key in file.keys() if key.endswith(".nested_offset") and not file.get_slice(key).get_shape()]
+        for key in old:
+            for name, module in packed.items():
+                if f".{key}".endswith(f".{name}.nested_offset") or f".{name}.nested_offset".endswith(f".{key}"):
+                    module.set_parts(module.parts() | {"nested_offset": torch.empty((), device="meta")})
 
 
 def realised_plan(layer: FactoredLinear) -> LayerPlan:

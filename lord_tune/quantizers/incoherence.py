@@ -15,12 +15,12 @@ from __future__ import annotations
 import threading
 import weakref
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .base import constant, on_host
 from .packing import pack
 
 _WIDEST = 64  # of a factor; 576 = 9 2^6 is 36 x 16
@@ -49,21 +49,20 @@ def _cosines(size: int, device: str, dtype: torch.dtype) -> Tensor:
     return matrix.to(device=device, dtype=dtype)
 
 
-@cache
+@constant
 def _factors(size: int, device: str, dtype: torch.dtype) -> list[Tensor]:
     """Orthonormal matrices whose Kronecker product is U, outermost first; of width up to 64 unless the odd part is
     wider: few wide factors are faster than many narrow ones."""
-    with torch.inference_mode(False):  # kept for later calls, which may need gradients
-        first = _cosines(odd_part(size), device, dtype)
-        power = size // len(first)
-        while power > 1 and 2 * len(first) <= _WIDEST:
-            first, power = torch.kron(first, _hadamard(2, device, dtype)), power // 2
-        found = [first] if len(first) > 1 else []
-        while power > 1:
-            part = min(power, _WIDEST)
-            found.append(_hadamard(part, device, dtype))
-            power //= part
-        return found
+    first = _cosines(odd_part(size), device, dtype)
+    power = size // len(first)
+    while power > 1 and 2 * len(first) <= _WIDEST:
+        first, power = torch.kron(first, _hadamard(2, device, dtype)), power // 2
+    found = [first] if len(first) > 1 else []
+    while power > 1:
+        part = min(power, _WIDEST)
+        found.append(_hadamard(part, device, dtype))
+        power //= part
+    return found
 
 
 def rotate(x: Tensor, inverse: bool = False) -> Tensor:
@@ -86,7 +85,7 @@ def rotate(x: Tensor, inverse: bool = False) -> Tensor:
 def random_signs(size: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
     """(size,) float32 of +-1."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + size)
-    return (torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1.0).to(device)
+    return (torch.randint(0, 2, (size,), generator=generator, device="cpu") * 2.0 - 1.0).to(device)
 
 
 def into(x: Tensor, signs: Tensor) -> Tensor:
@@ -115,7 +114,7 @@ class _Shared(threading.local):
         differentiable = torch.is_grad_enabled() and x.requires_grad
         if self._input is not None and self._input() is x and self._version == x._version and not differentiable:
             assert self._turned is not None and self._signs is not None
-            if torch.equal(self._signs, packed_signs):
+            if self._signs is packed_signs or torch.equal(on_host(self._signs), on_host(packed_signs)):
                 return self._turned
         turned = into(x, _unpacked(packed_signs, x.shape[-1]))
         if turned.requires_grad:  # its graph belongs to one backward pass, and is recomputed under checkpointing

@@ -64,6 +64,10 @@ class Feedback:
         damped.diagonal().add_(damping)
         root = torch.linalg.cholesky(damped)
         del damped
+        if block == 1:
+            diagonal = root.diagonal().clone()
+            root *= 1 / diagonal
+            return cls(root.float(), (diagonal * diagonal * scale).view(-1, 1, 1), block)
         starts = range(0, width, block)
         corners = gram.new_zeros(len(starts), block, block)
         for index, start in enumerate(starts):  # in place: a Gram matrix of a wide layer is gigabytes
@@ -102,7 +106,7 @@ def ldlq(weight: Tensor, feedback: Feedback, rounder: Rounder) -> Tensor:
             target = corrected[:, start - left : stop - left]
             target = target + error[:, stop:right] @ feedback.lower[stop:right, start:stop]
             decoded[:, start:stop] = rounder.round(target, start)
-            error[:, start:stop] = values[:, start:stop] - decoded[:, start:stop]
+            torch.sub(values[:, start:stop], decoded[:, start:stop], out=error[:, start:stop])
     return decoded
 
 

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from .base import decoded_linear
-from .grouped import Grouped
+from .base import decoded_linear, on_host, stored_half
+from .grouped import Grouped, divisor_of
 from .integer import Int2, Int3, Int4
 from .packing import pack
 
@@ -135,7 +135,8 @@ class SpQR:
     def rows(self, parts: dict[str, Tensor], shape: tuple[int, int], start: int, stop: int) -> dict[str, Tensor]:
         size = (shape[0], self.inner.groups_of(shape[1]))
         pointers = parts["outlier_rows"][start : stop + 1]
-        first, last = int(pointers[0]), int(pointers[-1])
+        known = on_host(parts["outlier_rows"])
+        first, last = int(known[start]), int(known[stop])
         return (
             parts
             | {"weight": self.inner.code_rows(parts["weight"], shape, start, stop)}
@@ -222,11 +223,12 @@ class SpQRRounder:
         scales = form.group_scales(weight, sparse)
         if isinstance(stretch, Tensor) or stretch != 1.0:
             scales = {
-                name: value if name.endswith("_codes") else (value.float() * stretch).to(value.dtype)
+                name: value if name.endswith("_codes") else stored_half(value.float() * stretch)
                 for name, value in scales.items()
             }
         self._form, self._inner, self._scales = form, inner, scales
         self._factor, self._offset = form.affine(scales, (out, width))
+        self._divisor = divisor_of(self._factor)
         self._codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
         self._rows, self._columns = sparse.nonzero(as_tuple=True)
         self._values = torch.zeros(number, dtype=torch.float16, device=weight.device)
@@ -239,7 +241,8 @@ class SpQRRounder:
     def round(self, values: Tensor, start: int) -> Tensor:
         stop, group = start + values.shape[1], start // self._form.group_size
         offset = self._offset[:, group, None]
-        codes, decoded = self._inner.round_with(values, self._factor[:, group, None], offset)
+        factor, divisor = self._factor[:, group, None], self._divisor[:, group, None]
+        codes, decoded = self._inner.round_with(values, factor, offset, divisor)
         which = self._by_column[self._column_starts[start] : self._column_starts[stop]]
         rows, columns = self._rows[which], self._columns[which] - start
         kept = values[rows, columns].clamp(-_LARGEST_VALUE, _LARGEST_VALUE).half()

@@ -92,7 +92,7 @@ def train_model(
             shutil.rmtree(folder)
     counted = FirstStep()
     trainer.add_callback(counted)
-    with TrainingPeak(foreseen.held if foreseen else 0, trainer.args.device.type == "cpu") as peak:
+    with TrainingPeak(foreseen.held if foreseen else 0, trainer.args.device) as peak:
         if checkpoint is not None and _at_end(checkpoint, arguments):
             trainer.take_up(checkpoint)
         else:
