@@ -112,7 +112,7 @@ def decompose(model: str, out: str, **options: Any) -> dict[str, Any]:
             f"memory {human_bytes(foreseen.peak_bytes)}, scratch files {human_bytes(foreseen.scratch_bytes)}"
         )
         task = task_of(tokenizer, kind_of(source.model) == "masked")
-        with PeakMemory() as peak, LiveTable(LAYER_COLUMNS, LAYER_WIDTHS) as table:
+        with PeakMemory(device) as peak, LiveTable(LAYER_COLUMNS, LAYER_WIDTHS) as table:
             outcome = decompose_checkpoint(source, found, request, chosen, windows, task, journal, layer_rows(table))
         totals = _totals(outcome.records, before, sizes(source.model), time.perf_counter() - start)
         totals |= {"peak_rss_bytes": peak.bytes, "estimated_peak_rss_bytes": foreseen.peak_bytes}
