@@ -12,6 +12,7 @@ from .allocation import ALLOCATORS
 from .calibration.corpus import token_windows
 from .config import DecomposeConfig, MethodConfig
 from .data.rows import documents, text_sha256
+from .declared import chosen, options_of
 from .decomposition import (
     Bits,
     BlockRecovery,
@@ -27,9 +28,10 @@ from .decomposition import (
     estimate_run,
     trace,
 )
+from .factorizations import METHODS
 from .integrations.running import max_length, run_on_meta, window_length
 from .plans import LayerChoice, Plan
-from .quantizers import DTYPES, make_quantizer
+from .quantizers import DTYPES, QUANTIZERS, make_quantizer
 
 SENSITIVITY_LENGTH = 256  # tokens per window of the backward pass: its activations are what peaks
 
@@ -65,20 +67,11 @@ def estimate_of(
 
 def _format_options(config: MethodConfig, form: str) -> dict[str, Any]:
     """The hyperparameters of a storage format."""
-    if form == "nf4":
-        options: dict[str, Any] = {"block_size": config.block_size, "double_quant": config.double_quant}
-    elif form == "spqr":
-        options = {"bits": config.spqr_bits, "outlier_fraction": config.outliers}
-        options["group_size"] = config.group_size or 16
-    elif form.startswith(("int", "lloyd")):
-        options = {"group_size": config.group_size or 64}
-        options |= {"symmetric": config.symmetric} if form.startswith("int") else {}
-    else:
-        options = {}
-    by_default = form.startswith(("lloyd", "e8"))
-    if by_default if config.incoherence is None else config.incoherence:
-        options |= {"incoherence": True, "seed": config.seed}
-    return options
+    owner = QUANTIZERS[form]
+    found = {item.field: item.default for item in options_of(owner)} | chosen(owner, config)
+    if owner.rotated_by_default if config.incoherence is None else config.incoherence:
+        found |= {"incoherence": True, "seed": config.seed}
+    return found
 
 
 def check_formats(config: MethodConfig) -> None:
@@ -98,18 +91,11 @@ def request_of(config: MethodConfig) -> Request:
 
 def _template(config: MethodConfig) -> LayerChoice:
     """Everything of a layer's choice but its rank."""
-    iterations = {} if config.iterations is None else {"iterations": config.iterations}
-    by_method: dict[str, dict[str, Any]] = {
-        "whitened": {"sink_weight": config.sink_weight, "shrinkage": config.shrinkage},
-        "afm": {"centred": config.centred},
-        "loftq": iterations,
-        "caldera": iterations | {"downdate": config.downdate, "order": config.order, "weighting": config.weighting},
-    }
     form, top = config.factor_format, config.top_format
     template = LayerChoice(
         config.method,
         None,
-        by_method.get(config.method, {}),
+        chosen(METHODS[config.method], config),
         factor_format=form,
         factor_options={} if form is None or form in DTYPES else _format_options(config, form),
         top_rank=config.top_rank,
@@ -129,7 +115,7 @@ def _budget(config: MethodConfig, template: LayerChoice) -> Budget:
     if config.bits_per_weight is not None:
         widths: tuple[LayerChoice, ...] = (template,)
         if config.backbone == "none":
-            widths = _with_backbones(config, template, config.families())
+            widths = _with_backbones(config, template, list(METHODS[config.method].widths))
         return Bits(config.bits_per_weight, widths, config.rank)
     if config.rank is not None:
         return Ranks(config.rank)

@@ -304,12 +304,12 @@ WRONG_CALLS: list[Case] = [
     (
         "too few bits for the backbone",
         lambda w: w.decompose("--bits-per-weight", 4, "--backbone", "nf4"),
-        "nf4 alone takes 4.500 for 'model.layers.0.self_attn.q_proj'. Give more, or a --backbone of fewer bits.",
+        "nf4 alone takes 4.500 for 'model.layers.0.self_attn.q_proj'. Give more, or choose a backbone of fewer bits.",
     ),
     (
         "too few bits for any format",
         lambda w: w.decompose("--bits-per-weight", 3, "--factor-format", "fp16"),
-        "the narrowest format, lloyd2, takes 8.297 with rank 8. Give at least that, a coarser --factor-format",
+        "the narrowest format, lloyd2, takes 8.297 with rank 8. Give at least that, a coarser factor_format",
     ),
     (
         "too few bits for the rank",
@@ -369,7 +369,7 @@ WRONG_CALLS: list[Case] = [
     ),
     ("kept fraction above 1", lambda w: w.decompose("--kept-fraction", 1.5), "a number between 0 and 1"),
     ("kept fraction of 0", lambda w: w.decompose("--kept-fraction", 0), "a number between 0 and 1"),
-    ("rank 0 alone", lambda w: w.decompose("--rank", 0), "needs a --backbone"),
+    ("rank 0 alone", lambda w: w.decompose("--rank", 0), "needs a backbone"),
     ("negative rank", lambda w: w.decompose("--rank", -1, "--backbone", "nf4"), "a rank is at least 1"),
     ("option without effect", lambda w: w.decompose("--iterations", 3), "--iterations has no effect"),
     ("kept fraction beside NF4", lambda w: w.decompose("--kept-fraction", 0.9, "--backbone", "nf4"), "give --rank"),
@@ -399,8 +399,12 @@ WRONG_CALLS: list[Case] = [
     ),
     ("training word alone", lambda w: ["train", "stray", *w.train()[1:]], "write --key value"),
     # what the model allows
-    ("rank above break-even", lambda w: w.decompose("--rank", 60), "Choose at most 45, or add --backbone nf4"),
-    ("rank above the side", lambda w: w.decompose("--rank", 40, "--backbone", "nf4"), "choose at most 32 or --exclude"),
+    (
+        "rank above break-even",
+        lambda w: w.decompose("--rank", 60),
+        "Choose at most 45, or add a backbone, for example nf4",
+    ),
+    ("rank above the side", lambda w: w.decompose("--rank", 40, "--backbone", "nf4"), "choose at most 32 or exclude"),
     ("kept fraction too small", lambda w: w.decompose("--kept-fraction", 0.05), "Keep more"),
     ("no layer matches", lambda w: w.decompose("--targets", "nosuchlayer"), "are named like model.layers.0"),
     ("all excluded", lambda w: w.decompose("--exclude", "."), "No layer matches"),
@@ -605,7 +609,7 @@ FAILED_WORK: list[Case] = [
     (
         "every layer stays dense",
         lambda w: w.decompose("--kept-fraction", 0.1, "--allocation", "uniform"),
-        "choose another --kept-fraction",
+        "choose another budget",
     ),
     ("written differs", lambda w: w.export("dense", "--dtype", "bfloat16", "--threshold", 0), "raise --threshold"),
 ]

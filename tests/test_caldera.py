@@ -27,7 +27,7 @@ from lord_tune.factorizations.caldera import DAMPINGS, Caldera, _Problem
 from lord_tune.plans import LayerChoice
 from lord_tune.quantizers import E8P2, E8P3, NF4, Int2, Int3, Int4, Int8, Lloyd2, Lloyd4, Rotated, SpQR
 from lord_tune.quantizers import QUANTIZERS as BY_NAME
-from lord_tune.quantizers.ldlq import Feedback, block_of, round_with_feedback, rounding_gram
+from lord_tune.quantizers.ldlq import Feedback, round_with_feedback
 
 SHAPE = (64, 96)
 W = weight(SHAPE)
@@ -225,7 +225,7 @@ def test_factors_are_balanced():
 def test_damping_is_the_best_of_the_candidates_on_held_out_text():
     """As many tokens as inputs: the calibrated error prefers the least damping, other text does not."""
     few, form = moments_of(X[:, :96]), Rotated(Lloyd2())
-    gram = rounding_gram(form, few.gram)
+    gram = form.turned_gram(few.gram)
 
     def candidate(damping: float) -> torch.Tensor:
         return round_with_feedback(form, W, Feedback.of(gram, damping, 1))[1]
@@ -240,7 +240,7 @@ def test_damping_is_the_best_of_the_candidates_on_held_out_text():
 
 @pytest.mark.parametrize("form", [Rotated(Lloyd2()), E8, Int4(group_size=32)], ids=str)
 def test_a_stretch_per_row_is_never_worse_than_none(form):
-    feedback = Feedback.of(rounding_gram(form, MOMENTS.gram), DAMPINGS[0], block_of(form))
+    feedback = Feedback.of(form.turned_gram(MOMENTS.gram), DAMPINGS[0], form.block)
     plain = round_with_feedback(form, W, feedback, 1.0)[1]
     chosen = Caldera().split(W, MOMENTS, 0, form).backbone
     # the least damping is the best one on 2,048 tokens; without held-out text it is chosen by the calibrated error
@@ -284,7 +284,7 @@ def test_dead_inputs_are_rounded_plainly():
     form, moments = Int4(group_size=8), moments_of(hard_inputs("dead"))
     problem = _Problem(W, moments, None, form, None, None)
     fed = problem.start().split.backbone
-    identity = Feedback.of(torch.eye(SHAPE[1], dtype=torch.float64), 0.01, block_of(form))
+    identity = Feedback.of(torch.eye(SHAPE[1], dtype=torch.float64), 0.01, form.block)
     plain = round_with_feedback(form, W, identity, problem.stretch)[1]
     assert torch.equal(fed[:, ::5], plain[:, ::5]) and not torch.equal(fed, plain)
 

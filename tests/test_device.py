@@ -26,7 +26,7 @@ from lord_tune.layers import factored_layers
 from lord_tune.parallel import Workers, _on_wire
 from lord_tune.quantizers import Rotated
 from lord_tune.quantizers.incoherence import _factors, random_signs
-from lord_tune.quantizers.ldlq import Feedback, block_of, ldlq
+from lord_tune.quantizers.ldlq import Feedback, ldlq
 
 IDS = torch.tensor([tiny_tokenizer()(code_document(40))["input_ids"][:24]])
 TEXT = {"calibration_tokens": 512, "context_length": 64, "sensitivity_tokens": 128}
@@ -339,10 +339,10 @@ def test_rounding_with_feedback_waits_for_nothing(form):
     """There are as many rounds as columns, so one look at a value in each would be thousands."""
     inner = form.inner if isinstance(form, Rotated) else form
     weight, gram = torch.randn(24, 40), torch.eye(40, dtype=torch.float64) + 0.1
-    expected = ldlq(weight, Feedback.of(gram, 0.01, block_of(form)), inner.rounder(weight))
+    expected = ldlq(weight, Feedback.of(gram, 0.01, form.block), inner.rounder(weight))
     with StandIn() as device:
         values = weight.to(DEVICE)
-        feedback, rounder = Feedback.of(gram.to(DEVICE), 0.01, block_of(form)), inner.rounder(values)
+        feedback, rounder = Feedback.of(gram.to(DEVICE), 0.01, form.block), inner.rounder(values)
         ldlq(values, feedback, inner.rounder(values))  # constants of the format are made once
         with device.watched() as seen:
             result = ldlq(values, feedback, rounder)

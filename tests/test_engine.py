@@ -39,7 +39,7 @@ import lord_tune
 from lord_tune import tables
 from lord_tune.calibration.collect import BlockWalk
 from lord_tune.calibration.states import StateFile, StateWriter
-from lord_tune.decomposition import engine
+from lord_tune.decomposition import gradients
 from lord_tune.errors import CheckpointError, LordWarning
 from lord_tune.factorizations import Caldera, Whitened, balance, relative_error
 from lord_tune.integrations.models import load_dense_or_factored
@@ -294,7 +294,7 @@ def test_squared_gradients_are_those_of_the_whole_model(family, name, rows_file,
     base = save_tiny(tiny_family(name), tmp_path / "base")
     found: dict[str, Tensor] = {}
     seen: list[Tensor] = []
-    original = engine.fisher_means
+    original = gradients.fisher_means
 
     def recorded(walk: BlockWalk, index: int, stream: str, *rest: Any) -> dict[str, Tensor]:
         means = original(walk, index, stream, *rest)
@@ -304,7 +304,7 @@ def test_squared_gradients_are_those_of_the_whole_model(family, name, rows_file,
 
     options = CALIBRATION | {"calibration": [str(rows_file)], "method": "caldera", "backbone": "int4", "rank": 4}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "fisher_means", recorded)
+        patch.setattr(gradients, "fisher_means", recorded)
         report = lord_tune.decompose(
             str(base), str(tmp_path / "out"), weighting="fisher", iterations=1, sensitivity_tokens=192, **options
         )

@@ -15,7 +15,7 @@ import lord_tune
 ROOT = Path(lord_tune.__file__).parent
 # each row imports from rows above it only; files of one row may import each other if they are one folder
 STAIRS = [
-    ["errors", "linalg", "memory", "parallel"],
+    ["errors", "declared", "linalg", "memory", "parallel"],
     ["storage", "console"],
     ["data"],
     ["calibration", "quantizers"],
@@ -28,6 +28,7 @@ STAIRS = [
     ["integrations"],
     ["adapters"],
     ["evaluation", "training", "exports", "cards"],
+    ["options"],
     ["config"],
     ["provenance", "resolve", "tables"],
     ["commands"],
@@ -164,3 +165,10 @@ def test_the_quantizer_is_registered_in_either_order_of_imports():
     check = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m; print('lord' in m)"
     assert run(f"import lord_tune; {check}") == "True"
     assert run(f"import transformers.quantizers.auto; import lord_tune; {check}") == "True"
+
+
+def test_the_options_are_what_methods_and_formats_declare():
+    """options.py is written by scripts/make_options.py, because --help must not import torch."""
+    script = ROOT.parent / "scripts" / "make_options.py"
+    checked = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr

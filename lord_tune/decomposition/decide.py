@@ -90,7 +90,8 @@ def decide(layers: Layers, request: Request) -> Plan | None:
     budget = request.budget
     if isinstance(budget, Given):
         return _matched(layers, budget.plan)
-    _check_template(request.template)
+    for template in budget.backbones if isinstance(budget, Bits) else (request.template,):
+        _check_template(template)
     if isinstance(budget, Ranks):
         return _of_one_rank(layers, request.template, budget.rank)
     if isinstance(budget, Bits):

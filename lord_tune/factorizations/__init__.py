@@ -1,5 +1,7 @@
 """Factorization methods, one file each; `METHODS` lists them by name."""
 
+from typing import Any
+
 from .afm import AFM
 from .base import (
     Core,
@@ -22,7 +24,7 @@ from .rounding import round_factors
 from .svd import PlainSVD
 from .whitened import Whitened
 
-METHODS: dict[str, type] = {"svd": PlainSVD, "whitened": Whitened, "afm": AFM, "loftq": LoftQ, "caldera": Caldera}
+METHODS: dict[str, type[Any]] = {"svd": PlainSVD, "whitened": Whitened, "afm": AFM, "loftq": LoftQ, "caldera": Caldera}
 
 __all__ = [
     "AFM",

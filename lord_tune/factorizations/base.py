@@ -120,6 +120,7 @@ class Factorization(Protocol):
     name: ClassVar[str]
     needs_backbone: ClassVar[bool]  # without Q there is nothing to do
     alternates: ClassVar[bool]  # Q and L R in turn, Q with feedback: its Q alone is not plain rounding
+    widths: ClassVar[tuple[str, ...]]  # the backbones that a budget of bits chooses from, narrowest first
 
     @property
     def needs(self) -> frozenset[str]:
@@ -189,6 +190,7 @@ class Method:
 
     needs_backbone: ClassVar[bool] = False
     alternates: ClassVar[bool] = False
+    widths: ClassVar[tuple[str, ...]] = ("lloyd2", "lloyd3", "lloyd4", "int8")
 
     @property
     def shifts_bias(self) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..calibration.moments import InputStatistics, Moments
+from ..declared import option
 from ..errors import UsageError
 from ..linalg import output_basis
 from ..quantizers import Quantizer
@@ -28,7 +29,7 @@ class LoftQ(Method):
     name: ClassVar[str] = "loftq"
     needs: ClassVar[frozenset[str]] = frozenset()
     needs_backbone: ClassVar[bool] = True
-    iterations: int = 5
+    iterations: int = option(5, "alternations of Q and L R", gt=0)
 
     def __post_init__(self) -> None:
         if self.iterations < 1:

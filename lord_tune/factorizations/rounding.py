@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..linalg import solve_psd
-from ..quantizers.ldlq import Feedback, block_of, round_with_feedback, rounding_gram
+from ..quantizers.ldlq import Feedback, round_with_feedback
 from .base import FactorForm, Factors
 
 _DAMPING = 0.01
@@ -82,7 +82,7 @@ def factor_feedback(form: FactorForm, gram: Tensor) -> Feedback:
 
 
 def _feedback(quantizer: Any, gram: Tensor) -> Feedback:
-    return Feedback.of(rounding_gram(quantizer, gram), _DAMPING, block_of(quantizer))
+    return Feedback.of(quantizer.turned_gram(gram), _DAMPING, quantizer.block)
 
 
 def plainly_rounded(factors: Factors, form: FactorForm) -> Factors:

@@ -20,6 +20,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from ..calibration.moments import Moments
+from ..declared import option
 from ..errors import UsageError
 from .base import Core, Projection
 
@@ -32,8 +33,10 @@ class Whitened(Projection):
 
     name: ClassVar[str] = "whitened"
     needs: ClassVar[frozenset[str]] = frozenset({"input_gram"})
-    sink_weight: float = 0.05
-    shrinkage: float | Literal["auto"] = 0.0
+    sink_weight: float = option(0.05, "extra weight of position-0 inputs (attention sinks) in the Gram matrix", ge=0)
+    shrinkage: float | Literal["auto"] = option(
+        0.0, "share of the Gram matrix's diagonal; auto: per layer, by held-out error"
+    )
 
     def __post_init__(self) -> None:
         if self.shrinkage != "auto" and not 0 <= self.shrinkage <= 1:

@@ -60,9 +60,30 @@ class Quantizer(Protocol):
         """x Q^T with a gradient to x, (..., in) -> (..., out)."""
         ...
 
+    @property
+    def block(self) -> int:
+        """Columns rounded together."""
+        ...
+
+    def turned(self, weight: Tensor) -> Tensor:
+        """A matrix in the coordinates that the format rounds in. (out, in)"""
+        ...
+
+    def turned_gram(self, gram: Tensor) -> Tensor:
+        """The Gram matrix of the inputs in these coordinates. (in, in)"""
+        ...
+
+    def turned_inputs(self, rows: Tensor) -> Tensor:
+        """Linear forms of the inputs in these coordinates. (k, in)"""
+        ...
+
+    def completed(self, parts: dict[str, Tensor], shape: tuple[int, int]) -> dict[str, Tensor]:
+        """The parts of a rounder, with what a loader needs to turn them back."""
+        ...
+
     def rounder(
         self,
-        weight: Tensor,  # (out, in)
+        weight: Tensor,  # (out, in), turned
         stretch: float | Tensor = 1.0,  # times the scales; of each row as (out, 1)
         importance: Tensor | None = None,  # (in,) >= 0: what an error in this input costs, for formats with outliers
     ) -> Any:
@@ -72,6 +93,25 @@ class Quantizer(Protocol):
     def options(self) -> dict[str, Any]:
         """The hyperparameters, as the manifest stores them."""
         ...
+
+
+class Format:
+    """What a format declares unless it says otherwise: columns are rounded one by one, in the weight's coordinates."""
+
+    block: ClassVar[int] = 1
+    rotated_by_default: ClassVar[bool] = False  # random rotations (incoherence.py) gain more than they cost
+
+    def turned(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def turned_gram(self, gram: Tensor) -> Tensor:
+        return gram
+
+    def turned_inputs(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def completed(self, parts: dict[str, Tensor], shape: tuple[int, int]) -> dict[str, Tensor]:
+        return parts
 
 
 class Decoder(Protocol):

@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .base import constant, decoded_linear, in_chunks, stored_half, stored_scales
+from .base import Format, constant, decoded_linear, in_chunks, stored_half, stored_scales
 from .packing import gather
 
 BLOCK = 8
@@ -193,13 +193,15 @@ def nearest_small(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _E8:
+class _E8(Format):
     """A row scale and one or two code words for each 8 weights; a short last block is padded with zeros."""
 
     name: ClassVar[str]
     bytes_per_block: ClassVar[int]
     ratio: ClassVar[float]  # what the residual is multiplied by before the second stage
     best_scale: ClassVar[float]  # of unit normal weights before rounding
+    block: ClassVar[int] = BLOCK
+    rotated_by_default: ClassVar[bool] = True
 
     def round_blocks(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """(codes (n, bytes) uint8, decoded (n, 8)) of blocks of about unit variance, already times best_scale."""

@@ -16,18 +16,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..declared import option
 from ..errors import UsageError
-from .base import constant, decoded_linear, in_chunks, stored_half
+from .base import Format, constant, decoded_linear, in_chunks, stored_half
 from .packing import aligned_codes, pack, packed_bytes, unpack_values, word_table
 
 
 @dataclass(frozen=True)
-class Grouped:
+class Grouped(Format):
     """Base of the scalar formats."""
 
     name: ClassVar[str]
     bits: ClassVar[int]
-    group_size: int = 64
+    group_size: int = option(64, "weights per scale", gt=0)
 
     def __post_init__(self) -> None:
         if self.group_size < 1:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import constant, on_host
+from .base import Quantizer, constant, on_host
 from .packing import pack
 
 _WIDEST = 64  # of a factor; 576 = 9 2^6 is 36 x 16
@@ -135,7 +135,7 @@ _shared = _Shared()
 class Rotated:
     """A format applied in rotated coordinates."""
 
-    inner: Any  # Quantizer
+    inner: Quantizer
     seed: int = 0
 
     @property
@@ -146,28 +146,32 @@ class Rotated:
         """(out signs, in signs), in the order of the dimensions."""
         return random_signs(shape[0], self.seed, device), random_signs(shape[1], self.seed, device)
 
-    def rotated(self, weight: Tensor) -> Tensor:
+    @property
+    def block(self) -> int:
+        return self.inner.block
+
+    def turned(self, weight: Tensor) -> Tensor:
         """(U_out D_out) W (U_in D_in)^T"""
         out, inputs = self.signs((weight.shape[0], weight.shape[1]), weight.device)
         return into(into(weight, inputs).T, out).T
 
-    def rotated_gram(self, gram: Tensor) -> Tensor:
+    def turned_gram(self, gram: Tensor) -> Tensor:
         """The Gram matrix of the rotated inputs. (in, in)"""
         signs = random_signs(len(gram), self.seed, gram.device)
         return into(into(gram, signs).T, signs)
 
-    def rotated_inputs(self, rows: Tensor) -> Tensor:
+    def turned_inputs(self, rows: Tensor) -> Tensor:
         """Linear forms of the inputs, (k, in), as forms of the rotated ones."""
         return into(rows, random_signs(rows.shape[1], self.seed, rows.device))
 
-    def with_signs(self, parts: dict[str, Tensor], shape: tuple[int, int]) -> dict[str, Tensor]:
+    def completed(self, parts: dict[str, Tensor], shape: tuple[int, int]) -> dict[str, Tensor]:
         """Parts of the inner format, completed by the packed signs."""
         out, inputs = self.signs(shape, parts["weight"].device)
         return parts | {"out_signs": pack((out < 0).int(), 1), "in_signs": pack((inputs < 0).int(), 1)}
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         shape = (weight.shape[0], weight.shape[1])
-        return self.with_signs(self.inner.quantize(self.rotated(weight.detach().float())), shape)
+        return self.completed(self.inner.quantize(self.turned(weight.detach().float())), shape)
 
     def dequantize(self, parts: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         out, inputs = _unpacked(parts["out_signs"], shape[0]), _unpacked(parts["in_signs"], shape[1])
@@ -185,6 +189,10 @@ class Rotated:
         out = _unpacked(parts["out_signs"], shape[0])
         turned = _shared.into(x, parts["in_signs"])
         return out_of(self.inner.linear(turned, parts, shape), out)
+
+    def rounder(self, weight: Tensor, stretch: float | Tensor = 1.0, importance: Tensor | None = None) -> Any:
+        """Of a matrix that is turned already."""
+        return self.inner.rounder(weight, stretch, importance)
 
     def options(self) -> dict[str, int | bool]:
         return {**self.inner.options(), "incoherence": True, "seed": self.seed}

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..declared import option
 from .base import stored_half, stored_scales
 from .grouped import Grouped
 
@@ -20,7 +21,7 @@ from .grouped import Grouped
 class _Integer(Grouped):
     """weight = scale * code + minimum, or scale * (code - 2^(bits-1))."""
 
-    symmetric: bool = False
+    symmetric: bool = option(False, "no zero point")
 
     def book(self, device: torch.device) -> Tensor:
         codes = torch.arange(2**self.bits, dtype=torch.float32, device=device)

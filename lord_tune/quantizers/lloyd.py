@@ -51,6 +51,7 @@ class _Lloyd(Grouped):
     """16-bit scale per group; the code book is the same for every layer."""
 
     bits: ClassVar[int]
+    rotated_by_default: ClassVar[bool] = True
 
     def book(self, device: torch.device) -> Tensor:
         return _levels(self.bits, str(device))

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..declared import option
 from ..errors import UsageError
-from .base import constant, decoded_linear, one_tile
+from .base import Format, constant, decoded_linear, one_tile
 from .grouped import divisor_of
 
 if TYPE_CHECKING:
@@ -39,12 +40,13 @@ def _codebooks(device: str) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class NF4:
+class NF4(Format):
     """16 quantiles of a normal distribution, one absolute maximum per block; 4.5 bits per weight at block 64."""
 
     name: ClassVar[str] = "nf4"
-    block_size: int = 64
-    double_quant: bool = False  # store the block scales in 8 bits: 4.127 instead of 4.5 bits per weight at block 64
+    block_size: int = option(64, "weights per scale")
+    # 4.127 instead of 4.5 bits per weight at block 64
+    double_quant: bool = option(False, "store the scales in 8 bits")
 
     def __post_init__(self) -> None:
         if self.block_size not in BLOCK_SIZES:

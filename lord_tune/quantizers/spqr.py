@@ -27,8 +27,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..declared import option
 from ..errors import UsageError
-from .base import decoded_linear, on_host, stored_half
+from .base import Format, decoded_linear, on_host, stored_half
 from .grouped import Grouped, divisor_of
 from .integer import Int2, Int3, Int4
 from .packing import pack
@@ -45,13 +46,13 @@ _LARGEST_VALUE = 65504.0  # of float16
 
 
 @dataclass(frozen=True)
-class SpQR:
+class SpQR(Format):
     """3.95 bits per weight."""
 
     name: ClassVar[str] = "spqr"
-    group_size: int = 16
-    bits: int = 3
-    outlier_fraction: float = 0.01
+    group_size: int = option(16, "weights per scale", gt=0)
+    bits: int = option(3, "bits of a weight that is no outlier", key="spqr_bits", ge=2, le=4)
+    outlier_fraction: float = option(0.01, "fraction of weights kept in 16 bits", key="outliers", ge=0, lt=0.5)
 
     def __post_init__(self) -> None:
         if self.bits not in _CODES:
