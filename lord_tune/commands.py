@@ -94,17 +94,17 @@ def decompose(model: str, out: str, **options: Any) -> dict[str, Any]:
         found = survey(source.model, settings)
         check_budget(found.layers, settings)
         before = sizes(source.model)
-        foreseen = estimate_of(shape, settings, text_size_of(windows), None, workers.size)
+        foreseen = estimate_of(shape, settings, text_size_of(windows), None, workers.size, device)
         say(f"decomposing {config.model}: {summary(config, settings)}")
         say(
             f"{foreseen.parameters:,} parameters, {foreseen.layers} layers in {foreseen.blocks} blocks; estimated peak "
             f"memory {human_bytes(foreseen.peak_bytes)}, scratch files {human_bytes(foreseen.scratch_bytes)}"
         )
         task = task_of(tokenizer, kind_of(source.model) == "masked")
-        with PeakMemory() as peak, LiveTable(LAYER_COLUMNS, LAYER_WIDTHS) as table:
+        with PeakMemory(device) as peak, LiveTable(LAYER_COLUMNS, LAYER_WIDTHS) as table:
             outcome = decompose_checkpoint(source, found, settings, windows, task, journal, layer_rows(table))
         totals = _totals(outcome.records, before, sizes(source.model), time.perf_counter() - start)
-        totals |= {"peak_rss_bytes": peak.bytes, "estimated_peak_rss_bytes": foreseen.peak_bytes}
+        totals |= {"peak_memory_bytes": peak.bytes, "estimated_peak_memory_bytes": foreseen.peak_bytes}
         report = {
             "format_version": FORMAT_VERSION,
             "base": base,
@@ -153,9 +153,8 @@ def plan(model: str, **options: Any) -> dict[str, Any]:
         size = TextSize(tokens, heldout, length, weighted, short)
     device = default_device()
     settings = settings_of(config, shape)
-    foreseen = estimate_of(
-        shape, settings, size, Rates.measure(next(shape.parameters()).dtype, device), config.processes
-    )
+    rates = Rates.measure(next(shape.parameters()).dtype, device)
+    foreseen = estimate_of(shape, settings, size, rates, config.processes, device)
     result = {"model": config.model, **foreseen.to_dict()}
     if config.json_file:
         write_json(Path(config.json_file), result)
@@ -253,7 +252,7 @@ def evaluate(model: str, text: list[str], **options: Any) -> dict[str, Any]:
     say(
         f"{result['parameters']:,} stored numbers, {human_bytes(result['model_bytes'])}, linears at "
         f"{result['linear_bits_per_weight']:.2f} bits per weight; {result['tokens_per_second']:.1f} tokens/s, "
-        f"peak memory {human_bytes(result['peak_rss_bytes'])}"
+        f"peak memory {human_bytes(result['peak_memory_bytes'])}"
     )
     return result
 

@@ -6,7 +6,6 @@ import warnings
 from dataclasses import replace
 from typing import Any
 
-import psutil
 import torch
 
 from .allocation import ALLOCATORS
@@ -30,6 +29,7 @@ from .decomposition import (
 from .errors import LordWarning
 from .factorizations import METHODS
 from .integrations.running import max_length, run_on_meta, window_length
+from .memory import held_bytes
 from .quantizers import DTYPES, make_quantizer
 
 SHRINKAGES = (0.0, 0.05, 0.15, 0.4)  # candidates of --shrinkage auto
@@ -49,7 +49,14 @@ def text_size_of(windows: Windows | None) -> TextSize | None:
     )
 
 
-def estimate_of(shape: Any, settings: Settings, text: TextSize | None, rates: Rates | None, processes: int) -> Estimate:
+def estimate_of(
+    shape: Any,
+    settings: Settings,
+    text: TextSize | None,
+    rates: Rates | None,
+    processes: int,
+    device: torch.device,  # that the run works on
+) -> Estimate:
     """For a skeleton on the meta device."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LordWarning)  # the run itself says them
@@ -57,9 +64,9 @@ def estimate_of(shape: Any, settings: Settings, text: TextSize | None, rates: Ra
     check_budget(found.layers, settings)
     length = text.length if text is not None else min(64, max_length(shape))
     groups, flops = trace(shape, found, run_on_meta, length)
-    held = psutil.Process().memory_info().rss
     ranks = known_ranks(found.layers, settings)
-    return estimate_run(shape, found, settings, text, ranks, groups, flops, held, rates, processes)
+    held = held_bytes(device)
+    return estimate_run(shape, found, settings, text, ranks, groups, flops, held, rates, processes, device)
 
 
 def _format_options(config: MethodConfig, form: str) -> dict[str, Any]:
