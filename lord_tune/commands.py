@@ -97,15 +97,9 @@ def decompose(model: str, out: str, **options: Any) -> dict[str, Any]:
             warnings.warn(text, LordWarning, stacklevel=2)
         chosen = decide(found.layers, request)
         before = sizes(source.model)
-        foreseen = estimate_of(
-            shape,
-            survey(shape, request.targets, request.exclude),
-            request,
-            chosen,
-            text_size_of(windows),
-            None,
-            workers.size,
-        )
+        on_meta = survey(shape, request.targets, request.exclude)
+        size = text_size_of(windows)
+        foreseen = estimate_of(shape, on_meta, request, chosen, size, None, workers.size, device)
         say(f"decomposing {config.model}: {summary(config, _backbone(chosen))}")
         say(
             f"{foreseen.parameters:,} parameters, {foreseen.layers} layers in {foreseen.blocks} blocks; estimated peak "
@@ -115,7 +109,7 @@ def decompose(model: str, out: str, **options: Any) -> dict[str, Any]:
         with PeakMemory(device) as peak, LiveTable(LAYER_COLUMNS, LAYER_WIDTHS) as table:
             outcome = decompose_checkpoint(source, found, request, chosen, windows, task, journal, layer_rows(table))
         totals = _totals(outcome.records, before, sizes(source.model), time.perf_counter() - start)
-        totals |= {"peak_rss_bytes": peak.bytes, "estimated_peak_rss_bytes": foreseen.peak_bytes}
+        totals |= {"peak_memory_bytes": peak.bytes, "estimated_peak_memory_bytes": foreseen.peak_bytes}
         report = {
             "format_version": FORMAT_VERSION,
             "base": base,
@@ -173,9 +167,8 @@ def plan(model: str, **options: Any) -> dict[str, Any]:
     for text in found.notes():
         warnings.warn(text, LordWarning, stacklevel=2)
     chosen = decide(found.layers, request)
-    foreseen = estimate_of(
-        shape, found, request, chosen, size, Rates.measure(next(shape.parameters()).dtype, device), config.processes
-    )
+    rates = Rates.measure(next(shape.parameters()).dtype, device)
+    foreseen = estimate_of(shape, found, request, chosen, size, rates, config.processes, device)
     result = {"model": config.model, **foreseen.to_dict()}
     if config.json_file:
         write_json(Path(config.json_file), result)
@@ -273,7 +266,7 @@ def evaluate(model: str, text: list[str], **options: Any) -> dict[str, Any]:
     say(
         f"{result['parameters']:,} stored numbers, {human_bytes(result['model_bytes'])}, linears at "
         f"{result['linear_bits_per_weight']:.2f} bits per weight; {result['tokens_per_second']:.1f} tokens/s, "
-        f"peak memory {human_bytes(result['peak_rss_bytes'])}"
+        f"peak memory {human_bytes(result['peak_memory_bytes'])}"
     )
     return result
 

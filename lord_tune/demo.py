@@ -148,7 +148,7 @@ def _show_report(measured: dict[str, dict[str, Any]], out: Path, seconds: float)
             f"Of the loss that NF4 costs, {whitened:.0%} is left with calibrated L R and {loftq:.0%} with LoftQ at the "
             "same rank: calibration is what makes L R pay."
         )
-    peak = max(entry["peak_rss_bytes"] for entry in measured.values())
+    peak = max(entry["peak_memory_bytes"] for entry in measured.values())
     say(f"{seconds / 60:.1f} minutes, peak memory {human_bytes(peak)}; everything is in {out}, figures in report.json")
     say("Fewer bytes are not more speed: NF4 is decoded for every matrix product on a CPU.")
     say(f"next: lord-tune train --model_name_or_path {out}/nf4_whitened --dataset_name YOUR.jsonl --output_dir mine")

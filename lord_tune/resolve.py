@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import psutil
 import torch
 
 from .allocation import ALLOCATORS
@@ -30,6 +29,7 @@ from .decomposition import (
 )
 from .factorizations import METHODS
 from .integrations.running import max_length, run_on_meta, window_length
+from .memory import held_bytes
 from .plans import LayerChoice, Plan
 from .quantizers import DTYPES, QUANTIZERS, make_quantizer
 
@@ -57,12 +57,13 @@ def estimate_of(
     text: TextSize | None,
     rates: Rates | None,
     processes: int,
+    device: torch.device,  # that the run works on
 ) -> Estimate:
     """What the run will need."""
     length = text.length if text is not None else min(64, max_length(shape))
     groups, flops = trace(shape, found, run_on_meta, length)
-    held = psutil.Process().memory_info().rss
-    return estimate_run(shape, found, request, plan, text, groups, flops, held, rates, processes)
+    held = held_bytes(device)
+    return estimate_run(shape, found, request, plan, text, groups, flops, held, rates, processes, device)
 
 
 def _format_options(config: MethodConfig, form: str) -> dict[str, Any]:

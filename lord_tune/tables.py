@@ -125,8 +125,8 @@ def show_decomposition(report: dict[str, Any], config: DecomposeConfig) -> None:
         say(f"{len(fitted)} layers err over twice as much on held-out text, like {fitted[0]}; give them more text")
     totals = report["totals"]
     say(
-        f"peak memory {human_bytes(totals['peak_rss_bytes'])} (estimated "
-        f"{human_bytes(totals['estimated_peak_rss_bytes'])})"
+        f"peak memory {human_bytes(totals['peak_memory_bytes'])} (estimated "
+        f"{human_bytes(totals['estimated_peak_memory_bytes'])})"
     )
     say(f"wrote {config.out}")
     say(f"next: lord-tune evaluate {config.out} --text FILE   or   lord-tune inspect {config.out}")

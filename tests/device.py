@@ -11,6 +11,8 @@ the caller's thread. It has no streams, no random state and no memory of its own
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -162,8 +164,14 @@ class StandIn(TorchDispatchMode):
 
     def __enter__(self) -> StandIn:
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=) builds on the CPU and copies
-        torch.lazy = SimpleNamespace(_initialized=False)  # gradient checkpointing asks for its random state
-        self._patch = mock.patch.multiple(
+        asked = torch.is_autocast_enabled
+        self._patches = contextlib.ExitStack()
+        # what torch has for every real device: random state (gradient checkpointing), autocast (trl's loss)
+        self._patches.enter_context(mock.patch.object(torch, "lazy", SimpleNamespace(_initialized=False), create=True))
+        without = lambda kind=None: asked() if kind is None else kind != DEVICE.type and asked(kind)  # noqa: E731
+        self._patches.enter_context(mock.patch.object(torch, "is_autocast_enabled", without))
+        self._patches.enter_context(mock.patch.dict(os.environ, ACCELERATE_TORCH_DEVICE=str(DEVICE)))
+        accelerator = mock.patch.multiple(
             torch.accelerator,
             is_available=lambda: True,
             current_accelerator=lambda check_available=False: torch.device(DEVICE.type),
@@ -172,13 +180,12 @@ class StandIn(TorchDispatchMode):
             max_memory_allocated=lambda device=None: PEAK,
             memory_allocated=lambda device=None: PEAK,
         )
-        self._patch.start()
+        self._patches.enter_context(accelerator)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._patch.stop()
-        del torch.lazy
+        self._patches.close()
         torch._C._set_only_lift_cpu_tensors(False)
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -11,17 +11,20 @@ from typing import Any
 import pytest
 import torch
 from contracts import QUANTIZERS
-from device import DEVICE, TO_DEVICE, TO_HOST, WAIT, StandIn
+from device import DEVICE, PEAK, TO_DEVICE, TO_HOST, WAIT, StandIn
 from tiny import code_document, read_tensors, save_tiny, tiny_bert, tiny_gpt2, tiny_llama, tiny_tokenizer
 from tiny import write_code_rows as write_rows
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lord_tune
-from lord_tune.calibration.collect import Blocks, BlockWalk
+from lord_tune.calibration.blocks import Blocks
+from lord_tune.calibration.collect import BlockWalk
 from lord_tune.calibration.sensitivity import _observed
 from lord_tune.calibration.states import StateFile, StateWriter
-from lord_tune.decomposition.estimate import Rates
-from lord_tune.integrations.models import load_dense_or_factored, masked_windows
+from lord_tune.decomposition.timing import Rates
+from lord_tune.evaluation.speed import speed
+from lord_tune.integrations.models import load_dense_or_factored
+from lord_tune.integrations.running import masked_windows
 from lord_tune.layers import factored_layers
 from lord_tune.parallel import Workers, _on_wire
 from lord_tune.quantizers import Rotated
@@ -191,13 +194,29 @@ def test_decompose_writes_what_it_writes_on_the_cpu(name, made, source, rows, tm
 @pytest.mark.parametrize("build", [tiny_gpt2, tiny_bert], ids=["gpt2", "bert"])
 def test_other_families(build, rows, tmp_path):
     model = save_tiny(build(), tmp_path / "model")
-    with StandIn():
+    with StandIn() as device:
         given = {"calibration": [str(rows)], "kept_fraction": 0.7, "targets": r"\.1\.", **TEXT}
         lord_tune.decompose(str(model), str(tmp_path / "out"), **given)
         loaded, tokenizer = lord_tune.load(str(tmp_path / "out"))
         result = loaded(input_ids=IDS.to(DEVICE)).logits
+        with device.watched() as seen:
+            speed(loaded, IDS[0])
+        # before and after each of four runs; a clock stopped before the device is done times the launch
+        assert [operation for _, operation in seen].count("synchronize") == 8
     expected = lord_tune.load(str(tmp_path / "out"))[0](input_ids=IDS).logits
     assert torch.allclose(on_cpu(result), expected, atol=1e-5)
+
+
+def test_memory_is_that_of_the_device(made, source, rows, tmp_path):
+    """Measured and foreseen, without this process's hundreds of megabytes and what glibc keeps."""
+    totals = json.loads((made("default") / "decomposition.json").read_text())["totals"]
+    assert totals["peak_memory_bytes"] == PEAK
+    assert PEAK < totals["estimated_peak_memory_bytes"] < PEAK + 2**21
+    lord_tune.plan(str(source), calibration=[str(rows)], **TEXT, kept_fraction=0.7, json=str(tmp_path / "cpu.json"))
+    with StandIn():
+        lord_tune.plan(str(source), calibration=[str(rows)], **TEXT, kept_fraction=0.7, json=str(tmp_path / "it.json"))
+    cpu, it = (json.loads((tmp_path / name).read_text())["phases"] for name in ("cpu.json", "it.json"))
+    assert it["start"] < cpu["start"] and it["calibrating"] < cpu["calibrating"]
 
 
 # --- loaded models ---
@@ -253,11 +272,15 @@ def test_train_evaluate_and_export(mode, made, rows, tmp_path):
     with StandIn():
         given = {"model_name_or_path": str(base), "dataset_name": str(rows), "output_dir": str(tmp_path / "run")}
         short = {"max_steps": 2, "max_length": 32, "per_device_train_batch_size": 2, "bf16": False}
+        short["optim"] = "adamw_torch"  # the fused one knows devices by name
         lord_tune.train(mode=mode, **given, **short)
-        lord_tune.evaluate(str(tmp_path / "run"), text=[str(rows)], context_length=32, max_tokens=64)
+        result = lord_tune.evaluate(str(tmp_path / "run"), text=[str(rows)], context_length=32, max_tokens=64)
+        assert result["peak_memory_bytes"] == PEAK
         lord_tune.export(str(tmp_path / "run"), str(tmp_path / "dense"), format="dense")
         lord_tune.export(str(tmp_path / "run"), str(tmp_path / "factored"), format="factored")
     assert json.loads((tmp_path / "dense" / "config.json").read_text())["model_type"] == "llama"
+    results = json.loads((tmp_path / "run" / "train_results.json").read_text())
+    assert results["memory"]["measured"]["peak"] == PEAK  # it trained on the device
 
 
 # --- what calibration does beside the layers ---
@@ -315,10 +338,11 @@ def test_random_numbers_do_not_depend_on_the_default_device():
     assert all(matrix.device.type == "cpu" for matrix in _factors(24, "cpu", torch.float32))
 
 
-def test_constants_made_under_another_default_device_stay_on_theirs():
-    with StandIn(), torch.device(DEVICE):
+def test_rotations_are_computed_on_the_cpu_whatever_the_default_device():
+    """A device's cosines would differ in the last bit."""
+    with StandIn() as device, torch.device(DEVICE), device.watched() as seen:
         made = _factors(56, "cpu", torch.float32)
-    assert all(type(matrix) is torch.Tensor for matrix in made)
+    assert not seen and all(type(matrix) is torch.Tensor for matrix in made)
 
 
 @pytest.mark.parametrize(

@@ -498,7 +498,7 @@ COMMANDS = {
     "fisher": [*TEXT, "--method", "caldera", "--weighting", "fisher", "--backbone", "lloyd2", "--rank", "4"]
     + ["--iterations", "1", "--factor-format", "lloyd4", "--targets", "q_proj", "--sensitivity-tokens", "256"],
 }
-VARYING = ("seconds", "peak_rss_bytes", "estimated_peak_rss_bytes")
+VARYING = ("seconds", "peak_memory_bytes", "estimated_peak_memory_bytes")
 _MODEL = "model-0000{}-of-00004.safetensors"
 HALF_LINES = {
     "weighted": ["start", "started-calibrating", "calibrating/1", "started-sensitivity", "sensitivity/2"]

@@ -233,7 +233,7 @@ def measured(model: Path, out: Path, setting: str, context: int) -> tuple[int, i
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     subprocess.run(words, env=environment, check=True, capture_output=True)
     totals = json.loads((out / "decomposition.json").read_text())["totals"]
-    return totals["peak_rss_bytes"], totals["estimated_peak_rss_bytes"]
+    return totals["peak_memory_bytes"], totals["estimated_peak_memory_bytes"]
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,7 @@ def test_ordinary_scales_say_nothing(form):
         warnings.simplefilter("error")
         form.quantize(torch.randn(32, 128) * 0.02)
         form.quantize(torch.zeros(32, 128))
+        form.quantize(torch.randn(32, 1).expand(32, 128))  # groups whose scale is the rounding of their minimum
 
 
 def test_a_weight_of_micros_keeps_its_digits():

@@ -27,13 +27,15 @@ The layer at hand, in float64 matrices that live together; m = out in, k = min(o
 glibc gives matrices of more than 32 MiB back to the system when they are freed. Smaller ones stay with the process, in
 pieces that larger requests do not fit in: the activations of a window and the
 largest sum of such matrices over the layers (`_together`) are added. Measured against
-estimated on Llamas of hidden size 512, 1024 and 2048: tests/test_plan.py.
+estimated on Llamas (CPU) of hidden size 512, 1024 and 2048: tests/test_plan.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import torch
 
 from ..allocation import factor_cost
 from ..plans import LayerChoice, Plan
@@ -77,6 +79,7 @@ def estimate_run(
     held_bytes: int,
     rates: Rates | None,
     processes: int = 1,
+    device: torch.device | None = None,  # whose memory it is; the CPU
 ) -> Estimate:
     """See the top of this file for the model of the peak."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
@@ -105,7 +108,9 @@ def estimate_run(
     bases = sum(4 * shapes[n][0] * min(shapes[n]) for n in layers) if by_loss else 0
     factors = sum(stored.values()) if stored else block_bytes[widest]
     kept_ranks = {n: _rank_bound(shapes[n], (ranks or {}).get(n), ranks is None) for n in layers}
-    largest = _together([_working_parts(shapes[n], kept_ranks[n], text, choices[n]) for n in layers])
+    on_cpu = device is None or device.type == "cpu"
+    mapped = _MAPPED if on_cpu else 0  # an accelerator's allocator counts what is alive
+    largest = _together([_working_parts(shapes[n], kept_ranks[n], text, choices[n]) for n in layers], mapped)
     grams = window = 0
     if text is not None:
         grams = sum(8 * width * width + min(4 * text.heldout * width, 8 * width * width) for width in inputs)
@@ -120,12 +125,11 @@ def estimate_run(
         )
         head_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) in own)
         phases["start"] = rest_bytes - head_bytes + block_bytes[widest] + window
-        phases["start"] += max(
-            (s for n, s in size.items() if n not in inside), default=0
-        )  # a page map while it is read
+        if on_cpu:  # a page map while it is read
+            phases["start"] += max((s for n, s in size.items() if n not in inside), default=0)
     at_hand = largest + (bases if ranks is None else factors)
     widths = [width for n in layers for width in shapes[n]]
-    if text is not None and 4 * text.length * max(widths, default=0) >= _MAPPED:
+    if text is not None and 4 * text.length * max(widths, default=0) >= mapped:
         at_hand = max(window, at_hand)  # the activations are gone by then
     else:
         at_hand += window
@@ -139,7 +143,7 @@ def estimate_run(
             rest_bytes + 5 * 4 * text.sensitivity_length * vocabulary,
             block_bytes[widest] + bases + int(3 * share * window),
         )
-    cut = _together([_truncation_parts(shapes[n], kept_ranks[n]) for n in layers])
+    cut = _together([_truncation_parts(shapes[n], kept_ranks[n]) for n in layers], mapped)
     again = ranks is not None or sequential or rounds  # the writing pass calibrates
     phases["writing"] = work if again else block_bytes[widest] + bases + factors + cut
     phases["rest"] = rest_bytes
@@ -200,10 +204,10 @@ _MAPPED = 32 << 20  # glibc's largest DEFAULT_MMAP_THRESHOLD: freed blocks below
 Parts = list[tuple[float, int]]  # (how many, bytes of one)
 
 
-def _together(layers: list[Parts]) -> int:
-    """The largest sum of the mapped blocks of a layer, and of the retained ones of any."""
-    mapped = max((sum(n * size for n, size in parts if size >= _MAPPED) for parts in layers), default=0)
-    retained = max((sum(n * size for n, size in parts if size < _MAPPED) for parts in layers), default=0)
+def _together(layers: list[Parts], limit: int) -> int:
+    """The largest sum of the mapped blocks of a layer, and of the retained ones (below `limit`) of any."""
+    mapped = max((sum(n * size for n, size in parts if size >= limit) for parts in layers), default=0)
+    retained = max((sum(n * size for n, size in parts if size < limit) for parts in layers), default=0)
     return int(mapped + retained)
 
 

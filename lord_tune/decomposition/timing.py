@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..factorizations import Factorization
+from ..memory import synchronize
 from ..plans import LayerChoice
 from ..sites import Site
 from .decide import Request
@@ -49,18 +50,18 @@ class Rates:
 
         def rate(work: Callable[[], Any], operations: float) -> float:
             work()
+            synchronize(device)
             best = float("inf")
             for _ in range(3):
                 start = time.perf_counter()
                 work()
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
+                synchronize(device)
                 best = min(best, time.perf_counter() - start)
             return operations / best
 
         n, k = 768, 384
         generator = torch.Generator().manual_seed(0)
-        a = torch.randn(n, n, generator=generator).to(device)
+        a = torch.randn(n, n, generator=generator, device="cpu").to(device)
         low, wide = a.to(dtype), a.double()
         small = (wide @ wide.T)[:k, :k].contiguous()
         return cls(

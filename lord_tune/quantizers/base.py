@@ -149,11 +149,14 @@ def stored_half(values: Tensor) -> Tensor:
     return values.clamp(-_LARGEST_HALF, _LARGEST_HALF).half()
 
 
-def stored_scales(scales: Tensor, zero_is_a_code: bool = True) -> Tensor:
+def stored_scales(scales: Tensor, zero_is_a_code: bool = True, beside: Tensor | None = None) -> Tensor:
     """Scales >= 0 as float16, with a LordWarning where that is not close. Above its largest number codes saturate. Near
     0 its steps are coarse: where a group of codes holds the value 0, or its minimum, a scale is rounded up, since 0
-    would decode the group to one value; where not, that value is 0 and no worse than any."""
+    would decode the group to one value; where not, that value is 0 and no worse than any. `beside` are the minima that
+    are added: a scale below their own last bit is the rounding of a constant group, and stays as it is."""
     small, large = (scales > 0) & (scales < _COARSE), scales > _LARGEST_HALF
+    if beside is not None:
+        small &= scales > beside.abs().float() * 2.0**-11
     result = stored_half(scales)
     poor = float((small | large).float().mean()) if scales.numel() and not scales.is_meta else 0.0
     if not poor:

@@ -34,7 +34,8 @@ class _Integer(Grouped):
         inside = torch.arange(groups.shape[-1], device=groups.device) < counts[:, None]
         low = stored_half(torch.where(inside, groups, torch.inf).amin(-1))
         high = torch.where(inside, groups, -torch.inf).amax(-1)
-        return {"scales": stored_scales((high - low.float()) / (2**self.bits - 1)), "minimum": low}
+        scales = stored_scales((high - low.float()) / (2**self.bits - 1), beside=low)
+        return {"scales": scales, "minimum": low}
 
     def affine(self, scales: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         return scales["scales"].float(), None if self.symmetric else scales["minimum"].float()
