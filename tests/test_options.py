@@ -41,6 +41,7 @@ from lord_tune.config import (
 from lord_tune.decomposition import Rates
 from lord_tune.errors import ExportMismatch, UsageError
 from lord_tune.quantizers import QUANTIZERS
+from lord_tune.resolve import SHRINKAGES
 from lord_tune.training import trainer_arguments
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj"
@@ -448,7 +449,7 @@ def case_propagate(b: Bench) -> None:
 def case_shrinkage(b: Bench) -> None:
     none, fixed, auto = b.decompose(), b.decompose(shrinkage=0.3), b.decompose(shrinkage="auto")
     assert not torch.allclose(none.product(), fixed.product())
-    for run, allowed in ((none, {0.0}), (fixed, {0.3}), (auto, set(commands._SHRINKAGES))):
+    for run, allowed in ((none, {0.0}), (fixed, {0.3}), (auto, set(SHRINKAGES))):
         assert {entry["shrinkage"] for entry in run.report["layers"].values()} <= allowed
     # 1,024 tokens for up to 160 inputs are so few that not every layer is best off without
     assert len({entry["shrinkage"] for entry in auto.report["layers"].values()}) > 1
