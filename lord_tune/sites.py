@@ -47,6 +47,8 @@ class Site:
         """W, (out, in)."""
         return weight_of(self.module(model))
 
-    def install(self, model: nn.Module, layer: FactoredLinear) -> None:
-        """Put the decomposed layer in place of the dense one."""
+    def install(self, model: nn.Module, layer: FactoredLinear) -> nn.Module:
+        """Put the decomposed layer in place of the dense one, which is returned."""
+        dense: nn.Module = self.module(model)
         model.set_submodule(self.name, layer)
+        return dense

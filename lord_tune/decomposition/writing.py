@@ -43,7 +43,9 @@ def write(run: Passes, plan: Plan, request: Request, from_analysis: bool) -> Non
             del statistics
             layers = {name: finished.layer for name, finished in done.items() if finished.layer is not None}
             for name, layer in layers.items():
-                run.survey.layers[name].install(run.model, layer)
+                dense = run.survey.layers[name].install(run.model, layer)
+                to_meta(dense)  # hooks that were removed from it left a circle of references: it would stay for long
+                del dense
             recovered = None
             if walk is not None and request.recovery is not None:
                 recovered = tune_block(walk, index, layers, request.recovery, run.workers)
