@@ -42,7 +42,6 @@ from lord_tune.decomposition import Rates
 from lord_tune.errors import ExportMismatch, UsageError
 from lord_tune.factorizations.whitened import SHRINKAGES
 from lord_tune.quantizers import QUANTIZERS
-from lord_tune.resolve import SHRINKAGES
 from lord_tune.training import trainer_arguments
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj"
