@@ -33,7 +33,15 @@ from .memory import PeakMemory
 from .plans import FORMAT_VERSION, Plan
 from .provenance import command_line, identity_of, lasting, versions
 from .resolve import SENSITIVITY_LENGTH, check_formats, estimate_of, request_of, text_size_of, windows_of
-from .storage import atomic_directory, check_destination, check_json_file, read_json, write_json, write_text
+from .storage import (
+    atomic_directory,
+    check_destination,
+    check_json_file,
+    read_json,
+    sha256_files,
+    write_json,
+    write_text,
+)
 from .tables import (
     LAYER_COLUMNS,
     LAYER_WIDTHS,
@@ -84,6 +92,8 @@ def decompose(model: str, out: str, **options: Any) -> dict[str, Any]:
         "versions": versions(),
         "processes": workers.size,
     }
+    if config.plan_file is not None:
+        identity["plan"] = sha256_files([Path(config.plan_file)])
     start = time.perf_counter()
     if journal.open(identity, config.resume):
         blocks = sum(is_block(step, Phase.WRITING) for step in journal.steps)
@@ -126,6 +136,7 @@ def decompose(model: str, out: str, **options: Any) -> dict[str, Any]:
         if journal.writes:
             write_index(journal.folder, source.model, tokenizer, outcome.plans, outcome.weight_map)
             write_json(journal.folder / "decomposition.json", report)
+            outcome.plan.save(journal.folder / "plan.json")
             (journal.folder / "README.md").write_text(decomposition_card(report))
         journal.finish()
     except BaseException:
@@ -143,7 +154,7 @@ def _backbone(chosen: Plan | None) -> str:
 
 def plan(model: str, **options: Any) -> dict[str, Any]:
     """What `decompose` with these options would need and produce, from shapes alone; returns the keys of `--json`."""
-    if all(options.get(name) is None for name in ("rank", "kept_fraction", "bits_per_weight")):
+    if all(options.get(name) is None for name in ("rank", "kept_fraction", "bits_per_weight", "plan")):
         assumed = {"kept_fraction": 0.9} if options.get("backbone", "none") == "none" else {"rank": 16}
         options |= assumed
         name, value = next(iter(assumed.items()))
@@ -169,6 +180,14 @@ def plan(model: str, **options: Any) -> dict[str, Any]:
     chosen = decide(found.layers, request)
     rates = Rates.measure(next(shape.parameters()).dtype, device)
     foreseen = estimate_of(shape, found, request, chosen, size, rates, config.processes, device)
+    if config.save is not None:
+        if chosen is None:
+            raise UsageError(
+                "The calibration text decides the ranks of this budget, so there is no plan to save yet; decompose "
+                "writes the plan that it chose into OUT/plan.json, or choose --allocation uniform."
+            )
+        chosen.save(Path(config.save))
+        say(f"wrote {config.save}: a choice for each of {len(chosen.layers)} layers; decompose MODEL OUT --plan FILE")
     result = {"model": config.model, **foreseen.to_dict()}
     if config.json_file:
         write_json(Path(config.json_file), result)

@@ -6,6 +6,7 @@ an option that the chosen method would ignore.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -84,6 +85,12 @@ class MethodConfig(MethodOptions, RunConfig):
         description="stored bits per weight of the decomposed layers, Q and L R together: with --backbone the rank "
         "that fits, with --rank the widest format that fits, with neither the widest format that leaves rank 8",
     )
+    plan_file: str | None = Field(
+        None,
+        alias="plan",
+        description="carry out this plan (JSON: a choice per layer, from lord-tune plan --save or an earlier run's "
+        "plan.json) instead of a method and a budget",
+    )
     allocation: Literal["loss_weighted", "uniform"] = Field(
         "loss_weighted", description="how --kept-fraction is shared out over the layers"
     )
@@ -125,7 +132,10 @@ class MethodConfig(MethodOptions, RunConfig):
     def needs(self) -> frozenset[str]:
         """The statistics of the calibration text that the run takes."""
         from .allocation import ALLOCATORS
+        from .plans import Plan
 
+        if self.plan_file is not None:
+            return Plan.read(Path(self.plan_file)).needs()
         owner = self.owners()[0]
         method: Any = owner(**chosen(owner, self))
         own: frozenset[str] = method.needs
@@ -138,16 +148,19 @@ class MethodConfig(MethodOptions, RunConfig):
 
     def check_budget(self) -> None:
         """Exactly one budget, and a rank beside a width only where the width chooses the format."""
-        came = self.given("rank", "kept_fraction", "bits_per_weight")
-        flags = [f"--{name.replace('_', '-')}" for name in came]
+        came = self.given("rank", "kept_fraction", "bits_per_weight", "plan_file")
+        flags = [f"--{name.removesuffix('_file').replace('_', '-')}" for name in came]
         if sorted(came) == ["bits_per_weight", "rank"] and self.backbone == "none":
             return
         if len(came) != 1:
             what = " and ".join(flags) if came else "none"
-            raise UsageError(f"One of --rank, --kept-fraction and --bits-per-weight is wanted, {what} came.")
+            raise UsageError(f"Expected one of --rank, --kept-fraction, --bits-per-weight and --plan; got {what}.")
 
     def check_method(self, calibrated: bool) -> None:
         """Refuse what cannot work and options that would be ignored."""
+        if self.plan_file is not None:
+            self._check_beside_plan(calibrated)
+            return
         quantized = self.backbone != "none" or self.bits_per_weight is not None
         if self.owners()[0].needs_backbone and not quantized:
             raise UsageError(
@@ -200,6 +213,14 @@ class MethodConfig(MethodOptions, RunConfig):
             if not used[key]:
                 self._refuse_idle(key)
 
+    def _check_beside_plan(self, calibrated: bool) -> None:
+        """Refuse what the plan says itself."""
+        layerwise = ("method", "backbone", "factor_format", "top_rank", "top_format", "allocation", "incoherence")
+        for key in self.given(*layerwise, *MethodOptions.model_fields):
+            raise UsageError(f"--{key.replace('_', '-')} came with --plan, which says it for every layer; remove one.")
+        if self.recover_epochs and not calibrated:
+            raise UsageError("--recover-epochs tunes L and R on text; pass --calibration FILE.")
+
     def _refuse_idle(self, key: str) -> None:
         flag = "--" + key.replace("_", "-")
         raise UsageError(f"{flag} has no effect with this method, backbone and budget; remove it.")
@@ -216,7 +237,7 @@ class DecomposeConfig(MethodConfig):
     def check(self) -> None:
         self.check_budget()
         self.check_method(bool(self.calibration))
-        if self.needs_text and not self.calibration:
+        if not self.calibration and self.needs_text:
             raise UsageError(
                 "Calibration text is needed; pass --calibration FILE (text like what the model will be used on), or "
                 "choose a data-free method (svd or loftq, with --rank or --allocation uniform)."
@@ -226,6 +247,7 @@ class DecomposeConfig(MethodConfig):
 class PlanConfig(MethodConfig):
     """`lord-tune plan MODEL`: the options of decompose, and nothing is computed or written"""
 
+    save: str | None = Field(None, description="write the choice of every layer here, for decompose --plan")
     processes: int = Field(1, gt=0, description="foresee a run on this many processes")
     json_file: str | None = Field(None, description="write the plan here as JSON instead (--json)", alias="json")
 

@@ -164,6 +164,8 @@ class Plan:
     @classmethod
     def read(cls, path: Path) -> Plan:
         """UsageError if the file is not a plan."""
+        if not path.is_file():
+            raise UsageError(f"The plan {path} does not exist; write one with lord-tune plan MODEL --save FILE.")
         content = read_json(path)
         if not isinstance(content, dict):
             raise UsageError(f"{path} is not a plan; write one with lord-tune plan MODEL --save FILE.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from .decomposition import (
     BlockRecovery,
     Budget,
     Estimate,
+    Given,
     Kept,
     Ranks,
     Rates,
@@ -113,6 +115,8 @@ def _with_backbones(config: MethodConfig, template: LayerChoice, names: list[str
 
 
 def _budget(config: MethodConfig, template: LayerChoice) -> Budget:
+    if config.plan_file is not None:
+        return Given(Plan.read(Path(config.plan_file)))
     if config.bits_per_weight is not None:
         widths: tuple[LayerChoice, ...] = (template,)
         if config.backbone == "none":

@@ -86,6 +86,8 @@ def _count_reasons(skipped: dict[str, str]) -> str:
 
 
 def summary(config: MethodConfig, backbone: str) -> str:
+    if config.plan_file is not None:
+        return f"the plan {config.plan_file} (backbone: {backbone})"
     if config.bits_per_weight is not None:
         budget = f"{config.bits_per_weight:g} bits per weight"
         budget += "" if config.rank is None else f" with rank {config.rank}"

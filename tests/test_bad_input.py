@@ -277,27 +277,27 @@ WRONG_CALLS: list[Case] = [
     (
         "neither budget",
         lambda w: w.data_free("--method", "svd"),
-        "One of --rank, --kept-fraction and --bits-per-weight is wanted, none came.",
+        "Expected one of --rank, --kept-fraction, --bits-per-weight and --plan; got none.",
     ),
     (
         "both budgets",
         lambda w: w.decompose("--rank", 8, "--kept-fraction", 0.9),
-        "--rank and --kept-fraction came.",
+        "got --rank and --kept-fraction.",
     ),
     (
         "bits and rank beside a backbone",
         lambda w: w.decompose("--rank", 8, "--bits-per-weight", 6, "--backbone", "nf4"),
-        "--rank and --bits-per-weight came.",
+        "got --rank and --bits-per-weight.",
     ),
     (
         "three budgets",
         lambda w: w.decompose("--rank", 8, "--bits-per-weight", 6, "--kept-fraction", 0.5),
-        "--rank and --kept-fraction and --bits-per-weight came.",
+        "got --rank and --kept-fraction and --bits-per-weight.",
     ),
     (
         "bits and kept fraction",
         lambda w: w.decompose("--bits-per-weight", 6, "--kept-fraction", 0.5),
-        "--kept-fraction and --bits-per-weight came.",
+        "got --kept-fraction and --bits-per-weight.",
     ),
     ("bits of 0", lambda w: w.decompose("--bits-per-weight", 0), "a number from 0 to 32 is wanted"),
     ("bits not a number", lambda w: w.decompose("--bits-per-weight", "few"), "bits-per-weight"),
@@ -361,7 +361,7 @@ WRONG_CALLS: list[Case] = [
     ("spqr of 5 bits", lambda w: w.decompose("--backbone", "spqr", "--spqr-bits", 5), "spqr_bits: 5 came"),
     ("half of all outliers", lambda w: w.decompose("--backbone", "spqr", "--outliers", 0.5), "outliers: 0.5 came"),
     ("rotation of nothing", lambda w: w.decompose("--incoherence"), "--incoherence has no effect"),
-    ("caldera alone", lambda w: w.decompose("--method", "caldera"), "pass --backbone e8-2"),
+    ("caldera alone", lambda w: w.decompose("--method", "caldera"), "pass --backbone nf4"),
     (
         "caldera without text",
         lambda w: w.data_free("--method", "caldera", "--rank", 8, "--backbone", "e8-2"),

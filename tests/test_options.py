@@ -40,7 +40,9 @@ from lord_tune.config import (
 )
 from lord_tune.decomposition import Rates
 from lord_tune.errors import ExportMismatch, UsageError
+from lord_tune.factorizations import METHODS
 from lord_tune.factorizations.whitened import SHRINKAGES
+from lord_tune.plans import Plan
 from lord_tune.quantizers import QUANTIZERS
 from lord_tune.training import trainer_arguments
 
@@ -512,6 +514,14 @@ def case_recover_learning_rate(b: Bench) -> None:
         b.decompose(recover_learning_rate=1e-3)
 
 
+def case_plan_file(b: Bench) -> None:
+    """tests/test_plan_files.py looks closely."""
+    plan = b.folder / "decomposed.plan"
+    b.plan(rank=4, method="svd", save=str(plan))
+    report = lord_tune.decompose(str(b.model), str(b.folder / "planned"), plan=str(plan))
+    assert {entry["rank"] for entry in report["layers"].values()} == {4}
+
+
 DECOMPOSE: dict[str, Case] = {
     "model": case_model,
     "out": case_out,
@@ -523,6 +533,7 @@ DECOMPOSE: dict[str, Case] = {
     "rank": case_rank,
     "kept_fraction": case_kept_fraction,
     "bits_per_weight": case_bits_per_weight,
+    "plan_file": case_plan_file,
     "allocation": case_allocation,
     "calibration": case_calibration,
     "calibration_tokens": case_calibration_tokens,
@@ -703,6 +714,19 @@ def case_plan_processes(b: Bench) -> None:
     assert b.plan(processes=4)["seconds"] < b.plan()["seconds"]
 
 
+def case_plan_plan_file(b: Bench) -> None:
+    plan = b.folder / "estimated.plan"
+    saved = b.plan(rank=4, method="svd", save=str(plan))
+    planned = lord_tune.plan(str(b.model), plan=str(plan), json=str(b.folder / "planned.json"))
+    assert planned["ranks"] == saved["ranks"] and planned["model_bytes_after"] == saved["model_bytes_after"]
+
+
+def case_plan_save(b: Bench) -> None:
+    plan = b.folder / "saved.plan"
+    b.plan(rank=4, method="svd", save=str(plan))
+    assert set(Plan.read(plan).ranks().values()) == {4}
+
+
 def case_plan_json(b: Bench) -> None:
     file = b.folder / "plans" / "first.json"
     found = b.plan(json=str(file))
@@ -752,6 +776,8 @@ def case_plan_symmetric(b: Bench) -> None:
 
 
 PLAN: dict[str, Case] = {
+    "plan_file": case_plan_plan_file,
+    "save": case_plan_save,
     "model": case_plan_model,
     "method": case_plan_method,
     "backbone": case_plan_backbone,
@@ -1314,8 +1340,8 @@ def test_every_format_can_be_chosen():
     assert FORMATS == ("none", *QUANTIZERS) and FACTOR_FORMATS == (*DTYPES, *QUANTIZERS)
     top = {form: MethodConfig(model="m", top_format=form).top_format for form in (*DTYPES, "int8")}
     assert all(form in DTYPES or form in QUANTIZERS for form in top)
-    for method in ("caldera", "whitened"):
-        assert set(MethodConfig(model="m", method=method).families()) < set(QUANTIZERS)
+    for method in METHODS:
+        assert set(METHODS[method].widths) < set(QUANTIZERS)
 
 
 FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
@@ -1332,6 +1358,7 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
             "--calibration=a.txt --dry_run",
         ),
         (DecomposeConfig, "m o --method loftq --backbone nf4 --rank 3 --iterations 2 --dry-run"),
+        (DecomposeConfig, "m o --plan p.json --calibration a.txt"),
         (DecomposeConfig, "m o --rank 3 --calibration a.txt --propagate sequential --shrinkage auto --resume"),
         (
             DecomposeConfig,
@@ -1356,7 +1383,8 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
             "--exclude k --seed 7 --dtype float16 --propagate sequential --processes 2 --json j",
         ),
         (PlanConfig, "m --method afm --no-centred --kept-fraction 0.7 --allocation uniform"),
-        (PlanConfig, "m --method loftq --backbone nf4 --rank 3 --iterations 2"),
+        (PlanConfig, "m --method loftq --backbone nf4 --rank 3 --iterations 2 --save s"),
+        (PlanConfig, "m --plan p.json"),
         (
             PlanConfig,
             "m --method caldera --backbone int4 --rank 3 --downdate off --order q --incoherence --group-size 16 "

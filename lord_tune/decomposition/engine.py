@@ -60,7 +60,8 @@ class Outcome:
     """What became of a model: the records of all eligible layers, the plans and the shards."""
 
     records: dict[str, LayerRecord]
-    plans: dict[str, LayerPlan]
+    plan: Plan  # what was decided for every layer
+    plans: dict[str, LayerPlan]  # how the decomposed ones are stored
     weight_map: dict[str, str]  # tensor -> file
     recovery: dict[str, dict[str, Any]]  # block -> held-out error before and after block-wise recovery, passes kept
 
@@ -93,7 +94,7 @@ def decompose_checkpoint(
         raise LordError("Every layer stays dense at this budget, so nothing is done; choose another budget.")
     write(run, plan, request, from_analysis)
     write_rest(run)
-    return _outcome(run)
+    return _outcome(run, plan)
 
 
 def _costs(request: Request, plan: Plan | None) -> dict[Phase, float]:
@@ -109,7 +110,7 @@ def _costs(request: Request, plan: Plan | None) -> dict[Phase, float]:
     }
 
 
-def _outcome(run: Passes) -> Outcome:
+def _outcome(run: Passes, plan: Plan) -> Outcome:
     """From the journal, so that a resumed run tells the same as an uninterrupted one."""
     records: dict[str, LayerRecord] = {}
     plans: dict[str, LayerPlan] = {}
@@ -129,4 +130,4 @@ def _outcome(run: Passes) -> Outcome:
     for name, record in records.items():
         for text in record.warnings:
             warnings.warn(f"{name}: {text}", LordWarning, stacklevel=2)
-    return Outcome({name: records[name] for name in run.survey.layers}, plans, weight_map, recovery)
+    return Outcome({name: records[name] for name in run.survey.layers}, plan, plans, weight_map, recovery)

@@ -41,7 +41,7 @@ from ..allocation import factor_cost
 from ..plans import LayerChoice, Plan
 from .decide import Request
 from .layerwise import COMPARED_INPUTS
-from .sizes import stored_bytes
+from .sizes import added_bias_bytes, stored_bytes
 from .survey import Survey
 from .timing import Rates, TextSize, run_seconds
 
@@ -166,7 +166,8 @@ def estimate_run(
     if ranks is not None:
         dense_linear = sum(site.dense_bytes for site in survey.layers.values())
         packed = sum(stored_bytes(site, choices[n]) for n, site in survey.layers.items())
-        after = sum(size.values()) - dense_linear + packed
+        biases = sum(added_bias_bytes(site, choices[n]) for n, site in survey.layers.items())
+        after = sum(size.values()) - dense_linear + packed + biases
         bits = 8.0 * packed / sum(s[0] * s[1] for s in shapes.values())
     seconds = None
     if rates is not None:

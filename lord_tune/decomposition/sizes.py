@@ -28,6 +28,13 @@ def stored_bytes(site: Site, choice: LayerChoice) -> int:
     return total + _factor_bytes(site.shape, plan.rank - plan.top_rank, plan.left_format, plan.factor_options)
 
 
+def added_bias_bytes(site: Site, choice: LayerChoice) -> int:
+    """Of the bias that a centred method gives a layer without one."""
+    if choice.rank is None or site.bias or not choice.on(site.shape, site.dtype, site.bias, site.conv1d).bias:
+        return 0
+    return site.shape[0] * site.dtype.itemsize
+
+
 def _factor_bytes(shape: tuple[int, int], rank: int, form: str, options: dict[str, Any]) -> int:
     """Of L and R."""
     if form in DTYPES:
