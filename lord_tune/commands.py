@@ -18,7 +18,10 @@ from .cards import decomposition_card, export_card, training_card
 from .config import DecomposeConfig, EvaluateConfig, ExportConfig, InspectConfig, PlanConfig, RunConfig, TrainConfig
 from .console import LiveTable, human_bytes, is_main_process, note, progress, say, show_spans, show_table
 from .data.rows import documents
-from .decomposition import Journal, LayerRecord, Phase, Rates, TextSize, decide, decompose_checkpoint, is_block, survey
+from .decomposition import Journal, Phase, Rates, TextSize, decompose_checkpoint, is_block
+from .decomposition.decide import decide
+from .decomposition.sizes import totals_of
+from .decomposition.survey import survey
 from .errors import LordError, LordWarning, UsageError
 from .evaluation.run import evaluate_model
 from .exports.run import export_model
@@ -118,7 +121,7 @@ def decompose(model: str, out: str, **options: Any) -> dict[str, Any]:
         task = task_of(tokenizer, kind_of(source.model) == "masked")
         with PeakMemory(device) as peak, LiveTable(LAYER_COLUMNS, LAYER_WIDTHS) as table:
             outcome = decompose_checkpoint(source, found, request, chosen, windows, task, journal, layer_rows(table))
-        totals = _totals(outcome.records, before, sizes(source.model), time.perf_counter() - start)
+        totals = totals_of(outcome.records, before, sizes(source.model), time.perf_counter() - start)
         totals |= {"peak_memory_bytes": peak.bytes, "estimated_peak_memory_bytes": foreseen.peak_bytes}
         report = {
             "format_version": FORMAT_VERSION,
@@ -372,26 +375,6 @@ def show_plan(config: RunConfig) -> dict[str, Any]:
     resolved = config.model_dump()
     show_table("resolved configuration", ["key", "value"], [[key, str(value)] for key, value in resolved.items()])
     return resolved
-
-
-def _totals(
-    records: dict[str, LayerRecord], before: dict[str, float], after: dict[str, float], seconds: float
-) -> dict[str, Any]:
-    factored = [record for record in records.values() if record.rank != "dense"]
-    dense_numbers = sum(r.shape[0] * r.shape[1] for r in records.values())
-    kept = sum(r.shape[0] * r.shape[1] if isinstance(r.rank, str) else r.rank * sum(r.shape) for r in records.values())
-    return {
-        "layers": len(records),
-        "factored_layers": len(factored),
-        "linear_parameters": dense_numbers,
-        "kept_fraction": kept / dense_numbers if all(r.backbone == "none" for r in factored) else None,
-        "parameters_before": before["parameters"],
-        "parameters": after["parameters"],
-        "model_bytes_before": before["model_bytes"],
-        "model_bytes": after["model_bytes"],
-        "linear_bits_per_weight": after["linear_bits_per_weight"],
-        "seconds": seconds,
-    }
 
 
 def _notify_training(event: str, payload: Any) -> None:

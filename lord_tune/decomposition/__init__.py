@@ -2,12 +2,12 @@
 
 from ..calibration.task import Task
 from .base import BlockRecovery, LayerRecord, Notify, Progress, Source, Windows
-from .decide import Bits, Budget, Given, Kept, Ranks, Request, decide, templates_of
+from .decide import Bits, Budget, Given, Kept, Ranks, Request
 from .engine import Outcome, decompose_checkpoint
 from .estimate import Estimate, estimate_run
 from .journal import Journal
 from .steps import Phase, is_block
-from .survey import Survey, survey
+from .survey import Survey
 from .timing import Rates, TextSize, trace
 
 __all__ = [
@@ -31,11 +31,8 @@ __all__ = [
     "Task",
     "TextSize",
     "Windows",
-    "decide",
     "decompose_checkpoint",
     "estimate_run",
     "is_block",
-    "survey",
-    "templates_of",
     "trace",
 ]

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -238,8 +237,3 @@ def _matched(layers: Layers, plan: Plan) -> Plan:
         if choice.rank is not None:
             _check_template(choice)
     return Plan({name: plan.layers[name] for name in layers})
-
-
-def templates_of(template: LayerChoice, backbones: list[tuple[str, dict[str, Any]]]) -> tuple[LayerChoice, ...]:
-    """The template with each of these backbones."""
-    return tuple(dataclasses.replace(template, backbone=n, backbone_options=o) for n, o in backbones)

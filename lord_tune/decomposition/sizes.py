@@ -8,6 +8,7 @@ from ..allocation import factor_cost
 from ..plans import LayerChoice
 from ..quantizers import DTYPES, make_quantizer
 from ..sites import Site
+from .base import LayerRecord
 
 
 def bits_at(site: Site, choice: LayerChoice) -> float:
@@ -44,3 +45,24 @@ def _factor_bytes(shape: tuple[int, int], rank: int, form: str, options: dict[st
     quantizer = make_quantizer(form, options)
     parts = [quantizer.empty(part, "meta") for part in ((shape[0], rank), (rank, shape[1]))]
     return sum(p.numel() * p.element_size() for found in parts for p in found.values())
+
+
+def totals_of(
+    records: dict[str, LayerRecord], before: dict[str, float], after: dict[str, float], seconds: float
+) -> dict[str, Any]:
+    """What a report says of all layers together."""
+    factored = [record for record in records.values() if record.rank != "dense"]
+    dense_numbers = sum(r.shape[0] * r.shape[1] for r in records.values())
+    kept = sum(r.shape[0] * r.shape[1] if isinstance(r.rank, str) else r.rank * sum(r.shape) for r in records.values())
+    return {
+        "layers": len(records),
+        "factored_layers": len(factored),
+        "linear_parameters": dense_numbers,
+        "kept_fraction": kept / dense_numbers if all(r.backbone == "none" for r in factored) else None,
+        "parameters_before": before["parameters"],
+        "parameters": after["parameters"],
+        "model_bytes_before": before["model_bytes"],
+        "model_bytes": after["model_bytes"],
+        "linear_bits_per_weight": after["linear_bits_per_weight"],
+        "seconds": seconds,
+    }

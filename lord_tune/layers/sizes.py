@@ -7,7 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from ..calibration.blocks import Blocks, find_blocks
-from . import FactoredLinear, QuantizedLinear, is_linear, weight_of
+from .factored_linear import FactoredLinear
+from .quantized_linear import QuantizedLinear
+from .surgery import is_linear, weight_of
 
 
 def sizes(model: Any) -> dict[str, float]:
