@@ -9,7 +9,7 @@ from torch import nn
 
 from ..calibration.blocks import Blocks, find_blocks
 from ..errors import LordWarning
-from ..layers import fused_parameters, select_linears
+from ..layers import fuse_untouched, fused_parameters, select_linears, unfuse
 from .base import Settings
 
 
@@ -26,10 +26,12 @@ class Survey:
 
 
 def survey(model: nn.Module, settings: Settings) -> Survey:
-    """Find the blocks and the layers; works on the meta device."""
+    """Find the blocks and the layers; works on the meta device. Experts to decompose become layers of `model`."""
     blocks = find_blocks(model)
+    unfuse(model)
     layers, skipped = select_linears(model, blocks.names(), settings.targets, settings.exclude)
-    fused = fused_parameters(model)
+    skipped = fuse_untouched(model, layers, skipped)
+    fused = {name: parameter for name, parameter in fused_parameters(model).items() if name not in skipped}
     if fused:
         warnings.warn(
             f"{len(fused)} fused expert parameters stay dense, like {next(iter(fused))} "

@@ -2,18 +2,21 @@
 
 transformers builds the skeleton and accelerate's disk offload the index (`device_map={"": "disk"}`): every renaming and
 conversion between stored and runtime names is theirs, so no family needs code here. Tensors that transformers converts
-on loading (experts stored one by one, fused at run time) are written converted to `scratch`, once. The forward hooks
-that would load weights at every call are removed again: `load` and `release` say when.
+on loading (experts stored one by one, fused at run time) are written converted to `scratch`, once. Of experts that are
+layers of their own (layers/experts.py) each is read alone, out of the fused tensor. The forward hooks that would load
+weights at every call are removed again: `load` and `release` say when.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from accelerate.hooks import remove_hook_from_submodules
 from safetensors import safe_open
@@ -21,6 +24,8 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, UsageError
 from ..layer_plan import LayerPlan
+from ..layers import expert_of, unfused_parameters
+from ..layers.experts import UnfusedExperts
 from ..storage import write_json
 from .models import default_device, load_dense_or_factored, model_class
 from .transformers_quantizer import LordConfig
@@ -88,17 +93,52 @@ class Checkpoint:
                 _tie(self.model, target, name)
 
     def stored(self, name: str) -> Tensor | None:
-        entry = getattr(self._weights, "index", {}).get(name, {})
-        if self._recast or "safetensors_file" not in entry:
+        part = expert_of(name)
+        entry = self._entry(name if part is None else part[0])
+        if self._recast or self._is_sentinel(name) or "safetensors_file" not in entry:
             return None
+        if part is not None:
+            return _stored_expert(entry, *part)
         with safe_open(entry["safetensors_file"], framework="pt") as file:
             return file.get_tensor(entry.get("weight_name", name))
 
+    def _entry(self, name: str) -> dict[str, Any]:
+        return getattr(self._weights, "index", {}).get(name, {})
+
+    def _is_sentinel(self, name: str) -> bool:
+        """Whether `name` is a fused parameter whose experts are layers of their own."""
+        owner = _owner(self.model, name)
+        return isinstance(owner, UnfusedExperts) and name.rpartition(".")[2] in owner.unfused
+
+    def _read_expert(self, fused: str, expert: int) -> Tensor:
+        """One expert's part, without reading the others."""
+        entry = self._entry(fused)
+        if "safetensors_file" in entry:
+            part = _stored_expert(entry, fused, expert)
+            return part.to(getattr(torch, entry["dtype"])) if "dtype" in entry else part
+        if not entry:  # not on disk
+            return self._weights[fused][expert]
+        dtype, shape = getattr(torch, entry["dtype"]), entry["shape"][1:]  # a file of accelerate's: the bare numbers
+        size = math.prod(shape) * dtype.itemsize
+        path = Path(self._weights.save_folder) / f"{fused}.dat"
+        numbers = numpy.fromfile(path, dtype=numpy.uint8, count=size, offset=expert * size)
+        return torch.from_numpy(numbers).view(dtype).reshape(shape)
+
     def _read(self, name: str) -> Tensor:
+        if self._is_sentinel(name):
+            return torch.zeros(0, dtype=torch.uint8)
+        part = expert_of(name)
+        if part is not None and part[0] in self._weights:
+            return self._read_expert(*part)
         source = next((n for n in (name, *self._tied.get(name, ())) if n in self._weights), None)
         if source is None:
             raise CheckpointError(f"The checkpoint lacks the tensor '{name}'; download or write it again.")
         return self._weights[source]
+
+
+def _stored_expert(entry: dict[str, Any], fused: str, expert: int) -> Tensor:
+    with safe_open(entry["safetensors_file"], framework="pt") as file:
+        return file.get_slice(entry.get("weight_name", fused))[expert]
 
 
 def _index_of(model: nn.Module) -> Any:
@@ -172,7 +212,8 @@ def write_index(
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = str(model.dtype).removeprefix("torch.")
-    config.quantization_config = LordConfig({name: plan.to_dict() for name, plan in plans.items()})
+    manifest = {name: plan.to_dict() for name, plan in plans.items()}
+    config.quantization_config = LordConfig(manifest, unfused=unfused_parameters(model))
     config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
