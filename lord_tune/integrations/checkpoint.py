@@ -107,7 +107,7 @@ class Checkpoint:
 
     def _is_sentinel(self, name: str) -> bool:
         """Whether `name` is a fused parameter whose experts are layers of their own."""
-        owner = _owner(self.model, name)
+        owner: Any = _owner(self.model, name)
         return isinstance(owner, UnfusedExperts) and name.rpartition(".")[2] in owner.unfused
 
     def _read_expert(self, fused: str, expert: int) -> Tensor:

@@ -49,6 +49,8 @@ class UnfusedExperts(nn.Module):
     """The forward of a decorated module of which some parameters are unfused: the operations of transformers' own loop
     over the experts, in the same order."""
 
+    unfused: Any  # parameter -> its layers
+
     def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         # (token, in), (token, k), (token, k) -> (token, in)
         output = torch.zeros_like(hidden_states)
@@ -91,7 +93,7 @@ def _routed(chosen: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tensor]
 
 
 @functools.cache
-def _with_own_forward(kind: type) -> type:
+def _with_own_forward(kind: Any) -> type:
     """A subclass under the same name, by which FSDP and transformers find a class."""
     return type(kind.__name__, (UnfusedExperts, kind), {"__module__": kind.__module__, "fused_class": kind})
 
@@ -102,12 +104,12 @@ def _count(module: Any) -> int:
     return len(module._parameters[_unfusable(module)[0]])
 
 
-def _unfusable(module: nn.Module) -> list[str]:
+def _unfusable(module: Any) -> list[str]:
     """The names of the parameters of a decorated module that can be unfused."""
     if not all(hasattr(module, name) for name in _DECLARED):
         return []
     parameters = module._parameters
-    return [leaf for leaf in _FUSED if parameters.get(leaf) is not None and parameters[leaf].dim() == 3]  # type: ignore
+    return [leaf for leaf in _FUSED if parameters.get(leaf) is not None and parameters[leaf].dim() == 3]
 
 
 def unfuse(model: nn.Module, names: Iterable[str] | None = None) -> list[str]:
@@ -129,7 +131,8 @@ def _unfuse_one(module: Any, leaf: str) -> None:
     weights = [nn.Parameter(part, requires_grad=fused.requires_grad) for part in fused.detach().unbind()]
     if not isinstance(module, UnfusedExperts):
         module.unfused = nn.ModuleDict()
-        module.__class__ = _with_own_forward(type(module))
+        kind: Any = type(module)
+        module.__class__ = _with_own_forward(kind)
         module.__dict__.pop("forward", None)  # accelerate leaves one on the instance when its hooks are removed
     module.unfused[leaf] = nn.ModuleList(expert_layer(weight, module.is_transposed) for weight in weights)
     empty = torch.zeros(0, dtype=torch.uint8, device=fused.device)
@@ -155,7 +158,7 @@ def fuse(model: nn.Module, names: Iterable[str] | None = None) -> None:
     wanted = None if names is None else set(names)
     for path, module in list(model.named_modules()):
         if isinstance(module, UnfusedExperts):
-            for leaf in list(module.unfused):  # type: ignore[arg-type]
+            for leaf in list(module.unfused):
                 if wanted is None or f"{path}.{leaf}" in wanted:
                     _fuse_one(path, module, leaf)
 
@@ -201,7 +204,7 @@ def unfused_parameters(model: nn.Module) -> list[str]:
         f"{path}.{leaf}"
         for path, module in model.named_modules()
         if isinstance(module, UnfusedExperts)
-        for leaf in module.unfused  # type: ignore[union-attr]
+        for leaf in module.unfused
     ]
 
 
