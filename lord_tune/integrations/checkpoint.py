@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from accelerate.hooks import remove_hook_from_submodules
 from safetensors import safe_open
@@ -63,6 +61,7 @@ class Checkpoint:
         scratch.mkdir(parents=True, exist_ok=True)
         self.model = load_dense_or_factored(name, dtype, device_map={"": "disk"}, offload_folder=str(scratch))
         self._weights = _index_of(self.model)
+        self._present = set(self._weights)  # asking the mapping itself reads the tensor
         _check_headers(name, self.model, getattr(self._weights, "index", {}))
         remove_hook_from_submodules(self.model)
         self.model.__dict__.pop("hf_device_map", None)
@@ -111,26 +110,20 @@ class Checkpoint:
         return isinstance(owner, UnfusedExperts) and name.rpartition(".")[2] in owner.unfused
 
     def _read_expert(self, fused: str, expert: int) -> Tensor:
-        """One expert's part, without reading the others."""
+        """One expert's part, without reading the others where the file is safetensors."""
         entry = self._entry(fused)
         if "safetensors_file" in entry:
             part = _stored_expert(entry, fused, expert)
             return part.to(getattr(torch, entry["dtype"])) if "dtype" in entry else part
-        if not entry:  # not on disk
-            return self._weights[fused][expert]
-        dtype, shape = getattr(torch, entry["dtype"]), entry["shape"][1:]  # a file of accelerate's: the bare numbers
-        size = math.prod(shape) * dtype.itemsize
-        path = Path(self._weights.save_folder) / f"{fused}.dat"
-        numbers = numpy.fromfile(path, dtype=numpy.uint8, count=size, offset=expert * size)
-        return torch.from_numpy(numbers).view(dtype).reshape(shape)
+        return self._weights[fused][expert]
 
     def _read(self, name: str) -> Tensor:
         if self._is_sentinel(name):
             return torch.zeros(0, dtype=torch.uint8)
         part = expert_of(name)
-        if part is not None and part[0] in self._weights:
+        if part is not None and part[0] in self._present:
             return self._read_expert(*part)
-        source = next((n for n in (name, *self._tied.get(name, ())) if n in self._weights), None)
+        source = next((n for n in (name, *self._tied.get(name, ())) if n in self._present), None)
         if source is None:
             raise CheckpointError(f"The checkpoint lacks the tensor '{name}'; download or write it again.")
         return self._weights[source]

@@ -128,7 +128,10 @@ def unfuse(model: nn.Module, names: Iterable[str] | None = None) -> list[str]:
 
 def _unfuse_one(module: Any, leaf: str) -> None:
     fused = module._parameters[leaf]
-    weights = [nn.Parameter(part, requires_grad=fused.requires_grad) for part in fused.detach().unbind()]
+    parts = fused.detach().unbind()
+    if fused.is_meta:  # views there have addresses, by which they would be taken for one tensor
+        parts = [part.clone() for part in parts]
+    weights = [nn.Parameter(part, requires_grad=fused.requires_grad) for part in parts]
     if not isinstance(module, UnfusedExperts):
         module.unfused = nn.ModuleDict()
         kind: Any = type(module)
