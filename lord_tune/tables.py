@@ -12,6 +12,7 @@ from .allocation import break_even
 from .config import DecomposeConfig, MethodConfig, PlanConfig
 from .console import LiveTable, duration, human_bytes, say, show_table
 from .decomposition import Estimate, Notify, Progress, Survey
+from .layers import expert_of
 from .training import MemoryEstimate
 
 LAYER_COLUMNS = ["layer", "shape", "rank", "calibrated", "held-out", "plain SVD", "seconds"]
@@ -119,7 +120,8 @@ def show_decomposition(report: dict[str, Any], config: DecomposeConfig) -> None:
     show_totals(report["totals"])
     if report["skipped"]:
         say(f"not decomposed: {_count_reasons(report['skipped'])}")
-    poor = [name for name, entry in report["layers"].items() if _is_poorly_determined(entry)]
+    told = _show_poor_experts(report["layers"])
+    poor = [n for n, entry in report["layers"].items() if _is_poorly_determined(entry) and n not in told]
     if poor:
         say(f"{len(poor)} layers saw fewer tokens than inputs, or dead inputs, like {poor[0]}; give them more text")
     fitted = [name for name, entry in report["layers"].items() if _is_overfitted(entry)]
@@ -132,6 +134,28 @@ def show_decomposition(report: dict[str, Any], config: DecomposeConfig) -> None:
     )
     say(f"wrote {config.out}")
     say(f"next: lord-tune evaluate {config.out} --text FILE   or   lord-tune inspect {config.out}")
+
+
+def _show_poor_experts(layers: dict[str, dict[str, Any]]) -> set[str]:
+    """One line for all experts of a mixture that saw few tokens; returns their layers. An expert that never ran stays
+    dense, which is warned about by name."""
+    experts, poor, layers_of_poor = set(), set(), {}
+    for name, entry in layers.items():
+        part = expert_of(name)
+        if part is None or not entry["inputs"]:
+            continue
+        expert = part[0].rpartition(".")[0], part[1]  # its layers read the same tokens
+        experts.add(expert)
+        if entry["inputs"]["tokens"] < entry["shape"][1]:
+            poor.add(expert)
+            layers_of_poor[name] = entry["inputs"]["tokens"]
+    if poor:
+        least = min(layers_of_poor, key=lambda name: layers_of_poor[name])
+        say(
+            f"{len(poor)} of {len(experts)} experts saw fewer tokens than inputs, the least {layers_of_poor[least]} "
+            f"({least}); give them more text"
+        )
+    return set(layers_of_poor)
 
 
 def _show_recovery(blocks: dict[str, dict[str, Any]]) -> None:
@@ -197,7 +221,8 @@ def _is_overfitted(entry: dict[str, Any]) -> bool:
 
 
 def _kind(name: str) -> str:
-    parts = name.split(".")
+    part = expert_of(name)
+    parts = (name if part is None else part[0]).split(".")
     return next((".".join(parts[i + 1 :]) for i in range(len(parts) - 1, -1, -1) if parts[i].isdigit()), name)
 
 

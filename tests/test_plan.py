@@ -31,7 +31,7 @@ SHORT = {"context_length": 64, "calibration_tokens": 512}
 
 
 def tiny_mixtral() -> MixtralForCausalLM:
-    """Four fused experts, which stay dense, behind a router."""
+    """Four experts behind a router."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 300}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..calibration.blocks import Blocks, find_blocks
-from ..layers import fused_parameters, select_linears
+from ..layers import fuse_untouched, fused_parameters, select_linears, unfuse
 from ..sites import Site
 
 FUSED = "fused experts (3-D parameter)"
@@ -41,8 +41,10 @@ class Survey:
 
 
 def survey(model: Any, targets: str | None = None, exclude: str | None = None) -> Survey:
-    """Find the blocks and the layers; works on the meta device."""
+    """Find the blocks and the layers; works on the meta device. Experts to decompose become layers of `model`."""
     blocks = find_blocks(model)
+    unfuse(model)
     layers, skipped = select_linears(model, blocks.names(), targets, exclude)
-    skipped |= dict.fromkeys(fused_parameters(model), FUSED)
+    skipped = fuse_untouched(model, layers, skipped)
+    skipped |= {name: FUSED for name in fused_parameters(model) if name not in skipped}
     return Survey(blocks, {name: Site.of(name, module) for name, module in layers.items()}, skipped)

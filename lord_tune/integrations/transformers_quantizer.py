@@ -1,6 +1,6 @@
 """The transformers plugin: checkpoints with `quant_method: lord` load through `from_pretrained`.
 
-The model is on the meta device when the modules are swapped; their parameter names equal the checkpoint keys, so
+The model is on the meta device when experts are unfused and modules swapped; their parameter names equal the keys, so
 transformers' ordinary loader fills them (sharded files, device_map, no converter that would break `save_pretrained`).
 `register` is called when `lord_tune` is imported, or later, when transformers' quantizer module is (see __init__).
 """
@@ -8,6 +8,7 @@ transformers' ordinary loader fills them (sharded files, device_map, no converte
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
@@ -18,7 +19,16 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import CheckpointError
-from ..layers import FactoredLinear, QuantizedLinear, densify, factored_layers, is_linear, weight_of
+from ..layers import (
+    FactoredLinear,
+    QuantizedLinear,
+    densify,
+    factored_layers,
+    is_linear,
+    unfuse,
+    unfused_parameters,
+    weight_of,
+)
 from ..plans import FORMAT_VERSION, LayerPlan
 from ..quantizers import DTYPES
 
@@ -30,7 +40,11 @@ class LordConfig(QuantizationConfigMixin):
     """The manifest inside `config.json`."""
 
     def __init__(
-        self, layers: dict[str, Any] | None = None, format_version: int = FORMAT_VERSION, **unknown: Any
+        self,
+        layers: dict[str, Any] | None = None,
+        format_version: int = FORMAT_VERSION,
+        unfused: Iterable[str] = (),  # parameters whose experts are layers of their own, decomposed or not
+        **unknown: Any,
     ) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         if format_version > FORMAT_VERSION:
@@ -40,6 +54,8 @@ class LordConfig(QuantizationConfigMixin):
             )
         self.format_version = format_version
         self.layers = dict(layers or {})
+        if unfused:
+            self.unfused = list(unfused)
 
     def plans(self) -> dict[str, LayerPlan]:
         return {name: LayerPlan.from_dict(name, content) for name, content in self.layers.items()}
@@ -54,10 +70,23 @@ class LordQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
+
+        def found_in(present: Container[str], name: str) -> str | None:
+            # a checkpoint of a model with a head also loads into the bare model, and the other way round
+            return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in present), None)
+
+        parameters = dict(model.named_parameters())
+        wanted = {name: found_in(parameters, name) for name in getattr(self.quantization_config, "unfused", ())}
+        done = unfuse(model, [found for found in wanted.values() if found is not None])
+        for name, found in wanted.items():
+            if found not in done:
+                raise CheckpointError(
+                    f"The checkpoint names the experts '{name}', which {type(model).__name__} does not have as a 3-D "
+                    "parameter; load the checkpoint with the model class it was made from."
+                )
         modules = dict(model.named_modules())
         for name, plan in self.quantization_config.plans().items():
-            # a checkpoint of a model with a head also loads into the bare model, and the other way round
-            found = next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in modules), None)
+            found = found_in(modules, name)
             if found is None or not is_linear(modules[found]):
                 raise CheckpointError(
                     f"The manifest names the layer '{name}', which {type(model).__name__} does not have as a linear "
@@ -148,7 +177,7 @@ def manifest_of(model: nn.Module) -> dict[str, Any]:
 
 def attach(model: Any) -> None:
     """Make a decomposed model savable by `save_pretrained`, as if it had been loaded from a factored checkpoint."""
-    config = LordConfig(manifest_of(model))
+    config = LordConfig(manifest_of(model), unfused=unfused_parameters(model))
     model.config.quantization_config = config
     model.hf_quantizer = LordQuantizer(config)
     model.is_quantized = True
