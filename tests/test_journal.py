@@ -1,5 +1,6 @@
-"""The folder of a run in progress: one process at a time, and what a killed one leaves. Whole runs that are killed are in
-test_engine.py."""
+"""The folder of a run in progress: one process at a time, and what a killed one leaves.
+
+Whole runs that are killed are in test_engine.py."""
 
 from __future__ import annotations
 
@@ -8,12 +9,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lord_tune import storage
 from lord_tune.decomposition import Journal
 from lord_tune.errors import LordWarning, UsageError
+from lord_tune.provenance import identity_of
 
 IDENTITY = {"config": {"rank": 8}, "versions": {"torch": "2"}}
 
@@ -123,6 +126,23 @@ def test_a_folder_of_another_program_is_left_alone(tmp_path):
     (tmp_path / "out.partial" / ".model.safetensors.partial").write_text("half")
     assert Journal(tmp_path / "out").open(IDENTITY, resume=True)
     assert sorted(p.name for p in (tmp_path / "out.partial").iterdir()) == [".ipynb_checkpoints", ".work"]
+
+
+SETTINGS = ["config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json", "vocab.txt"]
+SETTINGS += ["special_tokens_map.json", "merges.txt", "spiece.model", "chat_template.jinja"]
+
+
+@pytest.mark.parametrize("changed", [*SETTINGS, "pytorch_model-00002-of-00002.bin", "README.md", "metrics.json"])
+def test_the_identity_of_a_base_covers_what_decides_a_result(tmp_path, changed):
+    """Weights as pickles too; not what somebody wrote beside them."""
+    for name in (*SETTINGS, "README.md", "metrics.json", *(f"pytorch_model-0000{n}-of-00002.bin" for n in (1, 2))):
+        (tmp_path / name).write_text("before")
+    base = SimpleNamespace(_commit_hash="abc")
+    before = identity_of("name", str(tmp_path), base)
+    assert before["name"] == "name" and before["revision"] == "abc" and [*before["files"]] == sorted(SETTINGS)
+    (tmp_path / changed).write_text("after")
+    differs = {key for key, value in identity_of("name", str(tmp_path), base).items() if value != before[key]}
+    assert differs == ({"files"} if changed in SETTINGS else {"sha256"} if changed.endswith(".bin") else set())
 
 
 class Second:

@@ -92,7 +92,8 @@ class Journal:
     def open(self, identity: dict[str, Any], resume: bool) -> bool:
         """Begin a run, or continue the one that is there; returns whether it continues. `identity` is compared key by
         key: UsageError names the first difference."""
-        continued, steps, problem = False, {}, None
+        continued, problem = False, None
+        steps: dict[str, dict[str, Any]] = {}
         if self.writes:
             try:
                 continued, steps = self._open(identity, resume)
