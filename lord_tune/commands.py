@@ -116,6 +116,7 @@ def decompose(model: str, out: str, **options: Any) -> dict[str, Any]:
             "versions": versions(),
             "seed": config.seed,
             "calibration": calibration,
+            "shards": journal.shards(),
             "layers": {name: asdict(record) for name, record in outcome.records.items()},
             "recovery": outcome.recovery,
             "skipped": outcome.skipped,

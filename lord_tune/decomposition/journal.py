@@ -181,6 +181,11 @@ class Journal:
     def has(self, step: str) -> bool:
         return step in self.steps
 
+    def shards(self) -> dict[str, str]:
+        """file -> sha256 of every file of the checkpoint that is written. Called by all processes."""
+        files = {line["file"]: line["sha256"] for line in self.steps.values() if line["file"]}
+        return self.workers.send({name: files[name] for name in sorted(files) if "/" not in name}, 0)
+
     def commit(self, step: str, file: Path | None = None, sha256: str | None = None, **content: Any) -> None:
         """Every process is done with `step`: record it. Called by all processes."""
         self.workers.wait()
