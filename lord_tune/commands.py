@@ -27,14 +27,14 @@ from .evaluation.run import evaluate_model
 from .exports.run import export_model
 from .integrations.checkpoint import Checkpoint, skeleton, write_index
 from .integrations.files import ADAPTER_FILE, base_of_adapter, fingerprint, first_line
-from .integrations.models import default_device, launched_processes, load_tokenizer, model_class, quiet
+from .integrations.models import attention_of, default_device, launched_processes, load_tokenizer, model_class, quiet
 from .integrations.running import kind_of, task_of, window_length
 from .integrations.sources import resolve_model
 from .layers import dequantize_once
 from .layers.sizes import sizes
 from .memory import PeakMemory
 from .plans import FORMAT_VERSION, Plan
-from .provenance import command_line, identity_of, lasting, versions
+from .provenance import architecture_of, command_line, identity_of, lasting, versions
 from .resolve import SENSITIVITY_LENGTH, check_formats, estimate_of, request_of, text_size_of, windows_of
 from .storage import (
     atomic_directory,
@@ -89,6 +89,9 @@ def decompose(model: str, out: str, **options: Any) -> dict[str, Any]:
             return report
         journal.check(config.resume, config.overwrite)
     identity = {
+        "architecture": architecture_of(base_config),
+        "attention": attention_of(source_name),
+        "device": device.type,
         "config": lasting(config),
         "base": base,
         "calibration": calibration,
@@ -131,6 +134,7 @@ def decompose(model: str, out: str, **options: Any) -> dict[str, Any]:
             "versions": versions(),
             "seed": config.seed,
             "calibration": calibration,
+            "shards": journal.shards(),
             "layers": {name: asdict(record) for name, record in outcome.records.items()},
             "recovery": outcome.recovery,
             "skipped": found.skipped,

@@ -10,7 +10,7 @@ from typing import Any
 
 from . import __version__
 from .config import RunConfig
-from .integrations.files import weight_files
+from .integrations.files import pickled_weight_files, settings_files, weight_files
 from .storage import sha256_files
 
 
@@ -50,13 +50,21 @@ def versions() -> dict[str, str]:
 
 
 def identity_of(name: str, source: str, config: Any) -> dict[str, Any]:
-    """Which weights these were: the sha256 of local files, the revision of a Hub model."""
-    files = weight_files(source)
+    """Which model this was: the sha256 of its weights and of each file beside them that decides a result, if it is a
+    local folder; the revision of a Hub model."""
+    files = weight_files(source) or pickled_weight_files(source)
     return {
         "name": name,
         "sha256": sha256_files(files) if files else None,
         "revision": getattr(config, "_commit_hash", None),
+        "files": {path.name: sha256_files([path]) for path in settings_files(source)},
     }
+
+
+def architecture_of(config: Any) -> dict[str, Any]:
+    """The settings of a model as JSON, so that a changed one can be named."""
+    settings = json.loads(config.to_json_string(use_diff=False))
+    return {key: value for key, value in settings.items() if not key.startswith("_")}
 
 
 def lasting(config: RunConfig) -> dict[str, Any]:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from .errors import LordError, UsageError
+from .errors import LordError, LordWarning, UsageError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,6 +66,26 @@ def atomic_directory(out: Path, overwrite: bool = False) -> Iterator[Path]:
             os.replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def lock(stream: IO[Any], wait: bool = False) -> bool:
+    """Lock an open file until it is closed or this process ends; whether that was possible. `wait` until it is.
+
+    Where the file system cannot lock: a warning, and True.
+    """
+    try:
+        if fcntl is None:
+            raise OSError(errno.ENOSYS, "this system has no flock")
+        fcntl.flock(stream.fileno(), fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        warnings.warn(
+            f"{stream.name} cannot be locked ({error.strerror}); start no second run with this output.",
+            LordWarning,
+            stacklevel=2,
+        )
+    return True
 
 
 def check_json_file(path: str | None) -> None:

@@ -645,6 +645,29 @@ def spoil_base(folder: Path) -> None:
     save_file(tensors, folder / "base" / "model.safetensors", {"format": "pt"})
 
 
+def spoil_settings(folder: Path) -> None:
+    path = folder / "base" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 1e-3}))
+
+
+def spoil_tokenizer(folder: Path) -> None:
+    path = folder / "base" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 128}))
+
+
+def other_machine(name: str, value: Any) -> Callable[[Path], None]:
+    """As if the run had begun where something else was chosen."""
+
+    def change(folder: Path) -> None:
+        path = folder / "out.partial" / ".work" / "progress.jsonl"
+        first, *rest = path.read_text().splitlines(keepends=True)
+        line = json.loads(first)
+        line["identity"][name] = value
+        path.write_text("".join([json.dumps(line) + "\n", *rest]))
+
+    return change
+
+
 def spoil_text(folder: Path) -> None:
     with (folder / "rows.jsonl").open("a") as stream:
         stream.write(json.dumps({"text": "one more row"}) + "\n")
@@ -667,12 +690,28 @@ def lose_shard(folder: Path) -> None:
         (None, ["--resume", "--rank", "9"], 2, r"config\.rank was 8, now it is 9"),
         (None, ["--resume", "--seed", "1"], 2, r"config\.seed was 0, now it is 1"),
         (spoil_base, ["--resume"], 2, r"base\.sha256 was \w+\.\.\., now it is"),
+        (spoil_settings, ["--resume"], 2, r"architecture\.rms_norm_eps was 1e-06, now it is 0\.001"),
+        (spoil_tokenizer, ["--resume"], 2, r"base\.files\.tokenizer_config\.json was \w+\.\.\., now it is"),
+        (other_machine("device", "cuda"), ["--resume"], 2, r"device was cuda, now it is cpu"),
+        (other_machine("attention", "flash"), ["--resume"], 2, r"attention was flash, now it is sdpa"),
         (spoil_text, ["--resume"], 2, r"calibration\.sha256 was"),
         (spoil_shard, ["--resume"], 1, r"model-00001-of-00004\.safetensors is missing or was changed"),
         (lose_shard, ["--resume"], 1, r"model-00001-of-00004\.safetensors is missing or was changed"),
         (None, [], 2, r"out\.partial holds an unfinished run.*--resume.*--overwrite"),
     ],
-    ids=["rank", "seed", "weights", "text", "changed shard", "lost shard", "without --resume"],
+    ids=[
+        "rank",
+        "seed",
+        "weights",
+        "settings",
+        "tokenizer",
+        "device",
+        "attention",
+        "text",
+        "changed shard",
+        "lost shard",
+        "without --resume",
+    ],
 )
 def test_what_does_not_belong_together_is_not_resumed(server, killed, tmp_path, spoil, more, code, names):
     shutil.copytree(killed, tmp_path / "run")

@@ -24,13 +24,11 @@ from transformers import Llama4ForCausalLM, Llama4TextConfig
 from transformers.integrations.moe import batched_mm_experts_forward, use_experts_implementation
 
 import lord_tune
-from lord_tune.config import PlanConfig
 from lord_tune.decomposition import Journal, survey
 from lord_tune.errors import LordWarning, UsageError
 from lord_tune.integrations.checkpoint import Checkpoint, skeleton
 from lord_tune.integrations.models import load_dense_or_factored
 from lord_tune.layers import expert_of, factored_layers, fuse, unfuse, unfused_parameters
-from lord_tune.resolve import settings_of
 from lord_tune.training.run import check_experts
 
 TEXT = {"calibration_tokens": 512, "context_length": 64}
@@ -122,7 +120,7 @@ def test_modules_without_the_declaration_stay_dense():
     with torch.device("meta"):
         model = Llama4ForCausalLM(config)
     with pytest.warns(LordWarning, match="4 fused expert parameters stay dense"):
-        found = survey(model, settings_of(PlanConfig.build({"model": "m", "rank": 4}), model))
+        found = survey(model)
     reasons = {name: reason for name, reason in found.skipped.items() if ".experts." in name}
     assert len(reasons) == 4 and set(reasons.values()) == {"fused experts (3-D parameter)"}
 

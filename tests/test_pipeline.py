@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -20,11 +21,13 @@ from lord_tune.adapters.loading import load_adapter
 from lord_tune.errors import CheckpointError, ExportMismatch, LordWarning, UsageError
 from lord_tune.exports.run import export_model
 from lord_tune.exports.verify import compare, outputs_of, probe_ids
+from lord_tune.integrations.files import fingerprint
 from lord_tune.integrations.models import load_dense_or_factored
 from lord_tune.integrations.transformers_quantizer import attach
 from lord_tune.layers import FactoredLinear, QuantizedLinear, dequantize_once, factored_layers
 from lord_tune.layers.sizes import sizes
 from lord_tune.quantizers import DTYPES
+from lord_tune.storage import read_json, sha256_files
 
 FAMILIES = ["llama", "gpt2", "bert"]
 STORES = {
@@ -698,6 +701,15 @@ def test_bfloat16_models_export_although_they_compute_in_bfloat16(tmp_path, rows
     assert all(1e-4 < value < 5e-2 for value in kl)
 
 
+def test_a_checkpoint_without_checksums_is_known_by_its_weights(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    known = fingerprint(str(tmp_path))
+    (tmp_path / "decomposition.json").write_text('{"totals": {"seconds": 1.5}}')
+    assert fingerprint(str(tmp_path)) == known == hashlib.sha256(b"weights").hexdigest()
+    (tmp_path / "decomposition.json").write_text('{"shards": {"model.safetensors": "another"}}')
+    assert fingerprint(str(tmp_path)) != known
+
+
 def test_an_adapter_of_another_checkpoint_is_refused(llama_dir, rows_file, tmp_path):
     """Same ranks and shapes, another Q: L and R would be silently wrong."""
     base = {"backbone": "nf4", "rank": 8}
@@ -707,7 +719,12 @@ def test_an_adapter_of_another_checkpoint_is_refused(llama_dir, rows_file, tmp_p
         model_name_or_path=str(tmp_path / "base"), output_dir=str(tmp_path / "r"), dataset_name=str(rows_file),
         **TRAINING,
     )  # fmt: skip
-    lord_tune.load(str(tmp_path / "r"))
+    made = read_json(tmp_path / "base" / "decomposition.json")
+    written = sorted((tmp_path / "base").glob("*.safetensors"))
+    assert made["shards"] == {path.name: sha256_files([path]) for path in written}
+    lord_tune.decompose(str(llama_dir), str(tmp_path / "base"), overwrite=True, **base, **text)
+    assert read_json(tmp_path / "base" / "decomposition.json")["totals"]["seconds"] != made["totals"]["seconds"]
+    lord_tune.load(str(tmp_path / "r"))  # the same command made the same weights
     lord_tune.decompose(str(llama_dir), str(tmp_path / "base"), method="loftq", overwrite=True, **base)
     with pytest.raises(CheckpointError, match="not the checkpoint"):
         lord_tune.load(str(tmp_path / "r"))

@@ -5,6 +5,10 @@ progress.jsonl, the hidden states in front of the next block, and what is kept o
 progress.jsonl says what the run is (configuration, base weights, text, versions, processes); each further line is one
 finished step with the sha256 of the file it wrote, appended and synced only after that file. So whatever moment a
 process dies at, the lines are true, and a step without a line is done again: same inputs, same bytes.
+
+Process 0 holds a lock on progress.jsonl while it runs, which ends with it however it ends, and says in `.work/owner`
+which process it is. The file is never replaced, also not by a run that starts over: a lock belongs to a file, not to
+its name.
 """
 
 from __future__ import annotations
@@ -12,12 +16,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..errors import CheckpointError, UsageError
 from ..parallel import Workers
-from ..storage import check_destination, named_write, sha256_files
+from ..storage import check_destination, lock, named_write, sha256_files, write_text
 
 _FORMAT = 1
 
@@ -32,6 +37,10 @@ class Journal:
         self.workers = workers or Workers()
         self.steps: dict[str, dict[str, Any]] = {}
         self._path = self.work / "progress.jsonl"
+        self._replaced = self.out.with_name(f".{self.out.name}.lord_tune_replaced")  # what --overwrite takes away
+        self._owner = self.work / "owner"
+        self._lock: IO[Any] | None = None
+        self._overwrite = False
 
     @property
     def writes(self) -> bool:
@@ -40,47 +49,110 @@ class Journal:
 
     def check(self, resume: bool, overwrite: bool) -> None:
         """Refuse a destination before any work."""
-        problem = None
+        problem, self._overwrite = None, overwrite
         if self.writes:  # the others look no earlier than this one is through: it makes the folder soon
             try:
-                self._check(resume, overwrite)
-            except UsageError as error:
+                if self._path.is_file():
+                    with self._path.open("ab") as stream:
+                        self._take(stream)  # and let go: it is a while until `open`
+                self._check(resume)
+            except Exception as error:  # of any kind: the others would wait for ever
                 problem = error
         problem = self.workers.send(problem, 0)
         if problem is not None:
             raise problem
 
-    def _check(self, resume: bool, overwrite: bool) -> None:
-        check_destination(self.out, overwrite)
+    def _check(self, resume: bool) -> None:
+        self._tidy(resume)
+        check_destination(self.out, self._overwrite)
         if self.folder.exists() and not self._path.is_file() and any(p != self.work for p in self.folder.iterdir()):
             raise UsageError(f"{self.folder} holds files that lord_tune did not write; move it away.")
-        if self._path.is_file() and not resume and not overwrite:
+        if self._begun and not resume and not self._overwrite:
             raise UsageError(
                 f"{self.folder} holds an unfinished run; continue it with --resume, or start over with --overwrite."
             )
 
+    @property
+    def _begun(self) -> bool:
+        return self._path.is_file() and b"\n" in self._path.read_bytes()
+
+    def _tidy(self, resume: bool) -> None:
+        """What --overwrite took away, of a run that died between its last renames: remove it, or put it back unless
+        the run that takes its place is continued."""
+        if self.out.exists() or not self._replaced.exists():
+            shutil.rmtree(self._replaced, ignore_errors=True)
+        elif not (resume and self._begun):
+            os.replace(self._replaced, self.out)
+
+    def _take(self, stream: IO[Any]) -> None:
+        if not lock(stream):
+            owner = self._owner.read_text().strip() if self._owner.is_file() else "another process"
+            raise UsageError(f"{self.folder} is being written by {owner}; wait for it, end it, or name another output.")
+
     def open(self, identity: dict[str, Any], resume: bool) -> bool:
         """Begin a run, or continue the one that is there; returns whether it continues. `identity` is compared key by
         key: UsageError names the first difference."""
-        continued, steps, problem = False, {}, None
+        continued, problem = False, None
+        steps: dict[str, dict[str, Any]] = {}
         if self.writes:
             try:
-                if resume and self._path.is_file() and b"\n" in self._path.read_bytes():
-                    steps = self._read(identity)
-                    continued = True
-                    for path in self.folder.glob(".*"):  # temporary files of a process that died
-                        if path != self.work:
-                            path.unlink()
-                else:
-                    shutil.rmtree(self.folder, ignore_errors=True)
-                    self.work.mkdir(parents=True, exist_ok=True)
-                    self._append({"format": _FORMAT, "identity": identity})
-            except (UsageError, CheckpointError) as error:
+                continued, steps = self._open(identity, resume)
+            except Exception as error:  # of any kind: the others would wait for ever
+                self._let_go()
                 problem = error
         continued, self.steps, problem = self.workers.send((continued, steps, problem), 0)
         if problem is not None:
             raise problem
         return continued
+
+    def _open(self, identity: dict[str, Any], resume: bool) -> tuple[bool, dict[str, dict[str, Any]]]:
+        self._acquire()
+        self._check(resume)  # again: another process may have come and gone
+        before = self._owner.read_text() if self._owner.is_file() else None
+        write_text(self._owner, f"process {os.getpid()} on {socket.gethostname()}\n")
+        if not (resume and self._begun):
+            self._clear()
+            self._append({"format": _FORMAT, "identity": identity})
+            return False, {}
+        try:
+            steps = self._read(identity)
+        except (UsageError, CheckpointError):
+            if before is not None:  # a refusal leaves everything as it was
+                write_text(self._owner, before)
+            else:
+                self._owner.unlink()
+            raise
+        for path in self.folder.glob(".*"):  # temporary files of a process that died
+            if path.is_file():
+                path.unlink()
+        return True, steps
+
+    def _acquire(self) -> None:
+        """Make the folder and lock progress.jsonl, which another process may move away meanwhile by finishing."""
+        while True:
+            self.work.mkdir(parents=True, exist_ok=True)
+            stream = self._path.open("ab")
+            self._lock = stream
+            self._take(stream)
+            if self._path.is_file() and os.path.samestat(os.fstat(stream.fileno()), self._path.stat()):
+                return
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _clear(self) -> None:
+        """Everything but the lock and its owner. The journal goes first: its lines are true at every moment."""
+        os.truncate(self._path, 0)
+        for path in [*self.folder.iterdir(), *self.work.iterdir()]:
+            if path in (self.work, self._path, self._owner):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
 
     def _read(self, identity: dict[str, Any]) -> dict[str, dict[str, Any]]:
         lines = []
@@ -109,6 +181,11 @@ class Journal:
     def has(self, step: str) -> bool:
         return step in self.steps
 
+    def shards(self) -> dict[str, str]:
+        """file -> sha256 of every file of the checkpoint that is written. Called by all processes."""
+        files = {line["file"]: line["sha256"] for line in self.steps.values() if line["file"]}
+        return self.workers.send({name: files[name] for name in sorted(files) if "/" not in name}, 0)
+
     def commit(self, step: str, file: Path | None = None, sha256: str | None = None, **content: Any) -> None:
         """Every process is done with `step`: record it. Called by all processes."""
         self.workers.wait()
@@ -130,16 +207,17 @@ class Journal:
         self.workers.wait()
         if not self.writes:
             return
-        old = self.out.with_name(f".{self.out.name}.old.{os.getpid()}")
         if self.out.exists():
-            os.replace(self.out, old)
+            shutil.rmtree(self._replaced, ignore_errors=True)
+            os.replace(self.out, self._replaced)
         os.replace(self.folder, self.out)
-        shutil.rmtree(old, ignore_errors=True)
         self.remove_work()
+        self._let_go()
 
     def remove_work(self) -> None:
-        """The working files in a finished OUT; a process that died between its last two steps leaves them."""
+        """What a finished OUT needs no more; a process that died in its last steps leaves some of it."""
         if self.writes:
+            shutil.rmtree(self._replaced, ignore_errors=True)
             shutil.rmtree(self.out / self.work.name, ignore_errors=True)
 
     def discard(self) -> None:
@@ -147,10 +225,12 @@ class Journal:
         self.steps = {}
         if self.writes:
             shutil.rmtree(self.folder, ignore_errors=True)
+            self._let_go()
 
     def abandon(self) -> bool:
         """Leave nothing behind if no block is finished; returns whether that was so."""
         if any("/" in step for step in self.steps):
+            self._let_go()
             return not self.folder.is_dir()
         self.discard()
         return True

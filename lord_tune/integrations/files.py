@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 from ..errors import CheckpointError
@@ -9,6 +11,10 @@ from ..storage import read_json, sha256_files
 
 ADAPTER_FILE = "adapter_config.json"
 RUN_FILE = "train_config.json"  # beside an adapter: the resolved configuration of its run
+_SETTINGS = (
+    *("config.json", "generation_config.json", "*.index.json"),
+    *("*token*.json", "vocab*", "merges.txt", "*.model", "*.tiktoken", "*chat_template*"),
+)
 
 
 def first_line(error: BaseException) -> str:
@@ -48,10 +54,27 @@ def base_of_adapter(folder: Path) -> str:
 
 
 def fingerprint(name: str) -> str | None:
-    """Which factored checkpoint a folder holds: the sha256 of the record of how it was made (cheap for any size)."""
-    records = [Path(name) / file for file in ("decomposition.json", "export.json")]
-    found = [path for path in records if path.is_file()] or weight_files(name)
-    return sha256_files(found) if found else None
+    """Which weights a local folder holds, the same for two runs of one command: from the checksums of the shards in
+    decomposition.json (cheap for any size), else from the files themselves."""
+    record = Path(name) / "decomposition.json"
+    shards = read_json(record).get("shards") if record.is_file() else None
+    if shards:
+        return hashlib.sha256(json.dumps(shards, sort_keys=True).encode()).hexdigest()
+    files = weight_files(name)
+    return sha256_files(files) if files else None
+
+
+def pickled_weight_files(name: str) -> list[Path]:
+    """The pytorch_model*.bin files of a local model directory, which transformers reads where there is no safetensors
+    file; in order."""
+    return sorted(Path(name).glob("pytorch_model*.bin")) if Path(name).is_dir() else []
+
+
+def settings_files(name: str) -> list[Path]:
+    """What decides the results of a local model directory beside its weights: configuration, index, tokenizer."""
+    if not Path(name).is_dir():
+        return []
+    return sorted({path for pattern in _SETTINGS for path in Path(name).glob(pattern) if path.is_file()})
 
 
 def weight_files(name: str) -> list[Path]:

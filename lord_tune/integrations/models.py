@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from pathlib import Path
@@ -50,6 +51,17 @@ def model_class(name: str) -> tuple[Any, Any]:
     architectures = getattr(config, "architectures", None) or []
     found = getattr(transformers, architectures[0], None) if architectures else None
     return found or transformers.AutoModelForCausalLM, config
+
+
+def attention_of(name: str) -> str | None:
+    """The attention implementation that transformers chooses for a model on this machine."""
+    build, config = model_class(name)
+    try:
+        with torch.device("meta"):
+            make = getattr(build, "_from_config", None) or build.from_config
+            return make(copy.deepcopy(config)).config._attn_implementation
+    except Exception:  # a configuration may be broken in any way; loading the model says how
+        return None
 
 
 def load_dense_or_factored(name: str, dtype: str | None = None, **options: Any) -> Any:
