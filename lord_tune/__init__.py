@@ -22,6 +22,7 @@ _NAMES = {
     "inspect": "commands",
     "plan": "commands",
     "quickstart": "demo",
+    "doctor": "checkup",
     "expose_factors": "adapters.attach",
     "add_lora": "adapters.attach",
     "add_scales": "adapters.attach",
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from .adapters.attach import add_lora, add_scales, expose_factors
     from .adapters.fold import fold, merge, unmerge
     from .adapters.loading import load, load_adapter
+    from .checkup import doctor
     from .commands import decompose, evaluate, export, inspect, plan, train
     from .demo import quickstart
     from .errors import LordError, UsageError
@@ -53,6 +55,7 @@ __all__ = [
     "add_lora",
     "add_scales",
     "decompose",
+    "doctor",
     "evaluate",
     "export",
     "expose_factors",

@@ -143,6 +143,7 @@ _SUMMARIES = {
     "evaluate": "Perplexity, size, bits per weight and speed of a checkpoint.",
     "export": "Write a checkpoint as dense, factored or peft, and verify it.",
     "inspect": "Per-layer table of a factored checkpoint.",
+    "doctor": "Versions, devices, threads and optional parts; says what is missing.",
 }
 for _name, _record in RECORDS.items():
     _add(_name, _record, _SUMMARIES[_name], _verb(_name))

@@ -361,6 +361,12 @@ class InspectConfig(RunConfig):
     json_file: str | None = Field(None, description="write the table here as JSON instead (--json)", alias="json")
 
 
+class DoctorConfig(RunConfig):
+    """`lord-tune doctor`"""
+
+    json_file: str | None = Field(None, description="write the report here as JSON instead (--json)", alias="json")
+
+
 class QuickstartConfig(RunConfig):
     """`lord-tune quickstart`"""
 
@@ -384,4 +390,5 @@ RECORDS: dict[str, type[RunConfig]] = {
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
     "inspect": InspectConfig,
+    "doctor": DoctorConfig,
 }

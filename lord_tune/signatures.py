@@ -176,3 +176,9 @@ class InspectOptions(TypedDict, total=False):
     """Keywords of `inspect`."""
 
     json: str | None
+
+
+class DoctorOptions(TypedDict, total=False):
+    """Keywords of `doctor`."""
+
+    json: str | None

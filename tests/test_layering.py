@@ -31,7 +31,7 @@ STAIRS = [
     ["options"],
     ["config"],
     ["signatures", "keywords"],
-    ["provenance", "resolve", "tables"],
+    ["provenance", "resolve", "tables", "checkup"],
     ["commands"],
     ["demo"],
     ["cli"],
