@@ -10,13 +10,13 @@ import time
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Unpack
 
 from .adapters.loading import load
 from .calibration.corpus import file_windows
 from .cards import decomposition_card, export_card, training_card
 from .config import DecomposeConfig, EvaluateConfig, ExportConfig, InspectConfig, PlanConfig, RunConfig, TrainConfig
-from .console import LiveTable, human_bytes, is_main_process, note, progress, say, show_spans, show_table
+from .console import LiveTable, human_bytes, is_main_process, note, progress, say, show_table
 from .data.rows import documents
 from .decomposition import Journal, Phase, Rates, TextSize, decompose_checkpoint, is_block
 from .decomposition.decide import decide
@@ -30,12 +30,14 @@ from .integrations.files import ADAPTER_FILE, base_of_adapter, fingerprint, firs
 from .integrations.models import attention_of, default_device, launched_processes, load_tokenizer, model_class, quiet
 from .integrations.running import kind_of, task_of, window_length
 from .integrations.sources import resolve_model
+from .keywords import documented
 from .layers import dequantize_once
 from .layers.sizes import sizes
 from .memory import PeakMemory
 from .plans import FORMAT_VERSION, Plan
 from .provenance import architecture_of, command_line, identity_of, lasting, versions
 from .resolve import SENSITIVITY_LENGTH, check_formats, estimate_of, request_of, text_size_of, windows_of
+from .signatures import DecomposeOptions, EvaluateOptions, ExportOptions, InspectOptions, PlanOptions
 from .storage import (
     atomic_directory,
     check_destination,
@@ -50,7 +52,7 @@ from .tables import (
     LAYER_WIDTHS,
     inspect_row,
     layer_rows,
-    show_coverage,
+    notify_training,
     show_decomposition,
     show_estimate,
     show_memory,
@@ -60,7 +62,8 @@ from .tables import (
 from .training import MemoryEstimate, TrainOptions, predict_memory, train_model, trainer_arguments
 
 
-def decompose(model: str, out: str, **options: Any) -> dict[str, Any]:
+@documented(DecomposeConfig)
+def decompose(model: str, out: str, **options: Unpack[DecomposeOptions]) -> dict[str, Any]:
     """Decompose a model into a factored checkpoint at `out`; returns the content of decomposition.json.
 
     Under `accelerate launch --num_processes N -m lord_tune decompose ...` the processes share the work.
@@ -159,14 +162,16 @@ def _backbone(chosen: Plan | None) -> str:
     return "none" if chosen is None else ", ".join(dict.fromkeys(c.backbone for c in chosen.layers.values()))
 
 
-def plan(model: str, **options: Any) -> dict[str, Any]:
+@documented(PlanConfig)
+def plan(model: str, **options: Unpack[PlanOptions]) -> dict[str, Any]:
     """What `decompose` with these options would need and produce, from shapes alone; returns the keys of `--json`."""
-    if all(options.get(name) is None for name in ("rank", "kept_fraction", "bits_per_weight", "plan")):
-        assumed = {"kept_fraction": 0.9} if options.get("backbone", "none") == "none" else {"rank": 16}
-        options |= assumed
+    values: dict[str, Any] = {"model": model, **options}
+    if all(values.get(name) is None for name in ("rank", "kept_fraction", "bits_per_weight", "plan")):
+        assumed = {"kept_fraction": 0.9} if values.get("backbone", "none") == "none" else {"rank": 16}
+        values |= assumed
         name, value = next(iter(assumed.items()))
         say(f"no budget came: planned for --{name.replace('_', '-')} {value}")
-    config = PlanConfig.build({"model": model, **options})
+    config = PlanConfig.build(values)
     quiet()
     check_json_file(config.json_file)
     source_name = resolve_model(config.model)
@@ -203,8 +208,12 @@ def plan(model: str, **options: Any) -> dict[str, Any]:
     return result
 
 
+@documented(TrainConfig)
 def train(**options: Any) -> dict[str, Any]:
-    """Train the factors of a factored checkpoint, or adapters on them; returns the content of train_results.json."""
+    """Train the factors of a factored checkpoint, or adapters on them; returns the content of train_results.json.
+
+    Besides the options below, every argument of trl's SFTConfig is a keyword (with objective="dpo": of DPOConfig).
+    """
     config = TrainConfig.build(options)
     resolved = config.model_dump()
     quiet()
@@ -239,7 +248,7 @@ def train(**options: Any) -> dict[str, Any]:
     names = TrainOptions.__dataclass_fields__
     chosen = TrainOptions(**{key: value for key, value in resolved.items() if key in names})
     command = command_line("train", config)
-    metrics = train_model(model, tokenizer, chosen, arguments, resolved, _notify_training, foreseen)
+    metrics = train_model(model, tokenizer, chosen, arguments, resolved, notify_training, foreseen)
     if is_main_process():
         write_text(Path(config.output_dir) / "README.md", training_card(resolved, metrics, command))
         loss = metrics["train_loss"]
@@ -268,7 +277,8 @@ def _foresee(config: TrainConfig, source: str, arguments: Any) -> MemoryEstimate
         return None
 
 
-def evaluate(model: str, text: list[str], **options: Any) -> dict[str, Any]:
+@documented(EvaluateConfig)
+def evaluate(model: str, text: list[str], **options: Unpack[EvaluateOptions]) -> dict[str, Any]:
     """Perplexity on texts, sizes and speed; returns the keys of `--json`."""
     config = EvaluateConfig.build({"model": model, "text": text, **options})
     if config.dry_run:
@@ -297,7 +307,10 @@ def evaluate(model: str, text: list[str], **options: Any) -> dict[str, Any]:
     return result
 
 
-def export(model: str, out: str, format: str, **options: Any) -> dict[str, Any]:
+@documented(ExportConfig)
+def export(
+    model: str, out: str, format: Literal["dense", "factored", "peft"], **options: Unpack[ExportOptions]
+) -> dict[str, Any]:
     """Write a factored checkpoint or training output as dense, factored or peft; returns export.json's content."""
     config = ExportConfig.build({"model": model, "out": out, "format": format, **options})
     if config.dry_run:
@@ -345,7 +358,8 @@ def _keep_dense(model: Any) -> None:
     say(f"quantized weights are decoded once: {human_bytes(held)} more memory")
 
 
-def inspect(model: str, **options: Any) -> dict[str, Any]:
+@documented(InspectConfig)
+def inspect(model: str, **options: Unpack[InspectOptions]) -> dict[str, Any]:
     """The per-layer record of a factored checkpoint, from its decomposition.json (or its manifest alone)."""
     config = InspectConfig.build({"model": model, **options})
     check_json_file(config.json_file)
@@ -379,12 +393,3 @@ def show_plan(config: RunConfig) -> dict[str, Any]:
     resolved = config.model_dump()
     show_table("resolved configuration", ["key", "value"], [[key, str(value)] for key, value in resolved.items()])
     return resolved
-
-
-def _notify_training(event: str, payload: Any) -> None:
-    if event == "data":
-        say(f"data: {payload['rows']:,} rows of {payload['source']}, recognised as {payload['format']}")
-    elif event == "sample":
-        show_spans("first training sequence (trained tokens are marked):", payload)
-    elif event == "coverage":
-        show_coverage(payload)

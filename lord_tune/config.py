@@ -1,5 +1,7 @@
 """The run records: one strict model per verb. YAML keys, command-line flags and Python keywords are these fields.
 
+Longer than 400 lines because the records are read side by side, one per verb.
+
 Precedence: command line over YAML over the defaults here. An unknown key is an error with the nearest valid name; so is
 an option that the chosen method would ignore.
 """
@@ -7,7 +9,7 @@ an option that the chosen method would ignore.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -20,6 +22,7 @@ class RunConfig(BaseModel):
     """Common behaviour of the records."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), populate_by_name=True)
+    positional: ClassVar[tuple[str, ...]] = ()  # fields that the verb takes by position in Python
 
     @classmethod
     def build(cls, values: dict[str, Any]) -> Self:
@@ -229,6 +232,8 @@ class MethodConfig(MethodOptions, RunConfig):
 class DecomposeConfig(MethodConfig):
     """`lord-tune decompose MODEL OUT`"""
 
+    positional: ClassVar[tuple[str, ...]] = ("model", "out")
+
     out: str = Field(description="folder to write the factored checkpoint to")
     resume: bool = Field(False, description="continue an unfinished run of the same command (in OUT.partial)")
     overwrite: bool = Field(False, description="replace OUT if an earlier run of lord-tune wrote it")
@@ -246,6 +251,8 @@ class DecomposeConfig(MethodConfig):
 
 class PlanConfig(MethodConfig):
     """`lord-tune plan MODEL`: the options of decompose, and nothing is computed or written"""
+
+    positional: ClassVar[tuple[str, ...]] = ("model",)
 
     save: str | None = Field(None, description="write the choice of every layer here, for decompose --plan")
     processes: int = Field(1, gt=0, description="foresee a run on this many processes")
@@ -328,6 +335,8 @@ class TrainConfig(RunConfig):
 class EvaluateConfig(RunConfig):
     """`lord-tune evaluate MODEL --text FILE...`"""
 
+    positional: ClassVar[tuple[str, ...]] = ("model", "text")
+
     model: str = Field(description="dense or factored checkpoint, output of train, Hub id or .gguf file")
     text: list[str] = Field(description="text, .jsonl, .json or .parquet files to measure perplexity on")
     context_length: int = Field(1024, gt=1, description="tokens per window")
@@ -344,6 +353,8 @@ class EvaluateConfig(RunConfig):
 
 class ExportConfig(RunConfig):
     """`lord-tune export MODEL OUT --format F`"""
+
+    positional: ClassVar[tuple[str, ...]] = ("model", "out", "format")
 
     model: str = Field(description="factored checkpoint or output of train")
     out: str = Field(description="folder to write to")
@@ -368,8 +379,16 @@ class ExportConfig(RunConfig):
 class InspectConfig(RunConfig):
     """`lord-tune inspect DIR`"""
 
+    positional: ClassVar[tuple[str, ...]] = ("model",)
+
     model: str = Field(description="factored checkpoint")
     json_file: str | None = Field(None, description="write the table here as JSON instead (--json)", alias="json")
+
+
+class DoctorConfig(RunConfig):
+    """`lord-tune doctor`"""
+
+    json_file: str | None = Field(None, description="write the report here as JSON instead (--json)", alias="json")
 
 
 class QuickstartConfig(RunConfig):
@@ -385,3 +404,15 @@ class QuickstartConfig(RunConfig):
     kept_fraction: float = Field(0.9, gt=0, lt=1, description="of the linears' parameters in the LoRD story")
     dry_run: bool = Field(False, description="print the resolved configuration and stop")
     overwrite: bool = Field(False, description="replace the run folder of an earlier quickstart")
+
+
+RECORDS: dict[str, type[RunConfig]] = {
+    "quickstart": QuickstartConfig,
+    "plan": PlanConfig,
+    "decompose": DecomposeConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "export": ExportConfig,
+    "inspect": InspectConfig,
+    "doctor": DoctorConfig,
+}

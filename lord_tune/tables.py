@@ -10,7 +10,7 @@ import torch
 from .adapters.attach import Coverage
 from .allocation import break_even
 from .config import DecomposeConfig, MethodConfig, PlanConfig
-from .console import LiveTable, duration, human_bytes, say, show_table
+from .console import LiveTable, duration, human_bytes, say, show_spans, show_table
 from .decomposition import Estimate, Notify, Progress, Survey
 from .layers import expert_of
 from .training import MemoryEstimate
@@ -292,3 +292,13 @@ def show_memory(foreseen: MemoryEstimate, measured: dict[str, int] | None = None
     )
     for text in foreseen.notes:
         say(f"note: {text}")
+
+
+def notify_training(event: str, payload: Any) -> None:
+    """What a training run tells before its first step."""
+    if event == "data":
+        say(f"data: {payload['rows']:,} rows of {payload['source']}, recognised as {payload['format']}")
+    elif event == "sample":
+        show_spans("first training sequence (trained tokens are marked):", payload)
+    elif event == "coverage":
+        show_coverage(payload)

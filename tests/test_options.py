@@ -30,6 +30,7 @@ from lord_tune.config import (
     FACTOR_FORMATS,
     FORMATS,
     DecomposeConfig,
+    DoctorConfig,
     EvaluateConfig,
     ExportConfig,
     InspectConfig,
@@ -1434,6 +1435,7 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
         )
     ],
     "inspect": [(InspectConfig, "m --json j")],
+    "doctor": [(DoctorConfig, "--json j")],
 }
 
 
