@@ -166,7 +166,7 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def tiny_family(name: str, seed: int = 0, layers: int = LAYERS) -> Any:
-    """A random model of FAMILIES or MIXTURES. Its biases are random too: nobody would miss the zeros they start from."""
+    """A random model of FAMILIES or MIXTURES. Its biases are random too: as zeros, nobody would miss them."""
     kind, given = (FAMILIES | MIXTURES)[name]
     build = getattr(transformers, kind)
     count = "n_layer" if "n_layer" in given else "num_hidden_layers"
