@@ -17,7 +17,7 @@ from .cards import decomposition_card, export_card, training_card
 from .config import DecomposeConfig, EvaluateConfig, ExportConfig, InspectConfig, PlanConfig, RunConfig, TrainConfig
 from .console import LiveTable, human_bytes, is_main_process, note, progress, say, show_spans, show_table
 from .data.rows import documents
-from .decomposition import Journal, LayerRecord, Rates, TextSize, check_budget, decompose_checkpoint, survey
+from .decomposition import Journal, LayerRecord, Rates, check_budget, decompose_checkpoint, survey
 from .errors import LordError, UsageError
 from .evaluation.run import evaluate_model
 from .exports.run import export_model
@@ -31,7 +31,7 @@ from .layers import dequantize_once
 from .layers.sizes import sizes
 from .memory import PeakMemory
 from .provenance import architecture_of, command_line, identity_of, lasting, versions
-from .resolve import SENSITIVITY_LENGTH, check_formats, estimate_of, settings_of, text_size_of, windows_of
+from .resolve import asked_text, check_formats, estimate_of, settings_of, text_size_of, windows_of
 from .storage import atomic_directory, check_destination, check_json_file, read_json, write_json, write_text
 from .tables import (
     LAYER_COLUMNS,
@@ -149,12 +149,7 @@ def plan(model: str, **options: Any) -> dict[str, Any]:
     shape = skeleton(source_name, config.dtype)
     size = None
     if config.needs_text or config.calibration or config.given("calibration_tokens"):
-        length = window_length(config.context_length, shape)
-        tokens = -(-config.calibration_tokens // length) * length
-        heldout = max(1, -(-config.calibration_tokens // 16 // length)) * length
-        short = min(SENSITIVITY_LENGTH, length)
-        weighted = max(1, config.sensitivity_tokens // short) * short
-        size = TextSize(tokens, heldout, length, weighted, short)
+        size = asked_text(config, window_length(config.context_length, shape))
     device = default_device()
     settings = settings_of(config, shape)
     foreseen = estimate_of(
