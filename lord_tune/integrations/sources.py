@@ -66,8 +66,7 @@ def convert_gguf(path: Path) -> Path:
     target = cache_folder() / f"{path.stem}-{sha256_files([path])[:16]}"
     if (target / "config.json").is_file():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.with_name(f".{target.name}.lock").open("a") as stream:  # stays: who removes a lock takes it from others
+    with path.open("rb") as stream:
         lock(stream, wait=True)
         if not (target / "config.json").is_file():
             _convert_gguf(path, target)
