@@ -18,7 +18,7 @@ from .cards import decomposition_card, export_card, training_card
 from .config import DecomposeConfig, EvaluateConfig, ExportConfig, InspectConfig, PlanConfig, RunConfig, TrainConfig
 from .console import LiveTable, human_bytes, is_main_process, note, progress, say, show_table
 from .data.rows import documents
-from .decomposition import Journal, Phase, Rates, TextSize, decompose_checkpoint, is_block
+from .decomposition import Journal, Phase, Rates, decompose_checkpoint, is_block
 from .decomposition.decide import decide
 from .decomposition.sizes import totals_of
 from .decomposition.survey import survey
@@ -36,7 +36,7 @@ from .layers.sizes import sizes
 from .memory import PeakMemory
 from .plans import FORMAT_VERSION, Plan
 from .provenance import architecture_of, command_line, identity_of, lasting, versions
-from .resolve import SENSITIVITY_LENGTH, check_formats, estimate_of, request_of, text_size_of, windows_of
+from .resolve import asked_text, check_formats, estimate_of, request_of, text_size_of, windows_of
 from .signatures import DecomposeOptions, EvaluateOptions, ExportOptions, InspectOptions, PlanOptions
 from .storage import (
     atomic_directory,
@@ -178,12 +178,7 @@ def plan(model: str, **options: Unpack[PlanOptions]) -> dict[str, Any]:
     shape = skeleton(source_name, config.dtype)
     size = None
     if config.needs_text or config.calibration or config.given("calibration_tokens"):
-        length = window_length(config.context_length, shape)
-        tokens = -(-config.calibration_tokens // length) * length
-        heldout = max(1, -(-config.calibration_tokens // 16 // length)) * length
-        short = min(SENSITIVITY_LENGTH, length)
-        weighted = max(1, config.sensitivity_tokens // short) * short
-        size = TextSize(tokens, heldout, length, weighted, short)
+        size = asked_text(config, window_length(config.context_length, shape))
     device = default_device()
     request = request_of(config)
     found = survey(shape, request.targets, request.exclude)

@@ -128,18 +128,25 @@ def _budget(config: MethodConfig, template: LayerChoice) -> Budget:
     return Kept(config.kept_fraction, ALLOCATORS[config.allocation]())
 
 
+def asked_text(config: MethodConfig, length: int) -> TextSize:
+    """How much text a run reads in windows of `length` tokens, where there is enough of it."""
+    windows = -(-config.calibration_tokens // length)
+    heldout = max(1, -(-(config.calibration_tokens // 16) // length))
+    short = min(SENSITIVITY_LENGTH, length)
+    weighted = min(max(1, config.sensitivity_tokens // short), windows * (length // short))
+    return TextSize(windows * length, heldout * length, length, weighted * short, short)
+
+
 def windows_of(config: DecomposeConfig, model: Any, tokenizer: Any) -> tuple[Windows | None, dict[str, Any]]:
     if not config.calibration:
         return None, {"tokens": 0, "source": [], "sha256": None}
     texts = documents(list(config.calibration), tokenizer)
-    length = window_length(config.context_length, model)
-    calibration, heldout = token_windows(
-        texts, tokenizer, config.calibration_tokens, config.calibration_tokens // 16, length, config.seed
-    )
-    short = min(SENSITIVITY_LENGTH, length)
+    asked = asked_text(config, window_length(config.context_length, model))
+    length, short = asked.length, asked.sensitivity_length
+    calibration, heldout = token_windows(texts, tokenizer, asked.tokens, asked.heldout, length, config.seed)
     pieces = calibration[:, : length // short * short].reshape(-1, short)
     # an even sample over all windows, not the first ones only
-    count = min(max(1, config.sensitivity_tokens // short), len(pieces))
+    count = min(asked.sensitivity // short, len(pieces))
     sensitivity = pieces[torch.linspace(0, len(pieces) - 1, count).long()]
     described = {
         "tokens": calibration.numel(),

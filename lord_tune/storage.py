@@ -81,7 +81,7 @@ def lock(stream: IO[Any], wait: bool = False) -> bool:
         return False
     except OSError as error:
         warnings.warn(
-            f"{stream.name} cannot be locked ({error.strerror}); start no second run with this output.",
+            f"{stream.name} cannot be locked ({error.strerror}); let only one run at a time use it.",
             LordWarning,
             stacklevel=2,
         )

@@ -8,14 +8,20 @@ import errno
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import transformers
+from tiny import tiny_llama, tiny_tokenizer
 
 from lord_tune import storage
 from lord_tune.decomposition import Journal
 from lord_tune.errors import LordWarning, UsageError
+from lord_tune.integrations import sources
 from lord_tune.provenance import identity_of
 
 IDENTITY = {"config": {"rank": 8}, "versions": {"torch": "2"}}
@@ -143,6 +149,25 @@ def test_the_identity_of_a_base_covers_what_decides_a_result(tmp_path, changed):
     (tmp_path / changed).write_text("after")
     differs = {key for key, value in identity_of("name", str(tmp_path), base).items() if value != before[key]}
     assert differs == ({"files"} if changed in SETTINGS else {"sha256"} if changed.endswith(".bin") else set())
+
+
+def test_a_gguf_file_is_converted_by_one_of_those_who_need_it(tmp_path, monkeypatch):
+    """A lock belongs to an open file, so threads stand for processes here."""
+    monkeypatch.setenv("LORD_TUNE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    converted = []
+
+    def load(kind: str) -> Any:
+        converted.append(kind)
+        time.sleep(0.1)
+        return tiny_llama(layers=1) if kind == "model" else tiny_tokenizer()
+
+    for kind, automatic in (("model", "AutoModelForCausalLM"), ("tokenizer", "AutoTokenizer")):
+        monkeypatch.setattr(getattr(transformers, automatic), "from_pretrained", lambda *a, kind=kind, **k: load(kind))
+    with ThreadPoolExecutor(3) as threads:
+        folders = {*threads.map(sources.convert_gguf, [tmp_path / "model.gguf"] * 3)}
+    assert converted == ["tokenizer", "model"] and len(folders) == 1
+    assert (folders.pop() / "model.safetensors").is_file()
 
 
 class Second:

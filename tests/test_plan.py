@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 import torch
 from test_recipes import ARCHITECTURES, DECOMPOSE, ROOT, recipe_id
-from tiny import code_document, save_tiny, tiny_bert, tiny_family, tiny_gpt2, tiny_llama
+from tiny import code_document, save_tiny, tiny_bert, tiny_family, tiny_gpt2, tiny_llama, write_code_rows
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import lord_tune
+from lord_tune import commands
 from lord_tune.cli import main
 from lord_tune.decomposition import Rates
 from lord_tune.layers import FactoredLinear
@@ -86,6 +87,28 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pa
 @pytest.fixture
 def fixed_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Rates, "measure", lambda *probe: Rates(1e10, 1e10, 1e10, 1e10))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "length", "weighted"),
+    [(512, 64, 4096), (512, 64, 100), (1025, 64, 640), (1040, 48, 1), (10, 64, 256), (1500, 100, 4096)],
+)
+def test_the_foreseen_text_is_what_is_read(tokens, length, weighted, models, tmp_path, monkeypatch):
+    """Windows to calibrate on, held out and of the backward pass, where there is text enough."""
+    seen = []
+
+    def estimate_of(shape: Any, settings: Any, text: Any, *rest: Any) -> Any:
+        seen.append(text)
+        raise StopIteration
+
+    monkeypatch.setattr(commands, "estimate_of", estimate_of)
+    whole, _ = models("llama")
+    options = {"calibration_tokens": tokens, "context_length": length, "sensitivity_tokens": weighted}
+    options |= {"kept_fraction": 0.8, "calibration": [str(write_code_rows(tmp_path / "rows.jsonl"))]}
+    for verb, names in ((lord_tune.plan, [whole]), (lord_tune.decompose, [whole, tmp_path / "out"])):
+        with pytest.raises(StopIteration):
+            verb(*map(str, names), **options)
+    assert seen[0] == seen[1] and seen[0].heldout > 0
 
 
 @pytest.mark.parametrize(

