@@ -17,18 +17,43 @@ from typing import Any, Literal
 
 import typer
 from pydantic.fields import FieldInfo
+from rich.markup import escape
+from typer.core import TyperCommand
 
 from . import __version__
 from .config import RECORDS, DecomposeConfig, MethodConfig, PlanConfig, RunConfig
 from .console import is_main_process
 from .errors import LordError, LordWarning, UsageError
 
+_RICH: Any = "rich" if sys.stdout.isatty() else None  # panels on a terminal, plain text elsewhere
+
+
+class _Verb(TyperCommand):
+    """A verb whose plain help has the headings of the panels, and whose examples are not wrapped."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                kind = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                sections.setdefault(getattr(parameter, "rich_help_panel", None) or kind, []).append(record)
+        for heading, records in sections.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Examples"):
+            for line in EXAMPLES[str(self.name)]:
+                formatter.write(f"  {line}\n")
+
+
 app = typer.Typer(
     help="Low-rank fine-tuning of compressed language models: decompose, train, evaluate, export.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
-    rich_markup_mode=None,
+    rich_markup_mode=_RICH,
 )
 _MANY = ("--calibration", "--text")  # flags that take several values
 _OUTPUT_KEYS = set(DecomposeConfig.model_fields) - set(MethodConfig.model_fields)
@@ -47,20 +72,26 @@ def _flag_type(field: FieldInfo) -> tuple[Any, str]:
     return annotation, ""
 
 
-def _parameter(name: str, field: FieldInfo, positional: bool, trl_names: bool) -> Parameter:
+def _shown(text: str) -> str:
+    """Text in which rich sees no markup."""
+    return escape(text) if _RICH else text
+
+
+def _parameter(name: str, field: FieldInfo, positional: bool, trl_names: bool, group: str | None) -> Parameter:
     kind, choices = _flag_type(field)
     default = field.get_default(call_default_factory=True)
     shown = "" if default in (None, False, []) or field.is_required() else f" [default: {default}]"
     help_text = field.description or ""
     help_text += f" ({choices})" if choices and choices not in help_text else ""
+    help_text = _shown(help_text + ("" if positional else shown))
     flag = "--" + (field.alias or name)
     flag = flag if trl_names else flag.replace("_", "-")
     if positional:
         value = typer.Argument(None, help=help_text, show_default=False)
     elif kind is bool:
-        value = typer.Option(None, f"{flag}/--no-{flag[2:]}", help=help_text + shown, show_default=False)
+        value = typer.Option(None, f"{flag}/--no-{flag[2:]}", help=help_text, show_default=False, rich_help_panel=group)
     else:
-        value = typer.Option(None, flag, help=help_text + shown, show_default=False)
+        value = typer.Option(None, flag, help=help_text, show_default=False, rich_help_panel=group)
     annotation = list[str] | None if kind == list[str] else kind | None
     return Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=value, annotation=annotation)
 
@@ -74,10 +105,15 @@ def _add(verb: str, record: type[RunConfig], summary: str, call: Callable[[dict[
     fields = record.model_fields
     open_ended = record.model_config["extra"] == "allow"  # train: trl's names, with underscores
     positional = [name for name in ("model", "out") if name in fields and verb != "quickstart"]
-    ordered = [*positional, *(name for name in fields if name not in positional)]
-    parameters = [_parameter(name, fields[name], name in positional, open_ended) for name in ordered]
-    from_file = typer.Option(None, help="YAML file with any of these keys; the command line wins")
-    parameters.append(Parameter("config", Parameter.POSITIONAL_OR_KEYWORD, default=from_file, annotation=str | None))
+    groups = record.grouped()
+    ordered = dict.fromkeys([*positional, *groups, *fields, "config"])
+    text = "YAML file with any of these keys; the command line wins"
+    from_file = typer.Option(None, help=text, rich_help_panel=groups.get("config"))
+    config = Parameter("config", Parameter.POSITIONAL_OR_KEYWORD, default=from_file, annotation=str | None)
+    parameters = [
+        config if name == "config" else _parameter(name, fields[name], name in positional, open_ended, groups.get(name))
+        for name in ordered
+    ]
     if open_ended:
         parameters.insert(0, Parameter("ctx", Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context))
 
@@ -100,7 +136,8 @@ def _add(verb: str, record: type[RunConfig], summary: str, call: Callable[[dict[
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     command.__doc__ = summary
     settings = {"allow_extra_args": True, "ignore_unknown_options": True} if open_ended else {}
-    app.command(verb, context_settings=settings)(command)
+    epilog = "\n\n".join(["Examples:", *(_shown(line) for line in EXAMPLES[verb])])
+    app.command(verb, cls=_Verb, epilog=epilog, context_settings=settings)(command)
 
 
 def _extra_options(words: list[str]) -> dict[str, Any]:
@@ -144,6 +181,31 @@ _SUMMARIES = {
     "export": "Write a checkpoint as dense, factored or peft, and verify it.",
     "inspect": "Per-layer table of a factored checkpoint.",
     "doctor": "Versions, devices, threads and optional parts; says what is missing.",
+}
+EXAMPLES = {
+    "quickstart": ["lord-tune quickstart", "lord-tune quickstart --out first_try --steps 64"],
+    "plan": [
+        "lord-tune plan demo --backbone nf4 --rank 16 --factor-format bf16",
+        "lord-tune plan demo --kept-fraction 0.8 --json plan.json",
+    ],
+    "decompose": [
+        "lord-tune decompose demo runs/nf4 --backbone nf4 --rank 16 --calibration text.jsonl",
+        "lord-tune decompose demo runs/lord --kept-fraction 0.9 --calibration text.jsonl",
+    ],
+    "train": [
+        "lord-tune train --model_name_or_path runs/nf4 --dataset_name text.jsonl --output_dir runs/sft --max_steps 32",
+        "lord-tune train --config recipe.yaml --learning_rate 1e-4",
+    ],
+    "evaluate": [
+        "lord-tune evaluate runs/nf4 --text heldout.jsonl",
+        "lord-tune evaluate runs/sft --text prose.txt code.txt --max-tokens 4096 --json result.json",
+    ],
+    "export": [
+        "lord-tune export runs/sft runs/peft --format peft",
+        "lord-tune export runs/sft runs/dense --format dense --dtype bfloat16",
+    ],
+    "inspect": ["lord-tune inspect runs/nf4", "lord-tune inspect runs/nf4 --json layers.json"],
+    "doctor": ["lord-tune doctor", "lord-tune doctor --json report.json"],
 }
 for _name, _record in RECORDS.items():
     _add(_name, _record, _SUMMARIES[_name], _verb(_name))

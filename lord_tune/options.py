@@ -48,3 +48,8 @@ class MethodOptions(BaseModel):
     symmetric: bool = Field(False, description=("int: no zero point"))
     spqr_bits: int = Field(3, ge=2, le=4, description=("spqr: bits of a weight that is no outlier"))
     outliers: float = Field(0.01, ge=0, lt=0.5, description=("spqr: fraction of weights kept in 16 bits"))
+
+
+METHOD_KEYS = ("sink_weight", "shrinkage", "centred", "iterations", "downdate", "order", "weighting")
+
+FORMAT_KEYS = ("block_size", "double_quant", "group_size", "symmetric", "spqr_bits", "outliers")

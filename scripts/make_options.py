@@ -99,7 +99,11 @@ def options_text() -> str:
     quoted = {"Method": methods, "Quantized": list(QUANTIZERS)}
     lines = [f"{name} = Literal[{', '.join(map(json.dumps, names))}]" for name, names in quoted.items()]
     lines += ["", "", "class MethodOptions(BaseModel):", '    """What methods and formats declare."""', ""]
-    return formatted(HEAD + "\n".join(lines + [field_of(key, found) for key, found in owners.items()]) + "\n")
+    lines += [field_of(key, found) for key, found in owners.items()]
+    for title, family_of in (("METHOD_KEYS", METHODS), ("FORMAT_KEYS", QUANTIZERS)):
+        keys = [key for key, found in owners.items() if next(iter(found)) in family_of]
+        lines += ["", f"{title} = ({', '.join(map(json.dumps, keys))})"]
+    return formatted(HEAD + "\n".join(lines) + "\n")
 
 
 def signatures_text() -> str:
