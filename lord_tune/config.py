@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .declared import chosen, options_of
 from .errors import UsageError, unknown_name
-from .options import FORMAT_KEYS, METHOD_KEYS, Method, MethodOptions, Quantized
+from .options import FORMAT_KEYS, METHOD_KEYS, Allocation, Export, Method, MethodOptions, Quantized
 
 
 class RunConfig(BaseModel):
@@ -120,9 +120,7 @@ class MethodConfig(MethodOptions, RunConfig):
         description="carry out this plan (JSON: a choice per layer, from lord-tune plan --save or an earlier run's "
         "plan.json) instead of a method and a budget",
     )
-    allocation: Literal["loss_weighted", "uniform"] = Field(
-        "loss_weighted", description="how --kept-fraction is shared out over the layers"
-    )
+    allocation: Allocation = Field("loss_weighted", description="how --kept-fraction is shared out over the layers")
     calibration: list[str] = Field(
         default_factory=list, description="text, .jsonl, .json or .parquet files, or a Hub dataset"
     )
@@ -395,7 +393,7 @@ class ExportConfig(RunConfig):
 
     model: str = Field(description="factored checkpoint or output of train")
     out: str = Field(description="folder to write to")
-    format: Literal["dense", "factored", "peft"] = Field(
+    format: Export = Field(
         description="dense (any loader), factored (adapter folded in), peft (NF4 base + LoRA, stock loaders)"
     )
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(

@@ -12,6 +12,8 @@ from pydantic import BaseModel, Field
 
 Method = Literal["whitened", "svd", "afm", "loftq", "caldera"]
 Quantized = Literal["nf4", "int2", "int3", "int4", "int8", "lloyd2", "lloyd3", "lloyd4", "e8-2", "e8-3", "e8-4", "spqr"]
+Allocation = Literal["uniform", "loss_weighted"]
+Export = Literal["dense", "factored", "peft"]
 
 
 class MethodOptions(BaseModel):

@@ -72,7 +72,7 @@ class PlanOptions(TypedDict, total=False):
     kept_fraction: float | None
     bits_per_weight: float | None
     plan: str | None
-    allocation: Literal["loss_weighted", "uniform"]
+    allocation: Literal["uniform", "loss_weighted"]
     calibration: list[str]
     calibration_tokens: int
     context_length: int
@@ -136,7 +136,7 @@ class DecomposeOptions(TypedDict, total=False):
     kept_fraction: float | None
     bits_per_weight: float | None
     plan: str | None
-    allocation: Literal["loss_weighted", "uniform"]
+    allocation: Literal["uniform", "loss_weighted"]
     calibration: list[str]
     calibration_tokens: int
     context_length: int

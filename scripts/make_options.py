@@ -18,7 +18,9 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from lord_tune.allocation import ALLOCATORS
 from lord_tune.declared import Option, options_of
+from lord_tune.exports.run import EXPORTS
 from lord_tune.factorizations import METHODS
 from lord_tune.quantizers import QUANTIZERS
 
@@ -96,7 +98,7 @@ def options_text() -> str:
         for item in options_of(owner):
             owners.setdefault(item.key, {})[name] = item
     methods = [DEFAULT_METHOD, *(name for name in METHODS if name != DEFAULT_METHOD)]
-    quoted = {"Method": methods, "Quantized": list(QUANTIZERS)}
+    quoted = {"Method": methods, "Quantized": list(QUANTIZERS), "Allocation": list(ALLOCATORS), "Export": list(EXPORTS)}
     lines = [f"{name} = Literal[{', '.join(map(json.dumps, names))}]" for name, names in quoted.items()]
     lines += ["", "", "class MethodOptions(BaseModel):", '    """What methods and formats declare."""', ""]
     lines += [field_of(key, found) for key, found in owners.items()]

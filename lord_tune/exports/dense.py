@@ -2,32 +2,46 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..integrations.models import load_dense_or_factored, save_model
+from ..integrations.models import DTYPE_NAMES, load_dense_or_factored, save_model
 from ..integrations.transformers_quantizer import detach
 from ..layers import densify, expert_of, factored_layers
+from .base import Job
 from .verify import outputs_of
 
 
-def write_dense(factored: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, ids: Tensor) -> Tensor:
-    biased = [name for name, layer in factored_layers(factored).items() if layer.bias is not None]
-    expected = {name for name in biased if expert_of(name) is None}  # densify looks after those of experts
-    densify(factored, dtype)
-    detach(factored)
-    factored.to(dtype)
-    factored.config.dtype = dtype
-    save_model(factored, tokenizer, folder)
-    reloaded = load_dense_or_factored(str(folder))
-    for name in expected:
-        if getattr(reloaded.get_submodule(name), "bias", None) is None:
-            raise UsageError(
-                f"'{name}' carries a bias (method afm) and {type(reloaded).__name__} has no place for one, so a dense "
-                "checkpoint would lose it; export --format factored, or decompose with --method whitened."
-            )
-    return outputs_of(reloaded, ids)
+@dataclass(frozen=True)
+class DenseExport:
+    """Any loader takes it."""
+
+    name: ClassVar[str] = "dense"
+
+    def check(self, model: Any) -> None:
+        """Every factored model has this form."""
+
+    def rounds_to(self, model_dtype: torch.dtype, job: Job) -> list[str]:
+        return [str(model_dtype).removeprefix("torch."), job.dtype]
+
+    def write(self, model: Any, job: Job) -> Tensor:
+        dtype = DTYPE_NAMES[job.dtype]
+        biased = [name for name, layer in factored_layers(model).items() if layer.bias is not None]
+        expected = {name for name in biased if expert_of(name) is None}  # densify looks after those of experts
+        densify(model, dtype)
+        detach(model)
+        model.to(dtype)
+        model.config.dtype = dtype
+        save_model(model, job.tokenizer, job.folder)
+        reloaded = load_dense_or_factored(str(job.folder))
+        for name in expected:
+            if getattr(reloaded.get_submodule(name), "bias", None) is None:
+                raise UsageError(
+                    f"'{name}' carries a bias (method afm) and {type(reloaded).__name__} has no place for one, so a "
+                    "dense checkpoint would lose it; export --format factored, or decompose with --method whitened."
+                )
+        return outputs_of(reloaded, job.ids)

@@ -6,8 +6,9 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,6 +18,7 @@ from ..errors import ExportMismatch, UsageError
 from ..integrations.transformers_quantizer import detach
 from ..layers import factored_layers, is_linear, unfused_parameters
 from ..quantizers import NF4
+from .base import Job
 
 
 def check_peft_exportable(model: Any) -> None:
@@ -151,3 +153,19 @@ def _stock_outputs(base: Path, adapter: Path, ids: Tensor, kind: str) -> Tensor:
         return load_file(scratch / "out.safetensors")["logits"]
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class PeftExport:
+    """An NF4 base and an ordinary LoRA adapter, for stock loaders."""
+
+    name: ClassVar[str] = "peft"
+
+    def check(self, model: Any) -> None:
+        check_peft_exportable(model)
+
+    def write(self, model: Any, job: Job) -> Tensor:
+        return write_peft(model, job.tokenizer, job.folder, job.ids, job.final)
+
+    def rounds_to(self, model_dtype: torch.dtype, job: Job) -> list[str]:
+        return [str(model_dtype).removeprefix("torch.")]

@@ -15,16 +15,17 @@ from typing import Any
 
 from ..adapters.attach import mode_of
 from ..adapters.fold import fold
-from ..errors import ExportMismatch, UsageError
-from ..integrations.models import DTYPE_NAMES, load_dense_or_factored, save_model
+from ..errors import ExportMismatch, UsageError, unknown_name
+from ..integrations.models import DTYPE_NAMES
 from ..integrations.running import max_length
-from ..integrations.transformers_quantizer import attach
 from ..layers import factored_layers
-from .dense import write_dense
-from .peft import check_peft_exportable, write_peft
+from .base import Export, Job
+from .dense import DenseExport
+from .factored import FactoredExport
+from .peft import PeftExport
 from .verify import PROBE_TOKENS, THRESHOLDS, Comparison, compare, outputs_of, probe_ids
 
-FORMATS = ("dense", "factored", "peft")
+EXPORTS: dict[str, Export] = {form.name: form for form in (DenseExport(), FactoredExport(), PeftExport())}
 
 
 def export_model(
@@ -42,33 +43,24 @@ def export_model(
 
     The model is consumed: its adapter is folded and, for `dense`, its layers are replaced.
     """
-    if form not in FORMATS:
-        raise UsageError(f"--format {form} is unknown; use one of {', '.join(FORMATS)}.")
+    if form not in EXPORTS:
+        raise unknown_name("format", form, list(EXPORTS))
     if dtype not in DTYPE_NAMES:
         raise UsageError(f"--dtype {dtype} is unknown; use one of {', '.join(DTYPE_NAMES)}.")
     plain = model.get_base_model() if mode_of(model) else model
     if not factored_layers(plain):
         raise UsageError("The model has no factored layers; it is an ordinary checkpoint already.")
-    if form == "peft":
-        check_peft_exportable(plain)
-    model_dtype = plain.dtype
+    export, model_dtype = EXPORTS[form], plain.dtype
+    export.check(plain)
     ids = probe_ids(tokenizer, text, min(PROBE_TOKENS, max_length(plain)))
     reference = outputs_of(model, ids)
-    factored = fold(model) if mode_of(model) else model
-    if form == "dense":
-        written = write_dense(factored, tokenizer, folder, DTYPE_NAMES[dtype], ids)
-    elif form == "factored":
-        attach(factored)
-        save_model(factored, tokenizer, folder)
-        written = outputs_of(load_dense_or_factored(str(folder)), ids)
-    else:
-        written = write_peft(factored, tokenizer, folder, ids, final or folder)
+    job = Job(tokenizer, folder, final or folder, dtype, ids)
+    written = export.write(fold(model) if mode_of(model) else model, job)
     if card is not None:
         (folder / "README.md").write_text(card(form))
     comparison = compare(reference, written)
-    # `factored` keeps every dtype and is exact; the others compute in another dtype than a 16-bit model
-    computed = [] if form == "factored" else [str(model_dtype).removeprefix("torch."), dtype if form == "dense" else ""]
-    limit = max(THRESHOLDS.get(name, 0.0) for name in ["float32", *computed]) if threshold is None else threshold
+    rounded = ["float32", *export.rounds_to(model_dtype, job)]
+    limit = max(THRESHOLDS.get(name, 0.0) for name in rounded) if threshold is None else threshold
     if not math.isfinite(comparison.kl) or comparison.kl > limit:
         raise ExportMismatch(
             f"The written {form} checkpoint differs from the model: KL {comparison.kl:.3g} nats per token, at most "

@@ -1,0 +1,40 @@
+"""The contract of an export: a factored model in, a folder out, and what it computes when it is loaded again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Job:
+    """Where an export goes, and what it is compared on."""
+
+    tokenizer: Any
+    folder: Path  # empty, exists
+    final: Path  # where `folder` will be moved
+    dtype: str  # that was asked for; a key of DTYPE_NAMES
+    ids: Tensor  # (1, length) of the comparison
+
+
+class Export(Protocol):
+    """One form of a checkpoint. Its instance in EXPORTS makes it a choice of `lord-tune export --format`."""
+
+    name: ClassVar[str]
+
+    def check(self, model: Any) -> None:
+        """UsageError, before any work, for a model that has no such form."""
+        ...
+
+    def write(self, model: Any, job: Job) -> Tensor:
+        """Write the model, whose adapter is folded, and return the logits of the folder loaded again. May use up the
+        model."""
+        ...
+
+    def rounds_to(self, model_dtype: torch.dtype, job: Job) -> list[str]:
+        """The dtypes that the folder computes in and the model did not: they decide what may differ."""
+        ...

@@ -1,0 +1,32 @@
+"""Export as a factored checkpoint with the adapter folded into L and R, exactly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..integrations.models import load_dense_or_factored, save_model
+from ..integrations.transformers_quantizer import attach
+from .base import Job
+from .verify import outputs_of
+
+
+@dataclass(frozen=True)
+class FactoredExport:
+    """L, R and Q as they are stored; needs lord_tune to load."""
+
+    name: ClassVar[str] = "factored"
+
+    def check(self, model: Any) -> None:
+        """Every factored model has this form."""
+
+    def write(self, model: Any, job: Job) -> Tensor:
+        attach(model)
+        save_model(model, job.tokenizer, job.folder)
+        return outputs_of(load_dense_or_factored(str(job.folder)), job.ids)
+
+    def rounds_to(self, model_dtype: torch.dtype, job: Job) -> list[str]:
+        return []  # every dtype is kept
