@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 
 from lord_tune.allocation import ALLOCATORS
 from lord_tune.allocation.budget import ALIGNMENT, LayerSpectrum, break_even, factor_cost
-from lord_tune.decomposition import Journal
+from lord_tune.decomposition import Journal, decide
+from lord_tune.decomposition.decide import Bits, Request, bits_at
 from lord_tune.errors import UsageError
 from lord_tune.plans import LayerChoice, Plan
 from lord_tune.quantizers import QUANTIZERS, make_quantizer
 from lord_tune.quantizers.packing import CODES_PER_WORD, pack, packed_bytes, word_table, words_of
+from lord_tune.sites import Site
 
 FEW = settings(max_examples=25, deadline=None, derandomize=True)
 SIDES = st.integers(1, 300)
@@ -75,6 +77,25 @@ def test_a_budget_is_kept(name, shapes, fraction, seed):
             dense = shape[0] * shape[1]
             spent += (factor_cost(shape, rank) if rank is not None else dense) - fraction * dense
     assert spent <= 1e-6
+
+
+@FEW
+@given(
+    st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=4),
+    st.floats(3, 12),
+    st.sampled_from(["nf4", "int2", "int4"]),
+)
+def test_bits_are_never_exceeded(shapes, bits, backbone):
+    sites = {str(i): Site(str(i), shape, torch.float16, False, False) for i, shape in enumerate(shapes)}
+    template = LayerChoice("svd", None, backbone=backbone, factor_format="fp16")
+    try:
+        plan = decide(sites, Request(template, Bits(bits, (template,))))
+    except UsageError:
+        return  # the backbone alone takes more
+    assert plan is not None
+    for name, choice in plan.layers.items():
+        assert choice.rank is not None and choice.rank % ALIGNMENT == 0
+        assert bits_at(sites[name], choice) <= bits
 
 
 @FEW
