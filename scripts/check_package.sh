@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Build the sdist and the wheel, install the wheel in an environment of its own, and try it: bash scripts/check_package.sh
+# The new environment reads the libraries of the active one (torch is large), but not its lord_tune.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+unset PYTHONPATH
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+python -m build --outdir "$work/dist" . >"$work/log" 2>&1 || { cat "$work/log" >&2; exit 1; }
+
+python - "$work"/dist/* <<'END'
+import sys, tarfile, zipfile
+for path in sys.argv[1:]:
+    names = zipfile.ZipFile(path).namelist() if path.endswith(".whl") else tarfile.open(path).getnames()
+    for wanted in ("lord_tune/py.typed", "LICENSE", "lord_tune/quantizers/e8.py"):
+        if not any(name.endswith(wanted) for name in names):
+            sys.exit(f"error: {wanted} is not in {path}")
+END
+
+python -m venv --without-pip "$work/venv"
+python -m pip --python "$work/venv/bin/python" install -q --no-deps --no-index "$work"/dist/*.whl
+site=$("$work/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
+# after pip, which would see them
+python -c 'import sys; print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")' >"$site/libraries.pth"
+cd "$work"
+version=$(venv/bin/lord-tune version)
+[[ "$(ls dist)" == *"-$version"* ]] || { echo "error: lord-tune version says $version, the archives are $(ls dist)" >&2; exit 1; }
+venv/bin/lord-tune --help >/dev/null
+venv/bin/python - <<'END'
+import lord_tune
+assert lord_tune.__file__.startswith(__import__("sys").prefix), lord_tune.__file__
+lord_tune.decompose
+END
+echo "the package is complete: $(cd dist && ls | tr '\n' ' ')"
