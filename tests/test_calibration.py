@@ -23,6 +23,7 @@ from lord_tune.errors import CalibrationError, LordWarning, UsageError
 from lord_tune.factorizations import Core
 from lord_tune.integrations.running import task_of
 from lord_tune.layers import select_linears
+from lord_tune.parallel import Workers
 
 MODELS = [tiny_llama, tiny_gpt2, tiny_bert]
 
@@ -159,6 +160,31 @@ def test_a_model_without_blocks_is_walked_whole_with_a_warning(tmp_path):
     walk.start()
     moments = walk.collect(0, {"one": model.one, "two": model.two})["calibration"]
     assert moments["one"].gram.shape == (6, 6) and moments["two"].tokens == 32
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("names", ["a", "ab", "abc"])
+def test_windows_and_what_belongs_to_them_are_dealt_by_one_rule(size, names, tmp_path):
+    """Every window goes to one process, odd streams from the other end; other ids of a stream go
+    where its states are."""
+    model = tiny_llama(layers=1)
+    streams = {name: torch.arange(7)[:, None] + 10 * number for number, name in enumerate(names)}
+    walks = [
+        BlockWalk(model, find_blocks(model), streams, lambda m, ids: m(ids), tmp_path, Workers(rank, size))
+        for rank in range(size)
+    ]
+    for number, name in enumerate(names):
+        dealt = [walk.windows[name].flatten() for walk in walks]
+        assert torch.cat(dealt).sort().values.equal(streams[name].flatten())
+        counts = [len(part) for part in dealt]
+        assert counts == sorted(counts, reverse=number % 2 == 0) and max(counts) - min(counts) <= 1
+        labels = torch.arange(100, 107)
+        for walk, before in zip(walks, dealt, strict=True):
+            assert (walk.share(name, labels) - 100).equal(before - 10 * number)
+            walk.hand_out(name, labels[:, None])
+            assert (walk.windows[name].flatten() - 100).equal(before - 10 * number)
+            with pytest.raises(AssertionError, match="as many windows"):
+                walk.hand_out(name, labels[:6, None])
 
 
 @pytest.mark.parametrize("make", MODELS)
