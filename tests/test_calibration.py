@@ -399,3 +399,34 @@ def test_twenty_thousand_short_rows_are_dealt_with_at_once():
     first, held = token_windows(texts, Letters(), 31 * 15_000, 31 * 4_000, 128, 0)
     assert time.perf_counter() - start < 1
     assert first.numel() + held.numel() > 31 * 18_500
+
+
+def test_layers_that_share_a_weight_are_left_alone():
+    """By one tensor or one module, and where transformers' list alone says so; with the name of the other."""
+
+    def layers_of(change):
+        model = tiny_llama()
+        change(model, model.model.layers)
+        return select_linears(model, find_blocks(model).names(), None, None)
+
+    def one_tensor(model, blocks):
+        blocks[1].mlp.up_proj.weight = blocks[0].mlp.gate_proj.weight
+
+    def one_module(model, blocks):
+        blocks[2].self_attn.k_proj = blocks[0].self_attn.v_proj
+
+    def listed(model, blocks):
+        model.all_tied_weights_keys = {
+            "model.layers.1.mlp.up_proj.weight": "model.layers.0.mlp.gate_proj.weight",
+            "lm_head.weight": "model.embed_tokens.weight",
+        }
+
+    whole = layers_of(lambda model, blocks: None)[0]
+    gate, up = "model.layers.0.mlp.gate_proj", "model.layers.1.mlp.up_proj"
+    for change in (one_tensor, listed):
+        chosen, skipped = layers_of(change)
+        assert set(whole) - set(chosen) == {gate, up}
+        assert skipped[gate] == f"shares its weight with {up}" and skipped[up] == f"shares its weight with {gate}"
+    chosen, skipped = layers_of(one_module)
+    value, key = "model.layers.0.self_attn.v_proj", "model.layers.2.self_attn.k_proj"
+    assert set(whole) - set(chosen) == {value, key} and skipped[value] == f"shares its weight with {key}"
