@@ -219,6 +219,13 @@ def test_embeddings_keep_their_direction(family, name):
     assert near < 0.1 * far  # measured: 0.01 to 0.05
 
 
+def test_layers_with_one_input_share_their_centre_and_are_written(llama_dir, rows_file, tmp_path):
+    """safetensors refuses two names for one tensor."""
+    text = CALIBRATION | {"calibration": [str(rows_file)], "sensitivity_tokens": 128}
+    made = decompose_recorded(llama_dir, tmp_path / "out", method="afm", kept_fraction=0.8, **text)
+    assert factored_layers(load_dense_or_factored(str(made.folder)))
+
+
 # --- blocks that call their layers by keyword ---
 
 

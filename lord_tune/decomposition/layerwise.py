@@ -52,7 +52,7 @@ class Analysis:
         """For a safetensors file."""
         found = {"basis": self.spectrum.basis, "energies": self.spectrum.energies}
         if self.spectrum.centre is not None:
-            found["centre"] = self.spectrum.centre
+            found["centre"] = self.spectrum.centre.clone()  # layers with one input share it, a file's tensors may not
         return found | {f"curve.{name}": curve for name, curve in self.curves.items()}
 
     @classmethod
