@@ -170,8 +170,6 @@ class Workbench:
             raise
 
     def _run(self, run: str) -> Path:
-        import transformers
-
         import lord_tune
 
         family, kind = run.split("/")
@@ -190,7 +188,6 @@ class Workbench:
             elif kind in TRAIN:
                 steps: dict[str, Any] = {"max_steps": 3, "max_length": 48, "per_device_train_batch_size": 2}
                 steps |= {"logging_steps": 1, "learning_rate": 1e-3, "save_strategy": "no", "report_to": "none"}
-                transformers.set_seed(42)  # LoRA is drawn before the trainer seeds with its own default, 42
                 paths = {"model_name_or_path": source, "dataset_name": text, "output_dir": str(out)}
                 lord_tune.train(**paths, **steps, **TRAIN[kind][1])
             elif kind in EXPORT:

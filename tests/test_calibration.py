@@ -24,6 +24,7 @@ from lord_tune.errors import CalibrationError, LordWarning, UsageError
 from lord_tune.factorizations import Core
 from lord_tune.integrations.running import task_of
 from lord_tune.layers import select_linears
+from lord_tune.parallel import Workers
 
 MODELS = [tiny_llama, tiny_gpt2, tiny_bert]
 
@@ -160,6 +161,31 @@ def test_a_model_without_blocks_is_walked_whole_and_said_so(tmp_path):
     walk.start()
     moments = walk.collect(0, {"one": model.one, "two": model.two})["calibration"]
     assert moments["one"].gram.shape == (6, 6) and moments["two"].tokens == 32
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("names", ["a", "ab", "abc"])
+def test_windows_and_what_belongs_to_them_are_dealt_by_one_rule(size, names, tmp_path):
+    """Every window goes to one process, odd streams from the other end; other ids of a stream go
+    where its states are."""
+    model = tiny_llama(layers=1)
+    streams = {name: torch.arange(7)[:, None] + 10 * number for number, name in enumerate(names)}
+    walks = [
+        BlockWalk(model, find_blocks(model), streams, lambda m, ids: m(ids), tmp_path, Workers(rank, size))
+        for rank in range(size)
+    ]
+    for number, name in enumerate(names):
+        dealt = [walk.windows[name].flatten() for walk in walks]
+        assert torch.cat(dealt).sort().values.equal(streams[name].flatten())
+        counts = [len(part) for part in dealt]
+        assert counts == sorted(counts, reverse=number % 2 == 0) and max(counts) - min(counts) <= 1
+        labels = torch.arange(100, 107)
+        for walk, before in zip(walks, dealt, strict=True):
+            assert (walk.share(name, labels) - 100).equal(before - 10 * number)
+            walk.hand_out(name, labels[:, None])
+            assert (walk.windows[name].flatten() - 100).equal(before - 10 * number)
+            with pytest.raises(AssertionError, match="as many windows"):
+                walk.hand_out(name, labels[:6, None])
 
 
 @pytest.mark.parametrize("make", MODELS)
@@ -374,3 +400,34 @@ def test_twenty_thousand_short_rows_are_dealt_with_at_once():
     first, held = token_windows(texts, Letters(), 31 * 15_000, 31 * 4_000, 128, 0)
     assert time.perf_counter() - start < 1
     assert first.numel() + held.numel() > 31 * 18_500
+
+
+def test_layers_that_share_a_weight_are_left_alone():
+    """By one tensor or one module, and where transformers' list alone says so; with the name of the other."""
+
+    def layers_of(change):
+        model = tiny_llama()
+        change(model, model.model.layers)
+        return select_linears(model, find_blocks(model).names(), None, None)
+
+    def one_tensor(model, blocks):
+        blocks[1].mlp.up_proj.weight = blocks[0].mlp.gate_proj.weight
+
+    def one_module(model, blocks):
+        blocks[2].self_attn.k_proj = blocks[0].self_attn.v_proj
+
+    def listed(model, blocks):
+        model.all_tied_weights_keys = {
+            "model.layers.1.mlp.up_proj.weight": "model.layers.0.mlp.gate_proj.weight",
+            "lm_head.weight": "model.embed_tokens.weight",
+        }
+
+    whole = layers_of(lambda model, blocks: None)[0]
+    gate, up = "model.layers.0.mlp.gate_proj", "model.layers.1.mlp.up_proj"
+    for change in (one_tensor, listed):
+        chosen, skipped = layers_of(change)
+        assert set(whole) - set(chosen) == {gate, up}
+        assert skipped[gate] == f"shares its weight with {up}" and skipped[up] == f"shares its weight with {gate}"
+    chosen, skipped = layers_of(one_module)
+    value, key = "model.layers.0.self_attn.v_proj", "model.layers.2.self_attn.k_proj"
+    assert set(whole) - set(chosen) == {value, key} and skipped[value] == f"shares its weight with {key}"

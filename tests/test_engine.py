@@ -33,16 +33,21 @@ from tiny import (
     write_code_rows,
 )
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.pytorch_utils import Conv1D
 
 import lord_tune
 from lord_tune import tables
+from lord_tune.calibration.blocks import find_blocks
 from lord_tune.calibration.collect import BlockWalk
 from lord_tune.calibration.states import StateFile, StateWriter
-from lord_tune.decomposition import gradients
+from lord_tune.decomposition import gradients, trace
+from lord_tune.decomposition.survey import Survey, survey
 from lord_tune.errors import CheckpointError, LordWarning
 from lord_tune.factorizations import Caldera, Whitened, balance, relative_error
+from lord_tune.integrations.checkpoint import skeleton
 from lord_tune.integrations.models import load_dense_or_factored
+from lord_tune.integrations.running import run_on_meta
 from lord_tune.layers import factored_layers, unfuse
 from lord_tune.parallel import Workers, share_out
 from lord_tune.quantizers import E8P3, Rotated
@@ -213,6 +218,64 @@ def test_embeddings_keep_their_direction(family, name):
     reference = pooled(base)
     near, far = (1 - float(torch.cosine_similarity(pooled(m.folder), reference).mean()) for m in (high, alone))
     assert near < 0.1 * far  # measured: 0.01 to 0.05
+
+
+def test_layers_with_one_input_share_their_centre_and_are_written(llama_dir, rows_file, tmp_path):
+    """safetensors refuses two names for one tensor."""
+    text = CALIBRATION | {"calibration": [str(rows_file)], "sensitivity_tokens": 128}
+    made = decompose_recorded(llama_dir, tmp_path / "out", method="afm", kept_fraction=0.8, **text)
+    assert factored_layers(load_dense_or_factored(str(made.folder)))
+
+
+# --- blocks that call their layers by keyword ---
+
+
+def by_keyword(self: Any, x: Tensor) -> Tensor:
+    """LlamaMLP.forward, with `input=`."""
+    return self.down_proj(input=self.act_fn(self.gate_proj(input=x)) * self.up_proj(input=x))
+
+
+@pytest.mark.parametrize("kind", ["weighted", "fisher"])
+def test_layers_may_be_called_by_keyword(llama_dir, rows_file, tmp_path, monkeypatch, kind):
+    """The same bytes, and the written model runs the same way."""
+    options = {key[2:].replace("-", "_"): value for key, value in zip(*[iter(COMMANDS[kind])] * 2, strict=True)}
+    options |= {"targets": r"\.0\.mlp\.(up|down)_proj", "calibration": [str(rows_file)]}
+    lord_tune.decompose(str(llama_dir), str(tmp_path / "expected"), **options)
+    monkeypatch.setattr(LlamaMLP, "forward", by_keyword)
+    lord_tune.decompose(str(llama_dir), str(tmp_path / "out"), **options)
+    expected, found = read_tensors(tmp_path / "expected"), read_tensors(tmp_path / "out")
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    written = load_dense_or_factored(str(tmp_path / "out"))
+    came = outputs(written)
+    monkeypatch.undo()
+    assert torch.equal(came, outputs(written))
+
+
+def surveyed(shape: Any) -> Survey:
+    blocks = find_blocks(shape)
+    return survey(shape)
+
+
+def test_the_groups_of_layers_with_one_input_are_found_by_keyword_too(llama_dir, monkeypatch):
+    shape = skeleton(str(llama_dir))
+    found = surveyed(shape)
+    groups, flops = trace(shape, found, run_on_meta, 32)
+    monkeypatch.setattr(LlamaMLP, "forward", by_keyword)
+    assert trace(shape, found, run_on_meta, 32) == (groups, flops)
+    assert sorted(map(len, groups)) == [1, 1, 2, 3]
+
+
+@pytest.mark.parametrize("error", [IndexError, KeyError, AssertionError, RuntimeError])
+def test_a_model_that_cannot_run_without_values_is_estimated_from_its_weights(llama_dir, error):
+    shape = skeleton(str(llama_dir))
+    found = surveyed(shape)
+
+    def run(model: Any, ids: Tensor) -> Any:
+        raise error("no values")
+
+    groups, flops = trace(shape, found, run, 32)
+    assert groups == [{name} for name in found.members(0)] and flops > 0
+    assert not any(module._forward_pre_hooks for module in found.members(0).values())
 
 
 # --- kinds of calibration text ---

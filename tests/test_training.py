@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from forking import ForkServer, free_port
 from safetensors.torch import load_file
-from tiny import EOS, code_document
+from tiny import EOS, code_document, read_tensors
 
 import lord_tune
 from lord_tune.errors import LordError, LordWarning, UsageError
@@ -182,6 +183,17 @@ def test_prompts_and_answers_as_messages_need_no_end_of_text(base, tmp_path, mon
     row = {"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "assistant", "content": "Hello"}]}
     train(chat, write_rows(tmp_path / "rows.jsonl", [row] * 4), tmp_path / "run", max_length=200)
     assert text_of(decoded(kept[0]), True) == "Hello<|im_end|>\n"
+
+
+def test_the_seed_draws_lora_whatever_was_drawn_before(base, rows, tmp_path):
+    drawn = {}
+    for name, state, seed in (("one", 1, 5), ("other state", 2, 5), ("other seed", 1, 6)):
+        transformers.set_seed(state)
+        train(base, rows, tmp_path / name, mode="lora", max_steps=1, learning_rate=0.0, seed=seed)
+        drawn[name] = read_tensors(tmp_path / name)
+    key = next(key for key in drawn["one"] if "lora_A" in key)
+    assert torch.equal(drawn["one"][key], drawn["other state"][key])
+    assert not torch.equal(drawn["one"][key], drawn["other seed"][key])
 
 
 def test_wrapped_packing_cuts_texts_anywhere(base, rows, tmp_path, monkeypatch):

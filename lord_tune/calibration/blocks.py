@@ -63,5 +63,10 @@ def hidden_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple | list) else output
 
 
+def first_input(args: tuple, kwargs: dict) -> Tensor:
+    """What a layer is called with, also by keyword: `self.fc(input=x)`. For hooks with kwargs."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 def hidden_argument(args: tuple, kwargs: dict) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]

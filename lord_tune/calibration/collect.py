@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import CalibrationError
 from ..parallel import Workers
-from .blocks import Blocks, Stop, hidden_argument, hidden_of, replaced_forward
+from .blocks import Blocks, Stop, first_input, hidden_argument, hidden_of, replaced_forward
 from .moments import InputStatistics, MomentAccumulator, SampleAccumulator
 from .states import StateFile, StateWriter
 
@@ -43,20 +43,22 @@ class BlockWalk:
         self._workers = workers or Workers()
         self._tokens = {name: windows.numel() for name, windows in streams.items()}
         self._examples = {name: windows[:1] for name, windows in streams.items()}
-        self._positions = {name: position for position, name in enumerate(streams)}
-        self.windows = {name: self.share(name, windows) for name, windows in streams.items()}
+        self.windows: dict[str, Tensor] = {}
+        for name, windows in streams.items():
+            self.hand_out(name, windows)
         self._calls: dict[str, list[tuple[tuple, dict]]] = {}
         self._wrap: Callable[[Tensor], Any] = lambda hidden: hidden
 
     def share(self, stream: str, windows: Tensor) -> Tensor:
-        """This process's part of a stream's windows. Every other stream is dealt from the other end, so that one
-        process does not get every odd window."""
-        size, rank = self._workers.size, self._workers.rank
-        first = size - 1 - rank if self._positions[stream] % 2 else rank
-        return windows[first::size]
+        """This process's part of a stream's windows (or of what belongs to them, one entry each)."""
+        # every other stream is dealt from the other end, so that one process does not get every odd window
+        odd = [*self._tokens].index(stream) % 2
+        first = self._workers.size - 1 - self._workers.rank if odd else self._workers.rank
+        return windows[first :: self._workers.size]
 
     def hand_out(self, stream: str, windows: Tensor) -> None:
-        """Take other token ids for a stream whose states are written: those that the loss starts from."""
+        """Let the token ids of a stream be these, of all processes; the states in the files are not touched."""
+        assert windows.numel() == self._tokens[stream], "as many windows as there are states"
         self.windows[stream] = self.share(stream, windows)
 
     @property
@@ -208,8 +210,8 @@ class BlockWalk:
             return MomentAccumulator(width, device)
 
         def hook(name: str) -> Callable:
-            def observe(module: nn.Module, args: tuple) -> None:
-                x = args[0]
+            def observe(module: nn.Module, args: tuple, kwargs: dict) -> None:
+                x = first_input(args, kwargs)
                 first = next((n for n, t in seen if t is x), None)
                 if first is None:
                     seen.append((name, x))
@@ -222,7 +224,7 @@ class BlockWalk:
 
             return observe
 
-        handles = [module.register_forward_pre_hook(hook(name)) for name, module in layers.items()]
+        handles = [module.register_forward_pre_hook(hook(name), with_kwargs=True) for name, module in layers.items()]
         block = self._blocks.modules[index]
         # the windows of one forward pass share tensors, those of the next do not
         handles.append(block.register_forward_pre_hook(lambda module, args: seen.clear()))

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..errors import CalibrationError
 from ..parallel import Workers
+from .blocks import first_input
 from .collect import BlockWalk
 
 
@@ -139,8 +140,8 @@ def _weight_gradients(layers: dict[str, nn.Module], shapes: dict[str, tuple[int,
         sums[f"{name}:columns"] = torch.zeros(inputs, dtype=torch.float64, device=device)
 
     def hook(name: str) -> Callable:
-        def forward_hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            inputs = args[0].detach()
+        def forward_hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+            inputs = first_input(args, kwargs).detach()
 
             def add(gradient: Tensor) -> None:
                 rows = gradient.detach().reshape(-1, gradient.shape[-1]).float()
@@ -153,7 +154,7 @@ def _weight_gradients(layers: dict[str, nn.Module], shapes: dict[str, tuple[int,
 
         return forward_hook
 
-    handles = [module.register_forward_hook(hook(name)) for name, module in layers.items()]
+    handles = [module.register_forward_hook(hook(name), with_kwargs=True) for name, module in layers.items()]
     try:
         yield sums
     finally:

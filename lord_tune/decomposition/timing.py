@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..calibration.blocks import first_input
+from ..errors import LordError
 from ..factorizations import Factorization
 from ..memory import synchronize
 from ..plans import LayerChoice
@@ -96,16 +98,17 @@ def trace(
     seen: list[tuple[torch.Tensor, set[str]]] = []
 
     def hook(name: str) -> Callable:
-        def observe(module: nn.Module, args: tuple) -> None:
-            group = next((names for tensor, names in seen if tensor is args[0]), None)
+        def observe(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            x = first_input(args, kwargs)
+            group = next((names for tensor, names in seen if tensor is x), None)
             if group is None:
                 group = set()
-                seen.append((args[0], group))
+                seen.append((x, group))
             group.add(name)
 
         return observe
 
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in members.items()]
+    handles = [module.register_forward_pre_hook(hook(name), with_kwargs=True) for name, module in members.items()]
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             run(model, torch.zeros(1, length, dtype=torch.long, device="meta"))
@@ -113,7 +116,9 @@ def trace(
         flops = sum(sum(ops.values()) for name, ops in counter.get_flop_counts().items() if name.endswith("." + inside))
         if flops and {name for _, names in seen for name in names} == set(members):
             return [names for _, names in seen], flops * len(survey.blocks.modules) / length
-    except (RuntimeError, NotImplementedError, TypeError, ValueError):
+    except LordError:
+        raise
+    except Exception:  # a model may fail on tensors without values in any way; it is estimated from its weights
         pass
     finally:
         for handle in handles:

@@ -72,12 +72,12 @@ class FactoredLinear(nn.Module):
     def rank(self) -> int:
         return self.plan.rank
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+    def forward(self, input: Tensor) -> Tensor:  # (..., in) -> (..., out), by the name that nn.Linear has
         other = None if self.route is None else self.route(self)
         if other is not None:
-            output = other(x)
+            output = other(input)
         else:
-            output = self.parts()(x) if self.host is None else self.host(x)
+            output = self.parts()(input) if self.host is None else self.host(input)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
     def parts(self) -> Parts:

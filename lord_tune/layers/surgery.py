@@ -53,6 +53,7 @@ def select_linears(
     chosen: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
     linears = {name: m for name, m in model.named_modules() if is_linear(m)}
+    shared = _shared_weights(model)
     if not linears and any(isinstance(m, FactoredLinear) for m in model.modules()):
         raise UsageError("The model is decomposed already; start from the original dense model.")
     for name, module in linears.items():
@@ -64,6 +65,8 @@ def select_linears(
             skipped[name] = "not in --targets"
         elif leave is not None and leave.search(name):
             skipped[name] = "in --exclude"
+        elif name in shared:
+            skipped[name] = f"shares its weight with {shared[name]}"
         else:
             chosen[name] = module
     if not chosen:
@@ -73,6 +76,24 @@ def select_linears(
             f"are named like {names or '(none: no nn.Linear or Conv1D)'}."
         )
     return chosen, skipped
+
+
+def _shared_weights(model: nn.Module) -> dict[str, str]:
+    """Module -> another one with the same weight: by the tensor, or, where each has its own on the meta device, by the
+    list that transformers keeps."""
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            holders.setdefault(id(weight), []).append(name)
+    found: dict[str, str] = {}
+    for names in holders.values():
+        found |= {name: names[1 if name == names[0] else 0] for name in names if len(names) > 1}
+    for target, origin in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if target.endswith(".weight") and origin.endswith(".weight"):
+            one, other = target.removesuffix(".weight"), origin.removesuffix(".weight")
+            found = {one: other, other: one} | found
+    return found
 
 
 def _pattern(option: str, text: str | None) -> re.Pattern | None:

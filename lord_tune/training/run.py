@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import set_seed
 
 from ..adapters.attach import FACTORS, LORA, MODES, SCALES, SPLIT, add_lora, add_scales, coverage, expose_factors
 from ..adapters.loading import load
@@ -71,6 +72,7 @@ def train_model(
     if options.eval_dataset_name or options.dataset_test_split:
         name = options.eval_dataset_name or options.dataset_name
         held, _ = _rows(name, options.dataset_test_split or "train", options, tokenizer)
+    set_seed(arguments.seed)  # before adapters are drawn; the trainer seeds again
     exposed = expose(model, options)
     notify("coverage", coverage(exposed))
     trainer = _make_trainer(exposed, tokenizer, arguments, rows, held, options)
