@@ -38,11 +38,10 @@ from transformers.pytorch_utils import Conv1D
 
 import lord_tune
 from lord_tune import tables
-from lord_tune.calibration.blocks import find_blocks
 from lord_tune.calibration.collect import BlockWalk
 from lord_tune.calibration.states import StateFile, StateWriter
 from lord_tune.decomposition import gradients, trace
-from lord_tune.decomposition.survey import Survey, survey
+from lord_tune.decomposition.survey import survey
 from lord_tune.errors import CheckpointError, LordWarning
 from lord_tune.factorizations import Caldera, Whitened, balance, relative_error
 from lord_tune.integrations.checkpoint import skeleton
@@ -251,14 +250,9 @@ def test_layers_may_be_called_by_keyword(llama_dir, rows_file, tmp_path, monkeyp
     assert torch.equal(came, outputs(written))
 
 
-def surveyed(shape: Any) -> Survey:
-    blocks = find_blocks(shape)
-    return survey(shape)
-
-
 def test_the_groups_of_layers_with_one_input_are_found_by_keyword_too(llama_dir, monkeypatch):
     shape = skeleton(str(llama_dir))
-    found = surveyed(shape)
+    found = survey(shape)
     groups, flops = trace(shape, found, run_on_meta, 32)
     monkeypatch.setattr(LlamaMLP, "forward", by_keyword)
     assert trace(shape, found, run_on_meta, 32) == (groups, flops)
@@ -268,14 +262,14 @@ def test_the_groups_of_layers_with_one_input_are_found_by_keyword_too(llama_dir,
 @pytest.mark.parametrize("error", [IndexError, KeyError, AssertionError, RuntimeError])
 def test_a_model_that_cannot_run_without_values_is_estimated_from_its_weights(llama_dir, error):
     shape = skeleton(str(llama_dir))
-    found = surveyed(shape)
+    found = survey(shape)
 
     def run(model: Any, ids: Tensor) -> Any:
         raise error("no values")
 
     groups, flops = trace(shape, found, run, 32)
     assert groups == [{name} for name in found.members(0)] and flops > 0
-    assert not any(module._forward_pre_hooks for module in found.members(0).values())
+    assert not any(site.module(shape)._forward_pre_hooks for site in found.members(0).values())
 
 
 # --- kinds of calibration text ---
