@@ -1,0 +1,103 @@
+"""The worked examples of CONTRIBUTING.md do what they say: each is entered where it says, and used."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import test_factorizations
+import test_quantizers
+import torch
+from contracts import FactorizationRow
+from tiny import code_document
+from torch import Tensor
+
+import lord_tune
+from lord_tune.allocation import ALLOCATORS, LayerSpectrum, factor_cost
+from lord_tune.calibration.moments import Moments
+from lord_tune.declared import option, options_of
+from lord_tune.exports.base import Job
+from lord_tune.exports.dense import DenseExport
+from lord_tune.exports.run import EXPORTS, export_model
+from lord_tune.factorizations import METHODS, Core, Projection
+from lord_tune.linalg import principal_axes
+from lord_tune.plans import LayerChoice, Plan
+from lord_tune.quantizers import QUANTIZERS
+from lord_tune.quantizers.grouped import Grouped
+
+TEXT = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
+NEEDED = (Any, ClassVar, Core, DenseExport, Grouped, Job, LayerSpectrum, Moments, Projection, Tensor)
+SHORT: dict[str, Any] = {"context_length": 64, "calibration_tokens": 512}
+
+
+def example(marker: str) -> Any:
+    """The class that the example below a marker defines."""
+    code = re.search(rf"<!-- {marker} -->.*?```python\n(.*?)```", TEXT, flags=re.S)
+    assert code is not None, marker
+    functions = (dataclass, factor_cost, option, principal_axes, replace)
+    names: dict[str, Any] = {getattr(thing, "__name__", str(thing)): thing for thing in (*NEEDED, *functions)}
+    names |= {"Any": Any, "ClassVar": ClassVar, "torch": torch, "__name__": __name__}
+    before = set(names)
+    exec(compile(code[1], f"CONTRIBUTING.md: {marker}", "exec"), names)
+    return next(value for name, value in names.items() if name not in before and isinstance(value, type))
+
+
+def test_the_method_passes_the_laws_and_decomposes(llama_dir, rows_file, tmp_path, monkeypatch):
+    method = example("add-method")
+    reason = "a compromise between two optima reaches neither"
+    row = FactorizationRow(method(), excused={"weight_optimum": reason, "output_optimum": reason})
+    test_factorizations.test_shapes(row, (40, 16))
+    test_factorizations.test_full_rank_recovers_the_layer(row, (16, 40))
+    test_factorizations.test_error_falls_with_rank(row, (24, 24))
+    test_factorizations.test_arguments_are_not_changed(row)
+    monkeypatch.setitem(METHODS, method.name, method)
+    assert [item.key for item in options_of(method)] == ["temper"]
+    lord_tune.plan(str(llama_dir), save=str(tmp_path / "svd.json"), json=str(tmp_path / "e.json"), method="svd", rank=8)
+    names = Plan.read(tmp_path / "svd.json").layers
+    errors = {}
+    for temper in (0.0, 1.0):
+        plan = tmp_path / f"plan-{temper}.json"
+        Plan(dict.fromkeys(names, LayerChoice(method.name, 8, {"temper": temper}))).save(plan)
+        report = lord_tune.decompose(
+            str(llama_dir), str(tmp_path / f"out-{temper}"), plan=str(plan), calibration=[str(rows_file)], **SHORT
+        )
+        errors[temper] = sum(entry["error_calibrated"] for entry in report["layers"].values())
+    assert errors[1.0] < errors[0.0]
+
+
+def test_the_format_passes_the_laws(monkeypatch, tmp_path):
+    form = example("add-format")
+    monkeypatch.setitem(QUANTIZERS, form.name, form)
+    for shape in ((40, 16), (33, 17)):
+        test_quantizers.test_empty_has_the_shapes_and_dtypes_of_quantize(form(), shape)
+        test_quantizers.test_stored_tensors_survive_safetensors(form(), shape, tmp_path)
+        test_quantizers.test_row_slices_decode_to_the_rows(form(), shape)
+    test_quantizers.test_constant_and_zero_rows_are_finite(form())
+    assert LayerChoice("svd", 4, {}, "ternary", {"group_size": 32}).quantizer() == form(32)
+
+
+def test_the_allocator_meets_its_budget(monkeypatch):
+    allocator = example("add-allocator")
+    monkeypatch.setitem(ALLOCATORS, allocator.name, allocator)
+    layers = {f"layer{i}": LayerSpectrum((64, 64 + 8 * i), torch.ones(65)) for i in range(6)}
+    for fraction in (0.4, 0.7, 0.9):
+        ranks = allocator().allocate(layers, fraction)
+        sizes = {name: layer.shape[0] * layer.shape[1] for name, layer in layers.items()}
+        kept = sum(sizes[n] if r is None else factor_cost(layers[n].shape, r) for n, r in ranks.items())
+        assert kept <= fraction * sum(sizes.values()) and None in ranks.values()
+
+
+def test_the_export_is_written_and_compared(llama_dir, tmp_path, monkeypatch):
+    export = example("add-export")
+    monkeypatch.setitem(EXPORTS, export.name, export())
+    lord_tune.decompose(str(llama_dir), str(tmp_path / "out"), method="svd", rank=8)
+    model, tokenizer = lord_tune.load(str(tmp_path / "out"))
+    (tmp_path / "half").mkdir()
+    comparison = export_model(model, tokenizer, tmp_path / "half", "half", text=code_document(0))
+    assert 0 < comparison.kl < 1e-2
+    with pytest.raises(lord_tune.errors.ExportMismatch):
+        model, tokenizer = lord_tune.load(str(tmp_path / "out"))
+        export_model(model, tokenizer, tmp_path / "half", "half", threshold=0.0)
