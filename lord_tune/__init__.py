@@ -14,7 +14,7 @@ import wrapt
 
 __version__ = "0.1.0"
 
-_FUNCTIONS = {
+_NAMES = {
     "decompose": "commands",
     "train": "commands",
     "evaluate": "commands",
@@ -22,6 +22,7 @@ _FUNCTIONS = {
     "inspect": "commands",
     "plan": "commands",
     "quickstart": "demo",
+    "doctor": "checkup",
     "expose_factors": "adapters.attach",
     "add_lora": "adapters.attach",
     "add_scales": "adapters.attach",
@@ -30,19 +31,31 @@ _FUNCTIONS = {
     "unmerge": "adapters.fold",
     "fold": "adapters.fold",
     "load": "adapters.loading",
+    "Plan": "plans",
+    "LayerChoice": "plans",
+    "LordError": "errors",
+    "UsageError": "errors",
 }
 
 if TYPE_CHECKING:
     from .adapters.attach import add_lora, add_scales, expose_factors
     from .adapters.fold import fold, merge, unmerge
     from .adapters.loading import load, load_adapter
+    from .checkup import doctor
     from .commands import decompose, evaluate, export, inspect, plan, train
     from .demo import quickstart
+    from .errors import LordError, UsageError
+    from .plans import LayerChoice, Plan
 
 __all__ = [
+    "LayerChoice",
+    "LordError",
+    "Plan",
+    "UsageError",
     "add_lora",
     "add_scales",
     "decompose",
+    "doctor",
     "evaluate",
     "export",
     "expose_factors",
@@ -64,10 +77,10 @@ def _register(module: Any) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _FUNCTIONS:
-        return getattr(importlib.import_module(f"lord_tune.{_FUNCTIONS[name]}"), name)
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"lord_tune.{_NAMES[name]}"), name)
     raise AttributeError(f"module 'lord_tune' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_FUNCTIONS})
+    return sorted({*globals(), *_NAMES})

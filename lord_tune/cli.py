@@ -19,17 +19,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from . import __version__
-from .config import (
-    DecomposeConfig,
-    EvaluateConfig,
-    ExportConfig,
-    InspectConfig,
-    MethodConfig,
-    PlanConfig,
-    QuickstartConfig,
-    RunConfig,
-    TrainConfig,
-)
+from .config import RECORDS, DecomposeConfig, MethodConfig, PlanConfig, RunConfig
 from .console import is_main_process
 from .errors import LordError, LordWarning, UsageError
 
@@ -135,8 +125,8 @@ def _verb(name: str) -> Callable[[dict[str, Any]], Any]:
     def call(values: dict[str, Any]) -> Any:
         import lord_tune
 
-        required = [k for k in ("model", "out", "text", "format") if k in _RECORDS[name].model_fields]
-        missing = [k for k in required if k not in values and _RECORDS[name].model_fields[k].is_required()]
+        required = [k for k in ("model", "out", "text", "format") if k in RECORDS[name].model_fields]
+        missing = [k for k in required if k not in values and RECORDS[name].model_fields[k].is_required()]
         if missing:
             shown = missing[0].upper() if missing[0] in ("model", "out") else "--" + missing[0]
             raise UsageError(f"{shown} is missing; see lord-tune {name} --help.")
@@ -145,15 +135,6 @@ def _verb(name: str) -> Callable[[dict[str, Any]], Any]:
     return call
 
 
-_RECORDS: dict[str, type[RunConfig]] = {
-    "quickstart": QuickstartConfig,
-    "plan": PlanConfig,
-    "decompose": DecomposeConfig,
-    "train": TrainConfig,
-    "evaluate": EvaluateConfig,
-    "export": ExportConfig,
-    "inspect": InspectConfig,
-}
 _SUMMARIES = {
     "quickstart": "The whole story on SmolLM2-135M, offline, in minutes.",
     "plan": "Parameters, bytes, ranks, memory and time of a decomposition, before any work.",
@@ -162,8 +143,9 @@ _SUMMARIES = {
     "evaluate": "Perplexity, size, bits per weight and speed of a checkpoint.",
     "export": "Write a checkpoint as dense, factored or peft, and verify it.",
     "inspect": "Per-layer table of a factored checkpoint.",
+    "doctor": "Versions, devices, threads and optional parts; says what is missing.",
 }
-for _name, _record in _RECORDS.items():
+for _name, _record in RECORDS.items():
     _add(_name, _record, _SUMMARIES[_name], _verb(_name))
 
 

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Unpack
 
 from .adapters.loading import load
 from .calibration.corpus import file_windows
 from .cards import decomposition_card, export_card, training_card
 from .config import DecomposeConfig, EvaluateConfig, ExportConfig, InspectConfig, PlanConfig, RunConfig, TrainConfig
-from .console import LiveTable, human_bytes, is_main_process, note, progress, say, show_spans, show_table
+from .console import LiveTable, human_bytes, is_main_process, note, progress, say, show_table
 from .data.rows import documents
-from .decomposition import Journal, LayerRecord, Rates, check_budget, decompose_checkpoint, survey
-from .errors import LordError, UsageError
+from .decomposition import Journal, Phase, Rates, decompose_checkpoint, is_block
+from .decomposition.decide import decide
+from .decomposition.sizes import totals_of
+from .decomposition.survey import survey
+from .errors import LordError, LordWarning, UsageError
 from .evaluation.run import evaluate_model
 from .exports.run import export_model
 from .integrations.checkpoint import Checkpoint, skeleton, write_index
@@ -26,19 +30,29 @@ from .integrations.files import ADAPTER_FILE, base_of_adapter, fingerprint, firs
 from .integrations.models import attention_of, default_device, launched_processes, load_tokenizer, model_class, quiet
 from .integrations.running import kind_of, task_of, window_length
 from .integrations.sources import resolve_model
-from .layer_plan import FORMAT_VERSION
+from .keywords import documented
 from .layers import dequantize_once
 from .layers.sizes import sizes
 from .memory import PeakMemory
+from .plans import FORMAT_VERSION, Plan
 from .provenance import architecture_of, command_line, identity_of, lasting, versions
-from .resolve import asked_text, check_formats, estimate_of, settings_of, text_size_of, windows_of
-from .storage import atomic_directory, check_destination, check_json_file, read_json, write_json, write_text
+from .resolve import asked_text, check_formats, estimate_of, request_of, text_size_of, windows_of
+from .signatures import DecomposeOptions, EvaluateOptions, ExportOptions, InspectOptions, PlanOptions
+from .storage import (
+    atomic_directory,
+    check_destination,
+    check_json_file,
+    read_json,
+    sha256_files,
+    write_json,
+    write_text,
+)
 from .tables import (
     LAYER_COLUMNS,
     LAYER_WIDTHS,
     inspect_row,
     layer_rows,
-    show_coverage,
+    notify_training,
     show_decomposition,
     show_estimate,
     show_memory,
@@ -48,7 +62,8 @@ from .tables import (
 from .training import MemoryEstimate, TrainOptions, predict_memory, train_model, trainer_arguments
 
 
-def decompose(model: str, out: str, **options: Any) -> dict[str, Any]:
+@documented(DecomposeConfig)
+def decompose(model: str, out: str, **options: Unpack[DecomposeOptions]) -> dict[str, Any]:
     """Decompose a model into a factored checkpoint at `out`; returns the content of decomposition.json.
 
     Under `accelerate launch --num_processes N -m lord_tune decompose ...` the processes share the work.
@@ -86,28 +101,34 @@ def decompose(model: str, out: str, **options: Any) -> dict[str, Any]:
         "versions": versions(),
         "processes": workers.size,
     }
+    if config.plan_file is not None:
+        identity["plan"] = sha256_files([Path(config.plan_file)])
     start = time.perf_counter()
     if journal.open(identity, config.resume):
-        blocks = sum(1 for step in journal.steps if step.startswith("writing/"))
+        blocks = sum(is_block(step, Phase.WRITING) for step in journal.steps)
         note(f"continuing the run in {journal.folder}: {blocks} blocks are written")
     try:
         source = Checkpoint(source_name, config.dtype, journal.work / f"converted-{workers.rank}", device)
         shape = skeleton(source_name, config.dtype)
-        settings = settings_of(config, shape)
-        found = survey(source.model, settings)
-        check_budget(found.layers, settings)
+        request = request_of(config)
+        found = survey(source.model, request.targets, request.exclude)
+        for text in found.notes():
+            warnings.warn(text, LordWarning, stacklevel=2)
+        chosen = decide(found.layers, request)
         before = sizes(source.model)
-        foreseen = estimate_of(shape, settings, text_size_of(windows), None, workers.size)
-        say(f"decomposing {config.model}: {summary(config, settings)}")
+        on_meta = survey(shape, request.targets, request.exclude)
+        size = text_size_of(windows)
+        foreseen = estimate_of(shape, on_meta, request, chosen, size, None, workers.size, device)
+        say(f"decomposing {config.model}: {summary(config, _backbone(chosen))}")
         say(
             f"{foreseen.parameters:,} parameters, {foreseen.layers} layers in {foreseen.blocks} blocks; estimated peak "
             f"memory {human_bytes(foreseen.peak_bytes)}, scratch files {human_bytes(foreseen.scratch_bytes)}"
         )
         task = task_of(tokenizer, kind_of(source.model) == "masked")
-        with PeakMemory() as peak, LiveTable(LAYER_COLUMNS, LAYER_WIDTHS) as table:
-            outcome = decompose_checkpoint(source, found, settings, windows, task, journal, layer_rows(table))
-        totals = _totals(outcome.records, before, sizes(source.model), time.perf_counter() - start)
-        totals |= {"peak_rss_bytes": peak.bytes, "estimated_peak_rss_bytes": foreseen.peak_bytes}
+        with PeakMemory(device) as peak, LiveTable(LAYER_COLUMNS, LAYER_WIDTHS) as table:
+            outcome = decompose_checkpoint(source, found, request, chosen, windows, task, journal, layer_rows(table))
+        totals = totals_of(outcome.records, before, sizes(source.model), time.perf_counter() - start)
+        totals |= {"peak_memory_bytes": peak.bytes, "estimated_peak_memory_bytes": foreseen.peak_bytes}
         report = {
             "format_version": FORMAT_VERSION,
             "base": base,
@@ -119,12 +140,13 @@ def decompose(model: str, out: str, **options: Any) -> dict[str, Any]:
             "shards": journal.shards(),
             "layers": {name: asdict(record) for name, record in outcome.records.items()},
             "recovery": outcome.recovery,
-            "skipped": outcome.skipped,
+            "skipped": found.skipped,
             "totals": totals,
         }
         if journal.writes:
             write_index(journal.folder, source.model, tokenizer, outcome.plans, outcome.weight_map)
             write_json(journal.folder / "decomposition.json", report)
+            outcome.plan.save(journal.folder / "plan.json")
             (journal.folder / "README.md").write_text(decomposition_card(report))
         journal.finish()
     except BaseException:
@@ -135,14 +157,21 @@ def decompose(model: str, out: str, **options: Any) -> dict[str, Any]:
     return report
 
 
-def plan(model: str, **options: Any) -> dict[str, Any]:
+def _backbone(chosen: Plan | None) -> str:
+    """The backbones of a plan, in words."""
+    return "none" if chosen is None else ", ".join(dict.fromkeys(c.backbone for c in chosen.layers.values()))
+
+
+@documented(PlanConfig)
+def plan(model: str, **options: Unpack[PlanOptions]) -> dict[str, Any]:
     """What `decompose` with these options would need and produce, from shapes alone; returns the keys of `--json`."""
-    if all(options.get(name) is None for name in ("rank", "kept_fraction", "bits_per_weight")):
-        assumed = {"kept_fraction": 0.9} if options.get("backbone", "none") == "none" else {"rank": 16}
-        options |= assumed
+    values: dict[str, Any] = {"model": model, **options}
+    if all(values.get(name) is None for name in ("rank", "kept_fraction", "bits_per_weight", "plan")):
+        assumed = {"kept_fraction": 0.9} if values.get("backbone", "none") == "none" else {"rank": 16}
+        values |= assumed
         name, value = next(iter(assumed.items()))
         say(f"no budget came: planned for --{name.replace('_', '-')} {value}")
-    config = PlanConfig.build({"model": model, **options})
+    config = PlanConfig.build(values)
     quiet()
     check_json_file(config.json_file)
     source_name = resolve_model(config.model)
@@ -151,20 +180,35 @@ def plan(model: str, **options: Any) -> dict[str, Any]:
     if config.needs_text or config.calibration or config.given("calibration_tokens"):
         size = asked_text(config, window_length(config.context_length, shape))
     device = default_device()
-    settings = settings_of(config, shape)
-    foreseen = estimate_of(
-        shape, settings, size, Rates.measure(next(shape.parameters()).dtype, device), config.processes
-    )
+    request = request_of(config)
+    found = survey(shape, request.targets, request.exclude)
+    for text in found.notes():
+        warnings.warn(text, LordWarning, stacklevel=2)
+    chosen = decide(found.layers, request)
+    rates = Rates.measure(next(shape.parameters()).dtype, device)
+    foreseen = estimate_of(shape, found, request, chosen, size, rates, config.processes, device)
+    if config.save is not None:
+        if chosen is None:
+            raise UsageError(
+                "The calibration text decides the ranks of this budget, so there is no plan to save yet; decompose "
+                "writes the plan that it chose into OUT/plan.json, or choose --allocation uniform."
+            )
+        chosen.save(Path(config.save))
+        say(f"wrote {config.save}: a choice for each of {len(chosen.layers)} layers; decompose MODEL OUT --plan FILE")
     result = {"model": config.model, **foreseen.to_dict()}
     if config.json_file:
         write_json(Path(config.json_file), result)
         return result
-    show_estimate(foreseen, survey(shape, settings), config, settings)
+    show_estimate(foreseen, found, config, _backbone(chosen))
     return result
 
 
+@documented(TrainConfig)
 def train(**options: Any) -> dict[str, Any]:
-    """Train the factors of a factored checkpoint, or adapters on them; returns the content of train_results.json."""
+    """Train the factors of a factored checkpoint, or adapters on them; returns the content of train_results.json.
+
+    Besides the options below, every argument of trl's SFTConfig is a keyword (with objective="dpo": of DPOConfig).
+    """
     config = TrainConfig.build(options)
     resolved = config.model_dump()
     quiet()
@@ -199,7 +243,7 @@ def train(**options: Any) -> dict[str, Any]:
     names = TrainOptions.__dataclass_fields__
     chosen = TrainOptions(**{key: value for key, value in resolved.items() if key in names})
     command = command_line("train", config)
-    metrics = train_model(model, tokenizer, chosen, arguments, resolved, _notify_training, foreseen)
+    metrics = train_model(model, tokenizer, chosen, arguments, resolved, notify_training, foreseen)
     if is_main_process():
         write_text(Path(config.output_dir) / "README.md", training_card(resolved, metrics, command))
         loss = metrics["train_loss"]
@@ -228,7 +272,8 @@ def _foresee(config: TrainConfig, source: str, arguments: Any) -> MemoryEstimate
         return None
 
 
-def evaluate(model: str, text: list[str], **options: Any) -> dict[str, Any]:
+@documented(EvaluateConfig)
+def evaluate(model: str, text: list[str], **options: Unpack[EvaluateOptions]) -> dict[str, Any]:
     """Perplexity on texts, sizes and speed; returns the keys of `--json`."""
     config = EvaluateConfig.build({"model": model, "text": text, **options})
     if config.dry_run:
@@ -252,12 +297,15 @@ def evaluate(model: str, text: list[str], **options: Any) -> dict[str, Any]:
     say(
         f"{result['parameters']:,} stored numbers, {human_bytes(result['model_bytes'])}, linears at "
         f"{result['linear_bits_per_weight']:.2f} bits per weight; {result['tokens_per_second']:.1f} tokens/s, "
-        f"peak memory {human_bytes(result['peak_rss_bytes'])}"
+        f"peak memory {human_bytes(result['peak_memory_bytes'])}"
     )
     return result
 
 
-def export(model: str, out: str, format: str, **options: Any) -> dict[str, Any]:
+@documented(ExportConfig)
+def export(
+    model: str, out: str, format: Literal["dense", "factored", "peft"], **options: Unpack[ExportOptions]
+) -> dict[str, Any]:
     """Write a factored checkpoint or training output as dense, factored or peft; returns export.json's content."""
     config = ExportConfig.build({"model": model, "out": out, "format": format, **options})
     if config.dry_run:
@@ -305,7 +353,8 @@ def _keep_dense(model: Any) -> None:
     say(f"quantized weights are decoded once: {human_bytes(held)} more memory")
 
 
-def inspect(model: str, **options: Any) -> dict[str, Any]:
+@documented(InspectConfig)
+def inspect(model: str, **options: Unpack[InspectOptions]) -> dict[str, Any]:
     """The per-layer record of a factored checkpoint, from its decomposition.json (or its manifest alone)."""
     config = InspectConfig.build({"model": model, **options})
     check_json_file(config.json_file)
@@ -339,32 +388,3 @@ def show_plan(config: RunConfig) -> dict[str, Any]:
     resolved = config.model_dump()
     show_table("resolved configuration", ["key", "value"], [[key, str(value)] for key, value in resolved.items()])
     return resolved
-
-
-def _totals(
-    records: dict[str, LayerRecord], before: dict[str, float], after: dict[str, float], seconds: float
-) -> dict[str, Any]:
-    factored = [record for record in records.values() if record.rank != "dense"]
-    dense_numbers = sum(r.shape[0] * r.shape[1] for r in records.values())
-    kept = sum(r.shape[0] * r.shape[1] if isinstance(r.rank, str) else r.rank * sum(r.shape) for r in records.values())
-    return {
-        "layers": len(records),
-        "factored_layers": len(factored),
-        "linear_parameters": dense_numbers,
-        "kept_fraction": kept / dense_numbers if all(r.backbone == "none" for r in factored) else None,
-        "parameters_before": before["parameters"],
-        "parameters": after["parameters"],
-        "model_bytes_before": before["model_bytes"],
-        "model_bytes": after["model_bytes"],
-        "linear_bits_per_weight": after["linear_bits_per_weight"],
-        "seconds": seconds,
-    }
-
-
-def _notify_training(event: str, payload: Any) -> None:
-    if event == "data":
-        say(f"data: {payload['rows']:,} rows of {payload['source']}, recognised as {payload['format']}")
-    elif event == "sample":
-        show_spans("first training sequence (trained tokens are marked):", payload)
-    elif event == "coverage":
-        show_coverage(payload)

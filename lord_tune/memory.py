@@ -1,4 +1,4 @@
-"""Resident memory of this process: how much it was at most, and giving freed memory back."""
+"""Memory where a run needs it: on a CPU what the process has resident, of an accelerator what torch allocated there."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 
 def give_back() -> None:
@@ -35,13 +36,36 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-class PeakMemory:
-    """The largest resident memory while a `with` block runs, `.bytes`.
+def synchronize(device: torch.device) -> None:
+    """Wait until an accelerator has done what it was told."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
-    The process's own peak where the block raised it; a sample 20 times a second where something earlier was larger.
+
+def held_bytes(device: torch.device) -> int:
+    """What is held now, before the work that is to be foreseen."""
+    return psutil.Process().memory_info().rss if device.type == "cpu" else torch.accelerator.memory_allocated(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most that was held since the process started, or since a PeakMemory of the accelerator did."""
+    return peak_rss_bytes() if device.type == "cpu" else torch.accelerator.max_memory_allocated(device)
+
+
+class PeakMemory:
+    """The largest memory while a `with` block runs, `.bytes`.
+
+    On a CPU the process's own peak where the block raised it; a sample 20 times a second where something earlier was
+    larger. Of an accelerator torch's own count, of this process alone.
     """
 
+    def __init__(self, device: torch.device):
+        self._device = device
+
     def __enter__(self) -> PeakMemory:
+        if self._device.type != "cpu":
+            torch.accelerator.reset_peak_memory_stats(self._device)
+            return self
         self._before = peak_rss_bytes()
         self._sampled = 0
         self._stop = threading.Event()
@@ -55,10 +79,16 @@ class PeakMemory:
             self._sampled = max(self._sampled, process.memory_info().rss)
 
     def __exit__(self, *error: Any) -> None:
+        if self._device.type != "cpu":
+            self._allocated = peak_bytes(self._device)
+            return
         self._stop.set()
         self._thread.join()
+        self._sampled = max(self._sampled, psutil.Process().memory_info().rss)  # a short block has no sample yet
 
     @property
     def bytes(self) -> int:
+        if self._device.type != "cpu":
+            return self._allocated
         peak = peak_rss_bytes()
         return peak if peak > self._before else self._sampled

@@ -93,10 +93,13 @@ class Workers:
 
 
 def _on_wire(tensor: Tensor) -> Tensor:
-    """The tensor where the group's backend can send it: NCCL sends from the accelerator only."""
-    if dist.get_backend() == "nccl" and tensor.device.type == "cpu":
-        return tensor.to(torch.device("cuda", torch.cuda.current_device()))
-    return tensor
+    """The tensor where the group can send it: NCCL, XCCL and the like send from their accelerator only."""
+    devices = [part.partition(":")[0] for part in dist.get_backend_config().split(",")]  # "cpu:gloo,cuda:nccl"
+    if tensor.device.type in devices:
+        return tensor
+    if devices[0] == "cpu":
+        return tensor.cpu()
+    return tensor.to(torch.device(devices[0], torch.accelerator.current_device_index()))
 
 
 def share_out(costs: Mapping[str, float], size: int) -> dict[str, int]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from . import __version__
 from .config import RunConfig
-from .integrations.files import pickled_weight_files, settings_files, weight_files
+from .integrations.files import bin_weight_files, settings_files, weight_files
 from .storage import sha256_files
 
 
@@ -52,7 +52,7 @@ def versions() -> dict[str, str]:
 def identity_of(name: str, source: str, config: Any) -> dict[str, Any]:
     """Which model this was: the sha256 of its weights and of each file beside them that decides a result, if it is a
     local folder; the revision of a Hub model."""
-    files = weight_files(source) or pickled_weight_files(source)
+    files = weight_files(source) or bin_weight_files(source)
     return {
         "name": name,
         "sha256": sha256_files(files) if files else None,

@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from .allocation import ALLOCATORS
 from .calibration.corpus import token_windows
 from .config import DecomposeConfig, MethodConfig
 from .data.rows import documents, text_sha256
+from .declared import chosen, options_of
 from .decomposition import (
+    Bits,
     BlockRecovery,
+    Budget,
     Estimate,
+    Given,
+    Kept,
+    Ranks,
     Rates,
-    Settings,
+    Request,
+    Survey,
     TextSize,
     Windows,
-    check_budget,
     estimate_run,
-    fit_format,
-    known_ranks,
-    survey,
     trace,
 )
-from .errors import LordWarning
 from .factorizations import METHODS
 from .integrations.running import max_length, run_on_meta, window_length
-from .quantizers import DTYPES, make_quantizer
+from .memory import held_bytes
+from .plans import LayerChoice, Plan
+from .quantizers import DTYPES, QUANTIZERS, make_quantizer
 
-SHRINKAGES = (0.0, 0.05, 0.15, 0.4)  # candidates of --shrinkage auto
 SENSITIVITY_LENGTH = 256  # tokens per window of the backward pass: its activations are what peaks
 
 
@@ -49,35 +51,30 @@ def text_size_of(windows: Windows | None) -> TextSize | None:
     )
 
 
-def estimate_of(shape: Any, settings: Settings, text: TextSize | None, rates: Rates | None, processes: int) -> Estimate:
-    """For a skeleton on the meta device."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", LordWarning)  # the run itself says them
-        found = survey(shape, settings)
-    check_budget(found.layers, settings)
+def estimate_of(
+    shape: Any,  # the skeleton, on the meta device
+    found: Survey,
+    request: Request,
+    plan: Plan | None,
+    text: TextSize | None,
+    rates: Rates | None,
+    processes: int,
+    device: torch.device,  # that the run works on
+) -> Estimate:
+    """What the run will need."""
     length = text.length if text is not None else min(64, max_length(shape))
     groups, flops = trace(shape, found, run_on_meta, length)
-    held = psutil.Process().memory_info().rss
-    ranks = known_ranks(found.layers, settings)
-    return estimate_run(shape, found, settings, text, ranks, groups, flops, held, rates, processes)
+    held = held_bytes(device)
+    return estimate_run(shape, found, request, plan, text, groups, flops, held, rates, processes, device)
 
 
 def _format_options(config: MethodConfig, form: str) -> dict[str, Any]:
     """The hyperparameters of a storage format."""
-    if form == "nf4":
-        options: dict[str, Any] = {"block_size": config.block_size, "double_quant": config.double_quant}
-    elif form == "spqr":
-        options = {"bits": config.spqr_bits, "outlier_fraction": config.outliers}
-        options["group_size"] = config.group_size or 16
-    elif form.startswith(("int", "lloyd")):
-        options = {"group_size": config.group_size or 64}
-        options |= {"symmetric": config.symmetric} if form.startswith("int") else {}
-    else:
-        options = {}
-    by_default = form.startswith(("lloyd", "e8"))
-    if by_default if config.incoherence is None else config.incoherence:
-        options |= {"incoherence": True, "seed": config.seed}
-    return options
+    owner = QUANTIZERS[form]
+    found = {item.field: item.default for item in options_of(owner)} | chosen(owner, config)
+    if owner.rotated_by_default if config.incoherence is None else config.incoherence:
+        found |= {"incoherence": True, "seed": config.seed}
+    return found
 
 
 def check_formats(config: MethodConfig) -> None:
@@ -87,48 +84,48 @@ def check_formats(config: MethodConfig) -> None:
             make_quantizer(form, _format_options(config, form))
 
 
-def settings_of(config: MethodConfig, shape: Any) -> Settings:
-    """What to do with every layer; `shape` is the skeleton, on which widths in bits are tried."""
+def request_of(config: MethodConfig) -> Request:
+    """What is asked of all layers."""
+    recovery = BlockRecovery(config.recover_epochs, config.recover_learning_rate) if config.recover_epochs else None
+    template = _template(config)
+    budget = _budget(config, template)
+    return Request(template, budget, config.targets, config.exclude, config.propagate, recovery)
+
+
+def _template(config: MethodConfig) -> LayerChoice:
+    """Everything of a layer's choice but its rank."""
     form, top = config.factor_format, config.top_format
-    iterations = {} if config.iterations is None else {"iterations": config.iterations}
-    by_method: dict[str, dict[str, Any]] = {
-        "whitened": {
-            "sink_weight": config.sink_weight,
-            "shrinkage": 0.0 if config.shrinkage == "auto" else config.shrinkage,
-        },
-        "afm": {"centred": config.centred},
-        "loftq": iterations,
-        "caldera": iterations | {"downdate": config.downdate, "order": config.order, "weighting": config.weighting},
-    }
-    choose_format = config.bits_per_weight is not None and config.backbone == "none"
-    formats = config.families() if choose_format else [] if config.backbone == "none" else [config.backbone]
-    quantizers = [make_quantizer(name, _format_options(config, name)) for name in formats]
-    settings = Settings(
-        method=METHODS[config.method](**by_method.get(config.method, {})),
-        quantizer=quantizers[0] if quantizers else None,
-        rank=config.rank,
-        kept_fraction=config.kept_fraction,
-        allocator=ALLOCATORS[config.allocation](),
+    template = LayerChoice(
+        config.method,
+        None,
+        chosen(METHODS[config.method], config),
         factor_format=form,
         factor_options={} if form is None or form in DTYPES else _format_options(config, form),
         top_rank=config.top_rank,
         top_format=top,
         top_options={} if top in DTYPES else {"group_size": 64},
-        bits_per_weight=None if config.rank is not None else config.bits_per_weight,
-        targets=config.targets,
-        exclude=config.exclude,
-        recovery=BlockRecovery(config.recover_epochs, config.recover_learning_rate) if config.recover_epochs else None,
-        propagate=config.propagate,
-        shrinkages=SHRINKAGES if config.shrinkage == "auto" else (),
     )
-    if not choose_format:
-        return settings
-    assert config.bits_per_weight is not None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", LordWarning)  # the run itself says them
-        layers = survey(shape, replace(settings, rank=0, bits_per_weight=None)).layers  # no budget to refuse yet
-    smallest = {} if config.rank is None else {"smallest_rank": config.rank}
-    return fit_format(layers, settings, quantizers, config.bits_per_weight, **smallest)
+    return template if config.backbone == "none" else _with_backbones(config, template, [config.backbone])[0]
+
+
+def _with_backbones(config: MethodConfig, template: LayerChoice, names: list[str]) -> tuple[LayerChoice, ...]:
+    """The template with each of these formats as the backbone, its options completed by their defaults."""
+    options = {name: make_quantizer(name, _format_options(config, name)).options() for name in names}
+    return tuple(replace(template, backbone=name, backbone_options=options[name]) for name in names)
+
+
+def _budget(config: MethodConfig, template: LayerChoice) -> Budget:
+    if config.plan_file is not None:
+        return Given(Plan.read(Path(config.plan_file)))
+    if config.bits_per_weight is not None:
+        widths: tuple[LayerChoice, ...] = (template,)
+        if config.backbone == "none":
+            widths = _with_backbones(config, template, list(METHODS[config.method].widths))
+        return Bits(config.bits_per_weight, widths, config.rank)
+    if config.rank is not None:
+        return Ranks(config.rank)
+    assert config.kept_fraction is not None, "the record asks for a budget"
+    return Kept(config.kept_fraction, ALLOCATORS[config.allocation]())
 
 
 def asked_text(config: MethodConfig, length: int) -> TextSize:

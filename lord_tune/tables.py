@@ -10,9 +10,9 @@ import torch
 from .adapters.attach import Coverage
 from .allocation import break_even
 from .config import DecomposeConfig, MethodConfig, PlanConfig
-from .console import LiveTable, duration, human_bytes, say, show_table
-from .decomposition import Estimate, Notify, Progress, Settings, Survey
-from .layers import shape_of
+from .console import LiveTable, duration, human_bytes, say, show_spans, show_table
+from .decomposition import Estimate, Notify, Progress, Survey
+from .layers import expert_of
 from .training import MemoryEstimate
 
 LAYER_COLUMNS = ["layer", "shape", "rank", "calibrated", "held-out", "plain SVD", "seconds"]
@@ -36,20 +36,20 @@ def layer_rows(table: LiveTable) -> Notify:
     return show
 
 
-def show_estimate(foreseen: Estimate, found: Survey, config: PlanConfig, settings: Settings) -> None:
+def show_estimate(foreseen: Estimate, found: Survey, config: PlanConfig, backbone: str) -> None:
     kinds: dict[str, list[str]] = {}
     for name in found.layers:
         kinds.setdefault(_kind(name), []).append(name)
     rows = []
     for kind, names in kinds.items():
-        shape = shape_of(found.layers[names[0]])
+        shape = found.layers[names[0]].shape
         rank = "from calibration"
         if foreseen.ranks is not None:
             chosen = {foreseen.ranks[name] for name in names}
             rank = ", ".join("dense" if r is None else str(r) for r in sorted(chosen, key=lambda r: r or 0))
         rows.append([kind, f"{shape[0]}x{shape[1]}", str(len(names)), rank, str(break_even(shape))])
     show_table(
-        f"plan for {config.model}: {summary(config, settings)}",
+        f"plan for {config.model}: {summary(config, backbone)}",
         ["layer", "shape", "count", "rank", "break-even"],
         rows,
     )
@@ -86,7 +86,9 @@ def _count_reasons(skipped: dict[str, str]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in counts.items())
 
 
-def summary(config: MethodConfig, settings: Settings) -> str:
+def summary(config: MethodConfig, backbone: str) -> str:
+    if config.plan_file is not None:
+        return f"the plan {config.plan_file} (backbone: {backbone})"
     if config.bits_per_weight is not None:
         budget = f"{config.bits_per_weight:g} bits per weight"
         budget += "" if config.rank is None else f" with rank {config.rank}"
@@ -94,8 +96,8 @@ def summary(config: MethodConfig, settings: Settings) -> str:
         budget = f"rank {config.rank}"
     else:
         budget = f"{config.kept_fraction:g} kept, {config.allocation}"
-    backbone = "L R only" if settings.quantizer is None else f"{settings.quantizer.name} + L R"
-    return f"{backbone}, method {config.method}, {budget}"
+    parts = "L R only" if backbone == "none" else f"{backbone} + L R"
+    return f"{parts}, method {config.method}, {budget}"
 
 
 def show_decomposition(report: dict[str, Any], config: DecomposeConfig) -> None:
@@ -118,7 +120,8 @@ def show_decomposition(report: dict[str, Any], config: DecomposeConfig) -> None:
     show_totals(report["totals"])
     if report["skipped"]:
         say(f"not decomposed: {_count_reasons(report['skipped'])}")
-    poor = [name for name, entry in report["layers"].items() if _is_poorly_determined(entry)]
+    told = _show_poor_experts(report["layers"])
+    poor = [n for n, entry in report["layers"].items() if _is_poorly_determined(entry) and n not in told]
     if poor:
         say(f"{len(poor)} layers saw fewer tokens than inputs, or dead inputs, like {poor[0]}; give them more text")
     fitted = [name for name, entry in report["layers"].items() if _is_overfitted(entry)]
@@ -126,11 +129,33 @@ def show_decomposition(report: dict[str, Any], config: DecomposeConfig) -> None:
         say(f"{len(fitted)} layers err over twice as much on held-out text, like {fitted[0]}; give them more text")
     totals = report["totals"]
     say(
-        f"peak memory {human_bytes(totals['peak_rss_bytes'])} (estimated "
-        f"{human_bytes(totals['estimated_peak_rss_bytes'])})"
+        f"peak memory {human_bytes(totals['peak_memory_bytes'])} (estimated "
+        f"{human_bytes(totals['estimated_peak_memory_bytes'])})"
     )
     say(f"wrote {config.out}")
     say(f"next: lord-tune evaluate {config.out} --text FILE   or   lord-tune inspect {config.out}")
+
+
+def _show_poor_experts(layers: dict[str, dict[str, Any]]) -> set[str]:
+    """One line for all experts of a mixture that saw few tokens; returns their layers. An expert that never ran stays
+    dense, which is warned about by name."""
+    experts, poor, layers_of_poor = set(), set(), {}
+    for name, entry in layers.items():
+        part = expert_of(name)
+        if part is None or not entry["inputs"]:
+            continue
+        expert = part[0].rpartition(".")[0], part[1]  # its layers read the same tokens
+        experts.add(expert)
+        if entry["inputs"]["tokens"] < entry["shape"][1]:
+            poor.add(expert)
+            layers_of_poor[name] = entry["inputs"]["tokens"]
+    if poor:
+        least = min(layers_of_poor, key=lambda name: layers_of_poor[name])
+        say(
+            f"{len(poor)} of {len(experts)} experts saw fewer tokens than inputs, the least {layers_of_poor[least]} "
+            f"({least}); give them more text"
+        )
+    return set(layers_of_poor)
 
 
 def _show_recovery(blocks: dict[str, dict[str, Any]]) -> None:
@@ -196,7 +221,8 @@ def _is_overfitted(entry: dict[str, Any]) -> bool:
 
 
 def _kind(name: str) -> str:
-    parts = name.split(".")
+    part = expert_of(name)
+    parts = (name if part is None else part[0]).split(".")
     return next((".".join(parts[i + 1 :]) for i in range(len(parts) - 1, -1, -1) if parts[i].isdigit()), name)
 
 
@@ -266,3 +292,13 @@ def show_memory(foreseen: MemoryEstimate, measured: dict[str, int] | None = None
     )
     for text in foreseen.notes:
         say(f"note: {text}")
+
+
+def notify_training(event: str, payload: Any) -> None:
+    """What a training run tells before its first step."""
+    if event == "data":
+        say(f"data: {payload['rows']:,} rows of {payload['source']}, recognised as {payload['format']}")
+    elif event == "sample":
+        show_spans("first training sequence (trained tokens are marked):", payload)
+    elif event == "coverage":
+        show_coverage(payload)

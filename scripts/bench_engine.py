@@ -140,9 +140,9 @@ def memory(bench: Bench) -> None:
                 [
                     f"{label}, {blocks} blocks",
                     f"{totals['model_bytes_before'] / 1e6:.0f} MB",
-                    f"{totals['peak_rss_bytes'] / GIB:.3f} GiB",
-                    f"{totals['peak_rss_bytes'] / peaks[0]['peak_rss_bytes']:.3f}",
-                    f"{totals['estimated_peak_rss_bytes'] / totals['peak_rss_bytes']:.2f}",
+                    f"{totals['peak_memory_bytes'] / GIB:.3f} GiB",
+                    f"{totals['peak_memory_bytes'] / peaks[0]['peak_memory_bytes']:.3f}",
+                    f"{totals['estimated_peak_memory_bytes'] / totals['peak_memory_bytes']:.2f}",
                 ]
             )
     columns = ["random Llama, 768 x 2048", "weights", "peak memory", "over 4 blocks (<= 1.15)", "estimated / measured"]
@@ -167,8 +167,8 @@ def big(bench: Bench) -> None:
                 label,
                 f"{totals['parameters_before'] / 1e9:.2f} billion",
                 f"{totals['model_bytes_before'] / GIB:.2f} GiB",
-                f"{totals['peak_rss_bytes'] / GIB:.2f} GiB",
-                f"{totals['estimated_peak_rss_bytes'] / totals['peak_rss_bytes']:.2f}",
+                f"{totals['peak_memory_bytes'] / GIB:.2f} GiB",
+                f"{totals['estimated_peak_memory_bytes'] / totals['peak_memory_bytes']:.2f}",
                 f"{totals['seconds'] / 60:.1f} min",
             ]
         )
@@ -341,7 +341,7 @@ def _code_model(bench: Bench, model: str) -> None:
 
         entry = bench.once(f"qwen-coder, {label}", measure)
         size = f"{entry['linear_bits_per_weight']:.2f}"
-        rows.append([label, f"{entry['perplexity']:.3f}", size, f"{entry['peak_rss_bytes'] / GIB:.2f} GiB"])
+        rows.append([label, f"{entry['perplexity']:.3f}", size, f"{entry['peak_memory_bytes'] / GIB:.2f} GiB"])
     columns = ["Qwen2.5-Coder-0.5B, calibrated on 8k tokens", "perplexity", "bits/weight of the linears", "peak memory"]
     show_table("one shot, other files of the standard library", columns, rows)
 

@@ -149,14 +149,14 @@ class Workbench:
             structure["manifest"]["all layers"] = shared
             own = {n: {k: v for k, v in p.items() if k not in shared} for n, p in manifest["layers"].items()}
             structure["layers"] = _by_block({name: canonical(plan) for name, plan in own.items()})
-        if "plan.json" in reports:
-            structure["plan"] = reports["plan.json"] | {"ranks": _by_block(reports["plan.json"]["ranks"] or {})}
+        if "estimate.json" in reports:
+            structure["plan"] = reports["estimate.json"] | {"ranks": _by_block(reports["estimate.json"]["ranks"] or {})}
         return {"structure": structure, "bytes": content}
 
     def reports(self, folder: Path) -> dict[str, dict[str, Any]]:
         """The JSON files that lord_tune writes into a run's folder, without what legitimately varies."""
         names = ("config.json", "decomposition.json", "train_results.json", "adapter_config.json", "export.json")
-        found = [path for name in (*names, "plan.json") if (path := folder / name).is_file()]
+        found = [path for name in (*names, "estimate.json") if (path := folder / name).is_file()]
         return {path.name: steady(json.loads(path.read_text().replace(str(self.folder), ROOT_WORD))) for path in found}
 
     def _run_once(self, run: str) -> Path:
@@ -193,7 +193,7 @@ class Workbench:
             elif kind in EXPORT:
                 lord_tune.export(source, str(out), EXPORT[kind][1], **EXPORT[kind][2])
             else:
-                lord_tune.plan(source, json=str(out / "plan.json"), **PLAN[kind])
+                lord_tune.plan(source, json=str(out / "estimate.json"), **PLAN[kind])
         self._made.add(out)
         return out
 

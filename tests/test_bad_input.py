@@ -277,39 +277,39 @@ WRONG_CALLS: list[Case] = [
     (
         "neither budget",
         lambda w: w.data_free("--method", "svd"),
-        "One of --rank, --kept-fraction and --bits-per-weight is wanted, none came.",
+        "Expected one of --rank, --kept-fraction, --bits-per-weight and --plan; got none.",
     ),
     (
         "both budgets",
         lambda w: w.decompose("--rank", 8, "--kept-fraction", 0.9),
-        "--rank and --kept-fraction came.",
+        "got --rank and --kept-fraction.",
     ),
     (
         "bits and rank beside a backbone",
         lambda w: w.decompose("--rank", 8, "--bits-per-weight", 6, "--backbone", "nf4"),
-        "--rank and --bits-per-weight came.",
+        "got --rank and --bits-per-weight.",
     ),
     (
         "three budgets",
         lambda w: w.decompose("--rank", 8, "--bits-per-weight", 6, "--kept-fraction", 0.5),
-        "--rank and --kept-fraction and --bits-per-weight came.",
+        "got --rank and --kept-fraction and --bits-per-weight.",
     ),
     (
         "bits and kept fraction",
         lambda w: w.decompose("--bits-per-weight", 6, "--kept-fraction", 0.5),
-        "--kept-fraction and --bits-per-weight came.",
+        "got --kept-fraction and --bits-per-weight.",
     ),
     ("bits of 0", lambda w: w.decompose("--bits-per-weight", 0), "a number from 0 to 32 is wanted"),
     ("bits not a number", lambda w: w.decompose("--bits-per-weight", "few"), "bits-per-weight"),
     (
         "too few bits for the backbone",
         lambda w: w.decompose("--bits-per-weight", 4, "--backbone", "nf4"),
-        "nf4 alone takes 4.500 for 'model.layers.0.self_attn.q_proj'. Give more, or a --backbone of fewer bits.",
+        "nf4 alone takes 4.500 for 'model.layers.0.self_attn.q_proj'. Give more, or choose a backbone of fewer bits.",
     ),
     (
         "too few bits for any format",
         lambda w: w.decompose("--bits-per-weight", 3, "--factor-format", "fp16"),
-        "the narrowest format, lloyd2, takes 8.297 with rank 8. Give at least that, a coarser --factor-format",
+        "the narrowest format, lloyd2, takes 8.297 with rank 8. Give at least that, a coarser factor_format",
     ),
     (
         "too few bits for the rank",
@@ -361,7 +361,7 @@ WRONG_CALLS: list[Case] = [
     ("spqr of 5 bits", lambda w: w.decompose("--backbone", "spqr", "--spqr-bits", 5), "spqr_bits: 5 came"),
     ("half of all outliers", lambda w: w.decompose("--backbone", "spqr", "--outliers", 0.5), "outliers: 0.5 came"),
     ("rotation of nothing", lambda w: w.decompose("--incoherence"), "--incoherence has no effect"),
-    ("caldera alone", lambda w: w.decompose("--method", "caldera"), "pass --backbone e8-2"),
+    ("caldera alone", lambda w: w.decompose("--method", "caldera"), "pass --backbone nf4"),
     (
         "caldera without text",
         lambda w: w.data_free("--method", "caldera", "--rank", 8, "--backbone", "e8-2"),
@@ -369,7 +369,7 @@ WRONG_CALLS: list[Case] = [
     ),
     ("kept fraction above 1", lambda w: w.decompose("--kept-fraction", 1.5), "a number between 0 and 1"),
     ("kept fraction of 0", lambda w: w.decompose("--kept-fraction", 0), "a number between 0 and 1"),
-    ("rank 0 alone", lambda w: w.decompose("--rank", 0), "needs a --backbone"),
+    ("rank 0 alone", lambda w: w.decompose("--rank", 0), "needs a backbone"),
     ("negative rank", lambda w: w.decompose("--rank", -1, "--backbone", "nf4"), "a rank is at least 1"),
     ("option without effect", lambda w: w.decompose("--iterations", 3), "--iterations has no effect"),
     ("kept fraction beside NF4", lambda w: w.decompose("--kept-fraction", 0.9, "--backbone", "nf4"), "give --rank"),
@@ -399,8 +399,12 @@ WRONG_CALLS: list[Case] = [
     ),
     ("training word alone", lambda w: ["train", "stray", *w.train()[1:]], "write --key value"),
     # what the model allows
-    ("rank above break-even", lambda w: w.decompose("--rank", 60), "Choose at most 45, or add --backbone nf4"),
-    ("rank above the side", lambda w: w.decompose("--rank", 40, "--backbone", "nf4"), "choose at most 32 or --exclude"),
+    (
+        "rank above break-even",
+        lambda w: w.decompose("--rank", 60),
+        "Choose at most 45, or add a backbone, for example nf4",
+    ),
+    ("rank above the side", lambda w: w.decompose("--rank", 40, "--backbone", "nf4"), "choose at most 32 or exclude"),
     ("kept fraction too small", lambda w: w.decompose("--kept-fraction", 0.05), "Keep more"),
     ("no layer matches", lambda w: w.decompose("--targets", "nosuchlayer"), "are named like model.layers.0"),
     ("all excluded", lambda w: w.decompose("--exclude", "."), "No layer matches"),
@@ -605,7 +609,7 @@ FAILED_WORK: list[Case] = [
     (
         "every layer stays dense",
         lambda w: w.decompose("--kept-fraction", 0.1, "--allocation", "uniform"),
-        "choose another --kept-fraction",
+        "choose another budget",
     ),
     ("written differs", lambda w: w.export("dense", "--dtype", "bfloat16", "--threshold", 0), "raise --threshold"),
 ]

@@ -9,8 +9,6 @@ import pytest
 import torch
 from contracts import inputs, moments_of, weight
 
-from lord_tune.allocation import Uniform
-from lord_tune.decomposition.base import Settings
 from lord_tune.decomposition.layerwise import project_layer
 from lord_tune.errors import UsageError
 from lord_tune.factorizations import (
@@ -26,9 +24,10 @@ from lord_tune.factorizations import (
     round_factors,
 )
 from lord_tune.factorizations.caldera import DAMPINGS, Caldera, _Problem
+from lord_tune.plans import LayerChoice
 from lord_tune.quantizers import E8P2, E8P3, NF4, Int2, Int3, Int4, Int8, Lloyd2, Lloyd4, Rotated, SpQR
 from lord_tune.quantizers import QUANTIZERS as BY_NAME
-from lord_tune.quantizers.ldlq import Feedback, block_of, round_with_feedback, rounding_gram
+from lord_tune.quantizers.ldlq import Feedback, round_with_feedback
 
 SHAPE = (64, 96)
 W = weight(SHAPE)
@@ -226,7 +225,7 @@ def test_factors_are_balanced():
 def test_damping_is_the_best_of_the_candidates_on_held_out_text():
     """As many tokens as inputs: the calibrated error prefers the least damping, other text does not."""
     few, form = moments_of(X[:, :96]), Rotated(Lloyd2())
-    gram = rounding_gram(form, few.gram)
+    gram = form.turned_gram(few.gram)
 
     def candidate(damping: float) -> torch.Tensor:
         return round_with_feedback(form, W, Feedback.of(gram, damping, 1))[1]
@@ -241,7 +240,7 @@ def test_damping_is_the_best_of_the_candidates_on_held_out_text():
 
 @pytest.mark.parametrize("form", [Rotated(Lloyd2()), E8, Int4(group_size=32)], ids=str)
 def test_a_stretch_per_row_is_never_worse_than_none(form):
-    feedback = Feedback.of(rounding_gram(form, MOMENTS.gram), DAMPINGS[0], block_of(form))
+    feedback = Feedback.of(form.turned_gram(MOMENTS.gram), DAMPINGS[0], form.block)
     plain = round_with_feedback(form, W, feedback, 1.0)[1]
     chosen = Caldera().split(W, MOMENTS, 0, form).backbone
     # the least damping is the best one on 2,048 tokens; without held-out text it is chosen by the calibrated error
@@ -285,7 +284,7 @@ def test_dead_inputs_are_rounded_plainly():
     form, moments = Int4(group_size=8), moments_of(hard_inputs("dead"))
     problem = _Problem(W, moments, None, form, None, None)
     fed = problem.start().split.backbone
-    identity = Feedback.of(torch.eye(SHAPE[1], dtype=torch.float64), 0.01, block_of(form))
+    identity = Feedback.of(torch.eye(SHAPE[1], dtype=torch.float64), 0.01, form.block)
     plain = round_with_feedback(form, W, identity, problem.stretch)[1]
     assert torch.equal(fed[:, ::5], plain[:, ::5]) and not torch.equal(fed, plain)
 
@@ -426,10 +425,10 @@ def test_a_centred_method_is_rounded_to_its_own_product():
     stays, would count it twice."""
     w, x = weight((24, 48)), inputs(48, tokens=1024)
     moments, heldout = moments_of(x), moments_of(inputs(48, tokens=256, seed=5))
-    settings = Settings(AFM(), None, 6, None, Uniform(), "lloyd4", {"incoherence": True, "seed": 0})
+    choice = LayerChoice("afm", 6, factor_format="lloyd4", factor_options={"incoherence": True, "seed": 0})
     module = torch.nn.Linear(48, 24, bias=False)
     module.weight.data = w.float()
-    finished = project_layer(module, moments, heldout, 6, settings)
+    finished = project_layer(module, moments, heldout, choice)
     with torch.no_grad():
         y = x[0] @ module.weight.double().T
         stored = x[0] @ finished.layer.dense_weight(torch.float64).T + finished.layer.bias.double()

@@ -19,6 +19,7 @@ from lord_tune.calibration.corpus import file_windows, token_windows
 from lord_tune.calibration.moments import MomentAccumulator, SampleAccumulator, add_gram
 from lord_tune.calibration.sensitivity import output_sensitivity, whole_model_sensitivity
 from lord_tune.data.rows import documents, recognise
+from lord_tune.decomposition import Survey
 from lord_tune.errors import CalibrationError, LordWarning, UsageError
 from lord_tune.factorizations import Core
 from lord_tune.integrations.running import task_of
@@ -143,7 +144,7 @@ def test_layers_with_one_input_share_one_record(tmp_path):
     assert found["q_proj"] is not found["o_proj"]
 
 
-def test_a_model_without_blocks_is_walked_whole_with_a_warning(tmp_path):
+def test_a_model_without_blocks_is_walked_whole_and_said_so(tmp_path):
     class Plain(nn.Module):
         def __init__(self):
             super().__init__()
@@ -153,8 +154,8 @@ def test_a_model_without_blocks_is_walked_whole_with_a_warning(tmp_path):
             return self.two(self.one(nn.functional.one_hot(ids, 6).float()))
 
     model = Plain()
-    with pytest.warns(LordWarning, match="no list of repeated blocks"):
-        blocks = find_blocks(model)
+    blocks = find_blocks(model)
+    assert any("no list of repeated blocks" in note for note in Survey(blocks, {}, {}).notes())
     walk = BlockWalk(model, blocks, {"calibration": torch.randint(0, 6, (4, 8))}, lambda m, ids: m(ids), tmp_path)
     walk.record()
     walk.start()

@@ -38,17 +38,16 @@ from transformers.pytorch_utils import Conv1D
 
 import lord_tune
 from lord_tune import tables
-from lord_tune.calibration.blocks import find_blocks
 from lord_tune.calibration.collect import BlockWalk
 from lord_tune.calibration.states import StateFile, StateWriter
-from lord_tune.decomposition import engine, trace
-from lord_tune.decomposition.survey import Survey
+from lord_tune.decomposition import gradients, trace
+from lord_tune.decomposition.survey import survey
 from lord_tune.errors import CheckpointError, LordWarning
 from lord_tune.factorizations import Caldera, Whitened, balance, relative_error
 from lord_tune.integrations.checkpoint import skeleton
 from lord_tune.integrations.models import load_dense_or_factored
 from lord_tune.integrations.running import run_on_meta
-from lord_tune.layers import factored_layers, select_linears
+from lord_tune.layers import factored_layers, unfuse
 from lord_tune.parallel import Workers, share_out
 from lord_tune.quantizers import E8P3, Rotated
 
@@ -149,16 +148,16 @@ def in_a_block(name: str) -> bool:
 @pytest.mark.parametrize("store", ["lord", "nf4"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_layer_and_tensor_is_accounted_for(family, name, store):
-    """Linears in the blocks are decomposed, all other linears and fused experts named as skipped; what was not
-    decomposed comes back bit by bit, biases included."""
+    """Linears in the blocks and experts are decomposed, all other linears named as skipped; what was not decomposed
+    comes back bit by bit, biases included."""
     base, made = family(name, store)
     dense, loaded = load_dense_or_factored(str(base)), load_dense_or_factored(str(made.folder))
+    fused = unfuse(dense)
     linears = {n for n, module in dense.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    fused = {n for n, parameter in dense.named_parameters() if parameter.dim() == 3}
     layers, skipped = made.report["layers"], made.report["skipped"]
     assert set(layers) == {n for n in linears if in_a_block(n)} and len(layers) >= 4 * LAYERS
-    assert set(skipped) == (linears - set(layers)) | fused and all(skipped.values())
-    assert bool(fused) == (name in ("mixtral", "qwen3-moe")) == any("fused expert" in text for text in made.warnings)
+    assert set(skipped) == linears - set(layers) and all(skipped.values())
+    assert bool(fused) == (name in ("mixtral", "qwen3-moe"))
     factored = factored_layers(loaded)
     assert set(factored) == {n for n, entry in layers.items() if entry["rank"] != "dense"}
     assert len(factored) == len(layers) if store == "nf4" else 0 < len(factored) < len(layers)
@@ -182,6 +181,7 @@ def test_the_walk_sees_what_a_plain_forward_pass_sees(family, name):
     base, made = family(name, "lord")
     last = made.statistics[LAYERS - 1]
     model = load_dense_or_factored(str(base))
+    unfuse(model)
     for stream, windows in made.windows.items():
         if stream not in last:  # the stream of the backward pass
             continue
@@ -250,14 +250,9 @@ def test_layers_may_be_called_by_keyword(llama_dir, rows_file, tmp_path, monkeyp
     assert torch.equal(came, outputs(written))
 
 
-def surveyed(shape: Any) -> Survey:
-    blocks = find_blocks(shape)
-    return Survey(blocks, *select_linears(shape, blocks.names(), None, None))
-
-
 def test_the_groups_of_layers_with_one_input_are_found_by_keyword_too(llama_dir, monkeypatch):
     shape = skeleton(str(llama_dir))
-    found = surveyed(shape)
+    found = survey(shape)
     groups, flops = trace(shape, found, run_on_meta, 32)
     monkeypatch.setattr(LlamaMLP, "forward", by_keyword)
     assert trace(shape, found, run_on_meta, 32) == (groups, flops)
@@ -267,14 +262,14 @@ def test_the_groups_of_layers_with_one_input_are_found_by_keyword_too(llama_dir,
 @pytest.mark.parametrize("error", [IndexError, KeyError, AssertionError, RuntimeError])
 def test_a_model_that_cannot_run_without_values_is_estimated_from_its_weights(llama_dir, error):
     shape = skeleton(str(llama_dir))
-    found = surveyed(shape)
+    found = survey(shape)
 
     def run(model: Any, ids: Tensor) -> Any:
         raise error("no values")
 
     groups, flops = trace(shape, found, run, 32)
     assert groups == [{name} for name in found.members(0)] and flops > 0
-    assert not any(module._forward_pre_hooks for module in found.members(0).values())
+    assert not any(site.module(shape)._forward_pre_hooks for site in found.members(0).values())
 
 
 # --- kinds of calibration text ---
@@ -357,7 +352,7 @@ def test_squared_gradients_are_those_of_the_whole_model(family, name, rows_file,
     base = save_tiny(tiny_family(name), tmp_path / "base")
     found: dict[str, Tensor] = {}
     seen: list[Tensor] = []
-    original = engine.fisher_means
+    original = gradients.fisher_means
 
     def recorded(walk: BlockWalk, index: int, stream: str, *rest: Any) -> dict[str, Tensor]:
         means = original(walk, index, stream, *rest)
@@ -367,21 +362,23 @@ def test_squared_gradients_are_those_of_the_whole_model(family, name, rows_file,
 
     options = CALIBRATION | {"calibration": [str(rows_file)], "method": "caldera", "backbone": "int4", "rank": 4}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "fisher_means", recorded)
+        patch.setattr(gradients, "fisher_means", recorded)
         report = lord_tune.decompose(
             str(base), str(tmp_path / "out"), weighting="fisher", iterations=1, sensitivity_tokens=192, **options
         )
     windows = seen[0]
     assert windows.shape == (3, 64) and len(seen) == LAYERS
     model = load_dense_or_factored(str(base))
-    model.requires_grad_(True)
+    unfuse(model.requires_grad_(True))
     for layer in report["layers"]:
         module = model.get_submodule(layer)
         squares = []
         for window in windows:
             model.zero_grad()
             (model(input_ids=window[None], labels=window[None]).loss * (len(window) - 1)).backward()
-            gradient = module.weight.grad.T if isinstance(module, Conv1D) else module.weight.grad
+            gradient = module.weight.grad
+            gradient = torch.zeros_like(module.weight) if gradient is None else gradient  # of an expert not chosen
+            gradient = gradient.T if isinstance(module, Conv1D) else gradient
             squares.append(gradient.double().square())
         mean = torch.stack(squares).mean(0)
         for key, expected in (("rows", mean.mean(1)), ("columns", mean.mean(0))):
@@ -561,7 +558,7 @@ COMMANDS = {
     "fisher": [*TEXT, "--method", "caldera", "--weighting", "fisher", "--backbone", "lloyd2", "--rank", "4"]
     + ["--iterations", "1", "--factor-format", "lloyd4", "--targets", "q_proj", "--sensitivity-tokens", "256"],
 }
-VARYING = ("seconds", "peak_rss_bytes", "estimated_peak_rss_bytes")
+VARYING = ("seconds", "peak_memory_bytes", "estimated_peak_memory_bytes")
 _MODEL = "model-0000{}-of-00004.safetensors"
 HALF_LINES = {
     "weighted": ["start", "started-calibrating", "calibrating/1", "started-sensitivity", "sensitivity/2"]

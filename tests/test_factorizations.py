@@ -12,7 +12,7 @@ from lord_tune.calibration.moments import SampleAccumulator
 from lord_tune.errors import UsageError
 from lord_tune.factorizations import AFM, METHODS, LoftQ, PlainSVD, Whitened, error_curves, relative_error, truncate
 from lord_tune.linalg import balanced
-from lord_tune.quantizers import NF4
+from lord_tune.quantizers import Int2
 
 # float64 eigendecompositions of matrices of norm <= 1e4: a relative 1e-10 leaves four digits for accumulation
 EXACT = 1e-10
@@ -189,10 +189,11 @@ def test_afm_is_the_affine_optimum_with_its_bias():
 
 
 def test_loftq_keeps_its_best_iterate_and_beats_plain_rounding():
-    w, x = weight((64, 64)), inputs(64)
-    errors = [weight_error(w, x[0], LoftQ(t).split(w, None, 8, NF4())) for t in (1, 2, 5)]
-    plain = w - NF4().dequantize(NF4().quantize(w), (64, 64), torch.float64)
-    assert errors[2] <= errors[1] <= errors[0] < float(plain.norm() / w.norm())
+    """Two coarse bits, on which the iterates after the second get worse: 0.388, 0.376, 0.381, 0.384, 0.394."""
+    w, x, form = weight((64, 64)), inputs(64), Int2(group_size=8, symmetric=True)
+    errors = [weight_error(w, x[0], LoftQ(t).split(w, None, 8, form)) for t in (1, 2, 3, 5)]
+    plain = w - form.dequantize(form.quantize(w), (64, 64), torch.float64)
+    assert errors[3] == errors[2] == errors[1] < errors[0] < float(plain.norm() / w.norm())
 
 
 def test_loftq_without_quantizer_is_refused():

@@ -30,6 +30,7 @@ from lord_tune.config import (
     FACTOR_FORMATS,
     FORMATS,
     DecomposeConfig,
+    DoctorConfig,
     EvaluateConfig,
     ExportConfig,
     InspectConfig,
@@ -40,6 +41,9 @@ from lord_tune.config import (
 )
 from lord_tune.decomposition import Rates
 from lord_tune.errors import ExportMismatch, UsageError
+from lord_tune.factorizations import METHODS
+from lord_tune.factorizations.whitened import SHRINKAGES
+from lord_tune.plans import Plan
 from lord_tune.quantizers import QUANTIZERS
 from lord_tune.training import trainer_arguments
 
@@ -448,7 +452,7 @@ def case_propagate(b: Bench) -> None:
 def case_shrinkage(b: Bench) -> None:
     none, fixed, auto = b.decompose(), b.decompose(shrinkage=0.3), b.decompose(shrinkage="auto")
     assert not torch.allclose(none.product(), fixed.product())
-    for run, allowed in ((none, {0.0}), (fixed, {0.3}), (auto, set(commands._SHRINKAGES))):
+    for run, allowed in ((none, {0.0}), (fixed, {0.3}), (auto, set(SHRINKAGES))):
         assert {entry["shrinkage"] for entry in run.report["layers"].values()} <= allowed
     # 1,024 tokens for up to 160 inputs are so few that not every layer is best off without
     assert len({entry["shrinkage"] for entry in auto.report["layers"].values()}) > 1
@@ -511,6 +515,14 @@ def case_recover_learning_rate(b: Bench) -> None:
         b.decompose(recover_learning_rate=1e-3)
 
 
+def case_plan_file(b: Bench) -> None:
+    """tests/test_plan_files.py looks closely."""
+    plan = b.folder / "decomposed.plan"
+    b.plan(rank=4, method="svd", save=str(plan))
+    report = lord_tune.decompose(str(b.model), str(b.folder / "planned"), plan=str(plan))
+    assert {entry["rank"] for entry in report["layers"].values()} == {4}
+
+
 DECOMPOSE: dict[str, Case] = {
     "model": case_model,
     "out": case_out,
@@ -522,6 +534,7 @@ DECOMPOSE: dict[str, Case] = {
     "rank": case_rank,
     "kept_fraction": case_kept_fraction,
     "bits_per_weight": case_bits_per_weight,
+    "plan_file": case_plan_file,
     "allocation": case_allocation,
     "calibration": case_calibration,
     "calibration_tokens": case_calibration_tokens,
@@ -572,7 +585,8 @@ def case_plan_method(b: Bench) -> None:
     """A data-free method runs no text; AFM and the whitened SVD do the same work."""
     whitened, plain = b.plan(), b.plan(method="svd")
     assert whitened["scratch_bytes"] > 0 == plain["scratch_bytes"] and plain["seconds"] < whitened["seconds"]
-    assert b.plan(method="afm") == whitened
+    biases = b.plan(method="afm") | {"model_bytes_after": whitened["model_bytes_after"]}
+    assert biases == whitened
 
 
 def case_plan_backbone(b: Bench) -> None:
@@ -702,6 +716,19 @@ def case_plan_processes(b: Bench) -> None:
     assert b.plan(processes=4)["seconds"] < b.plan()["seconds"]
 
 
+def case_plan_plan_file(b: Bench) -> None:
+    plan = b.folder / "estimated.plan"
+    saved = b.plan(rank=4, method="svd", save=str(plan))
+    planned = lord_tune.plan(str(b.model), plan=str(plan), json=str(b.folder / "planned.json"))
+    assert planned["ranks"] == saved["ranks"] and planned["model_bytes_after"] == saved["model_bytes_after"]
+
+
+def case_plan_save(b: Bench) -> None:
+    plan = b.folder / "saved.plan"
+    b.plan(rank=4, method="svd", save=str(plan))
+    assert set(Plan.read(plan).ranks().values()) == {4}
+
+
 def case_plan_json(b: Bench) -> None:
     file = b.folder / "plans" / "first.json"
     found = b.plan(json=str(file))
@@ -717,6 +744,13 @@ def unchanged(**options: Any) -> Case:
         assert b.plan(**dict(rest), **{name: value}) == b.plan(**dict(rest))
 
     return case
+
+
+def case_plan_centred(b: Bench) -> None:
+    """A centred layer gets a bias of as many numbers as it has outputs."""
+    centred, plain = (b.plan(method="afm", centred=on) for on in (True, False))
+    outputs = sum(entry["shape"][0] for entry in b.decompose(method="afm").report["layers"].values())
+    assert centred["model_bytes_after"] - plain["model_bytes_after"] == 4 * outputs
 
 
 def case_plan_incoherence(b: Bench) -> None:
@@ -751,6 +785,8 @@ def case_plan_symmetric(b: Bench) -> None:
 
 
 PLAN: dict[str, Case] = {
+    "plan_file": case_plan_plan_file,
+    "save": case_plan_save,
     "model": case_plan_model,
     "method": case_plan_method,
     "backbone": case_plan_backbone,
@@ -770,7 +806,7 @@ PLAN: dict[str, Case] = {
     "recover_learning_rate": case_plan_recover_learning_rate,
     "sink_weight": unchanged(sink_weight=0.5),
     "shrinkage": case_plan_shrinkage,
-    "centred": unchanged(centred=False, method="afm"),
+    "centred": case_plan_centred,
     "iterations": case_plan_iterations,
     "downdate": unchanged(downdate="on", method="caldera", backbone="e8-2"),
     "order": unchanged(order="lr", method="caldera", backbone="e8-2"),
@@ -1313,8 +1349,8 @@ def test_every_format_can_be_chosen():
     assert FORMATS == ("none", *QUANTIZERS) and FACTOR_FORMATS == (*DTYPES, *QUANTIZERS)
     top = {form: MethodConfig(model="m", top_format=form).top_format for form in (*DTYPES, "int8")}
     assert all(form in DTYPES or form in QUANTIZERS for form in top)
-    for method in ("caldera", "whitened"):
-        assert set(MethodConfig(model="m", method=method).families()) < set(QUANTIZERS)
+    for method in METHODS:
+        assert set(METHODS[method].widths) < set(QUANTIZERS)
 
 
 FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
@@ -1331,6 +1367,7 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
             "--calibration=a.txt --dry_run",
         ),
         (DecomposeConfig, "m o --method loftq --backbone nf4 --rank 3 --iterations 2 --dry-run"),
+        (DecomposeConfig, "m o --plan p.json --calibration a.txt"),
         (DecomposeConfig, "m o --rank 3 --calibration a.txt --propagate sequential --shrinkage auto --resume"),
         (
             DecomposeConfig,
@@ -1355,7 +1392,8 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
             "--exclude k --seed 7 --dtype float16 --propagate sequential --processes 2 --json j",
         ),
         (PlanConfig, "m --method afm --no-centred --kept-fraction 0.7 --allocation uniform"),
-        (PlanConfig, "m --method loftq --backbone nf4 --rank 3 --iterations 2"),
+        (PlanConfig, "m --method loftq --backbone nf4 --rank 3 --iterations 2 --save s"),
+        (PlanConfig, "m --plan p.json"),
         (
             PlanConfig,
             "m --method caldera --backbone int4 --rank 3 --downdate off --order q --incoherence --group-size 16 "
@@ -1397,6 +1435,7 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
         )
     ],
     "inspect": [(InspectConfig, "m --json j")],
+    "doctor": [(DoctorConfig, "--json j")],
 }
 
 

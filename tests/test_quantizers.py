@@ -204,7 +204,7 @@ def test_rotation_makes_outliers_normal():
     w = torch.randn(576, 576, generator=torch.Generator().manual_seed(0))
     w[:, 5] *= 10
     w[17] *= 5
-    assert kurtosis(w) > 30 and abs(kurtosis(Rotated(E8P2()).rotated(w)) - 3) < 0.15
+    assert kurtosis(w) > 30 and abs(kurtosis(Rotated(E8P2()).turned(w)) - 3) < 0.15
 
 
 @plain

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 import lord_tune
-from lord_tune.cli import _RECORDS, main
-from lord_tune.integrations import models
+from lord_tune.cli import main
+from lord_tune.config import RECORDS
+from lord_tune.integrations import sources
 from lord_tune.training import load_yaml
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +39,7 @@ def folder(tmp_path_factory, aligned_llama_dir):
         (place / name).symlink_to(ROOT / name)
     patch = pytest.MonkeyPatch()
     patch.chdir(place)
-    patch.setattr(models, "demo_model", lambda: str(aligned_llama_dir))
+    patch.setattr(sources, "demo_model", lambda: str(aligned_llama_dir))
     yield place
     patch.undo()
 
@@ -127,7 +128,7 @@ def test_every_command_is_valid(document, monkeypatch):
     """Verbs and options exist, and so does every script and recipe that a command names."""
     monkeypatch.chdir(ROOT)
     built: list[Any] = []
-    for name, record in _RECORDS.items():
+    for name, record in RECORDS.items():
         build = lambda record=record, **values: built.append(record.build(values))  # noqa: E731
         monkeypatch.setattr(lord_tune, name, build, raising=False)
     expected = 0
@@ -184,5 +185,5 @@ def test_the_map_of_the_code_is_complete():
 
 
 def test_every_verb_is_in_the_readme():
-    for name in _RECORDS:
+    for name in RECORDS:
         assert f"`{name}`" in README or f"`lord-tune {name}`" in README, name

@@ -144,12 +144,31 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralForCausalLM", _EXPERTS | {"num_local_experts": 4}),  # fused experts
     "qwen3-moe": ("Qwen3MoeForCausalLM", _EXPERTS | {"num_experts": 4, "moe_intermediate_size": 48, "head_dim": 16}),
 }
+# further mixtures of experts, which few tests need
+_LATENT = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": FAMILIES["mixtral"],
+    "qwen3-moe": FAMILIES["qwen3-moe"],
+    "gpt-oss": (  # experts transposed, gate and up interleaved, with biases
+        "GptOssForCausalLM",
+        _EXPERTS
+        | {"num_local_experts": 4, "head_dim": 16, "sliding_window": SLIDING_WINDOW}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    ),
+    "deepseek": (  # a dense block before those with experts, shared experts
+        "DeepseekV3ForCausalLM",
+        _EXPERTS
+        | _LATENT
+        | {"num_key_value_heads": HEADS, "n_routed_experts": 4, "moe_intermediate_size": 48, "first_k_dense_replace": 1}
+        | {"n_group": 1, "topk_group": 1},
+    ),
+}
 
 
 def tiny_family(name: str, seed: int = 0, layers: int = LAYERS) -> Any:
-    """A random model of FAMILIES. Its biases are random too: as the zeros they start from, nobody would miss them."""
-    build = getattr(transformers, FAMILIES[name][0])
-    given = FAMILIES[name][1]
+    """A random model of FAMILIES or MIXTURES. Its biases are random too: zeros would not be missed."""
+    kind, given = (FAMILIES | MIXTURES)[name]
+    build = getattr(transformers, kind)
     count = "n_layer" if "n_layer" in given else "num_hidden_layers"
     model = _seeded(build, build.config_class(**(given | {count: layers})), seed)
     generator = torch.Generator().manual_seed(seed + 1)

@@ -1,11 +1,13 @@
 """Rank allocation, one rule per file; `ALLOCATORS` lists them by name."""
 
+from typing import Any
+
 from .base import Allocator
 from .budget import ALIGNMENT, LayerSpectrum, break_even, factor_cost, rank_grid
 from .loss_weighted import LossWeighted
 from .uniform import Uniform
 
-ALLOCATORS: dict[str, type] = {"uniform": Uniform, "loss_weighted": LossWeighted}
+ALLOCATORS: dict[str, type[Any]] = {"uniform": Uniform, "loss_weighted": LossWeighted}
 
 __all__ = [
     "ALIGNMENT",

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-
-from ..errors import LordWarning
 
 
 @dataclass(frozen=True)
@@ -40,12 +37,6 @@ def find_blocks(model: nn.Module) -> Blocks:
     }
     outer = {n: m for n, m in lists.items() if not any(n.startswith(other + ".") for other in lists)}
     if not outer:
-        warnings.warn(
-            "The model has no list of repeated blocks; all layers are calibrated in one pass, which holds every "
-            "weight and every Gram matrix in memory at once.",
-            LordWarning,
-            stacklevel=2,
-        )
         return Blocks("", (model,))
     name = max(outer, key=lambda n: len(outer[n]))
     return Blocks(name, tuple(outer[name]))

@@ -43,21 +43,20 @@ class BlockWalk:
         self._workers = workers or Workers()
         self._tokens = {name: windows.numel() for name, windows in streams.items()}
         self._examples = {name: windows[:1] for name, windows in streams.items()}
-        self.windows: dict[str, Tensor] = {}
-        for name, windows in streams.items():
-            self.hand_out(name, windows)
+        self._positions = {name: position for position, name in enumerate(streams)}
+        self.windows = {name: self.share(name, windows) for name, windows in streams.items()}
         self._calls: dict[str, list[tuple[tuple, dict]]] = {}
         self._wrap: Callable[[Tensor], Any] = lambda hidden: hidden
 
     def share(self, stream: str, windows: Tensor) -> Tensor:
-        """This process's part of a stream's windows (or of what belongs to them, one entry each)."""
-        # every other stream is dealt from the other end, so that one process does not get every odd window
-        odd = [*self._tokens].index(stream) % 2
-        first = self._workers.size - 1 - self._workers.rank if odd else self._workers.rank
-        return windows[first :: self._workers.size]
+        """This process's part of a stream's windows, or of what belongs to them. Every other stream is dealt from the
+        other end, so that one process does not get every odd window."""
+        size, rank = self._workers.size, self._workers.rank
+        first = size - 1 - rank if self._positions[stream] % 2 else rank
+        return windows[first::size]
 
     def hand_out(self, stream: str, windows: Tensor) -> None:
-        """Let the token ids of a stream be these, of all processes; the states in the files are not touched."""
+        """Take other token ids for a stream whose states are written: those that the loss starts from."""
         assert windows.numel() == self._tokens[stream], "as many windows as there are states"
         self.windows[stream] = self.share(stream, windows)
 
@@ -170,12 +169,12 @@ class BlockWalk:
         device = next(iter(self._blocks.modules[index].parameters())).device
         source = StateFile(self._file(index, stream))
         if not keep:
-            for position in range(len(source)):
-                self.block(index, stream, source[position].to(device))
+            for hidden in source.on(device):
+                self.block(index, stream, hidden)
         else:
             with StateWriter(self._file(index + 1, stream)) as target:
-                for position in range(len(source)):
-                    target.append(self.block(index, stream, source[position].to(device)))
+                for hidden in source.on(device):
+                    target.append(self.block(index, stream, hidden))
         source.close()
 
     def collect(
@@ -234,20 +233,20 @@ class BlockWalk:
             seen.clear()
             for handle in handles:
                 handle.remove()
-        self._agree(sums, leader, accumulator)
+        device = next(iter(block.parameters())).device
+        self._agree(sums, leader, lambda width: accumulator(width, device))
         results = {name: sums[name].result(name, self._workers) for name in sorted(sums)}
         return {name: results[leader[name]] for name in layers if name in leader}
 
     def _agree(self, sums: dict, leader: dict[str, str], accumulator: Callable) -> None:
         """Make every process know every layer that ran on any of them, so that all add up the same sums."""
-        device = next(iter(self._model.buffers()), torch.zeros(0)).device if not sums else None
         for other_leader, widths in self._workers.gather((leader, {name: s.width for name, s in sums.items()})):
             for name, first in other_leader.items():
                 if leader.setdefault(name, first) != first:
                     raise CalibrationError(f"The layers that share the input of '{name}' differ between processes.")
             for name, width in widths.items():
                 if name not in sums:
-                    sums[name] = accumulator(width, device or next(iter(sums.values()))._device)
+                    sums[name] = accumulator(width)
 
     # --- the way back: gradients of the loss, from the last block to the first ---
 
@@ -256,8 +255,8 @@ class BlockWalk:
         last = len(self._blocks.modules) - 1
         source = StateFile(self._file(last + 1, stream))
         with StateWriter(self._file(last + 1, stream, "gradients")) as target:
-            for position, window in enumerate(self.windows[stream]):
-                leaf = source[position].to(device).requires_grad_(True)
+            for window, hidden in zip(self.windows[stream], source.on(device), strict=True):
+                leaf = hidden.requires_grad_(True)
 
                 def make(index: int, original: Callable, leaf: Tensor = leaf) -> Callable:
                     def skip(*args: Any, **kwargs: Any) -> Any:
@@ -277,10 +276,10 @@ class BlockWalk:
         states = StateFile(self._file(index, stream))
         above = StateFile(self._file(index + 1, stream, "gradients"))
         with StateWriter(self._file(index, stream, "gradients")) as target:
-            for position in range(len(states)):
-                leaf = states[position].to(device).requires_grad_(True)
+            for hidden, gradient in zip(states.on(device), above.on(device), strict=True):
+                leaf = hidden.requires_grad_(True)
                 with torch.enable_grad():
-                    torch.autograd.backward(self.block(index, stream, leaf), above[position].to(device))
+                    torch.autograd.backward(self.block(index, stream, leaf), gradient)
                 assert leaf.grad is not None, "a block's output depends on its input"
                 target.append(leaf.grad)
         states.close()

@@ -98,16 +98,23 @@ def _run_backward(model: Any, windows: Tensor, objective: Callable[[nn.Module, T
         start.remove()
 
 
+def _device_of(layer: Any) -> torch.device:
+    return layer.weight.device
+
+
 @contextmanager
 def _observed(layers: dict[str, nn.Module], bases: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """Sums of (U^T g)^2 while the body runs backward passes. The layers' parameters require no gradients."""
-    sums = {name: torch.zeros(basis.shape[1], dtype=torch.float64) for name, basis in bases.items()}
+    sums: dict[str, Tensor] = {}
+    placed = {name: basis.to(_device_of(layers[name]), torch.float32) for name, basis in bases.items()}
+    for name, basis in placed.items():
+        sums[name] = torch.zeros(basis.shape[1], dtype=torch.float64, device=basis.device)
 
     def hook(name: str) -> Callable:
         def forward_hook(module: nn.Module, args: tuple, output: Tensor) -> None:
             def add(gradient: Tensor) -> None:
                 rows = gradient.detach().reshape(-1, gradient.shape[-1]).float()
-                sums[name] += ((rows @ bases[name].to(rows)) ** 2).sum(0).double().cpu()
+                sums[name] += ((rows @ placed[name]) ** 2).sum(0).double()
 
             if output.requires_grad:
                 output.register_hook(add)
@@ -128,8 +135,9 @@ def _weight_gradients(layers: dict[str, nn.Module], shapes: dict[str, tuple[int,
     sums: dict[str, Tensor] = {}
     for name in layers:
         out, inputs = shapes[name]
-        sums[f"{name}:rows"] = torch.zeros(out, dtype=torch.float64)
-        sums[f"{name}:columns"] = torch.zeros(inputs, dtype=torch.float64)
+        device = _device_of(layers[name])
+        sums[f"{name}:rows"] = torch.zeros(out, dtype=torch.float64, device=device)
+        sums[f"{name}:columns"] = torch.zeros(inputs, dtype=torch.float64, device=device)
 
     def hook(name: str) -> Callable:
         def forward_hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
@@ -138,8 +146,8 @@ def _weight_gradients(layers: dict[str, nn.Module], shapes: dict[str, tuple[int,
             def add(gradient: Tensor) -> None:
                 rows = gradient.detach().reshape(-1, gradient.shape[-1]).float()
                 squared = (rows.T @ inputs.reshape(-1, inputs.shape[-1]).float()).square()
-                sums[f"{name}:rows"] += squared.mean(1).double().cpu()
-                sums[f"{name}:columns"] += squared.mean(0).double().cpu()
+                sums[f"{name}:rows"] += squared.mean(1).double()
+                sums[f"{name}:columns"] += squared.mean(0).double()
 
             if output.requires_grad:
                 output.register_hook(add)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -93,7 +95,23 @@ class StateFile:
         return self._count
 
     def __getitem__(self, index: int) -> Tensor:
-        tensor = torch.empty(self._shape, dtype=self._dtype)
+        return self._into(torch.empty(self._shape, dtype=self._dtype, device="cpu"), index)
+
+    def on(self, device: torch.device) -> Iterator[Tensor]:
+        """Every tensor in order, on a device. An accelerator works on one while the next is read into pinned memory."""
+        if device.type == "cpu":
+            yield from (self[index] for index in range(len(self)))
+            return
+        with ThreadPoolExecutor(1) as reader:
+            ahead: list[Future[Tensor]] = []
+            for index in range(len(self) + 1):
+                if index < len(self):
+                    empty = torch.empty(self._shape, dtype=self._dtype, device="cpu", pin_memory=True)
+                    ahead.append(reader.submit(self._into, empty, index))
+                if index:
+                    yield ahead.pop(0).result().to(device, non_blocking=True)
+
+    def _into(self, tensor: Tensor, index: int) -> Tensor:
         target = _bytes_of(tensor)
         self._stream.seek(_HEADER + index * len(target))
         done = 0

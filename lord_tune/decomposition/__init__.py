@@ -1,34 +1,38 @@
-"""Decompose a checkpoint: engine.py drives, layerwise.py does one layer, journal.py makes it resumable."""
+"""Decompose a checkpoint: decide.py plans, engine.py drives, layerwise.py does one layer, journal.py resumes."""
 
 from ..calibration.task import Task
-from .base import BlockRecovery, LayerRecord, Notify, Progress, Settings, Source, Windows
-from .budget import check_budget, fit_format, known_ranks
+from .base import BlockRecovery, LayerRecord, Notify, Progress, Source, Windows
+from .decide import Bits, Budget, Given, Kept, Ranks, Request
 from .engine import Outcome, decompose_checkpoint
 from .estimate import Estimate, estimate_run
 from .journal import Journal
-from .survey import Survey, survey
+from .steps import Phase, is_block
+from .survey import Survey
 from .timing import Rates, TextSize, trace
 
 __all__ = [
+    "Bits",
     "BlockRecovery",
+    "Budget",
     "Estimate",
+    "Given",
     "Journal",
+    "Kept",
     "LayerRecord",
     "Notify",
     "Outcome",
+    "Phase",
     "Progress",
+    "Ranks",
     "Rates",
-    "Settings",
+    "Request",
     "Source",
     "Survey",
     "Task",
     "TextSize",
     "Windows",
-    "check_budget",
     "decompose_checkpoint",
     "estimate_run",
-    "fit_format",
-    "known_ranks",
-    "survey",
+    "is_block",
     "trace",
 ]

@@ -8,10 +8,6 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..allocation import Allocator
-from ..factorizations import FactorForm, Factorization
-from ..quantizers import DTYPES, Quantizer, make_quantizer
-
 
 @dataclass(frozen=True)
 class BlockRecovery:
@@ -19,46 +15,6 @@ class BlockRecovery:
 
     epochs: int  # passes over the calibration text
     learning_rate: float
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to do with every layer."""
-
-    method: Factorization
-    quantizer: Quantizer | None
-    rank: int | None  # either a rank ...
-    kept_fraction: float | None  # ... or a budget with an allocator, or bits_per_weight
-    allocator: Allocator
-    factor_format: str | None  # a key of DTYPES, a quantizer's name, or None: the weight's own dtype
-    factor_options: dict[str, Any] = field(default_factory=dict)
-    top_rank: int = 0  # of the rank: the first components, stored apart in
-    top_format: str = "fp32"
-    top_options: dict[str, Any] = field(default_factory=dict)
-    bits_per_weight: float | None = None  # or, with a quantizer, the rank that fits these
-    targets: str | None = None
-    exclude: str | None = None
-    recovery: BlockRecovery | None = None  # tune the blocks' L and R, one block at a time
-    propagate: str = "dense"  # or "sequential": later blocks see the outputs of the decomposed ones
-    shrinkages: tuple[float, ...] = ()  # candidates of the method's `shrinkage`, chosen per layer by held-out error
-
-    @property
-    def rounds_factors(self) -> bool:
-        """Whether L and R are stored in a quantized format, and so rounded with feedback."""
-        return self.factor_format is not None and self.factor_format not in DTYPES
-
-    def factor_form(self, rank: int) -> FactorForm | None:
-        """How L and R of a layer of this rank are stored, if in a quantized format."""
-        if not self.rounds_factors or rank < 1:
-            return None
-        assert self.factor_format is not None
-        top = self.top_rank_of(rank)
-        top_form = DTYPES.get(self.top_format) or make_quantizer(self.top_format, self.top_options)
-        return FactorForm(make_quantizer(self.factor_format, self.factor_options), top, top_form)
-
-    def top_rank_of(self, rank: int) -> int:
-        """How many components are stored apart: all but one at most."""
-        return max(0, min(self.top_rank, rank - 1))
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ The layer at hand, in float64 matrices that live together; m = out in, k = min(o
 glibc gives matrices of more than 32 MiB back to the system when they are freed. Smaller ones stay with the process, in
 pieces that larger requests do not fit in: the activations of a window and the
 largest sum of such matrices over the layers (`_together`) are added. Measured against
-estimated on Llamas of hidden size 512, 1024 and 2048: tests/test_plan.py.
+estimated on Llamas (CPU) of hidden size 512, 1024 and 2048: tests/test_plan.py.
 """
 
 from __future__ import annotations
@@ -35,11 +35,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from ..allocation import factor_cost
-from ..layers import shape_of, weight_of
-from .base import Settings
+from ..plans import LayerChoice, Plan
+from .decide import Request
 from .layerwise import COMPARED_INPUTS
-from .sizes import stored_bytes
+from .sizes import added_bias_bytes, stored_bytes
 from .survey import Survey
 from .timing import Rates, TextSize, run_seconds
 
@@ -68,41 +70,47 @@ class Estimate:
 
 def estimate_run(
     model: Any,  # the skeleton
-    found: Survey,
-    settings: Settings,
+    survey: Survey,
+    request: Request,
+    plan: Plan | None,  # None where the calibration decides it
     text: TextSize | None,
-    ranks: dict[str, int | None] | None,  # None where the calibration decides them
     groups: list[set[str]],
     forward_flops: float,  # per token
     held_bytes: int,
     rates: Rates | None,
     processes: int = 1,
+    device: torch.device | None = None,  # whose memory it is; the CPU
 ) -> Estimate:
     """See the top of this file for the model of the peak."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     tensors = {n: t for n, t in model.state_dict().items() if n not in tied}
     size = {name: t.numel() * t.element_size() for name, t in tensors.items()}
-    count = len(found.blocks.modules)
-    blocks = [[n for n in tensors if found.blocks.holds(i, n)] for i in range(count)]
+    count = len(survey.blocks.modules)
+    blocks = [[n for n in tensors if survey.blocks.holds(i, n)] for i in range(count)]
     inside = {name for names in blocks for name in names}
     block_bytes = [sum(size[n] for n in names) for names in blocks]
     rest_bytes = sum(s for n, s in size.items() if n not in inside)
-    shapes = {name: shape_of(module) for name, module in found.layers.items()}
+    shapes = {name: site.shape for name, site in survey.layers.items()}
+    choices = plan.layers if plan is not None else dict.fromkeys(shapes, request.template)
+    ranks = None if plan is None else plan.ranks()
     widest = max(range(count), key=lambda i: (block_bytes[i], -i))
-    members = found.members(widest)
-    stored = {n: stored_bytes(found.layers[n], (ranks or {}).get(n), settings) for n in members} if ranks else {}
+    members = survey.members(widest)
+    stored = {n: stored_bytes(site, choices[n]) for n, site in members.items()} if plan is not None else {}
     layers = list(members)
     inputs = _distinct_inputs(groups, members, shapes)
     element = next(iter(tensors.values())).element_size()
 
     calibrated = text is not None
-    sequential = settings.propagate == "sequential"
-    by_loss = "loss_weights" in settings.allocator.needs and settings.kept_fraction is not None
-    weighted = by_loss or "fisher" in settings.method.needs  # there is a backward pass
+    sequential = request.propagate == "sequential"
+    by_loss = request.by_loss
+    rounds = any(choice.rounds_factors for choice in choices.values())
+    weighted = by_loss or "fisher" in request.needs()  # there is a backward pass
     bases = sum(4 * shapes[n][0] * min(shapes[n]) for n in layers) if by_loss else 0
     factors = sum(stored.values()) if stored else block_bytes[widest]
     kept_ranks = {n: _rank_bound(shapes[n], (ranks or {}).get(n), ranks is None) for n in layers}
-    largest = _together([_working_parts(shapes[n], kept_ranks[n], text, settings) for n in layers])
+    on_cpu = device is None or device.type == "cpu"
+    mapped = _MAPPED if on_cpu else 0  # an accelerator's allocator counts what is alive
+    largest = _together([_working_parts(shapes[n], kept_ranks[n], text, choices[n]) for n in layers], mapped)
     grams = window = 0
     if text is not None:
         grams = sum(8 * width * width + min(4 * text.heldout * width, 8 * width * width) for width in inputs)
@@ -117,12 +125,11 @@ def estimate_run(
         )
         head_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) in own)
         phases["start"] = rest_bytes - head_bytes + block_bytes[widest] + window
-        phases["start"] += max(
-            (s for n, s in size.items() if n not in inside), default=0
-        )  # a page map while it is read
+        if on_cpu:  # a page map while it is read
+            phases["start"] += max((s for n, s in size.items() if n not in inside), default=0)
     at_hand = largest + (bases if ranks is None else factors)
     widths = [width for n in layers for width in shapes[n]]
-    if text is not None and 4 * text.length * max(widths, default=0) >= _MAPPED:
+    if text is not None and 4 * text.length * max(widths, default=0) >= mapped:
         at_hand = max(window, at_hand)  # the activations are gone by then
     else:
         at_hand += window
@@ -136,11 +143,11 @@ def estimate_run(
             rest_bytes + 5 * 4 * text.sensitivity_length * vocabulary,
             block_bytes[widest] + bases + int(3 * share * window),
         )
-    cut = _together([_truncation_parts(shapes[n], kept_ranks[n]) for n in layers])
-    again = ranks is not None or sequential or settings.rounds_factors  # the writing pass calibrates
+    cut = _together([_truncation_parts(shapes[n], kept_ranks[n]) for n in layers], mapped)
+    again = ranks is not None or sequential or rounds  # the writing pass calibrates
     phases["writing"] = work if again else block_bytes[widest] + bases + factors + cut
     phases["rest"] = rest_bytes
-    if settings.recovery is not None:
+    if request.recovery is not None:
         # beside the block: float32 L and R, gradients, Adam's moments, the best so far; activations with gradients
         tuned = sum(20 * factor_cost(shapes[n], kept_ranks[n]) for n in layers)
         phases["recovering"] = block_bytes[widest] + factors + tuned + 3 * window
@@ -149,7 +156,7 @@ def estimate_run(
     hidden = min((min(shapes[n]) for n in layers), default=0)
     if text is not None:
         width = max(hidden, min(inputs, default=0))
-        streams = 1 if settings.recovery is None else 2
+        streams = 1 if request.recovery is None else 2
         scratch += 3 * streams * (text.tokens + text.heldout) * width * element
         if weighted:
             scratch += (count + 2) * text.sensitivity * width * element
@@ -157,16 +164,19 @@ def estimate_run(
     after = None
     bits = None
     if ranks is not None:
-        dense = [weight_of(module) for module in found.layers.values()]
-        dense_linear = sum(weight.numel() * weight.element_size() for weight in dense)
-        packed = sum(stored_bytes(m, ranks[n], settings) for n, m in found.layers.items())
-        after = sum(size.values()) - dense_linear + packed
+        dense_linear = sum(site.dense_bytes for site in survey.layers.values())
+        packed = sum(stored_bytes(site, choices[n]) for n, site in survey.layers.items())
+        biases = sum(added_bias_bytes(site, choices[n]) for n, site in survey.layers.items())
+        after = sum(size.values()) - dense_linear + packed + biases
         bits = 8.0 * packed / sum(s[0] * s[1] for s in shapes.values())
     seconds = None
     if rates is not None:
-        twice = ranks is None and (sequential or settings.rounds_factors)
+        twice = ranks is None and (sequential or rounds)
         walks = 2 if twice else 1  # in each, blocks run, layers are factorized
-        seconds = run_seconds(shapes, inputs, count, text, forward_flops, rates, walks, weighted, settings) / processes
+        seconds = run_seconds(
+            survey.layers, choices, request, inputs, count, text, forward_flops, rates, walks, weighted
+        )
+        seconds /= processes
     return Estimate(
         parameters=sum(t.numel() for t in tensors.values()),
         linear_parameters=sum(s[0] * s[1] for s in shapes.values()),
@@ -195,10 +205,10 @@ _MAPPED = 32 << 20  # glibc's largest DEFAULT_MMAP_THRESHOLD: freed blocks below
 Parts = list[tuple[float, int]]  # (how many, bytes of one)
 
 
-def _together(layers: list[Parts]) -> int:
-    """The largest sum of the mapped blocks of a layer, and of the retained ones of any."""
-    mapped = max((sum(n * size for n, size in parts if size >= _MAPPED) for parts in layers), default=0)
-    retained = max((sum(n * size for n, size in parts if size < _MAPPED) for parts in layers), default=0)
+def _together(layers: list[Parts], limit: int) -> int:
+    """The largest sum of the mapped blocks of a layer, and of the retained ones (below `limit`) of any."""
+    mapped = max((sum(n * size for n, size in parts if size >= limit) for parts in layers), default=0)
+    retained = max((sum(n * size for n, size in parts if size < limit) for parts in layers), default=0)
     return int(mapped + retained)
 
 
@@ -212,22 +222,23 @@ def _truncation_parts(shape: tuple[int, int], rank: int) -> Parts:
     return [(1.0, 8 * out * inputs), (2.0, 8 * rank * (out + inputs))]
 
 
-def _working_parts(shape: tuple[int, int], rank: int, text: TextSize | None, settings: Settings) -> Parts:
+def _working_parts(shape: tuple[int, int], rank: int, text: TextSize | None, choice: LayerChoice) -> Parts:
     """Float64 matrices that live together while one layer is factorized; see the top of this file."""
     out, inputs = shape
     k, tall = min(shape), out > inputs
     m, square = 8 * out * inputs, 8 * k * k
     alternation: Parts = [(10.0, m), (5.0, 8 * inputs * inputs), (2.0, 8 * rank * (out + inputs))]
-    if settings.method.name == "caldera":
+    method, backbone = choice.factorization(), choice.backbone != "none"
+    if method.alternates:
         return alternation
-    if settings.quantizer is not None and text is not None:
+    if backbone and text is not None:
         choices = [(6.0, 7.0), (7.0, 4.0)] if tall else [(7.0, 0.0), (5.0, 6.0)]
-        extra = 1.0 if settings.shrinkages else 0.0
+        extra = 1.0 if len(method.candidates()) > 1 else 0.0
         whole, squares = _larger(choices, m, square)
         own: Parts = [(whole + extra, m), (squares, square)]
         compared = rank > 0 and inputs <= COMPARED_INPUTS  # with feedback rounding alone
         return max(own, alternation if compared else own, key=_bytes)
-    above = 2.0 if settings.quantizer is not None else 0.0  # W and Q beside the residual's solution
+    above = 2.0 if backbone else 0.0  # W and Q beside the residual's solution
     if text is None:
         choices = [(2.0, 7.0)] if tall else [(1.0, 6.0)]
         return [(above + choices[0][0], m), (choices[0][1], square)]

@@ -1,4 +1,4 @@
-"""What is done with one layer, given its weight and the statistics of its input. No model, no files.
+"""What is done with one layer, given its weight, the statistics of its input and its choice. No model, no files.
 
 Two orders of work. When the rank is known, a layer is split and stored at once (`split_layer`, `project_layer`). When
 an allocator first needs the spectra of all layers, `analyse` keeps the layer's basis (float32) and error curves, never
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..allocation import break_even
 from ..calibration.moments import InputStatistics, Moments
 from ..factorizations import (
-    Caldera,
+    Factorization,
     Factors,
     Fisher,
     PlainSVD,
@@ -32,10 +32,10 @@ from ..factorizations import (
     round_factors,
     truncate,
 )
-from ..layer_plan import LayerPlan
-from ..layers import FactoredLinear, build_layer, weight_of
+from ..layers import FactoredLinear, build_layer, is_transposed, weight_of
+from ..plans import LayerChoice
 from ..quantizers import DTYPES, E8P2, E8P3, E8P4, Rotated
-from .base import LayerRecord, Settings
+from .base import LayerRecord
 
 _CURVES = ("calibrated", "heldout", "plain", "beyond_top")
 
@@ -52,7 +52,7 @@ class Analysis:
         """For a safetensors file."""
         found = {"basis": self.spectrum.basis, "energies": self.spectrum.energies}
         if self.spectrum.centre is not None:
-            found["centre"] = self.spectrum.centre.clone()  # layers with one input share it, a file's tensors may not
+            found["centre"] = self.spectrum.centre.clone()  # layers with one input share it, tensors of a file do not
         return found | {f"curve.{name}": curve for name, curve in self.curves.items()}
 
     @classmethod
@@ -70,17 +70,21 @@ class Finished:
 
 
 def analyse(
-    weight: Tensor, calibration: Moments | None, heldout: InputStatistics | None, settings: Settings
+    weight: Tensor,
+    calibration: Moments | None,
+    heldout: InputStatistics | None,
+    method: Projection,
+    whole_basis: bool,  # also the directions beyond break-even, which the loss weighs when they are dropped
 ) -> Analysis:
     """Basis and error curves at every rank."""
     start = time.perf_counter()
-    solution, curves, shrinkage = _solve(weight, calibration, heldout, settings, None)
+    chosen, solution, curves = _solve(weight, calibration, heldout, method, None)
     spectrum = solution.spectrum
     keep = spectrum.basis.shape[1]
-    if "loss_weights" not in settings.allocator.needs:  # otherwise the dropped directions are weighed too
+    if not whole_basis:
         keep = min(max(break_even((weight.shape[0], weight.shape[1])), 1), keep)
     kept = Spectrum(spectrum.basis[:, :keep].float().contiguous(), spectrum.energies, spectrum.centre)
-    facts: dict[str, Any] = {"seconds": time.perf_counter() - start, "shrinkage": shrinkage}
+    facts: dict[str, Any] = {"seconds": time.perf_counter() - start, "shrinkage": chosen.shrunk}
     facts["inputs"] = {} if calibration is None else calibration.describe()
     return Analysis(kept, curves, facts)
 
@@ -89,59 +93,56 @@ def _solve(
     weight: Tensor,
     calibration: Moments | None,
     heldout: InputStatistics | None,
-    settings: Settings,
+    method: Projection,
     rank: int | None,
-) -> tuple[Solution, dict[str, Tensor], float | None]:
-    """The method's solution, its error curves, and the shrinkage with the least held-out error (at `rank`, or on
-    average over the ranks below break-even) where candidates are given."""
-    method = settings.method
-    assert isinstance(method, Projection)
-    if not settings.shrinkages or heldout is None:
-        solution = method.solve(weight, calibration)
+) -> tuple[Projection, Solution, dict[str, Tensor]]:
+    """Of the method's candidates the one with the least held-out error (at `rank`, or on average over the ranks below
+    break-even), its solution and its error curves. Without held-out text the first candidate is taken."""
+    candidates = method.candidates()
+    if len(candidates) == 1 or heldout is None:
+        solution = candidates[0].solve(weight, calibration)
         curves = {} if calibration is None else error_curves(solution, calibration, heldout)
-        return solution, curves, getattr(method, "shrinkage", None)
+        return candidates[0], solution, curves
+    assert calibration is not None, "held-out text comes with calibration text"
     limit = min(break_even((weight.shape[0], weight.shape[1])), min(weight.shape))
-    best: tuple[float, Solution, dict[str, Tensor], float] | None = None
-    for amount in settings.shrinkages:
-        solution = dataclasses.replace(method, shrinkage=amount).solve(weight, calibration)  # type: ignore[type-var]
-        assert calibration is not None
+    best: tuple[Projection, Solution, dict[str, Tensor]] | None = None
+    least = float("inf")
+    for candidate in candidates:
+        solution = candidate.solve(weight, calibration)
         curves = error_curves(solution, calibration, heldout)
         curve = curves["heldout"]
         error = float(curve[rank]) if rank is not None else float(curve[: limit + 1].mean())
-        if best is None or error < best[0]:
-            best = (error, solution, curves, amount)
-    assert best is not None
-    return best[1:]
+        if best is None or error < least:
+            best, least = (candidate, solution, curves), error
+    assert best is not None, "a method has at least one candidate"
+    return best
 
 
-def install(module: Any, analysis: Analysis, rank: int | None, settings: Settings) -> Finished:
-    """Cut the factors of `rank` from the analysis; None leaves the layer dense."""
+def install(module: Any, analysis: Analysis, choice: LayerChoice) -> Finished:
+    """Cut the factors of the chosen rank from the analysis."""
     start = time.perf_counter()
-    if rank is None:
-        limit = break_even(_shape(module))
-        above = f"rank {settings.rank} is above its break-even {limit}"
-        return left_dense(module, analysis.facts["seconds"], above if settings.rank is not None else None)
-    layer = _build(module, truncate(weight_of(module), analysis.spectrum, rank), None, settings)
-    record = _record(layer, analysis.curves, rank, analysis.facts)
+    assert choice.rank is not None, "layers that stay dense are not installed"
+    layer = _build(module, truncate(weight_of(module), analysis.spectrum, choice.rank), None, choice)
+    record = _record(layer, analysis.curves, choice.rank, analysis.facts)
     record.seconds += time.perf_counter() - start
     return Finished(record, layer)
 
 
 def project_layer(
-    module: Any, calibration: Moments | None, heldout: InputStatistics | None, rank: int | None, settings: Settings
+    module: Any, calibration: Moments | None, heldout: InputStatistics | None, choice: LayerChoice
 ) -> Finished:
     """The whole way at a known rank, without a backbone."""
-    if rank is None:
-        return left_dense(module, 0.0, None)
     start = time.perf_counter()
+    method, rank = choice.factorization(), choice.rank
+    assert isinstance(method, Projection) and rank is not None, "the plan gives no other choice without a backbone"
     weight = weight_of(module)
-    solution, curves, shrinkage = _solve(weight, calibration, heldout, settings, rank)
+    chosen, solution, curves = _solve(weight, calibration, heldout, method, rank)
     centre = solution.spectrum.centre
-    factors = _rounded(truncate(weight, solution.spectrum, rank), weight, calibration, settings, centre)
-    layer = _build(module, factors, None, settings)
-    facts = {"seconds": 0.0, "shrinkage": shrinkage, "inputs": {} if calibration is None else calibration.describe()}
-    record = _record(layer, curves, rank, facts)
-    if settings.rounds_factors and calibration is not None:
+    factors = _rounded(truncate(weight, solution.spectrum, rank), weight, calibration, choice, centre)
+    layer = _build(module, factors, None, choice)
+    inputs = {} if calibration is None else calibration.describe()
+    record = _record(layer, curves, rank, {"seconds": 0.0, "shrinkage": chosen.shrunk, "inputs": inputs})
+    if choice.rounds_factors and calibration is not None:
         _measure_stored(record, layer, weight, calibration, heldout, centre)
     record.seconds = time.perf_counter() - start
     return Finished(record, layer)
@@ -166,17 +167,17 @@ def _measure_stored(
 
 
 def _rounded(
-    factors: Factors, target: Tensor, calibration: Moments | None, settings: Settings, centre: Tensor | None
+    factors: Factors, target: Tensor, calibration: Moments | None, choice: LayerChoice, centre: Tensor | None
 ) -> Factors:
     """L and R rounded with feedback to fit `target`, where they are stored in a quantized format.
 
     Data-free methods stay data-free: they would be no baseline otherwise.
     """
-    form = settings.factor_form(factors.rank)
+    form = choice.factor_form()
     if form is None:
         return factors
     aim = target.double() if centre is None else factors.product()  # a centred method leaves W's mean to the bias
-    weighed = calibration is not None and "input_gram" in settings.method.needs
+    weighed = calibration is not None and "input_gram" in choice.factorization().needs
     stored = round_factors(aim, calibration.gram if weighed else None, factors, form)  # type: ignore[union-attr]
     if centre is None:
         return stored
@@ -187,33 +188,28 @@ def split_layer(
     module: Any,
     calibration: Moments | None,
     heldout: InputStatistics | None,
-    rank: int,
-    settings: Settings,
+    choice: LayerChoice,
     fisher: Fisher | None = None,
     compare: bool = False,  # with feedback rounding alone at other widths
 ) -> Finished:
     """W = Q + L R with a quantized backbone."""
     start = time.perf_counter()
-    weight = weight_of(module)
-    quantizer = settings.quantizer
-    assert quantizer is not None
-    alternates = isinstance(settings.method, Caldera)  # its Q alone is not plain rounding
-    method = settings.method if rank or alternates else PlainSVD()  # rank 0 is Q alone
-    shrinkage = getattr(method, "shrinkage", None)
-    if settings.shrinkages and heldout is not None and rank:
-        backbone = quantizer.dequantize(quantizer.quantize(weight), _shape(module), torch.float64)
-        shrinkage = _solve(weight.double() - backbone, calibration, heldout, settings, rank)[2]
-        method = dataclasses.replace(method, shrinkage=shrinkage)  # type: ignore[type-var]
-        del backbone
-    if isinstance(method, Caldera):
-        method = dataclasses.replace(method, factor_form=settings.factor_form(rank))
+    weight, rank, quantizer = weight_of(module), choice.rank, choice.quantizer()
+    assert quantizer is not None and rank is not None, "the plan gives a rank beside every backbone"
+    method: Factorization = choice.factorization()
+    alternates = method.alternates  # its Q alone is not plain rounding
+    if rank == 0 and not alternates:
+        method = PlainSVD()  # Q alone
+    if isinstance(method, Projection):
+        method = _fitted(method, weight, calibration, heldout, choice)
+    method = method.rounding(choice.factor_form())
     split = method.split(weight, calibration, rank, quantizer, heldout, fisher)
     assert split.backbone is not None
     factors = split.factors
     if not alternates:
-        factors = _rounded(factors, weight.double() - split.backbone, calibration, settings, split.centre)
-    layer = _build(module, factors, split.parts, settings)
-    record = _record(layer, {}, rank, {"seconds": 0.0, "shrinkage": shrinkage, "inputs": {}})
+        factors = _rounded(factors, weight.double() - split.backbone, calibration, choice, split.centre)
+    layer = _build(module, factors, split.parts, choice)
+    record = _record(layer, {}, rank, {"seconds": 0.0, "shrinkage": method.shrunk, "inputs": {}})
     if calibration is not None:
         dense = weight.double()
         record.error_backbone = relative_error(dense - split.backbone, dense, calibration)
@@ -229,6 +225,23 @@ def split_layer(
             record.equal_bits = _equal_bits(weight, calibration, heldout)
     record.seconds = time.perf_counter() - start
     return Finished(record, layer)
+
+
+def _fitted(
+    method: Projection,
+    weight: Tensor,
+    calibration: Moments | None,
+    heldout: InputStatistics | None,
+    choice: LayerChoice,
+) -> Projection:
+    """The candidate that errs least on held-out text for what rounding leaves of the weight."""
+    if len(method.candidates()) == 1 or heldout is None or not choice.rank:
+        return method.candidates()[0]
+    quantizer = choice.quantizer()
+    assert quantizer is not None
+    shape = (weight.shape[0], weight.shape[1])
+    backbone = quantizer.dequantize(quantizer.quantize(weight), shape, torch.float64)
+    return _solve(weight.double() - backbone, calibration, heldout, method, choice.rank)[0]
 
 
 _REFERENCES = (E8P2, E8P3, E8P4)
@@ -272,27 +285,12 @@ def _shape(module: Any) -> tuple[int, int]:
     return weight.shape[0], weight.shape[1]
 
 
-def _build(module: Any, factors: Factors, parts: dict[str, Tensor] | None, settings: Settings) -> FactoredLinear:
-    weight, quantizer = weight_of(module), settings.quantizer
-    own = next((name for name, dtype in DTYPES.items() if dtype == weight.dtype), "fp32")
-    form = settings.factor_format if settings.factor_format and factors.rank else own  # no format packs no numbers
-    plan = LayerPlan(
-        shape=_shape(module),
-        rank=factors.rank,
-        method=settings.method.name,
-        backbone="none" if quantizer is None else quantizer.name,
-        backbone_options={} if quantizer is None else quantizer.options(),
-        left_format=form,
-        right_format=form,
-        factor_options={} if form in DTYPES else settings.factor_options,
-        top_rank=0 if factors.top is None else factors.top.rank,
-        top_format="fp32" if factors.top is None else settings.top_format,
-        top_options={} if factors.top is None else settings.top_options,
-        bias=module.bias is not None or factors.bias_shift is not None,
-        conv1d=not isinstance(module, nn.Linear),
-    )
-    factors = balance(factors) if form in DTYPES else factors
-    return build_layer(plan, factors, parts, module.bias, weight.dtype)
+def _build(module: Any, factors: Factors, parts: dict[str, Tensor] | None, choice: LayerChoice) -> FactoredLinear:
+    dtype = module.weight.dtype
+    plan = choice.on(_shape(module), dtype, module.bias is not None, is_transposed(module))
+    assert factors.rank == plan.rank and (factors.bias_shift is None or plan.bias), "the method did as planned"
+    factors = balance(factors) if plan.left_format in DTYPES else factors
+    return build_layer(plan, factors, parts, module.bias, dtype)
 
 
 def _record(layer: FactoredLinear, curves: dict[str, Tensor], rank: int, facts: dict[str, Any]) -> LayerRecord:

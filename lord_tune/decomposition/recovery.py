@@ -64,7 +64,7 @@ def tune_block(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, total))
     generator = torch.Generator().manual_seed(index)
     for epoch in range(how.epochs):
-        order = torch.randperm(len(walk.windows[STUDENT]), generator=generator).tolist()
+        order = torch.randperm(len(walk.windows[STUDENT]), generator=generator, device="cpu").tolist()
         for step in range(steps):
             optimizer.zero_grad()
             if step < len(order):  # another process may have one window more

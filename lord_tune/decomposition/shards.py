@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..layers import check_finite
+from ..layers import FactoredLinear, check_finite
 from ..memory import give_back
 from .base import Source
 
@@ -27,7 +28,32 @@ class Loaded:
         give_back()
 
 
+def shard_name(index: int, count: int) -> str:
+    """transformers' name of file `index` (from 0) of a checkpoint."""
+    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def shard_of(source: Source, names: Iterable[str], layers: Mapping[str, FactoredLinear]) -> dict[str, Tensor]:
+    """Tensors of a block that holds `names`: of decomposed layers as they are now, all others as the checkpoint stores
+    them."""
+    tensors = {f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.state_dict().items()}
+    for name in names:
+        if name.rpartition(".")[0] not in layers:
+            tensors[name] = untouched(source, name)
+    return {name: tensors[name] for name in sorted(tensors)}
+
+
+def untouched(source: Source, name: str) -> Tensor:
+    """As the checkpoint stores it; else, where transformers converts or a dtype was asked for, as it is in memory."""
+    stored = source.stored(name)
+    if stored is not None:
+        return stored
+    owner, _, leaf = name.rpartition(".")
+    return source.model.get_submodule(owner).state_dict()[leaf]
+
+
 def to_meta(module: nn.Module) -> None:
+    """Let go of the memory of every parameter."""
     for name, parameter in list(module.named_parameters()):
         owner = module.get_submodule(name.rpartition(".")[0])
         empty = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)

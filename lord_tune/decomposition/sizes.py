@@ -1,35 +1,39 @@
-"""Stored bytes and bits of a layer that is decomposed at a rank, from shapes alone."""
+"""Stored bytes and bits of a layer that is decomposed as chosen, from shapes alone."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ..allocation import factor_cost
-from ..layers import shape_of
+from ..plans import LayerChoice
 from ..quantizers import DTYPES, make_quantizer
-from .base import Settings
+from ..sites import Site
+from .base import LayerRecord
 
 
-def bits_at(module: Any, rank: int, settings: Settings) -> float:
-    """Stored bits per weight of a layer decomposed at this rank."""
-    out, inputs = shape_of(module)
-    return 8.0 * stored_bytes(module, rank, settings) / (out * inputs)
+def bits_at(site: Site, choice: LayerChoice) -> float:
+    """Stored bits per weight."""
+    return 8.0 * stored_bytes(site, choice) / site.numbers
 
 
-def stored_bytes(module: Any, rank: int | None, settings: Settings) -> int:
+def stored_bytes(site: Site, choice: LayerChoice) -> int:
     """Of the weight of one layer in the checkpoint, without its bias."""
-    out, inputs = shape_of(module)
-    if rank is None:
-        return out * inputs * module.weight.element_size()
+    if choice.rank is None:
+        return site.dense_bytes
+    plan = choice.on(site.shape, site.dtype, site.bias, site.conv1d)
     total = 0
-    if settings.quantizer is not None:
-        parts = settings.quantizer.empty((out, inputs), "meta")
-        total += sum(p.numel() * p.element_size() for p in parts.values())
-    form = settings.factor_format
-    own = next((name for name, dtype in DTYPES.items() if dtype == module.weight.dtype), "fp32")
-    top = settings.top_rank_of(rank) if settings.rounds_factors else 0
-    total += _factor_bytes((out, inputs), top, settings.top_format, settings.top_options)
-    return total + _factor_bytes((out, inputs), rank - top, form or own, settings.factor_options)
+    backbone = choice.quantizer()
+    if backbone is not None:
+        total += sum(p.numel() * p.element_size() for p in backbone.empty(site.shape, "meta").values())
+    total += _factor_bytes(site.shape, plan.top_rank, plan.top_format, plan.top_options)
+    return total + _factor_bytes(site.shape, plan.rank - plan.top_rank, plan.left_format, plan.factor_options)
+
+
+def added_bias_bytes(site: Site, choice: LayerChoice) -> int:
+    """Of the bias that a centred method gives a layer without one."""
+    if choice.rank is None or site.bias or not choice.on(site.shape, site.dtype, site.bias, site.conv1d).bias:
+        return 0
+    return site.shape[0] * site.dtype.itemsize
 
 
 def _factor_bytes(shape: tuple[int, int], rank: int, form: str, options: dict[str, Any]) -> int:
@@ -41,3 +45,24 @@ def _factor_bytes(shape: tuple[int, int], rank: int, form: str, options: dict[st
     quantizer = make_quantizer(form, options)
     parts = [quantizer.empty(part, "meta") for part in ((shape[0], rank), (rank, shape[1]))]
     return sum(p.numel() * p.element_size() for found in parts for p in found.values())
+
+
+def totals_of(
+    records: dict[str, LayerRecord], before: dict[str, float], after: dict[str, float], seconds: float
+) -> dict[str, Any]:
+    """What a report says of all layers together."""
+    factored = [record for record in records.values() if record.rank != "dense"]
+    dense_numbers = sum(r.shape[0] * r.shape[1] for r in records.values())
+    kept = sum(r.shape[0] * r.shape[1] if isinstance(r.rank, str) else r.rank * sum(r.shape) for r in records.values())
+    return {
+        "layers": len(records),
+        "factored_layers": len(factored),
+        "linear_parameters": dense_numbers,
+        "kept_fraction": kept / dense_numbers if all(r.backbone == "none" for r in factored) else None,
+        "parameters_before": before["parameters"],
+        "parameters": after["parameters"],
+        "model_bytes_before": before["model_bytes"],
+        "model_bytes": after["model_bytes"],
+        "linear_bits_per_weight": after["linear_bits_per_weight"],
+        "seconds": seconds,
+    }

@@ -2,40 +2,49 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
-
-from torch import nn
+from typing import Any
 
 from ..calibration.blocks import Blocks, find_blocks
-from ..errors import LordWarning
-from ..layers import fused_parameters, select_linears
-from .base import Settings
+from ..layers import fuse_untouched, fused_parameters, select_linears, unfuse
+from ..sites import Site
+
+FUSED = "fused experts (3-D parameter)"
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What a model's structure says before any weight is read."""
+    """Blocks and sites of one model."""
 
     blocks: Blocks
-    layers: dict[str, nn.Module]  # to decompose, by name
+    layers: dict[str, Site]  # to decompose, by name
     skipped: dict[str, str]  # every other linear layer or fused parameter -> why
 
-    def members(self, index: int) -> dict[str, nn.Module]:
-        return {name: module for name, module in self.layers.items() if self.blocks.holds(index, name)}
+    def members(self, index: int) -> dict[str, Site]:
+        """The layers of one block."""
+        return {name: site for name, site in self.layers.items() if self.blocks.holds(index, name)}
+
+    def notes(self) -> list[str]:
+        """What a user should know of what is left alone."""
+        notes = []
+        if not self.blocks.prefix:
+            notes.append(
+                "The model has no list of repeated blocks; all layers are calibrated in one pass, which holds every "
+                "weight and every Gram matrix in memory at once."
+            )
+        fused = [name for name, reason in self.skipped.items() if reason == FUSED]
+        if fused:
+            notes.append(
+                f"{len(fused)} fused expert parameters stay dense, like {fused[0]}; they are listed under 'skipped'."
+            )
+        return notes
 
 
-def survey(model: nn.Module, settings: Settings) -> Survey:
-    """Find the blocks and the layers; works on the meta device."""
+def survey(model: Any, targets: str | None = None, exclude: str | None = None) -> Survey:
+    """Find the blocks and the layers; works on the meta device. Experts to decompose become layers of `model`."""
     blocks = find_blocks(model)
-    layers, skipped = select_linears(model, blocks.names(), settings.targets, settings.exclude)
-    fused = fused_parameters(model)
-    if fused:
-        warnings.warn(
-            f"{len(fused)} fused expert parameters stay dense, like {next(iter(fused))} "
-            f"({'x'.join(map(str, next(iter(fused.values())).shape))}); they are listed under 'skipped'.",
-            LordWarning,
-            stacklevel=2,
-        )
-    skipped |= dict.fromkeys(fused, "fused experts (3-D parameter)")
-    return Survey(blocks, layers, skipped)
+    unfuse(model)
+    layers, skipped = select_linears(model, blocks.names(), targets, exclude)
+    skipped = fuse_untouched(model, layers, skipped)
+    skipped |= {name: FUSED for name in fused_parameters(model) if name not in skipped}
+    return Survey(blocks, {name: Site.of(name, module) for name, module in layers.items()}, skipped)

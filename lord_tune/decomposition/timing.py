@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,11 @@ from torch import nn
 
 from ..calibration.blocks import first_input
 from ..errors import LordError
-from .base import Settings
+from ..factorizations import Factorization
+from ..memory import synchronize
+from ..plans import LayerChoice
+from ..sites import Site
+from .decide import Request
 from .survey import Survey
 
 _ROUNDING = 3e4  # a weight's rounding with feedback, in operations at the rate of float32 products (measured: 2e4-5e4)
@@ -21,11 +25,11 @@ _EIGH = 9.0  # operations per k^3 of a symmetric eigenproblem with vectors (Golu
 _EIGH_SLOWNESS, _QR_SLOWNESS = 2.5, 4.0
 
 
-def layer_flops(shape: tuple[int, int], settings: Settings) -> float:
+def layer_flops(shape: tuple[int, int], method: Factorization) -> float:
     """Work of factorizing one layer, in operations at the rate of a float64 matrix product; among layers of one method
     the relation is what counts."""
     out, inputs = shape
-    if settings.method.name == "caldera":  # rounding by weights, products by inputs; equal at 1,000 inputs
+    if method.alternates:  # rounding by weights, products by inputs; equal at 1,000 inputs
         return _ROUNDING * out * inputs * (1.0 + inputs / 1000)
     k = min(shape)
     rotation = 4.0 * out * k * k * _QR_SLOWNESS if out > inputs else 0.0
@@ -48,18 +52,18 @@ class Rates:
 
         def rate(work: Callable[[], Any], operations: float) -> float:
             work()
+            synchronize(device)
             best = float("inf")
             for _ in range(3):
                 start = time.perf_counter()
                 work()
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
+                synchronize(device)
                 best = min(best, time.perf_counter() - start)
             return operations / best
 
         n, k = 768, 384
         generator = torch.Generator().manual_seed(0)
-        a = torch.randn(n, n, generator=generator).to(device)
+        a = torch.randn(n, n, generator=generator, device="cpu").to(device)
         low, wide = a.to(dtype), a.double()
         small = (wide @ wide.T)[:k, :k].contiguous()
         return cls(
@@ -82,7 +86,7 @@ class TextSize:
 
 
 def trace(
-    model: nn.Module, found: Survey, run: Callable[[nn.Module, torch.Tensor], Any], length: int
+    model: nn.Module, survey: Survey, run: Callable[[nn.Module, torch.Tensor], Any], length: int
 ) -> tuple[list[set[str]], float]:
     """(groups of the first block's layers that share an input, operations of a forward pass of all blocks per token).
 
@@ -90,7 +94,7 @@ def trace(
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    members = found.members(0)
+    members = {name: site.module(model) for name, site in survey.members(0).items()}
     seen: list[tuple[torch.Tensor, set[str]]] = []
 
     def hook(name: str) -> Callable:
@@ -108,10 +112,10 @@ def trace(
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             run(model, torch.zeros(1, length, dtype=torch.long, device="meta"))
-        inside = found.blocks.names()[0]
+        inside = survey.blocks.names()[0]
         flops = sum(sum(ops.values()) for name, ops in counter.get_flop_counts().items() if name.endswith("." + inside))
         if flops and {name for _, names in seen for name in names} == set(members):
-            return [names for _, names in seen], flops * len(found.blocks.modules) / length
+            return [names for _, names in seen], flops * len(survey.blocks.modules) / length
     except LordError:
         raise
     except Exception:  # a model may fail on tensors without values in any way; it is estimated from its weights
@@ -119,52 +123,52 @@ def trace(
     finally:
         for handle in handles:
             handle.remove()
-    weights = sum(p.numel() for block in found.blocks.modules for p in block.parameters())
+    weights = sum(p.numel() for block in survey.blocks.modules for p in block.parameters())
     return [{name} for name in members], 2.0 * weights
 
 
 def run_seconds(
-    shapes: dict[str, tuple[int, int]],
-    inputs: list[int],  # of one block
+    sites: Mapping[str, Site],
+    choices: Mapping[str, LayerChoice],  # where the calibration decides the ranks, without them
+    request: Request,
+    inputs: list[int],  # of one block: widths of the inputs that have a Gram matrix each
     count: int,
     text: TextSize | None,
     forward_flops: float,
     rates: Rates,
     walks: int,
     weighted: bool,
-    settings: Settings,
 ) -> float:
+    """Of one process that does it all."""
     total = 0.0
     if text is not None:
         tokens = text.tokens + text.heldout
-        runs = walks + (
-            settings.propagate == "sequential"
-        )  # once more to hand on what the decomposed block makes of it
-        if settings.recovery is not None:  # a training pass is three; the original's and the tuned block's outputs
-            runs += 2 + 3 * settings.recovery.epochs
+        runs = walks + (request.propagate == "sequential")  # once more to hand on what the decomposed block makes of it
+        if request.recovery is not None:  # a training pass is three; the original's and the tuned block's outputs
+            runs += 2 + 3 * request.recovery.epochs
         total += runs * tokens * forward_flops / rates.forward
         total += walks * count * sum(text.tokens * (width + 192.0) * width for width in inputs) / rates.single
         if weighted:
             total += 4 * text.sensitivity * forward_flops / rates.forward
-    if settings.method.name == "caldera":
-        own = sum(_alternation_seconds(shape, settings, rates) for shape in shapes.values())
-        return total + walks * own
-    for shape in shapes.values():
-        out, width = shape
-        k = min(shape)
-        tries = max(1, len(settings.shrinkages)) * walks * getattr(settings.method, "iterations", 1)
+    for name, site in sites.items():
+        method = choices[name].factorization()
+        if method.alternates:
+            total += walks * _alternation_seconds(site.shape, 0 if choices[name].rank == 0 else method.solves, rates)
+            continue
+        out, width = site.shape
+        k = min(site.shape)
+        tries = len(method.candidates()) * walks * method.solves
         eigenproblems = _EIGH * k**3 * (1.5 if text is not None else 1.0)
         products = 2.0 * k * width * width * (text is not None) + 2.0 * out * k * (width + k) + 6.0 * k**3
         total += tries * (eigenproblems / rates.eigen + products / rates.double)
     return total
 
 
-def _alternation_seconds(shape: tuple[int, int], settings: Settings, rates: Rates) -> float:
+def _alternation_seconds(shape: tuple[int, int], iterations: int, rates: Rates) -> float:
     """Of CALDERA on one layer: six roundings to choose damping and scales, then one for every iteration (two for the
     first), with the errors, eigenproblems and feedback that go with them."""
     out, width = shape
     k = min(shape)
-    iterations = 0 if settings.rank == 0 else getattr(settings.method, "iterations", 1)
     roundings = 6 + (iterations + 1 if iterations else 0)
     products = (6 + 5 * iterations) * 2.0 * out * width * width + 8.0 * iterations * width**3
     return (

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..integrations.running import kind_of
+from ..memory import synchronize
 
 _GENERATED = 16  # tokens per timed generation
 _REPEATS = 3
@@ -24,6 +25,7 @@ def speed(model: Any, window: Tensor) -> float:
     times = []
     with torch.no_grad():
         for _ in range(_REPEATS + 1):
+            synchronize(window.device)
             start = time.perf_counter()
             if kind_of(model) == "causal":
                 prompt = window[:, :16]
@@ -33,5 +35,6 @@ def speed(model: Any, window: Tensor) -> float:
             else:
                 model(input_ids=window)
                 done = window.shape[1]
+            synchronize(window.device)
             times.append((time.perf_counter() - start) / done)
     return 1 / statistics.median(times[1:])

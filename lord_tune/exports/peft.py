@@ -15,11 +15,17 @@ from torch import Tensor
 
 from ..errors import ExportMismatch, UsageError
 from ..integrations.transformers_quantizer import detach
-from ..layers import factored_layers, is_linear
+from ..layers import factored_layers, is_linear, unfused_parameters
 from ..quantizers import NF4
 
 
 def check_peft_exportable(model: Any) -> None:
+    experts = unfused_parameters(model)
+    if experts:
+        raise UsageError(
+            f"The experts '{experts[0]}' are decomposed, which neither bitsandbytes nor a LoRA adapter can hold one by "
+            "one; export --format factored or dense."
+        )
     for name, layer in factored_layers(model).items():
         if layer.plan.backbone != "nf4":
             raise UsageError(

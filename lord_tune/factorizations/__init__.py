@@ -1,8 +1,11 @@
 """Factorization methods, one file each; `METHODS` lists them by name."""
 
+from typing import Any
+
 from .afm import AFM
 from .base import (
     Core,
+    FactorForm,
     Factorization,
     Factors,
     Fisher,
@@ -17,11 +20,11 @@ from .base import (
 )
 from .caldera import Caldera, feedback_alone
 from .loftq import LoftQ
-from .rounding import FactorForm, round_factors
+from .rounding import round_factors
 from .svd import PlainSVD
 from .whitened import Whitened
 
-METHODS: dict[str, type] = {"svd": PlainSVD, "whitened": Whitened, "afm": AFM, "loftq": LoftQ, "caldera": Caldera}
+METHODS: dict[str, type[Any]] = {"svd": PlainSVD, "whitened": Whitened, "afm": AFM, "loftq": LoftQ, "caldera": Caldera}
 
 __all__ = [
     "AFM",

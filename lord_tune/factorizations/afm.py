@@ -21,6 +21,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..calibration.moments import Moments
+from ..declared import option
 from .base import Core, Projection
 
 
@@ -30,7 +31,11 @@ class AFM(Projection):
 
     name: ClassVar[str] = "afm"
     needs: ClassVar[frozenset[str]] = frozenset({"input_gram"})
-    centred: bool = True
+    centred: bool = option(True, "centre the outputs and correct the bias, as LoRD is published")
+
+    @property
+    def shifts_bias(self) -> bool:
+        return self.centred
 
     def selection(self, core: Core, moments: Moments | None) -> tuple[Tensor, Tensor | None]:
         assert moments is not None and core.outputs is not None, "the driver collects what `needs` names"

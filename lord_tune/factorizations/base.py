@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -102,13 +102,53 @@ class Split:
     centre: Tensor | None = None  # (in,), see Spectrum
 
 
+@dataclass(frozen=True)
+class FactorForm:
+    """How L and R are stored."""
+
+    quantizer: Any  # of all components but the first `top`
+    top: int = 0
+    top_form: Any = torch.float32  # of these: a Quantizer or a floating dtype
+
+    def __post_init__(self) -> None:
+        assert self.top >= 0
+
+
 class Factorization(Protocol):
-    """One layer in, its factors out."""
+    """One layer in, its factors out. `Method` has the declarations that most methods share."""
 
     name: ClassVar[str]
+    needs_backbone: ClassVar[bool]  # without Q there is nothing to do
+    alternates: ClassVar[bool]  # Q and L R in turn, Q with feedback: its Q alone is not plain rounding
+    widths: ClassVar[tuple[str, ...]]  # the backbones that a budget of bits chooses from, narrowest first
 
     @property
-    def needs(self) -> frozenset[str]: ...
+    def needs(self) -> frozenset[str]:
+        """The statistics that `split` is given, of "input_gram" and "fisher"."""
+        ...
+
+    @property
+    def shifts_bias(self) -> bool:
+        """Whether every layer it decomposes gets a bias."""
+        ...
+
+    @property
+    def solves(self) -> int:
+        """How often the problem of one layer is solved, for estimates of the time."""
+        ...
+
+    @property
+    def shrunk(self) -> float | None:
+        """The share of the Gram matrix's diagonal in it, for methods that have one."""
+        ...
+
+    def candidates(self) -> tuple[Self, ...]:
+        """The methods to choose from by held-out error, layer by layer; most are the only one."""
+        ...
+
+    def rounding(self, form: FactorForm | None) -> Self:
+        """The method for L and R stored in this form, where it rounds them itself."""
+        ...
 
     def split(
         self,
@@ -130,11 +170,12 @@ def truncate(
     limit = spectrum.basis.shape[1]
     if not 0 <= rank <= limit:
         raise UsageError(f"Rank {rank} came for a {tuple(weight.shape)} matrix; choose 0 to {limit}.")
-    w, left = weight.double(), spectrum.basis[:, :rank].to(torch.float64, copy=True)  # a view would hold the basis
+    w = weight.double()
+    left = spectrum.basis[:, :rank].to(w.device, torch.float64, copy=True)  # a view would hold the basis
     right = left.T @ w
     if spectrum.centre is None:
         return Factors(left, right)
-    output_mean = w @ spectrum.centre.double()
+    output_mean = w @ spectrum.centre.to(w)
     return Factors(left, right, output_mean - left @ (left.T @ output_mean))
 
 
@@ -144,11 +185,40 @@ def balance(factors: Factors) -> Factors:
     return dataclasses.replace(factors, left=left, right=right)
 
 
-class Projection:
+class Method:
+    """What a method declares unless it says otherwise."""
+
+    needs_backbone: ClassVar[bool] = False
+    alternates: ClassVar[bool] = False
+    widths: ClassVar[tuple[str, ...]] = ("lloyd2", "lloyd3", "lloyd4", "int8")
+
+    @property
+    def shifts_bias(self) -> bool:
+        return False
+
+    @property
+    def solves(self) -> int:
+        return 1
+
+    @property
+    def shrunk(self) -> float | None:
+        return None
+
+    def candidates(self) -> tuple[Self, ...]:
+        return (self,)
+
+    def rounding(self, form: FactorForm | None) -> Self:
+        return self
+
+
+class Projection(Method):
     """Base of the methods whose optimum is an orthogonal projection of the outputs, W' = U_r U_r^T W.
 
     U are the eigenvectors of a second moment of the outputs that the method chooses (`selection`).
     """
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]]
 
     def selection(self, core: Core, moments: Moments | None) -> tuple[Tensor, Tensor | None]:
         """The (k, k) moment, in the core's coordinates, whose eigenvectors are the basis; and the centre (in,)."""

@@ -27,50 +27,66 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ..calibration.moments import InputStatistics, Moments
+from ..declared import option
 from ..errors import UsageError
 from ..linalg import principal_axes, smaller_side, solve_psd
+from ..quantizers import Quantizer
 from ..quantizers.ldlq import (
     Feedback,
-    block_of,
     choose,
     round_with_feedback,
-    rounding_gram,
-    rounding_inputs,
 )
-from .base import Factors, Fisher, Split
-from .rounding import FactorForm, factor_feedback, plainly_rounded, refine
+from .base import FactorForm, Factors, Fisher, Method, Split
+from .rounding import factor_feedback, plainly_rounded, refine
 
 DAMPINGS: tuple[float, ...] = (0.01, 0.1, 0.3)
 STRETCHES = (0.92, 1.0, 1.08)
 
 
 @dataclass(frozen=True)
-class Caldera:
+class Caldera(Method):
     """Alternation of LDLQ and activation-aware low rank."""
 
     name: ClassVar[str] = "caldera"
-    iterations: int = 6
-    downdate: str = "auto"  # auto, on, off
-    order: str = "auto"  # what is fitted to W first: auto, q, lr
-    weighting: str = "activations"  # or "fisher"
+    needs_backbone: ClassVar[bool] = True
+    alternates: ClassVar[bool] = True
+    widths: ClassVar[tuple[str, ...]] = ("e8-2", "e8-3", "e8-4", "int8")
+    iterations: int = option(6, "alternations of Q and L R", at_rank_0=False, gt=0)
+    downdate: Literal["auto", "on", "off"] = option(
+        "auto", "spend no feedback on directions that L R carries; auto keeps the better", at_rank_0=False
+    )
+    order: Literal["auto", "q", "lr"] = option(
+        "auto", "what is fitted to W first, Q or L R; auto keeps the better", at_rank_0=False
+    )
+    weighting: Literal["activations", "fisher"] = option(
+        "activations",
+        "what an error costs: by the inputs' second moment, or by row and column means of squared gradients (LQ-LoRA)",
+    )
     factor_form: FactorForm | None = None  # None: L and R stay as they are (16 bits or more)
 
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"input_gram"} if self.weighting == "activations" else {"input_gram", "fisher"})
 
+    @property
+    def solves(self) -> int:
+        return self.iterations
+
+    def rounding(self, form: FactorForm | None) -> Caldera:
+        return replace(self, factor_form=form)
+
     def split(
         self,
         weight: Tensor,
         moments: Moments | None,
         rank: int,
-        quantizer: Any,
+        quantizer: Quantizer | None,
         heldout: InputStatistics | None = None,
         fisher: Fisher | None = None,
     ) -> Split:
@@ -106,7 +122,7 @@ class Caldera:
 def feedback_alone(
     weight: Tensor,
     moments: Moments,
-    quantizers: list[Any],
+    quantizers: list[Quantizer],
     heldout: InputStatistics | None = None,
 ) -> Iterator[Split]:
     """Rounding with feedback in several formats, without L R; all in the damping that the first one chose."""
@@ -135,7 +151,7 @@ class _Problem:
         weight: Tensor,  # (out, in) float64
         moments: Moments,
         heldout: InputStatistics | None,
-        quantizer: Any,
+        quantizer: Quantizer,
         fisher: Fisher | None,
         factor_form: FactorForm | None,
         dampings: tuple[float, ...] = DAMPINGS,
@@ -146,8 +162,8 @@ class _Problem:
         if fisher is not None:
             self.gram = torch.diag(_bounded(fisher.columns).square()).to(weight)
             self.rows = _bounded(fisher.rows).to(weight)
-        self.rounding_gram = rounding_gram(quantizer, self.gram)
-        self.block = block_of(quantizer)
+        self.rounding_gram = quantizer.turned_gram(self.gram)
+        self.block = quantizer.block
         self.damping = self.dampings[0]
         self.stretch: Tensor | float = 1.0
         self.energy = self._energies(weight).sum().clamp_min(1e-300)
@@ -248,7 +264,7 @@ class _Problem:
     def _feedback(self, factors: Factors, downdate: bool) -> Feedback:
         if downdate:
             right = factors.right if factors.top is None else torch.cat([factors.top.right, factors.right])
-            right = rounding_inputs(self.quantizer, right)
+            right = self.quantizer.turned_inputs(right)
             reach = right @ self.rounding_gram
             rest = self.rounding_gram - reach.T @ solve_psd(reach @ right.T, reach)
             rest = (rest + rest.T) / 2
@@ -262,9 +278,9 @@ class _Problem:
         return self._plain
 
 
-def _own_energies(quantizer: Any, residual: Tensor, gram: Tensor) -> Tensor:
+def _own_energies(quantizer: Quantizer, residual: Tensor, gram: Tensor) -> Tensor:
     """The error of each row in the coordinates the format rounds in, where rows are rounded independently. (out,)"""
-    turned = quantizer.rotated(residual) if hasattr(quantizer, "rotated") else residual
+    turned = quantizer.turned(residual)
     return (turned @ gram * turned).sum(1)
 
 

@@ -15,23 +15,29 @@ import torch
 from torch import Tensor
 
 from ..calibration.moments import InputStatistics, Moments
+from ..declared import option
 from ..errors import UsageError
 from ..linalg import output_basis
 from ..quantizers import Quantizer
-from .base import Fisher, Spectrum, Split, truncate
+from .base import Fisher, Method, Spectrum, Split, truncate
 
 
 @dataclass(frozen=True)
-class LoftQ:
+class LoftQ(Method):
     """min ||W - Q - L R||_F by alternation, Q quantized."""
 
     name: ClassVar[str] = "loftq"
     needs: ClassVar[frozenset[str]] = frozenset()
-    iterations: int = 5
+    needs_backbone: ClassVar[bool] = True
+    iterations: int = option(5, "alternations of Q and L R", gt=0)
 
     def __post_init__(self) -> None:
         if self.iterations < 1:
             raise UsageError(f"LoftQ came with {self.iterations} iterations; at least 1 is needed.")
+
+    @property
+    def solves(self) -> int:
+        return self.iterations
 
     def split(
         self,

@@ -13,30 +13,18 @@ another, finer format (or in 16 bits, to be trained); the rest is fitted to what
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..linalg import solve_psd
-from ..quantizers.ldlq import Feedback, block_of, round_with_feedback, rounding_gram
-from .base import Factors
+from ..quantizers.ldlq import Feedback, round_with_feedback
+from .base import FactorForm, Factors
 
 _DAMPING = 0.01
 _ROUNDS = 2  # in rotated coordinates further ones gain under 1 %
-
-
-@dataclass(frozen=True)
-class FactorForm:
-    """How L and R are stored."""
-
-    quantizer: Any  # of all components but the first `top`
-    top: int = 0
-    top_form: Any = torch.float32  # of these: a Quantizer or a floating dtype
-
-    def __post_init__(self) -> None:
-        assert self.top >= 0
 
 
 def round_factors(
@@ -94,7 +82,7 @@ def factor_feedback(form: FactorForm, gram: Tensor) -> Feedback:
 
 
 def _feedback(quantizer: Any, gram: Tensor) -> Feedback:
-    return Feedback.of(rounding_gram(quantizer, gram), _DAMPING, block_of(quantizer))
+    return Feedback.of(quantizer.turned_gram(gram), _DAMPING, quantizer.block)
 
 
 def plainly_rounded(factors: Factors, form: FactorForm) -> Factors:

@@ -14,14 +14,17 @@ are mostly noise. The driver can choose it per layer by held-out error (`--shrin
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from ..calibration.moments import Moments
+from ..declared import option
 from ..errors import UsageError
 from .base import Core, Projection
+
+SHRINKAGES = (0.0, 0.05, 0.15, 0.4)  # what "auto" chooses from
 
 
 @dataclass(frozen=True)
@@ -30,15 +33,27 @@ class Whitened(Projection):
 
     name: ClassVar[str] = "whitened"
     needs: ClassVar[frozenset[str]] = frozenset({"input_gram"})
-    sink_weight: float = 0.05
-    shrinkage: float = 0.0
+    sink_weight: float = option(0.05, "extra weight of position-0 inputs (attention sinks) in the Gram matrix", ge=0)
+    shrinkage: float | Literal["auto"] = option(
+        0.0, "share of the Gram matrix's diagonal; auto: per layer, by held-out error"
+    )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.shrinkage <= 1:
-            raise UsageError(f"The shrinkage {self.shrinkage} came; it is a fraction, 0 to 1.")
+        if self.shrinkage != "auto" and not 0 <= self.shrinkage <= 1:
+            raise UsageError(f"Got shrinkage {self.shrinkage}; expected a fraction from 0 to 1, or auto.")
+
+    @property
+    def shrunk(self) -> float | None:
+        return None if self.shrinkage == "auto" else self.shrinkage
+
+    def candidates(self) -> tuple[Whitened, ...]:
+        if self.shrinkage != "auto":
+            return (self,)
+        return tuple(replace(self, shrinkage=amount) for amount in SHRINKAGES)
 
     def selection(self, core: Core, moments: Moments | None) -> tuple[Tensor, Tensor | None]:
         assert moments is not None and core.outputs is not None, "the driver collects what `needs` names"
+        assert self.shrinkage != "auto", "a candidate is chosen first"
         moment = core.outputs
         if self.shrinkage:
             scaled = core.matrix * moments.gram.diagonal().clamp_min(0).sqrt()

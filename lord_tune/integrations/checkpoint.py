@@ -2,8 +2,9 @@
 
 transformers builds the skeleton and accelerate's disk offload the index (`device_map={"": "disk"}`): every renaming and
 conversion between stored and runtime names is theirs, so no family needs code here. Tensors that transformers converts
-on loading (experts stored one by one, fused at run time) are written converted to `scratch`, once. The forward hooks
-that would load weights at every call are removed again: `load` and `release` say when.
+on loading (experts stored one by one, fused at run time) are written converted to `scratch`, once. Of experts that are
+layers of their own (layers/experts.py) each is read alone, out of the fused tensor. The forward hooks that would load
+weights at every call are removed again: `load` and `release` say when.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, UsageError
-from ..layer_plan import LayerPlan
+from ..layers import expert_of, unfused_parameters
+from ..layers.experts import UnfusedExperts
+from ..plans import LayerPlan
 from ..storage import write_json
 from .models import default_device, load_dense_or_factored, model_class
 from .transformers_quantizer import LordConfig
@@ -58,6 +61,7 @@ class Checkpoint:
         scratch.mkdir(parents=True, exist_ok=True)
         self.model = load_dense_or_factored(name, dtype, device_map={"": "disk"}, offload_folder=str(scratch))
         self._weights = _index_of(self.model)
+        self._present = set(self._weights)  # asking the mapping itself reads the tensor
         _check_headers(name, self.model, getattr(self._weights, "index", {}))
         remove_hook_from_submodules(self.model)
         self.model.__dict__.pop("hf_device_map", None)
@@ -88,17 +92,46 @@ class Checkpoint:
                 _tie(self.model, target, name)
 
     def stored(self, name: str) -> Tensor | None:
-        entry = getattr(self._weights, "index", {}).get(name, {})
-        if self._recast or "safetensors_file" not in entry:
+        part = expert_of(name)
+        entry = self._entry(name if part is None else part[0])
+        if self._recast or self._is_sentinel(name) or "safetensors_file" not in entry:
             return None
+        if part is not None:
+            return _stored_expert(entry, *part)
         with safe_open(entry["safetensors_file"], framework="pt") as file:
             return file.get_tensor(entry.get("weight_name", name))
 
+    def _entry(self, name: str) -> dict[str, Any]:
+        return getattr(self._weights, "index", {}).get(name, {})
+
+    def _is_sentinel(self, name: str) -> bool:
+        """Whether `name` is a fused parameter whose experts are layers of their own."""
+        owner: Any = _owner(self.model, name)
+        return isinstance(owner, UnfusedExperts) and name.rpartition(".")[2] in owner.unfused
+
+    def _read_expert(self, fused: str, expert: int) -> Tensor:
+        """One expert's part, without reading the others where the file is safetensors."""
+        entry = self._entry(fused)
+        if "safetensors_file" in entry:
+            part = _stored_expert(entry, fused, expert)
+            return part.to(getattr(torch, entry["dtype"])) if "dtype" in entry else part
+        return self._weights[fused][expert]
+
     def _read(self, name: str) -> Tensor:
-        source = next((n for n in (name, *self._tied.get(name, ())) if n in self._weights), None)
+        if self._is_sentinel(name):
+            return torch.zeros(0, dtype=torch.uint8)
+        part = expert_of(name)
+        if part is not None and part[0] in self._present:
+            return self._read_expert(*part)
+        source = next((n for n in (name, *self._tied.get(name, ())) if n in self._present), None)
         if source is None:
             raise CheckpointError(f"The checkpoint lacks the tensor '{name}'; download or write it again.")
         return self._weights[source]
+
+
+def _stored_expert(entry: dict[str, Any], fused: str, expert: int) -> Tensor:
+    with safe_open(entry["safetensors_file"], framework="pt") as file:
+        return file.get_slice(entry.get("weight_name", fused))[expert]
 
 
 def _index_of(model: nn.Module) -> Any:
@@ -172,7 +205,8 @@ def write_index(
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = str(model.dtype).removeprefix("torch.")
-    config.quantization_config = LordConfig({name: plan.to_dict() for name, plan in plans.items()})
+    manifest = {name: plan.to_dict() for name, plan in plans.items()}
+    config.quantization_config = LordConfig(manifest, unfused=unfused_parameters(model))
     config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)

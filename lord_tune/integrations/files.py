@@ -64,7 +64,7 @@ def fingerprint(name: str) -> str | None:
     return sha256_files(files) if files else None
 
 
-def pickled_weight_files(name: str) -> list[Path]:
+def bin_weight_files(name: str) -> list[Path]:
     """The pytorch_model*.bin files of a local model directory, which transformers reads where there is no safetensors
     file; in order."""
     return sorted(Path(name).glob("pytorch_model*.bin")) if Path(name).is_dir() else []

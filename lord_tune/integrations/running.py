@@ -38,7 +38,7 @@ def run_on_meta(model: Any, ids: Tensor) -> Any:
 def masked_windows(ids: Tensor, mask_token: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Ids with 15 % replaced by the mask token, and labels that are -100 elsewhere; at least one per window."""
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.rand(ids.shape, generator=generator) < MASKED_FRACTION
+    chosen = torch.rand(ids.shape, generator=generator, device="cpu") < MASKED_FRACTION
     chosen[:, ids.shape[1] // 2] = True
     return torch.where(chosen, mask_token, ids), torch.where(chosen, ids, -100)
 
@@ -54,7 +54,8 @@ def summed_loss(model: Any, ids: Tensor, mask_token: int | None = None) -> tuple
     if kind == "bare":
         hidden = _run(model, ids).last_hidden_state.float()
         generator = torch.Generator().manual_seed(int(ids.sum()))
-        return (hidden * torch.randn(hidden.shape, generator=generator).to(hidden)).sum(), ids.numel()
+        weights = torch.randn(hidden.shape, generator=generator, device="cpu").to(hidden)
+        return (hidden * weights).sum(), ids.numel()
     labels = ids
     if kind == "masked":
         if mask_token is None:

@@ -1,6 +1,6 @@
 """The transformers plugin: checkpoints with `quant_method: lord` load through `from_pretrained`.
 
-The model is on the meta device when the modules are swapped; their parameter names equal the checkpoint keys, so
+The model is on the meta device when experts are unfused and modules swapped; their parameter names equal the keys, so
 transformers' ordinary loader fills them (sharded files, device_map, no converter that would break `save_pretrained`).
 `register` is called when `lord_tune` is imported, or later, when transformers' quantizer module is (see __init__).
 """
@@ -8,17 +8,28 @@ transformers' ordinary loader fills them (sharded files, device_map, no converte
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import CheckpointError
-from ..layer_plan import FORMAT_VERSION, LayerPlan
-from ..layers import FactoredLinear, QuantizedLinear, densify, factored_layers, is_linear, weight_of
+from ..layers import (
+    FactoredLinear,
+    QuantizedLinear,
+    densify,
+    factored_layers,
+    is_linear,
+    unfuse,
+    unfused_parameters,
+    weight_of,
+)
+from ..plans import FORMAT_VERSION, LayerPlan
 from ..quantizers import DTYPES
 
 QUANT_METHOD = "lord"
@@ -29,7 +40,11 @@ class LordConfig(QuantizationConfigMixin):
     """The manifest inside `config.json`."""
 
     def __init__(
-        self, layers: dict[str, Any] | None = None, format_version: int = FORMAT_VERSION, **unknown: Any
+        self,
+        layers: dict[str, Any] | None = None,
+        format_version: int = FORMAT_VERSION,
+        unfused: Iterable[str] = (),  # parameters whose experts are layers of their own, decomposed or not
+        **unknown: Any,
     ) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         if format_version > FORMAT_VERSION:
@@ -39,6 +54,8 @@ class LordConfig(QuantizationConfigMixin):
             )
         self.format_version = format_version
         self.layers = dict(layers or {})
+        if unfused:
+            self.unfused = list(unfused)
 
     def plans(self) -> dict[str, LayerPlan]:
         return {name: LayerPlan.from_dict(name, content) for name, content in self.layers.items()}
@@ -53,10 +70,23 @@ class LordQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
+
+        def found_in(present: Container[str], name: str) -> str | None:
+            # a checkpoint of a model with a head also loads into the bare model, and the other way round
+            return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in present), None)
+
+        parameters = dict(model.named_parameters())
+        wanted = {name: found_in(parameters, name) for name in getattr(self.quantization_config, "unfused", ())}
+        done = unfuse(model, [found for found in wanted.values() if found is not None])
+        for name, found in wanted.items():
+            if found not in done:
+                raise CheckpointError(
+                    f"The checkpoint names the experts '{name}', which {type(model).__name__} does not have as a 3-D "
+                    "parameter; load the checkpoint with the model class it was made from."
+                )
         modules = dict(model.named_modules())
         for name, plan in self.quantization_config.plans().items():
-            # a checkpoint of a model with a head also loads into the bare model, and the other way round
-            found = next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in modules), None)
+            found = found_in(modules, name)
             if found is None or not is_linear(modules[found]):
                 raise CheckpointError(
                     f"The manifest names the layer '{name}', which {type(model).__name__} does not have as a linear "
@@ -70,10 +100,16 @@ class LordQuantizer(HfQuantizer):
                 )
             with torch.device("meta"):
                 model.set_submodule(found, FactoredLinear(plan, device="meta", dtype=old.weight.dtype))
+        _expect_scalars(model, kwargs.get("checkpoint_files") or [])
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         for layer in factored_layers(model).values():  # the loader lets every floating tensor require gradients
             layer.requires_grad_(False)
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear):
+                parts = module.parts()
+                if any(not part.dim() for part in parts.values()):
+                    module.set_parts({name: part.reshape(part.shape or 1) for name, part in parts.items()})
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict]:
         """Refresh the manifest: ranks and formats may have changed since loading (merged adapters)."""
@@ -90,6 +126,22 @@ class LordQuantizer(HfQuantizer):
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         densify(model, dtype)
         return model
+
+
+def _expect_scalars(model: nn.Module, files: list[str]) -> None:
+    """Prepare packed layers for parts that checkpoints of earlier versions hold without dimensions: `nested_offset`."""
+    packed = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    if not any("nested_offset" in module.parts() for module in packed.values()):
+        return
+    for path in files:
+        if not str(path).endswith(".safetensors"):
+            continue
+        with safe_open(path, framework="pt") as file:
+            old = [key for key in file.keys() if key.endswith(".nested_offset") and not file.get_slice(key).get_shape()]
+        for key in old:
+            for name, module in packed.items():
+                if f".{key}".endswith(f".{name}.nested_offset") or f".{name}.nested_offset".endswith(f".{key}"):
+                    module.set_parts(module.parts() | {"nested_offset": torch.empty((), device="meta")})
 
 
 def realised_plan(layer: FactoredLinear) -> LayerPlan:
@@ -125,7 +177,7 @@ def manifest_of(model: nn.Module) -> dict[str, Any]:
 
 def attach(model: Any) -> None:
     """Make a decomposed model savable by `save_pretrained`, as if it had been loaded from a factored checkpoint."""
-    config = LordConfig(manifest_of(model))
+    config = LordConfig(manifest_of(model), unfused=unfused_parameters(model))
     model.config.quantization_config = config
     model.hf_quantizer = LordQuantizer(config)
     model.is_quantized = True

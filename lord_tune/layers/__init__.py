@@ -1,5 +1,6 @@
 """Runtime layers and the surgery that puts them into a model."""
 
+from .experts import expert_of, fuse, fuse_untouched, unfuse, unfused_parameters
 from .factored_linear import FactoredLinear, FrozenSum, Parts, build_layer, dense_factor
 from .quantized_linear import CastLinear, QuantizedLinear, ZeroLinear, dequantize_once
 from .surgery import (
@@ -8,6 +9,7 @@ from .surgery import (
     factored_layers,
     fused_parameters,
     is_linear,
+    is_transposed,
     select_linears,
     shape_of,
     weight_of,
@@ -25,10 +27,16 @@ __all__ = [
     "dense_factor",
     "densify",
     "dequantize_once",
+    "expert_of",
     "factored_layers",
+    "fuse",
+    "fuse_untouched",
     "fused_parameters",
     "is_linear",
+    "is_transposed",
     "select_linears",
     "shape_of",
+    "unfuse",
+    "unfused_parameters",
     "weight_of",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..factorizations import Factors
-from ..layer_plan import LayerPlan
+from ..plans import LayerPlan
 from ..quantizers import DTYPES, make_quantizer
 from .quantized_linear import CastLinear, QuantizedLinear
 

@@ -64,8 +64,9 @@ class QuantizedLinear(nn.Linear):
         self._dense = None
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantizedLinear:
+        """Moves the parts and leaves their dtypes alone: rounding a scale would change every weight it belongs to."""
         kept, before = self._dense, [part.data_ptr() for part in self.parts().values()]
-        super()._apply(fn, recurse)
+        super()._apply(_moving(fn), recurse)
         if kept is not None and before != [part.data_ptr() for part in self.parts().values()]:
             self.drop_dense()
             if not self.weight.is_meta:  # a trainer moves its model to the device
@@ -75,7 +76,8 @@ class QuantizedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         if self._dense is not None:
             return nn.functional.linear(x, self._dense.to(x.dtype))
-        return self.quantizer.linear(x, self.parts(), self.shape)
+        # the parameters themselves: formats remember what they looked up of a tensor (`on_host`)
+        return self.quantizer.linear(x, {name: getattr(self, name) for name in self._part_names}, self.shape)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, format={self.quantizer.name}"
@@ -86,8 +88,19 @@ def dequantize_once(model: nn.Module, dtype: torch.dtype = torch.float32) -> int
     return sum(module.keep_dense(dtype) for module in model.modules() if isinstance(module, QuantizedLinear))
 
 
+def _moving(fn: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
+    """What `fn` (of `Module.to`, `half`, `cuda`, ...) does to the place of a tensor, not what it does to its dtype."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        result = fn(tensor)
+        return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+    return moved
+
+
 class CastLinear(nn.Linear):
-    """An `nn.Linear` without bias, stored in one floating dtype and computed in the input's."""
+    """An `nn.Linear` without bias, computed in the input's dtype and stored in one of its own, which no cast of the
+    model changes."""
 
     def __init__(
         self, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device | str | None = None
@@ -98,6 +111,10 @@ class CastLinear(nn.Linear):
         empty = torch.empty(out_features, in_features, dtype=dtype, device=device)
         self.weight = nn.Parameter(empty, requires_grad=False)
         self.register_parameter("bias", None)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> CastLinear:
+        super()._apply(_moving(fn), recurse)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight.to(x.dtype))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from torch import Tensor
 
 from ..calibration.blocks import Blocks, find_blocks
-from ..errors import LordWarning
-from . import FactoredLinear, QuantizedLinear, is_linear, weight_of
+from .factored_linear import FactoredLinear
+from .quantized_linear import QuantizedLinear
+from .surgery import is_linear, weight_of
 
 
 def sizes(model: Any) -> dict[str, float]:
@@ -41,9 +41,7 @@ def sizes(model: Any) -> dict[str, float]:
 
 def linear_bits(model: Any, blocks: Blocks | None = None) -> tuple[int, int]:
     """(stored bits, dense weights) of all linear layers inside the blocks."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", LordWarning)  # of a model without blocks: it is about calibrating one
-        prefixes = (blocks or find_blocks(model)).names()
+    prefixes = (blocks or find_blocks(model)).names()
     inside = {n: m for n, m in model.named_modules() if any(p == "" or n.startswith(p + ".") for p in prefixes)}
     bits = weights = 0
     factored = [name for name, module in inside.items() if isinstance(module, FactoredLinear)]

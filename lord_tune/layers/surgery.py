@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import CheckpointError, UsageError
+from .experts import expert_layer, expert_of, fuse
 from .factored_linear import FactoredLinear
 
 
@@ -22,6 +23,11 @@ def is_linear(module: nn.Module) -> bool:
 def weight_of(module: Any) -> Tensor:
     """The weight as (out, in)."""
     return module.weight.detach().T if isinstance(module, Conv1D) else module.weight.detach()
+
+
+def is_transposed(module: Any) -> bool:
+    """Whether the weight is stored as (in, out)."""
+    return isinstance(module, Conv1D)
 
 
 def shape_of(module: Any) -> tuple[int, int]:
@@ -123,12 +129,19 @@ def factored_layers(model: nn.Module) -> dict[str, FactoredLinear]:
 
 
 def densify(model: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Replace every factored layer by the dense layer it stands for, in the class the original had, in place.
+    """Replace every factored layer by the dense layer it stands for, in the class the original had, in place; experts
+    become 3-D parameters again.
 
     The weight takes `dtype`, by default float32.
     """
     for name, layer in factored_layers(model).items():
         weight = layer.dense_weight(dtype or torch.float32)
+        if expert_of(name) is not None:
+            weight = weight.T.contiguous() if layer.plan.conv1d else weight
+            bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
+            frozen = nn.Parameter(weight, requires_grad=False)
+            model.set_submodule(name, expert_layer(frozen, layer.plan.conv1d, bias))
+            continue
         if layer.plan.conv1d:
             with torch.device("meta"):
                 dense: nn.Module = Conv1D(layer.out_features, layer.in_features)
@@ -141,3 +154,4 @@ def densify(model: nn.Module, dtype: torch.dtype | None = None) -> None:
         elif layer.plan.conv1d:  # a Conv1D always has a bias
             dense.bias = nn.Parameter(weight.new_zeros(layer.out_features), requires_grad=False)
         model.set_submodule(name, dense)
+    fuse(model)

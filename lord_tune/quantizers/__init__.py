@@ -15,7 +15,7 @@ from .lloyd import Lloyd2, Lloyd3, Lloyd4
 from .nf4 import NF4
 from .spqr import SpQR
 
-QUANTIZERS: dict[str, type] = {
+QUANTIZERS: dict[str, type[Any]] = {
     form.name: form for form in (NF4, Int2, Int3, Int4, Int8, Lloyd2, Lloyd3, Lloyd4, E8P2, E8P3, E8P4, SpQR)
 }
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # formats that need no quantizer

@@ -4,21 +4,26 @@ A quantizer is a frozen dataclass of its hyperparameters. It sees tensors, never
 that are stored; `dequantize` of these parts is the backbone Q, exactly: factorizations work on W - dequantize(parts),
 and a reload decodes the same bytes, so what was compensated is what is there.
 
-No product holds more of Q than TILE weights: rows of Q are decoded, used and dropped, forward and backward. Decoding
-itself goes CHUNK weights at a time, so that its temporaries stay in the second-level cache; that is why every format
-can decode a range of rows alone, to the same bits.
+No product holds more of Q than a tile of weights (`tile_of`): rows of Q are decoded, used and dropped, forward and
+backward. Decoding itself goes CHUNK weights at a time, so that its temporaries stay in the second-level cache; that is
+why every format can decode a range of rows alone, to the same bits.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cache, wraps
 from typing import Any, ClassVar, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-TILE = 2**22  # weights decoded at once for a product: 16 MiB of float32
+from ..errors import LordWarning
+
+TILE = 2**22  # weights decoded at once for a product on a CPU: 16 MiB of float32
+DEVICE_TILE = 2**25  # on an accelerator, whose caches matter less than the size of a product: 128 MiB of float32
 CHUNK = 2**18  # weights decoded at once on a CPU: 1 MiB of float32
 
 Arguments = ParamSpec("Arguments")
@@ -55,9 +60,30 @@ class Quantizer(Protocol):
         """x Q^T with a gradient to x, (..., in) -> (..., out)."""
         ...
 
+    @property
+    def block(self) -> int:
+        """Columns rounded together."""
+        ...
+
+    def turned(self, weight: Tensor) -> Tensor:
+        """A matrix in the coordinates that the format rounds in. (out, in)"""
+        ...
+
+    def turned_gram(self, gram: Tensor) -> Tensor:
+        """The Gram matrix of the inputs in these coordinates. (in, in)"""
+        ...
+
+    def turned_inputs(self, rows: Tensor) -> Tensor:
+        """Linear forms of the inputs in these coordinates. (k, in)"""
+        ...
+
+    def completed(self, parts: dict[str, Tensor], shape: tuple[int, int]) -> dict[str, Tensor]:
+        """The parts of a rounder, with what a loader needs to turn them back."""
+        ...
+
     def rounder(
         self,
-        weight: Tensor,  # (out, in)
+        weight: Tensor,  # (out, in), turned
         stretch: float | Tensor = 1.0,  # times the scales; of each row as (out, 1)
         importance: Tensor | None = None,  # (in,) >= 0: what an error in this input costs, for formats with outliers
     ) -> Any:
@@ -67,6 +93,25 @@ class Quantizer(Protocol):
     def options(self) -> dict[str, Any]:
         """The hyperparameters, as the manifest stores them."""
         ...
+
+
+class Format:
+    """What a format declares unless it says otherwise: columns are rounded one by one, in the weight's coordinates."""
+
+    block: ClassVar[int] = 1
+    rotated_by_default: ClassVar[bool] = False  # random rotations (incoherence.py) gain more than they cost
+
+    def turned(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def turned_gram(self, gram: Tensor) -> Tensor:
+        return gram
+
+    def turned_inputs(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def completed(self, parts: dict[str, Tensor], shape: tuple[int, int]) -> dict[str, Tensor]:
+        return parts
 
 
 class Decoder(Protocol):
@@ -94,6 +139,61 @@ def constant(build: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     return cast(Callable[Arguments, Result], built)
 
 
+_LARGEST_HALF = 65504.0
+_SMALLEST_STEP = 2.0**-24  # between float16 numbers near 0
+_COARSE = 16 * _SMALLEST_STEP  # below it a scale is off by more than 3 % when rounded
+
+
+def stored_half(values: Tensor) -> Tensor:
+    """Values as float16; what float16 cannot hold becomes its largest number, never infinity."""
+    return values.clamp(-_LARGEST_HALF, _LARGEST_HALF).half()
+
+
+def stored_scales(scales: Tensor, zero_is_a_code: bool = True, beside: Tensor | None = None) -> Tensor:
+    """Scales >= 0 as float16, with a LordWarning where that is not close. Above its largest number codes saturate. Near
+    0 its steps are coarse: where a group of codes holds the value 0, or its minimum, a scale is rounded up, since 0
+    would decode the group to one value; where not, that value is 0 and no worse than any. `beside` are the minima that
+    are added: a scale below their own last bit is the rounding of a constant group, and stays as it is."""
+    small, large = (scales > 0) & (scales < _COARSE), scales > _LARGEST_HALF
+    if beside is not None:
+        small &= scales > beside.abs().float() * 2.0**-11
+    result = stored_half(scales)
+    poor = float((small | large).float().mean()) if scales.numel() and not scales.is_meta else 0.0
+    if not poor:
+        return result
+    warnings.warn(
+        f"{poor:.1%} of the scales of a packed matrix are outside the range of float16 (they reach from "
+        f"{float(scales.min()):.2g} to {float(scales.max()):.2g}): their weights are stored coarsely. "
+        "Use NF4 for this layer, whose scales are float32, or --exclude it.",
+        LordWarning,
+        stacklevel=2,
+    )
+    if not zero_is_a_code:
+        return result
+    return torch.where(small, ((scales / _SMALLEST_STEP).ceil() * _SMALLEST_STEP).half(), result)
+
+
+_read: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> (version, its values on the CPU)
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """A stored tensor where Python can look at it: copied from an accelerator once, not at every forward pass, and
+    again if it was written to."""
+    if tensor.device.type == "cpu":
+        return tensor
+    if tensor.is_inference():  # has no version that would tell of a write
+        return tensor.cpu()
+    known = _read.get(tensor)
+    if known is None or known[0] != tensor._version:
+        known = _read[tensor] = (tensor._version, tensor.detach().cpu())
+    return known[1]
+
+
+def tile_of(device: torch.device) -> int:
+    """Weights that a product decodes at once."""
+    return TILE if device.type == "cpu" else DEVICE_TILE
+
+
 def spans(shape: tuple[int, int], step: int, weights: int) -> Iterator[tuple[int, int]]:
     """Ranges (start, stop) of rows with at most so many weights, starting at multiples of `step`."""
     rows = max(step, weights // max(shape[1], 1) // step * step)
@@ -105,7 +205,7 @@ def in_chunks(form: Decoder, parts: dict[str, Tensor], shape: tuple[int, int], d
     """The `dequantize` of a Decoder. (out, in)"""
     device = parts["weight"].device
     q = torch.empty(shape, dtype=dtype, device=device)
-    for start, stop in spans(shape, form.row_step(shape), CHUNK if device.type == "cpu" else TILE):
+    for start, stop in spans(shape, form.row_step(shape), CHUNK if device.type == "cpu" else DEVICE_TILE):
         target = q[start:stop]
         out = target if dtype == torch.float32 else torch.empty(target.shape, dtype=torch.float32, device=device)
         form.decode(form.rows(parts, shape, start, stop), out)
@@ -114,9 +214,9 @@ def in_chunks(form: Decoder, parts: dict[str, Tensor], shape: tuple[int, int], d
     return q
 
 
-def one_tile(shape: tuple[int, int]) -> bool:
+def one_tile(shape: tuple[int, int], device: torch.device) -> bool:
     """Whether a product may decode the whole matrix."""
-    return shape[0] * shape[1] <= TILE
+    return shape[0] * shape[1] <= tile_of(device)
 
 
 class _DecodedLinear(torch.autograd.Function):
@@ -128,7 +228,7 @@ class _DecodedLinear(torch.autograd.Function):
         ctx.save_for_backward(*values)
         parts = dict(zip(names, values, strict=True))
         output = None
-        for start, stop in spans(shape, quantizer.row_step(shape), TILE):
+        for start, stop in spans(shape, quantizer.row_step(shape), tile_of(x.device)):
             product = torch.nn.functional.linear(x, _tile(quantizer, parts, shape, start, stop, x.dtype))
             if stop - start == shape[0]:
                 return product
@@ -142,7 +242,7 @@ class _DecodedLinear(torch.autograd.Function):
         gradient = gradients[0]
         parts = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         total: Tensor | None = None
-        for start, stop in spans(ctx.shape, ctx.quantizer.row_step(ctx.shape), TILE):
+        for start, stop in spans(ctx.shape, ctx.quantizer.row_step(ctx.shape), tile_of(gradient.device)):
             share = gradient[..., start:stop] @ _tile(ctx.quantizer, parts, ctx.shape, start, stop, gradient.dtype)
             if stop - start == ctx.shape[0]:
                 total = share

@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .base import constant, decoded_linear, in_chunks
+from .base import Format, constant, decoded_linear, in_chunks, stored_half, stored_scales
 from .packing import gather
 
 BLOCK = 8
@@ -132,8 +132,15 @@ def _nearest_words(x: Tensor, search: _Search) -> Tensor:
     ordered[:, 7].mul_(1 - 2 * odd)
     scores = torch.addmm(search.squares, ordered, search.dots)
     best, choice = scores.max(1)
-    rows = (choice == 7).nonzero().squeeze(1)  # the bound of the 29 extra patterns is above all leaders
-    if len(rows):
+    wide = choice == 7  # the bound of the 29 extra patterns is above all leaders
+    if x.device.type != "cpu":  # all rows are tried: to know how many need it, the host would wait for the device
+        value, leader = scores[:, :7].max(1)
+        other, extra, cheapest = _extra_patterns(size, odd, search)
+        better = wide & (other > value)
+        best = torch.where(wide, torch.maximum(value, other), best)
+        choice = torch.where(better, extra, torch.where(wide, leader, choice))
+        order[:, 7] = torch.where(better, cheapest, order[:, 7])
+    elif len(rows := wide.nonzero().squeeze(1)):
         value, leader = scores[rows, :7].max(1)
         other, extra, cheapest = _extra_patterns(size[rows], odd[rows], search)
         better = other > value
@@ -180,19 +187,21 @@ def small_book() -> Tensor:
 
 def nearest_small(x: Tensor) -> Tensor:
     """Index into small_book of the point nearest to each row (n, 8). (n,) int64"""
-    book = small_book().to(x)
+    book = _small_book(str(x.device)).to(x.dtype)
     half = book.square().sum(1) / 2
     return torch.cat([torch.addmm(-half, part, book.T).argmax(1) for part in x.split(_CHUNK)])
 
 
 @dataclass(frozen=True)
-class _E8:
+class _E8(Format):
     """A row scale and one or two code words for each 8 weights; a short last block is padded with zeros."""
 
     name: ClassVar[str]
     bytes_per_block: ClassVar[int]
     ratio: ClassVar[float]  # what the residual is multiplied by before the second stage
     best_scale: ClassVar[float]  # of unit normal weights before rounding
+    block: ClassVar[int] = BLOCK
+    rotated_by_default: ClassVar[bool] = True
 
     def round_blocks(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """(codes (n, bytes) uint8, decoded (n, 8)) of blocks of about unit variance, already times best_scale."""
@@ -221,7 +230,7 @@ class _E8:
     def row_scales(self, weight: Tensor) -> Tensor:
         """(out, 1) float16: what decoded blocks are multiplied by."""
         rms = weight.detach().float().square().mean(1, keepdim=True).sqrt()
-        return (rms / self.best_scale).half()
+        return stored_scales(rms / self.best_scale, zero_is_a_code=False)
 
     def blocks_of(self, width: int) -> int:
         return -(-width // BLOCK)
@@ -280,7 +289,7 @@ class BlockRounder:
 
     def __init__(self, form: _E8, weight: Tensor, stretch: float | Tensor):
         self._form = form
-        self._scales = (form.row_scales(weight).float() * stretch).half()
+        self._scales = stored_half(form.row_scales(weight).float() * stretch)
         self._factor = self._scales.float()
         self._inverse = _inverse(self._factor)
         size = (weight.shape[0], form.blocks_of(weight.shape[1]), form.bytes_per_block)
@@ -320,6 +329,11 @@ def _word(codes: Tensor, place: int) -> Tensor:
 def _quarters(device: str) -> Tensor:
     """The code book times 4, (65536, 8) int8: 512 KiB, which stays in the second-level cache."""
     return (codebook() * 4).to(torch.int8).to(device)
+
+
+@constant
+def _small_book(device: str) -> Tensor:
+    return small_book().to(device)
 
 
 @constant

@@ -16,18 +16,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..declared import option
 from ..errors import UsageError
-from .base import constant, decoded_linear, in_chunks
+from .base import Format, constant, decoded_linear, in_chunks, stored_half
 from .packing import aligned_codes, pack, packed_bytes, unpack_values, word_table
 
 
 @dataclass(frozen=True)
-class Grouped:
+class Grouped(Format):
     """Base of the scalar formats."""
 
     name: ClassVar[str]
     bits: ClassVar[int]
-    group_size: int = 64
+    group_size: int = option(64, "weights per scale", gt=0)
 
     def __post_init__(self) -> None:
         if self.group_size < 1:
@@ -73,11 +74,19 @@ class Grouped:
         groups, counts = self.grouped(weight.detach().float())
         return self.group_scales(groups, counts)
 
-    def round_with(self, values: Tensor, factor: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(codes uint8, decoded) of values with given per-element factor and offset, all broadcastable."""
+    def rounded(self, normalised: Tensor) -> tuple[Tensor, Tensor]:
+        """(codes, their values before scaling, float32)"""
+        codes = self.nearest(normalised)
+        return codes, _book(self, str(normalised.device))[codes.long()]
+
+    def round_with(
+        self, values: Tensor, factor: Tensor, offset: Tensor | None, divisor: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(codes uint8, decoded) of values with given per-element factor and offset, all broadcastable; `divisor` is
+        that of the factor where the caller has it."""
         shifted = values if offset is None else values - offset
-        codes = self.nearest(torch.where(factor == 0, torch.zeros_like(shifted), shifted / factor))
-        decoded = _book(self, str(values.device))[codes.long()].to(values.dtype) * factor
+        codes, points = self.rounded(shifted / (divisor_of(factor) if divisor is None else divisor))
+        decoded = points.to(values.dtype) * factor
         return codes, decoded if offset is None else decoded + offset
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
@@ -130,6 +139,11 @@ class Grouped:
         return {"group_size": self.group_size}
 
 
+def divisor_of(factor: Tensor) -> Tensor:
+    """What values are divided by: a group whose factor is 0 has the code of 0."""
+    return torch.where(factor == 0, torch.inf, factor)
+
+
 @constant
 def _book(form: Grouped, device: str) -> Tensor:
     return form.book(torch.device(device))
@@ -169,15 +183,17 @@ class GroupRounder:
     def __init__(self, form: Grouped, weight: Tensor, stretch: float | Tensor):
         scales = form.scales_of(weight)
         if isinstance(stretch, Tensor) or stretch != 1.0:
-            scales = {name: (value.float() * stretch).to(value.dtype) for name, value in scales.items()}
+            scales = {name: stored_half(value.float() * stretch) for name, value in scales.items()}
         self._form, self._scales = form, scales
         self._factor, self._offset = form.affine(scales)
+        self._divisor = divisor_of(self._factor)
         self._codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
 
     def round(self, values: Tensor, start: int) -> Tensor:
         group = start // self._form.group_size
         offset = None if self._offset is None else self._offset[:, group, None]
-        codes, decoded = self._form.round_with(values, self._factor[:, group, None], offset)
+        factor, divisor = self._factor[:, group, None], self._divisor[:, group, None]
+        codes, decoded = self._form.round_with(values, factor, offset, divisor)
         self._codes[:, start : start + values.shape[1]] = codes
         return decoded
 

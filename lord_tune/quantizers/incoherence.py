@@ -15,12 +15,12 @@ from __future__ import annotations
 import threading
 import weakref
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .base import Quantizer, constant, on_host
 from .packing import pack
 
 _WIDEST = 64  # of a factor; 576 = 9 2^6 is 36 x 16
@@ -49,21 +49,20 @@ def _cosines(size: int, device: str, dtype: torch.dtype) -> Tensor:
     return matrix.to(device=device, dtype=dtype)
 
 
-@cache
+@constant
 def _factors(size: int, device: str, dtype: torch.dtype) -> list[Tensor]:
     """Orthonormal matrices whose Kronecker product is U, outermost first; of width up to 64 unless the odd part is
     wider: few wide factors are faster than many narrow ones."""
-    with torch.inference_mode(False):  # kept for later calls, which may need gradients
-        first = _cosines(odd_part(size), device, dtype)
-        power = size // len(first)
-        while power > 1 and 2 * len(first) <= _WIDEST:
-            first, power = torch.kron(first, _hadamard(2, device, dtype)), power // 2
-        found = [first] if len(first) > 1 else []
-        while power > 1:
-            part = min(power, _WIDEST)
-            found.append(_hadamard(part, device, dtype))
-            power //= part
-        return found
+    first = _cosines(odd_part(size), device, dtype)
+    power = size // len(first)
+    while power > 1 and 2 * len(first) <= _WIDEST:
+        first, power = torch.kron(first, _hadamard(2, device, dtype)), power // 2
+    found = [first] if len(first) > 1 else []
+    while power > 1:
+        part = min(power, _WIDEST)
+        found.append(_hadamard(part, device, dtype))
+        power //= part
+    return found
 
 
 def rotate(x: Tensor, inverse: bool = False) -> Tensor:
@@ -86,7 +85,7 @@ def rotate(x: Tensor, inverse: bool = False) -> Tensor:
 def random_signs(size: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
     """(size,) float32 of +-1."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + size)
-    return (torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1.0).to(device)
+    return (torch.randint(0, 2, (size,), generator=generator, device="cpu") * 2.0 - 1.0).to(device)
 
 
 def into(x: Tensor, signs: Tensor) -> Tensor:
@@ -115,7 +114,7 @@ class _Shared(threading.local):
         differentiable = torch.is_grad_enabled() and x.requires_grad
         if self._input is not None and self._input() is x and self._version == x._version and not differentiable:
             assert self._turned is not None and self._signs is not None
-            if torch.equal(self._signs, packed_signs):
+            if self._signs is packed_signs or torch.equal(on_host(self._signs), on_host(packed_signs)):
                 return self._turned
         turned = into(x, _unpacked(packed_signs, x.shape[-1]))
         if turned.requires_grad:  # its graph belongs to one backward pass, and is recomputed under checkpointing
@@ -136,7 +135,7 @@ _shared = _Shared()
 class Rotated:
     """A format applied in rotated coordinates."""
 
-    inner: Any  # Quantizer
+    inner: Quantizer
     seed: int = 0
 
     @property
@@ -147,28 +146,32 @@ class Rotated:
         """(out signs, in signs), in the order of the dimensions."""
         return random_signs(shape[0], self.seed, device), random_signs(shape[1], self.seed, device)
 
-    def rotated(self, weight: Tensor) -> Tensor:
+    @property
+    def block(self) -> int:
+        return self.inner.block
+
+    def turned(self, weight: Tensor) -> Tensor:
         """(U_out D_out) W (U_in D_in)^T"""
         out, inputs = self.signs((weight.shape[0], weight.shape[1]), weight.device)
         return into(into(weight, inputs).T, out).T
 
-    def rotated_gram(self, gram: Tensor) -> Tensor:
+    def turned_gram(self, gram: Tensor) -> Tensor:
         """The Gram matrix of the rotated inputs. (in, in)"""
         signs = random_signs(len(gram), self.seed, gram.device)
         return into(into(gram, signs).T, signs)
 
-    def rotated_inputs(self, rows: Tensor) -> Tensor:
+    def turned_inputs(self, rows: Tensor) -> Tensor:
         """Linear forms of the inputs, (k, in), as forms of the rotated ones."""
         return into(rows, random_signs(rows.shape[1], self.seed, rows.device))
 
-    def with_signs(self, parts: dict[str, Tensor], shape: tuple[int, int]) -> dict[str, Tensor]:
+    def completed(self, parts: dict[str, Tensor], shape: tuple[int, int]) -> dict[str, Tensor]:
         """Parts of the inner format, completed by the packed signs."""
         out, inputs = self.signs(shape, parts["weight"].device)
         return parts | {"out_signs": pack((out < 0).int(), 1), "in_signs": pack((inputs < 0).int(), 1)}
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         shape = (weight.shape[0], weight.shape[1])
-        return self.with_signs(self.inner.quantize(self.rotated(weight.detach().float())), shape)
+        return self.completed(self.inner.quantize(self.turned(weight.detach().float())), shape)
 
     def dequantize(self, parts: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         out, inputs = _unpacked(parts["out_signs"], shape[0]), _unpacked(parts["in_signs"], shape[1])
@@ -186,6 +189,10 @@ class Rotated:
         out = _unpacked(parts["out_signs"], shape[0])
         turned = _shared.into(x, parts["in_signs"])
         return out_of(self.inner.linear(turned, parts, shape), out)
+
+    def rounder(self, weight: Tensor, stretch: float | Tensor = 1.0, importance: Tensor | None = None) -> Any:
+        """Of a matrix that is turned already."""
+        return self.inner.rounder(weight, stretch, importance)
 
     def options(self) -> dict[str, int | bool]:
         return {**self.inner.options(), "incoherence": True, "seed": self.seed}

@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..declared import option
+from .base import stored_half, stored_scales
 from .grouped import Grouped
 
 
@@ -19,7 +21,7 @@ from .grouped import Grouped
 class _Integer(Grouped):
     """weight = scale * code + minimum, or scale * (code - 2^(bits-1))."""
 
-    symmetric: bool = False
+    symmetric: bool = option(False, "no zero point")
 
     def book(self, device: torch.device) -> Tensor:
         codes = torch.arange(2**self.bits, dtype=torch.float32, device=device)
@@ -28,18 +30,26 @@ class _Integer(Grouped):
     def group_scales(self, groups: Tensor, counts: Tensor) -> dict[str, Tensor]:
         if self.symmetric:
             largest = groups.abs().amax(-1)
-            return {"scales": (largest / (2 ** (self.bits - 1) - 1)).half()}
+            return {"scales": stored_scales(largest / (2 ** (self.bits - 1) - 1))}
         inside = torch.arange(groups.shape[-1], device=groups.device) < counts[:, None]
-        low = torch.where(inside, groups, torch.inf).amin(-1).half()
+        low = stored_half(torch.where(inside, groups, torch.inf).amin(-1))
         high = torch.where(inside, groups, -torch.inf).amax(-1)
-        return {"scales": ((high - low.float()) / (2**self.bits - 1)).half(), "minimum": low}
+        scales = stored_scales((high - low.float()) / (2**self.bits - 1), beside=low)
+        return {"scales": scales, "minimum": low}
 
     def affine(self, scales: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         return scales["scales"].float(), None if self.symmetric else scales["minimum"].float()
 
     def nearest(self, normalised: Tensor) -> Tensor:
-        shift = 2 ** (self.bits - 1) if self.symmetric else 0
-        return (normalised + shift).round().clamp(0, 2**self.bits - 1).to(torch.uint8)
+        return self._codes_of(normalised).to(torch.uint8)
+
+    def rounded(self, normalised: Tensor) -> tuple[Tensor, Tensor]:
+        codes = self._codes_of(normalised)
+        return codes.to(torch.uint8), codes - 2 ** (self.bits - 1) if self.symmetric else codes
+
+    def _codes_of(self, normalised: Tensor) -> Tensor:
+        shifted = normalised + 2 ** (self.bits - 1) if self.symmetric else normalised
+        return shifted.round().clamp_(0, 2**self.bits - 1)
 
     def scale_dtypes(self) -> dict[str, torch.dtype]:
         return {"scales": torch.float16} | ({} if self.symmetric else {"minimum": torch.float16})

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from .incoherence import Rotated
+from .base import Quantizer
 
 Result = TypeVar("Result")
 _PANEL = 128  # columns whose corrections from the right are one product
@@ -64,6 +64,10 @@ class Feedback:
         damped.diagonal().add_(damping)
         root = torch.linalg.cholesky(damped)
         del damped
+        if block == 1:
+            diagonal = root.diagonal().clone()
+            root *= 1 / diagonal
+            return cls(root.float(), (diagonal * diagonal * scale).view(-1, 1, 1), block)
         starts = range(0, width, block)
         corners = gram.new_zeros(len(starts), block, block)
         for index, start in enumerate(starts):  # in place: a Gram matrix of a wide layer is gigabytes
@@ -102,42 +106,22 @@ def ldlq(weight: Tensor, feedback: Feedback, rounder: Rounder) -> Tensor:
             target = corrected[:, start - left : stop - left]
             target = target + error[:, stop:right] @ feedback.lower[stop:right, start:stop]
             decoded[:, start:stop] = rounder.round(target, start)
-            error[:, start:stop] = values[:, start:stop] - decoded[:, start:stop]
+            torch.sub(values[:, start:stop], decoded[:, start:stop], out=error[:, start:stop])
     return decoded
 
 
-def rounding_gram(quantizer: Any, gram: Tensor) -> Tensor:
-    """The Gram matrix in the coordinates the format rounds in. (in, in)"""
-    return quantizer.rotated_gram(gram) if isinstance(quantizer, Rotated) else gram
-
-
-def rounding_inputs(quantizer: Any, rows: Tensor) -> Tensor:
-    """Linear forms of the inputs, (k, in), in the coordinates the format rounds in."""
-    return quantizer.rotated_inputs(rows) if isinstance(quantizer, Rotated) else rows
-
-
-def block_of(quantizer: Any) -> int:
-    """Columns that the format rounds together."""
-    inner = quantizer.inner if isinstance(quantizer, Rotated) else quantizer
-    return inner.rounder(torch.zeros(1, 8)).block
-
-
 def round_with_feedback(
-    quantizer: Any,
+    quantizer: Quantizer,
     weight: Tensor,  # (out, in)
-    feedback: Feedback,  # of rounding_gram
+    feedback: Feedback,  # of the turned Gram matrix
     stretch: Tensor | float = 1.0,  # of the scales; (out, 1) or one for all
 ) -> tuple[dict[str, Tensor], Tensor]:
     """(stored parts, Q float64 as a reload decodes it)."""
     shape = (weight.shape[0], weight.shape[1])
-    rotated = isinstance(quantizer, Rotated)
-    inner = quantizer.inner if rotated else quantizer
-    values = quantizer.rotated(weight.float()) if rotated else weight.float()
-    rounder = inner.rounder(values, stretch, feedback.importance())
+    values = quantizer.turned(weight.float())
+    rounder = quantizer.rounder(values, stretch, feedback.importance())
     ldlq(values, feedback, rounder)
-    parts = rounder.parts()
-    if rotated:
-        parts = quantizer.with_signs(parts, shape)
+    parts = quantizer.completed(rounder.parts(), shape)
     return parts, quantizer.dequantize(parts, shape, torch.float64)
 
 

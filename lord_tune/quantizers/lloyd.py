@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import constant
+from .base import constant, stored_scales
 from .grouped import Grouped
 
 
@@ -51,16 +51,24 @@ class _Lloyd(Grouped):
     """16-bit scale per group; the code book is the same for every layer."""
 
     bits: ClassVar[int]
+    rotated_by_default: ClassVar[bool] = True
 
     def book(self, device: torch.device) -> Tensor:
         return _levels(self.bits, str(device))
 
     def group_scales(self, groups: Tensor, counts: Tensor) -> dict[str, Tensor]:
         rms = (groups.square().sum(-1) / counts).sqrt()
-        return {"scales": rms.half()}
+        return {"scales": stored_scales(rms, zero_is_a_code=False)}
 
     def nearest(self, normalised: Tensor) -> Tensor:
-        return torch.bucketize(normalised.contiguous(), _edges(self.bits, str(normalised.device))).to(torch.uint8)
+        return self._places(normalised).to(torch.uint8)
+
+    def rounded(self, normalised: Tensor) -> tuple[Tensor, Tensor]:
+        places = self._places(normalised)
+        return places, self.book(places.device)[places]
+
+    def _places(self, normalised: Tensor) -> Tensor:
+        return torch.bucketize(normalised.contiguous(), _edges(self.bits, str(normalised.device)))
 
 
 class Lloyd2(_Lloyd):

@@ -7,7 +7,8 @@ writes them unchanged.
 
 Layout: `weight` uint8 ((out*in + 1) // 2, 1), row-major (out, in), first code of a pair in the high nibble; `absmax`
 float32 (blocks,), blocks running along the flattened matrix. With double quantization `absmax` is uint8 and
-`nested_absmax` float32 (blocks / 256,), `nested_offset` float32 () hold its scale.
+`nested_absmax` float32 (blocks / 256,), `nested_offset` float32 (1,) hold its scale. FSDP2 takes no tensor without
+dimensions; checkpoints of earlier versions hold the offset as one, which the loader still reads.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..declared import option
 from ..errors import UsageError
-from .base import constant, decoded_linear, one_tile
+from .base import Format, constant, decoded_linear, one_tile
+from .grouped import divisor_of
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -37,12 +40,13 @@ def _codebooks(device: str) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class NF4:
+class NF4(Format):
     """16 quantiles of a normal distribution, one absolute maximum per block; 4.5 bits per weight at block 64."""
 
     name: ClassVar[str] = "nf4"
-    block_size: int = 64
-    double_quant: bool = False  # store the block scales in 8 bits: 4.127 instead of 4.5 bits per weight at block 64
+    block_size: int = option(64, "weights per scale")
+    # 4.127 instead of 4.5 bits per weight at block 64
+    double_quant: bool = option(False, "store the scales in 8 bits")
 
     def __post_init__(self) -> None:
         if self.block_size not in BLOCK_SIZES:
@@ -59,7 +63,7 @@ class NF4:
         )
         parts = {"weight": packed, "absmax": state.absmax}
         if self.double_quant:
-            parts |= {"nested_absmax": state.state2.absmax, "nested_offset": state.offset.reshape(())}
+            parts |= {"nested_absmax": state.state2.absmax, "nested_offset": state.offset.reshape(1)}
         return parts
 
     def state(self, parts: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> QuantState:
@@ -78,7 +82,7 @@ class NF4:
             blocksize=self.block_size,
             quant_type="nf4",
             dtype=dtype,
-            offset=None if nested is None else parts["nested_offset"],
+            offset=None if nested is None else parts["nested_offset"].reshape(()),
             state2=nested,
         )
 
@@ -126,7 +130,7 @@ class NF4:
         if self.double_quant:
             parts["absmax"] = torch.empty(blocks, dtype=torch.uint8, device=device)
             parts["nested_absmax"] = torch.empty(-(-blocks // _NESTED_BLOCK), device=device, dtype=torch.float32)
-            parts["nested_offset"] = torch.empty((), device=device, dtype=torch.float32)
+            parts["nested_offset"] = torch.empty(1, device=device, dtype=torch.float32)
         else:
             parts["absmax"] = torch.empty(blocks, device=device, dtype=torch.float32)
         return parts
@@ -135,7 +139,7 @@ class NF4:
         import bitsandbytes as bnb
 
         fused = x.is_cuda and x.numel() == shape[1]
-        if not self.rows_are_blocks(shape) or not (fused or one_tile(shape)):
+        if not self.rows_are_blocks(shape) or not (fused or one_tile(shape, x.device)):
             return decoded_linear(x, self, parts, shape)
         return bnb.matmul_4bit(x, parts["weight"], quant_state=self.state(parts, shape, x.dtype))
 
@@ -157,22 +161,26 @@ class NF4Rounder:
         self._form = form
         self._scales = {name: value for name, value in parts.items() if name != "weight"}
         self._absmax = form.block_scales(parts)
+        self._divisor = divisor_of(self._absmax)
         self._book, _ = _codebooks(str(weight.device))
+        self._edges = (self._book[1:] + self._book[:-1]) / 2
         self._codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
 
-    def _factor(self, start: int, stop: int) -> Tensor:
-        """The block scale of every weight of these columns; blocks may cross rows."""
+    def _scales_at(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """(block scale, what to divide by) of every weight of these columns; blocks may cross rows."""
         out, width = self._codes.shape
+        size = self._form.block_size
+        if width % size == 0 and start // size == (stop - 1) // size:
+            factor, divisor = (scale.view(out, -1)[:, start // size, None] for scale in (self._absmax, self._divisor))
+            return factor, divisor
         columns = torch.arange(start, stop, device=self._codes.device)
-        return self._absmax[
-            (torch.arange(0, out * width, width, device=columns.device)[:, None] + columns) // self._form.block_size
-        ]
+        blocks = (torch.arange(0, out * width, width, device=columns.device)[:, None] + columns) // size
+        return self._absmax[blocks], self._divisor[blocks]
 
     def round(self, values: Tensor, start: int) -> Tensor:
-        factor = self._factor(start, start + values.shape[1])
-        scaled = torch.where(factor == 0, torch.zeros_like(values), values / factor)
-        codes = torch.bucketize(scaled.contiguous(), (self._book[1:] + self._book[:-1]) / 2)
-        self._codes[:, start : start + values.shape[1]] = codes.to(torch.uint8)
+        factor, divisor = self._scales_at(start, start + values.shape[1])
+        codes = torch.bucketize((values / divisor).contiguous(), self._edges)
+        self._codes[:, start : start + values.shape[1]] = codes
         return self._book[codes] * factor
 
     def parts(self) -> dict[str, Tensor]:

@@ -27,9 +27,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..declared import option
 from ..errors import UsageError
-from .base import decoded_linear
-from .grouped import Grouped
+from .base import Format, decoded_linear, on_host, stored_half
+from .grouped import Grouped, divisor_of
 from .integer import Int2, Int3, Int4
 from .packing import pack
 
@@ -45,13 +46,13 @@ _LARGEST_VALUE = 65504.0  # of float16
 
 
 @dataclass(frozen=True)
-class SpQR:
+class SpQR(Format):
     """3.95 bits per weight."""
 
     name: ClassVar[str] = "spqr"
-    group_size: int = 16
-    bits: int = 3
-    outlier_fraction: float = 0.01
+    group_size: int = option(16, "weights per scale", gt=0)
+    bits: int = option(3, "bits of a weight that is no outlier", key="spqr_bits", ge=2, le=4)
+    outlier_fraction: float = option(0.01, "fraction of weights kept in 16 bits", key="outliers", ge=0, lt=0.5)
 
     def __post_init__(self) -> None:
         if self.bits not in _CODES:
@@ -135,7 +136,8 @@ class SpQR:
     def rows(self, parts: dict[str, Tensor], shape: tuple[int, int], start: int, stop: int) -> dict[str, Tensor]:
         size = (shape[0], self.inner.groups_of(shape[1]))
         pointers = parts["outlier_rows"][start : stop + 1]
-        first, last = int(pointers[0]), int(pointers[-1])
+        known = on_host(parts["outlier_rows"])
+        first, last = int(known[start]), int(known[stop])
         return (
             parts
             | {"weight": self.inner.code_rows(parts["weight"], shape, start, stop)}
@@ -222,11 +224,12 @@ class SpQRRounder:
         scales = form.group_scales(weight, sparse)
         if isinstance(stretch, Tensor) or stretch != 1.0:
             scales = {
-                name: value if name.endswith("_codes") else (value.float() * stretch).to(value.dtype)
+                name: value if name.endswith("_codes") else stored_half(value.float() * stretch)
                 for name, value in scales.items()
             }
         self._form, self._inner, self._scales = form, inner, scales
         self._factor, self._offset = form.affine(scales, (out, width))
+        self._divisor = divisor_of(self._factor)
         self._codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
         self._rows, self._columns = sparse.nonzero(as_tuple=True)
         self._values = torch.zeros(number, dtype=torch.float16, device=weight.device)
@@ -239,7 +242,8 @@ class SpQRRounder:
     def round(self, values: Tensor, start: int) -> Tensor:
         stop, group = start + values.shape[1], start // self._form.group_size
         offset = self._offset[:, group, None]
-        codes, decoded = self._inner.round_with(values, self._factor[:, group, None], offset)
+        factor, divisor = self._factor[:, group, None], self._divisor[:, group, None]
+        codes, decoded = self._inner.round_with(values, factor, offset, divisor)
         which = self._by_column[self._column_starts[start] : self._column_starts[stop]]
         rows, columns = self._rows[which], self._columns[which] - start
         kept = values[rows, columns].clamp(-_LARGEST_VALUE, _LARGEST_VALUE).half()

@@ -6,8 +6,8 @@ What autograd saves, what a decoded tile or a recomputed block costs and when ea
 modules, not a model of them; three stand-ins are in shapes.py.
 
 Not foreseen: the accelerator's context, fragmentation, buffers of several processes (DDP holds the gradients a second
-time), what FSDP shards away, rows shorter than `max_length`. A model that decides by values, as routing experts do,
-cannot be run like this.
+time), what FSDP shards away, rows shorter than `max_length`. The experts of a mixture are taken to get an equal share
+of the tokens. A model that decides by values otherwise, as MPNet's position buckets do, cannot be run like this.
 """
 
 from __future__ import annotations

@@ -267,21 +267,17 @@ class TrainingPeak:
     """The most a `with` block holds, `.bytes`: of an accelerator's memory what torch allocated there; on a CPU resident
     memory of the process above `held`, what Python and the libraries had before the model was loaded."""
 
-    def __init__(self, held: int, on_cpu: bool):
-        self._held, self._on_cpu = held, on_cpu
+    def __init__(self, held: int, device: torch.device):
+        self._held = held if device.type == "cpu" else 0
+        self._peak = PeakMemory(device)
 
     def __enter__(self) -> TrainingPeak:
-        self._resident = PeakMemory().__enter__() if self._on_cpu else None
-        if self._resident is None:
-            torch.accelerator.reset_peak_memory_stats()
+        self._peak.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if self._resident is None:
-            self.bytes = torch.accelerator.max_memory_allocated()
-        else:
-            self._resident.__exit__()
-            self.bytes = max(0, self._resident.bytes - self._held)
+        self._peak.__exit__(*error)
+        self.bytes = max(0, self._peak.bytes - self._held)
 
 
 def _plain_loss(model: Any, batch: Mapping[str, Any]) -> Tensor:

@@ -20,6 +20,7 @@ from ..integrations.files import ADAPTER_FILE, RUN_FILE, fingerprint
 from ..integrations.models import DTYPE_NAMES, load_tokenizer, model_class
 from ..integrations.running import kind_of, max_length
 from ..integrations.sources import resolve_model
+from ..layers import expert_of, factored_layers
 from ..storage import read_json, write_json
 from .arguments import DISTILL, DPO, TrainOptions
 from .checkpoints import defect, newest_complete
@@ -61,6 +62,7 @@ def train_model(
     resolved = resolved | {"processes": arguments.world_size}  # its checkpoints hold a random state for each
     checkpoint, broken = _checkpoint(output, arguments)
     _check_output(output, checkpoint, broken, resolved, arguments)
+    check_experts(model, arguments)
     if options.objective != "sft" and kind_of(model) != "causal":
         raise UsageError(f"objective: {options.objective} needs a model that predicts the next token; use sft.")
     teacher = teacher_source(options) if options.objective == DISTILL else None
@@ -94,7 +96,7 @@ def train_model(
             shutil.rmtree(folder)
     counted = FirstStep()
     trainer.add_callback(counted)
-    with TrainingPeak(foreseen.held if foreseen else 0, trainer.args.device.type == "cpu") as peak:
+    with TrainingPeak(foreseen.held if foreseen else 0, trainer.args.device) as peak:
         if checkpoint is not None and _at_end(checkpoint, arguments):
             trainer.take_up(checkpoint)
         else:
@@ -122,6 +124,16 @@ def train_model(
     if is_main_process():
         write_json(output / "train_results.json", metrics)
     return metrics
+
+
+def check_experts(model: nn.Module, arguments: Any) -> None:
+    """An expert that no token of a batch chose has no gradient, which plain data parallelism waits for."""
+    if arguments.world_size > 1 and arguments.ddp_find_unused_parameters is False:
+        if any(expert_of(name) is not None for name in factored_layers(model)):
+            raise UsageError(
+                "ddp_find_unused_parameters: false came with decomposed experts, some of which no token of a batch "
+                "may choose; leave it out."
+            )
 
 
 def _rows(source: str, split: str, options: TrainOptions, tokenizer: Any) -> tuple[Any, Any]:

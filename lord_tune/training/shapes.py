@@ -18,9 +18,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from ..integrations.models import default_device
 from ..layers import QuantizedLinear
 from ..quantizers import Rotated
-from ..quantizers.base import TILE, spans
+from ..quantizers.base import spans, tile_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class ShapesOnly:
 def _decoded(rows: int, shape: tuple[int, int], codes: Tensor, dtype: torch.dtype) -> Tensor:
     decoded = torch.empty(rows, shape[1], dtype=dtype, device=codes.device)
     if dtype != torch.float32:  # formats decode in single precision
-        torch.empty(min(decoded.numel(), TILE), dtype=torch.float32, device=codes.device)
+        torch.empty(min(decoded.numel(), tile_of(default_device())), dtype=torch.float32, device=codes.device)
     return decoded
 
 
@@ -54,7 +55,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, codes: Tensor, shape: tuple[int, int], step: int) -> Tensor:
-        start, stop = next(spans(shape, step, TILE))
+        start, stop = next(spans(shape, step, tile_of(default_device())))
         ctx.save_for_backward(codes)
         ctx.shape, ctx.rows, ctx.dtype = shape, stop - start, x.dtype
         tile = _decoded(ctx.rows, shape, codes, x.dtype)

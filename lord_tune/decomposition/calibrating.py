@@ -1,0 +1,98 @@
+"""The calibrating pass: analyse every layer at every rank, for budgets that are shared out by the spectra."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..allocation import LayerSpectrum
+from ..calibration.collect import BlockWalk
+from ..calibration.moments import Moments
+from ..factorizations import Projection
+from ..storage import write_tensors
+from .decide import Request
+from .gradients import measure_sensitivity, sensitivity_file
+from .layerwise import Analysis, analyse
+from .passes import CALIBRATION, HELDOUT, SENSITIVITY, Passes, Statistics
+from .steps import Phase, of_block
+
+
+def calibrate(run: Passes, request: Request) -> dict[str, LayerSpectrum]:
+    """Analyse every block, keeping what the sensitivity pass needs on the way; returns the spectra of the layers that
+    ran."""
+    streams = {CALIBRATION: run.text.calibration, HELDOUT: run.text.heldout}
+    if request.by_loss:
+        streams[SENSITIVITY] = run.prepared()
+    walk = run.walk(streams, Phase.CALIBRATING)
+    for index in range(run.count):
+        step = of_block(Phase.CALIBRATING, index)
+        if run.journal.has(step):
+            continue
+        with run.loaded(index):
+            found = _analyse_block(run, walk, index, request)
+            if request.by_loss and walk.streamed:
+                walk.advance(index, SENSITIVITY)
+        path = run.journal.work / _analysis_file(index)
+        tensors = {f"{n}:{k}": t for n, a in found.items() if a is not None for k, t in a.tensors().items()}
+        digest = write_tensors(path, tensors) if run.journal.writes else None
+        facts = {name: None if analysis is None else analysis.facts for name, analysis in found.items()}
+        del found, tensors  # not beside those of the next block
+        run.journal.commit(step, path, digest, layers=facts)
+        run.clock.report(Phase.CALIBRATING, index)
+        # one step late: another process may die before process 0 has recorded this one
+        walk.forget(index - 1, [CALIBRATION, HELDOUT])
+    if request.by_loss:
+        measure_sensitivity(run, walk, lambda index: _bases(run, index))
+    return _spectra(run, request)
+
+
+def _analyse_block(run: Passes, walk: BlockWalk, index: int, request: Request) -> dict[str, Analysis | None]:
+    statistics = collect(run, walk, index, keep=index + 1 < run.count)
+    method = request.template.factorization()
+    assert isinstance(method, Projection), "decide refuses methods without nested ranks"
+
+    def look(name: str) -> Analysis | None:
+        calibration = statistics[CALIBRATION].get(name)
+        if calibration is None:  # it never ran
+            return None
+        assert isinstance(calibration, Moments)
+        weight = run.survey.layers[name].weight(run.model)
+        return analyse(weight, calibration, statistics[HELDOUT].get(name), method, whole_basis=request.by_loss)
+
+    return run.deal(index, dict.fromkeys(run.survey.members(index), method), look)
+
+
+def collect(run: Passes, walk: BlockWalk, index: int, keep: bool) -> Statistics:
+    """Statistics of the inputs of the block's layers; `keep` writes the block's outputs for the next one."""
+    return walk.collect(index, run.modules(index), keep, sampled=(HELDOUT,))
+
+
+def _analysis_file(index: int) -> str:
+    return f"analysis-{index:05d}.safetensors"
+
+
+def analyses(run: Passes, index: int) -> dict[str, Analysis | None]:
+    """What the calibrating pass kept of a block's layers; None for one that never ran."""
+    by_layer: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in run.read(_analysis_file(index)).items():
+        name, _, part = key.rpartition(":")
+        by_layer.setdefault(name, {})[part] = tensor
+    facts: dict[str, Any] = run.journal.steps[of_block(Phase.CALIBRATING, index)]["layers"]
+    return {n: None if f is None else Analysis.of(by_layer[n], f) for n, f in facts.items()}
+
+
+def _bases(run: Passes, index: int) -> dict[str, Tensor]:
+    return {name: found.spectrum.basis for name, found in analyses(run, index).items() if found is not None}
+
+
+def _spectra(run: Passes, request: Request) -> dict[str, LayerSpectrum]:
+    spectra = {}
+    for index in range(run.count):
+        weights = run.read(sensitivity_file(index)) if request.by_loss else {}
+        for key, energies in run.read(_analysis_file(index), ":energies").items():
+            name = key.removesuffix(":energies")
+            weight = weights.get(name)
+            shape = run.survey.layers[name].shape
+            spectra[name] = LayerSpectrum(shape, energies.cpu(), None if weight is None else weight.cpu())
+    return spectra

@@ -1,0 +1,30 @@
+"""How far a run is, and what is left of it."""
+
+from __future__ import annotations
+
+import time
+
+from .base import LayerRecord, Notify, Progress
+from .steps import Phase
+
+
+class Clock:
+    """Counts finished blocks and foresees the rest from what the passes cost relative to each other."""
+
+    def __init__(self, blocks: int, costs: dict[Phase, float], notify: Notify):
+        self._blocks, self._costs, self._notify = blocks, costs, notify  # costs: of one block, relative
+        self._start = time.perf_counter()
+        self._spent = 0.0
+
+    def report(self, phase: Phase, index: int, layers: dict[str, LayerRecord] | None = None) -> None:
+        """Block `index` of this pass is done."""
+        done = index + 1 if phase != Phase.SENSITIVITY else self._blocks - index
+        self._spent += self._costs[phase]
+        ahead = 0.0
+        order = list(Phase)
+        for other, cost in self._costs.items():
+            blocks = self._blocks if order.index(other) > order.index(phase) else 0
+            ahead += (self._blocks - done if other == phase else blocks) * cost
+        elapsed = time.perf_counter() - self._start
+        remaining = elapsed / self._spent * ahead if self._spent else None
+        self._notify(Progress(phase, done, self._blocks, remaining, layers or {}))

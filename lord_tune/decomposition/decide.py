@@ -1,0 +1,239 @@
+"""Decide once: from what was asked for, and the layers' shapes, to a plan.
+
+`decide` answers from shapes alone, or with None where the budget is shared out by what the calibration text says;
+`decide_from` then takes the spectra. Both refuse what cannot be done. Nothing after them chooses a rank or a format.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..allocation import ALIGNMENT, Allocator, LayerSpectrum, break_even, factor_cost
+from ..errors import LordWarning, UsageError
+from ..plans import LayerChoice, Plan
+from ..sites import Site
+from .base import BlockRecovery
+from .sizes import bits_at
+
+Layers = Mapping[str, Site]  # by name
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The same rank for every layer; 0 with a backbone is rounding alone."""
+
+    rank: int
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A fraction of the layers' numbers, shared out by an allocator; no backbone."""
+
+    fraction: float
+    allocator: Allocator
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Stored bits per weight, Q and L R together. Of several backbones (narrowest first) the widest is taken that
+    leaves every layer `rank`, or rank 8 where none is given."""
+
+    bits: float
+    backbones: tuple[LayerChoice, ...]  # templates that differ in the backbone
+    rank: int | None = None  # None: the largest rank that fits each layer
+
+
+@dataclass(frozen=True)
+class Given:
+    """A plan that somebody else made."""
+
+    plan: Plan
+
+
+Budget = Ranks | Kept | Bits | Given
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of all layers, before their shapes are known."""
+
+    template: LayerChoice  # everything but the rank
+    budget: Budget
+    targets: str | None = None
+    exclude: str | None = None
+    propagate: str = "dense"  # or "sequential": later blocks see the outputs of the decomposed ones
+    recovery: BlockRecovery | None = None  # tune the blocks' L and R, one block at a time
+
+    @property
+    def by_loss(self) -> bool:
+        """Whether the allocator weighs directions by the loss."""
+        return isinstance(self.budget, Kept) and "loss_weights" in self.budget.allocator.needs
+
+    def needs(self) -> frozenset[str]:
+        """The statistics that the run may take."""
+        own = self.budget.plan.needs() if isinstance(self.budget, Given) else self.template.factorization().needs
+        return own | (self.budget.allocator.needs if isinstance(self.budget, Kept) else frozenset())
+
+    def needs_text(self) -> bool:
+        """Whether it cannot be carried out without calibration text."""
+        return bool(self.needs() & {"input_gram", "loss_weights", "fisher"})
+
+
+def decide(layers: Layers, request: Request) -> Plan | None:
+    """The plan, or None where the calibration decides it. UsageError for what is impossible."""
+    budget = request.budget
+    if isinstance(budget, Given):
+        return _matched(layers, budget.plan)
+    for template in budget.backbones if isinstance(budget, Bits) else (request.template,):
+        _check_template(template)
+    if isinstance(budget, Ranks):
+        return _of_one_rank(layers, request.template, budget.rank)
+    if isinstance(budget, Bits):
+        return _of_bits(layers, budget)
+    if request.template.backbone != "none":
+        raise UsageError("kept_fraction counts parameters of L and R against W; with a backbone give rank.")
+    # before any calibration: whether the budget can be met at all
+    empty = {name: LayerSpectrum(s, torch.zeros(min(s) + 1)) for name, s in _shapes(layers).items()}
+    ranks = budget.allocator.allocate(empty, budget.fraction)
+    return None if budget.allocator.needs else _planned(layers, request, ranks)
+
+
+def decide_from(layers: Layers, request: Request, spectra: dict[str, LayerSpectrum]) -> Plan:
+    """The plan of a budget that is shared out by the layers' spectra. A layer without one never ran: it stays dense."""
+    budget = request.budget
+    assert isinstance(budget, Kept)
+    return _planned(layers, request, budget.allocator.allocate(spectra, budget.fraction))
+
+
+def _check_template(template: LayerChoice) -> None:
+    if template.backbone == "none" and template.factorization().needs_backbone:
+        raise UsageError(f"Method '{template.method}' needs a quantized backbone; choose one, for example nf4.")
+
+
+def _shapes(layers: Layers) -> dict[str, tuple[int, int]]:
+    return {name: site.shape for name, site in layers.items()}
+
+
+NEVER_RAN = "it never ran on the calibration text"
+
+
+def _planned(layers: Layers, request: Request, ranks: dict[str, int | None]) -> Plan:
+    """The allocator's ranks as a plan; warns where it keeps more than was asked for."""
+    assert isinstance(request.budget, Kept)
+    shapes = {name: shape for name, shape in _shapes(layers).items() if name in ranks}
+    numbers = {name: shape[0] * shape[1] for name, shape in shapes.items()}
+    costs = {n: numbers[n] if ranks[n] is None else factor_cost(shapes[n], ranks[n] or 0) for n in shapes}
+    kept = sum(costs.values()) / max(sum(numbers.values()), 1)
+    if kept > request.budget.fraction + 1e-9:
+        dense = [name for name, rank in ranks.items() if rank is None]
+        warnings.warn(
+            f"{kept:.3f} of the parameters are kept, {request.budget.fraction:g} were asked for: {len(dense)} layers, "
+            f"like {dense[0]}, would get less than the smallest rank and stay dense.",
+            LordWarning,
+            stacklevel=2,
+        )
+    return Plan(
+        {n: request.template.at(ranks[n]) if n in ranks else request.template.at(None, NEVER_RAN) for n in layers}
+    )
+
+
+def _of_one_rank(layers: Layers, template: LayerChoice, rank: int) -> Plan:
+    shapes = _shapes(layers)
+    backbone = template.backbone != "none"
+    if rank < (0 if backbone else 1):
+        raise UsageError(f"Got rank {rank}; a rank is at least 1 (0 is plain rounding and needs a backbone).")
+    if backbone:
+        small = {name: shape for name, shape in shapes.items() if rank > min(shape)}
+        if small:
+            name, shape = next(iter(small.items()))
+            raise UsageError(
+                f"Rank {rank} exceeds the smaller side of {len(small)} layers (like {name}, {shape[0]}x{shape[1]}); "
+                f"choose at most {min(map(min, shapes.values()))} or exclude them."
+            )
+        return Plan({name: template.at(rank) for name in layers})
+    if all(rank > break_even(shape) for shape in shapes.values()):
+        best = max(map(break_even, shapes.values()))
+        raise UsageError(
+            f"Rank {rank} is above break-even for every layer: L and R would hold more numbers than W. "
+            f"Choose at most {best}, or add a backbone, for example nf4."
+        )
+    return Plan({name: _below_break_even(template, rank, shape) for name, shape in shapes.items()})
+
+
+def _below_break_even(template: LayerChoice, rank: int, shape: tuple[int, int]) -> LayerChoice:
+    limit = break_even(shape)
+    return template.at(rank) if rank <= limit else template.at(None, f"rank {rank} is above its break-even {limit}")
+
+
+def _of_bits(layers: Layers, budget: Bits) -> Plan:
+    template = budget.backbones[0] if len(budget.backbones) == 1 else _widest(layers, budget)
+    if budget.rank is not None:
+        return _of_one_rank(layers, template, budget.rank)
+    needed = {name: bits_at(site, template.at(0)) for name, site in layers.items()}
+    name = max(needed, key=lambda n: needed[n])
+    if needed[name] > budget.bits:
+        raise UsageError(
+            f"Got {budget.bits:g} bits per weight; {template.backbone} alone takes {needed[name]:.3f} for '{name}'. "
+            "Give more, or choose a backbone of fewer bits."
+        )
+    by_kind: dict[Any, int] = {}
+    for site in layers.values():
+        key = (site.shape, site.dtype)
+        if key not in by_kind:
+            by_kind[key] = _rank_within(site, template, budget.bits)
+    return Plan({name: template.at(by_kind[site.shape, site.dtype]) for name, site in layers.items()})
+
+
+def _widest(layers: Layers, budget: Bits) -> LayerChoice:
+    """The template with the widest backbone that leaves every layer the smallest rank.
+
+    Width goes to Q first: at equal bits feedback rounding gains more from another bit than from a rank at widths up to
+    a few thousand (the table of equal bits after each run says by how much), and L R is there to be trained.
+    """
+    smallest = ALIGNMENT if budget.rank is None else budget.rank
+    for template in reversed(budget.backbones):
+        if all(bits_at(site, template.at(smallest)) <= budget.bits for site in layers.values()):
+            return template
+    narrowest = budget.backbones[0]
+    needed = max(bits_at(site, narrowest.at(smallest)) for site in layers.values())
+    raise UsageError(
+        f"Got {budget.bits:g} bits per weight; the narrowest format, {narrowest.backbone}, takes {needed:.3f} with "
+        f"rank {smallest}. Give at least that{', a coarser factor_format, or rank 0' if smallest else ''}."
+    )
+
+
+def _rank_within(site: Site, template: LayerChoice, bits: float) -> int:
+    """The largest multiple of 8, or 0, at which the layer takes at most `bits` per weight."""
+    low, high = 0, min(site.shape) // ALIGNMENT
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = bits_at(site, template.at(middle * ALIGNMENT)) <= bits
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low * ALIGNMENT
+
+
+def _matched(layers: Layers, plan: Plan) -> Plan:
+    """The plan in the model's order; UsageError for a layer that only one of the two has, or an impossible rank."""
+    missing = [name for name in layers if name not in plan.layers]
+    unknown = [name for name in plan.layers if name not in layers]
+    if missing or unknown:
+        what = f"has no entry for '{missing[0]}'" if missing else f"names '{unknown[0]}', which the model lacks"
+        raise UsageError(
+            f"The plan does not fit the model: it {what} ({len(missing)} layers without an entry, {len(unknown)} "
+            "entries without a layer). Use the model, targets and exclude that the plan was made with."
+        )
+    for name, shape in _shapes(layers).items():
+        choice = plan.layers[name]
+        limit = min(shape) if choice.backbone != "none" else break_even(shape)
+        if choice.rank is not None and choice.rank > limit:
+            raise UsageError(
+                f"The plan gives layer '{name}' ({shape[0]}x{shape[1]}) rank {choice.rank}; its largest is {limit}."
+            )
+        if choice.rank is not None:
+            _check_template(choice)
+    return Plan({name: plan.layers[name] for name in layers})

@@ -1,0 +1,31 @@
+"""The steps of a run, as the journal names them."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Phase(StrEnum):
+    """The passes over the blocks, in their order."""
+
+    CALIBRATING = "calibrating"
+    SENSITIVITY = "sensitivity"
+    WRITING = "writing"
+
+
+REST = "rest"  # the shard of everything outside the blocks
+
+
+def of_block(phase: Phase, index: int) -> str:
+    return f"{phase}/{index}"
+
+
+def start_of(phase: Phase) -> str:
+    """The states in front of the first block are written."""
+    return f"started-{phase}"
+
+
+def is_block(step: str, phase: Phase | None = None) -> bool:
+    """Whether a step finished a block (of this phase)."""
+    before, slash, _ = step.partition("/")
+    return bool(slash) and (phase is None or before == phase)

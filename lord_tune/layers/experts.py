@@ -1,0 +1,217 @@
+"""Experts of a mixture as ordinary linear layers.
+
+transformers keeps the experts of a block in 3-D parameters, (expert, out, in) or transposed (expert, in, out), of a
+module whose class is decorated with `use_experts_implementation`. The decoration says how the module computes (gate,
+biases, norm, transposed or not), so no architecture is named here. `unfuse` replaces such a parameter, like
+`mlp.experts.down_proj`, by one linear layer per expert, `mlp.experts.unfused.down_proj.3`: every expert has its own
+statistics, rank and format, and hooks, adapters, folding and counting find a module as everywhere else. `fuse` undoes
+it. What is given up: the kernels that run all experts at once.
+
+The parameter itself stays under its name as a sentinel of shape (0,), as the weight of a FactoredLinear does: without
+lord_tune, transformers refuses the checkpoint instead of filling the experts with random numbers. The layers do not
+stand under `mlp.experts.3.down_proj`, as in many original checkpoints, because transformers' converters would match
+these names and fuse them again.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import UsageError
+
+_CONTAINER = "unfused"
+_FUSED = ("gate_up_proj", "up_proj", "down_proj")  # the names that the decoration knows
+_DECLARED = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_apply_gate")
+_NAME = re.compile(rf"^(?P<path>.+)\.{_CONTAINER}\.(?P<leaf>\w+)\.(?P<expert>\d+)(?P<weight>\.weight)?$")
+
+
+class TransposedLinear(Conv1D):
+    """A linear layer without bias whose weight is (in, out)."""
+
+    def __init__(self, weight: nn.Parameter):  # (in, out)
+        nn.Module.__init__(self)
+        self.nx, self.nf = weight.shape
+        self.weight = weight
+        self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:  # (token, in) -> (token, out)
+        return x @ self.weight
+
+
+class UnfusedExperts(nn.Module):
+    """The forward of a decorated module of which some parameters are unfused: the operations of transformers' own loop
+    over the experts, in the same order."""
+
+    unfused: Any  # parameter -> its layers
+
+    def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        # (token, in), (token, k), (token, k) -> (token, in)
+        output = torch.zeros_like(hidden_states)
+        for expert, tokens, positions in _routed(top_k_index, _count(self)):
+            x = self._project("gate_up_proj" if self.has_gate else "up_proj", expert, hidden_states[tokens])
+            x = self._apply_gate(x) if self.has_gate else self.act_fn(x)
+            x = self._project("down_proj", expert, x)
+            if self.has_post_expert_norm:
+                x = self.post_expert_norm(x)
+            x = x * top_k_weights[tokens, positions, None]
+            output.index_add_(0, tokens, x.to(output.dtype))
+        return output
+
+    def _project(self: Any, leaf: str, expert: int, x: Tensor) -> Tensor:
+        if leaf in self.unfused:
+            output = self.unfused[leaf][expert](x)
+        else:
+            weight = self._parameters[leaf][expert]
+            output = x @ weight if self.is_transposed else nn.functional.linear(x, weight)
+        return output + self._parameters[f"{leaf}_bias"][expert] if self.has_bias else output
+
+
+def _routed(chosen: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(expert, its tokens, which of their choices it is) of every expert that was chosen; `chosen` is (token, k).
+
+    Shapes alone (the meta device) do not say who was chosen: there, all experts get an equal share.
+    """
+    flat = chosen.T.reshape(-1)  # first choices first: the order that transformers' loop adds up in
+    order = flat.argsort(stable=True)
+    if chosen.is_meta:
+        sizes = [max(1, len(flat) // experts)] * experts
+    else:  # the only wait for the device; a number past the last expert stands for another process's expert
+        sizes = torch.bincount(flat, minlength=experts)[:experts].tolist()
+    start = 0
+    for expert, size in enumerate(sizes):
+        if size:
+            rows = order[:size] if chosen.is_meta else order[start : start + size]
+            yield expert, rows % len(chosen), rows // len(chosen)
+        start += size
+
+
+@functools.cache
+def _with_own_forward(kind: Any) -> type:
+    """A subclass under the same name, by which FSDP and transformers find a class."""
+    return type(kind.__name__, (UnfusedExperts, kind), {"__module__": kind.__module__, "fused_class": kind})
+
+
+def _count(module: Any) -> int:
+    if isinstance(module, UnfusedExperts):
+        return len(next(iter(module.unfused.values())))
+    return len(module._parameters[_unfusable(module)[0]])
+
+
+def _unfusable(module: Any) -> list[str]:
+    """The names of the parameters of a decorated module that can be unfused."""
+    if not all(hasattr(module, name) for name in _DECLARED):
+        return []
+    parameters = module._parameters
+    return [leaf for leaf in _FUSED if parameters.get(leaf) is not None and parameters[leaf].dim() == 3]
+
+
+def unfuse(model: nn.Module, names: Iterable[str] | None = None) -> list[str]:
+    """Give each expert its own layers, in place; returns the names of the parameters that were replaced. `names`: of
+    the parameters, by default all that can be. The layers share the parameter's memory."""
+    wanted = None if names is None else set(names)
+    done = []
+    for path, module in list(model.named_modules()):
+        for leaf in _unfusable(module):
+            name = f"{path}.{leaf}" if path else leaf
+            if wanted is None or name in wanted:
+                _unfuse_one(module, leaf)
+                done.append(name)
+    return done
+
+
+def _unfuse_one(module: Any, leaf: str) -> None:
+    fused = module._parameters[leaf]
+    parts = fused.detach().unbind()
+    if fused.is_meta:  # views there have addresses, by which they would be taken for one tensor
+        parts = [part.clone() for part in parts]
+    weights = [nn.Parameter(part, requires_grad=fused.requires_grad) for part in parts]
+    if not isinstance(module, UnfusedExperts):
+        module.unfused = nn.ModuleDict()
+        kind: Any = type(module)
+        module.__class__ = _with_own_forward(kind)
+        module.__dict__.pop("forward", None)  # accelerate leaves one on the instance when its hooks are removed
+    module.unfused[leaf] = nn.ModuleList(expert_layer(weight, module.is_transposed) for weight in weights)
+    empty = torch.zeros(0, dtype=torch.uint8, device=fused.device)
+    module._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
+
+
+def expert_layer(weight: nn.Parameter, transposed: bool, bias: nn.Parameter | None = None) -> Any:
+    """One expert's layer; the weight is (out, in), or (in, out) if transposed."""
+    if transposed:
+        layer: Any = TransposedLinear(weight)
+    else:
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        layer.weight = weight
+    layer.bias = bias
+    return layer
+
+
+def fuse(model: nn.Module, names: Iterable[str] | None = None) -> None:
+    """Put dense experts back into the 3-D parameters `names` (default all), in place.
+
+    Raises UsageError where an expert got a bias that the model has no place for.
+    """
+    wanted = None if names is None else set(names)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, UnfusedExperts):
+            for leaf in list(module.unfused):
+                if wanted is None or f"{path}.{leaf}" in wanted:
+                    _fuse_one(path, module, leaf)
+
+
+def fuse_untouched(model: nn.Module, chosen: Iterable[str], skipped: dict[str, str]) -> dict[str, str]:
+    """Put back the parameters none of whose experts is among the layers `chosen`, in place; returns `skipped` with the
+    parameter in place of its experts."""
+    touched = {part[0] for name in chosen if (part := expert_of(name)) is not None}
+    whole = [name for name in unfused_parameters(model) if name not in touched]
+    fuse(model, whole)
+    found: dict[str, str] = {}
+    for name, reason in skipped.items():
+        part = expert_of(name)
+        found[part[0] if part is not None and part[0] in whole else name] = reason
+    return found
+
+
+def _fuse_one(path: str, module: Any, leaf: str) -> None:
+    layers = list(module.unfused[leaf])
+    dtype = functools.reduce(torch.promote_types, [layer.weight.dtype for layer in layers])
+    biases = module._parameters.get(f"{leaf}_bias")
+    for expert, layer in enumerate(layers):
+        if layer.bias is None:
+            continue
+        if biases is None:
+            raise UsageError(
+                f"'{path}.{_CONTAINER}.{leaf}.{expert}' carries a bias (method afm), for which the model has no place, "
+                "so a dense checkpoint would lose it; export --format factored, or decompose with --method whitened."
+            )
+        with torch.no_grad():
+            biases[expert] += layer.bias.to(biases)
+    weights = torch.stack([layer.weight.detach().to(dtype) for layer in layers])
+    module._parameters[leaf] = nn.Parameter(weights, requires_grad=layers[0].weight.requires_grad)
+    del module.unfused[leaf]
+    if not module.unfused:
+        del module.unfused
+        module.__class__ = type(module).fused_class
+
+
+def unfused_parameters(model: nn.Module) -> list[str]:
+    """The names of the parameters whose experts are layers of their own."""
+    return [
+        f"{path}.{leaf}"
+        for path, module in model.named_modules()
+        if isinstance(module, UnfusedExperts)
+        for leaf in module.unfused
+    ]
+
+
+def expert_of(name: str) -> tuple[str, int] | None:
+    """The fused parameter that an expert's layer, or its weight, is a part of, and which part; None for others."""
+    found = _NAME.match(name)
+    return None if found is None else (f"{found['path']}.{found['leaf']}", int(found["expert"]))

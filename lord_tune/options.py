@@ -1,0 +1,50 @@
+"""The names of methods and formats, and the options they declare. Written by scripts/make_options.py:
+do not edit.
+
+A method or a format declares its options in its own file, with `option(...)`; see declared.py.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+Method = Literal["whitened", "svd", "afm", "loftq", "caldera"]
+Quantized = Literal["nf4", "int2", "int3", "int4", "int8", "lloyd2", "lloyd3", "lloyd4", "e8-2", "e8-3", "e8-4", "spqr"]
+
+
+class MethodOptions(BaseModel):
+    """What methods and formats declare."""
+
+    sink_weight: float = Field(
+        0.05, ge=0, description=("whitened: extra weight of position-0 inputs (attention sinks) in the Gram matrix")
+    )
+    shrinkage: float | Literal["auto"] = Field(
+        0.0, description=("whitened: share of the Gram matrix's diagonal; auto: per layer, by held-out error")
+    )
+    centred: bool = Field(True, description=("afm: centre the outputs and correct the bias, as LoRD is published"))
+    iterations: int | None = Field(
+        None, gt=0, description=("loftq, caldera: alternations of Q and L R; default: loftq 5, caldera 6")
+    )
+    downdate: Literal["auto", "on", "off"] = Field(
+        "auto", description=("caldera: spend no feedback on directions that L R carries; auto keeps the better")
+    )
+    order: Literal["auto", "q", "lr"] = Field(
+        "auto", description=("caldera: what is fitted to W first, Q or L R; auto keeps the better")
+    )
+    weighting: Literal["activations", "fisher"] = Field(
+        "activations",
+        description=(
+            "caldera: what an error costs: by the inputs' second moment, or by row and column means of "
+            "squared gradients (LQ-LoRA)"
+        ),
+    )
+    block_size: int = Field(64, description=("nf4: weights per scale"))
+    double_quant: bool = Field(False, description=("nf4: store the scales in 8 bits"))
+    group_size: int | None = Field(
+        None, gt=0, description=("int, lloyd, spqr: weights per scale; default: int 64, lloyd 64, spqr 16")
+    )
+    symmetric: bool = Field(False, description=("int: no zero point"))
+    spqr_bits: int = Field(3, ge=2, le=4, description=("spqr: bits of a weight that is no outlier"))
+    outliers: float = Field(0.01, ge=0, lt=0.5, description=("spqr: fraction of weights kept in 16 bits"))

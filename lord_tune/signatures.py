@@ -1,0 +1,187 @@
+"""The keyword arguments of the verbs, for type checkers and editors.
+
+Written by scripts/make_options.py: do not edit.
+
+What a verb takes by position is in its own signature, so it is missing here. `train` has no entry, because every
+argument of trl's trainers is one of its keywords as well.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypedDict
+
+
+class QuickstartOptions(TypedDict, total=False):
+    """Keywords of `quickstart`."""
+
+    out: str
+    model: str
+    calibration_tokens: int
+    eval_tokens: int
+    context_length: int
+    steps: int
+    rank: int
+    kept_fraction: float
+    dry_run: bool
+    overwrite: bool
+
+
+class PlanOptions(TypedDict, total=False):
+    """Keywords of `plan`."""
+
+    sink_weight: float
+    shrinkage: float | Literal["auto"]
+    centred: bool
+    iterations: int | None
+    downdate: Literal["auto", "on", "off"]
+    order: Literal["auto", "q", "lr"]
+    weighting: Literal["activations", "fisher"]
+    block_size: int
+    double_quant: bool
+    group_size: int | None
+    symmetric: bool
+    spqr_bits: int
+    outliers: float
+    method: Literal["whitened", "svd", "afm", "loftq", "caldera"]
+    backbone: Literal[
+        "none", "nf4", "int2", "int3", "int4", "int8", "lloyd2", "lloyd3", "lloyd4", "e8-2", "e8-3", "e8-4", "spqr"
+    ]
+    factor_format: (
+        Literal[
+            "fp32",
+            "fp16",
+            "bf16",
+            "nf4",
+            "int2",
+            "int3",
+            "int4",
+            "int8",
+            "lloyd2",
+            "lloyd3",
+            "lloyd4",
+            "e8-2",
+            "e8-3",
+            "e8-4",
+            "spqr",
+        ]
+        | None
+    )
+    top_rank: int
+    top_format: Literal["fp32", "fp16", "bf16", "int8"]
+    rank: int | None
+    kept_fraction: float | None
+    bits_per_weight: float | None
+    plan: str | None
+    allocation: Literal["loss_weighted", "uniform"]
+    calibration: list[str]
+    calibration_tokens: int
+    context_length: int
+    sensitivity_tokens: int
+    propagate: Literal["dense", "sequential"]
+    recover_epochs: int
+    recover_learning_rate: float
+    incoherence: bool | None
+    targets: str | None
+    exclude: str | None
+    seed: int
+    dtype: Literal["float32", "float16", "bfloat16"] | None
+    save: str | None
+    processes: int
+    json: str | None
+
+
+class DecomposeOptions(TypedDict, total=False):
+    """Keywords of `decompose`."""
+
+    sink_weight: float
+    shrinkage: float | Literal["auto"]
+    centred: bool
+    iterations: int | None
+    downdate: Literal["auto", "on", "off"]
+    order: Literal["auto", "q", "lr"]
+    weighting: Literal["activations", "fisher"]
+    block_size: int
+    double_quant: bool
+    group_size: int | None
+    symmetric: bool
+    spqr_bits: int
+    outliers: float
+    method: Literal["whitened", "svd", "afm", "loftq", "caldera"]
+    backbone: Literal[
+        "none", "nf4", "int2", "int3", "int4", "int8", "lloyd2", "lloyd3", "lloyd4", "e8-2", "e8-3", "e8-4", "spqr"
+    ]
+    factor_format: (
+        Literal[
+            "fp32",
+            "fp16",
+            "bf16",
+            "nf4",
+            "int2",
+            "int3",
+            "int4",
+            "int8",
+            "lloyd2",
+            "lloyd3",
+            "lloyd4",
+            "e8-2",
+            "e8-3",
+            "e8-4",
+            "spqr",
+        ]
+        | None
+    )
+    top_rank: int
+    top_format: Literal["fp32", "fp16", "bf16", "int8"]
+    rank: int | None
+    kept_fraction: float | None
+    bits_per_weight: float | None
+    plan: str | None
+    allocation: Literal["loss_weighted", "uniform"]
+    calibration: list[str]
+    calibration_tokens: int
+    context_length: int
+    sensitivity_tokens: int
+    propagate: Literal["dense", "sequential"]
+    recover_epochs: int
+    recover_learning_rate: float
+    incoherence: bool | None
+    targets: str | None
+    exclude: str | None
+    seed: int
+    dtype: Literal["float32", "float16", "bfloat16"] | None
+    resume: bool
+    overwrite: bool
+    dry_run: bool
+
+
+class EvaluateOptions(TypedDict, total=False):
+    """Keywords of `evaluate`."""
+
+    context_length: int
+    max_tokens: int | None
+    dtype: Literal["float32", "float16", "bfloat16"] | None
+    dequantize_once: bool
+    json: str | None
+    dry_run: bool
+
+
+class ExportOptions(TypedDict, total=False):
+    """Keywords of `export`."""
+
+    dtype: Literal["float32", "float16", "bfloat16"] | None
+    threshold: float | None
+    text: str | None
+    overwrite: bool
+    dry_run: bool
+
+
+class InspectOptions(TypedDict, total=False):
+    """Keywords of `inspect`."""
+
+    json: str | None
+
+
+class DoctorOptions(TypedDict, total=False):
+    """Keywords of `doctor`."""
+
+    json: str | None

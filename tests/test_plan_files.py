@@ -1,0 +1,169 @@
+"""Plans as files: what `plan --save` and a decomposition write is carried out by `decompose --plan`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import save_tiny, tiny_llama
+from transformers import AutoModelForCausalLM
+
+import lord_tune
+from lord_tune.errors import UsageError
+from lord_tune.layers import FactoredLinear, factored_layers
+from lord_tune.plans import LayerChoice, Plan
+
+SHORT: dict[str, Any] = {"context_length": 64, "calibration_tokens": 512}
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+
+
+def save_plan(model: Path, path: Path) -> None:
+    """Plain SVD, rank 4 everywhere."""
+    lord_tune.plan(str(model), save=str(path), json=str(path.with_suffix(".estimate")), method="svd", rank=4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank": 12},
+        {"rank": 4, "backbone": "nf4", "double_quant": True},
+        {"rank": 4, "method": "caldera", "backbone": "e8-2", "iterations": 1, "targets": "q_proj"},
+        {"bits_per_weight": 6, "backbone": "int4", "factor_format": "lloyd4", "targets": "up_proj"},
+        {"kept_fraction": 0.8, "allocation": "uniform", "method": "afm"},
+    ],
+    ids=["rank", "nf4", "caldera", "bits", "uniform"],
+)
+def test_a_saved_plan_gives_the_bytes_of_its_options(llama_dir, rows_file, tmp_path, options):
+    text = SHORT | {"calibration": [str(rows_file)]}
+    lord_tune.plan(str(llama_dir), save=str(tmp_path / "plan.json"), json=str(tmp_path / "e.json"), **options, **SHORT)
+    lord_tune.decompose(str(llama_dir), str(tmp_path / "direct"), **options, **text)
+    where = {key: value for key, value in options.items() if key == "targets"}
+    lord_tune.decompose(str(llama_dir), str(tmp_path / "planned"), plan=str(tmp_path / "plan.json"), **where, **text)
+    assert shards(tmp_path / "direct") == shards(tmp_path / "planned")
+    manifests = [json.loads((tmp_path / n / "config.json").read_text()) for n in ("direct", "planned")]
+    assert manifests[0]["quantization_config"] == manifests[1]["quantization_config"]
+
+
+def test_the_plan_that_calibration_chose_can_be_carried_out_again(llama_dir, rows_file, tmp_path):
+    text = SHORT | {"calibration": [str(rows_file)], "sensitivity_tokens": 128}
+    lord_tune.decompose(str(llama_dir), str(tmp_path / "first"), kept_fraction=0.7, **text)
+    plan = Plan.read(tmp_path / "first" / "plan.json")
+    assert len(set(plan.ranks().values())) > 1
+    del text["sensitivity_tokens"]
+    report = lord_tune.decompose(
+        str(llama_dir), str(tmp_path / "again"), plan=str(tmp_path / "first/plan.json"), **text
+    )
+    ranks = {name: "dense" if rank is None else rank for name, rank in plan.ranks().items()}
+    assert {name: entry["rank"] for name, entry in report["layers"].items()} == ranks
+    # the basis was kept in float32 between the passes, and is not here
+    for name, tensor in load_file(tmp_path / "first" / "model-00001-of-00004.safetensors").items():
+        again = load_file(tmp_path / "again" / "model-00001-of-00004.safetensors")[name]
+        assert torch.allclose(tensor.float(), again.float(), atol=1e-4), name
+
+
+def test_layers_of_one_plan_may_differ_in_everything(llama_dir, rows_file, tmp_path):
+    """Dense, L R, Q + L R of two formats and methods, Q alone, packed factors: in one checkpoint that loads."""
+    plain = lord_tune.decompose(str(llama_dir), str(tmp_path / "names"), method="svd", rank=4)
+    kinds = [
+        LayerChoice("svd", None, reason="it is left for comparison"),
+        LayerChoice("whitened", 8, {"sink_weight": 0.0}),
+        LayerChoice("afm", 8),
+        LayerChoice("loftq", 4, {"iterations": 2}, "nf4", {"block_size": 64}),
+        LayerChoice("caldera", 4, {"iterations": 1}, "e8-2", {"incoherence": True, "seed": 3}, "lloyd4"),
+        LayerChoice("svd", 0, {}, "int8", {"group_size": 32}),
+        LayerChoice("svd", 8, {}, "none", {}, "int4", {"group_size": 8}, 2, "fp16"),
+    ]
+    choices = {name: kinds[index % len(kinds)] for index, name in enumerate(plain["layers"])}
+    Plan(choices).save(tmp_path / "plan.json")
+    assert Plan.read(tmp_path / "plan.json").layers == choices
+    out = tmp_path / "mixed"
+    options: dict[str, Any] = SHORT | {"calibration": [str(rows_file)], "plan": str(tmp_path / "plan.json")}
+    estimate = lord_tune.plan(str(llama_dir), json=str(tmp_path / "e.json"), **SHORT, plan=str(tmp_path / "plan.json"))
+    report = lord_tune.decompose(str(llama_dir), str(out), **options)
+    assert estimate["model_bytes_after"] == report["totals"]["model_bytes"]
+    model = AutoModelForCausalLM.from_pretrained(out)
+    layers = factored_layers(model)
+    for name, choice in choices.items():
+        if choice.rank is None:
+            assert name not in layers and report["layers"][name]["warnings"] == [f"left dense: {choice.reason}"]
+            continue
+        stored = layers[name].plan
+        assert (stored.method, stored.rank, stored.backbone) == (choice.method, choice.rank, choice.backbone), name
+        assert stored.left_format == (choice.factor_format or "fp32") and stored.top_rank == choice.stored_apart
+        assert (layers[name].bias is not None) == (choice.method == "afm")
+        assert 0 < report["layers"][name]["error_calibrated"] < 1
+    assert isinstance(model.get_submodule(next(iter(layers))), FactoredLinear)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda layers: layers.pop(next(iter(layers))), "has no entry for"),
+        (lambda layers: layers.update(stray=next(iter(layers.values()))), "names 'stray', which the model lacks"),
+        (lambda layers: next(iter(layers.values())).update(rank=63), "its largest is 31"),
+        (lambda layers: next(iter(layers.values())).update(rank=-1), "expected a number from 0 or null"),
+        (lambda layers: next(iter(layers.values())).update(rank=0), "rank 0 without a backbone"),
+        (lambda layers: next(iter(layers.values())).update(method="whitend"), "whitened"),
+        (lambda layers: next(iter(layers.values())).update(method_options={"sinks": 1}), "options it does not have"),
+        (lambda layers: next(iter(layers.values())).update(method="loftq"), "needs a quantized backbone"),
+        (lambda layers: next(iter(layers.values())).update(color="red"), "may come from a newer lord_tune"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused_before_any_work(llama_dir, tmp_path, change, message):
+    lord_tune.plan(
+        str(llama_dir), save=str(tmp_path / "plan.json"), json=str(tmp_path / "e.json"), method="svd", rank=4
+    )
+    content = json.loads((tmp_path / "plan.json").read_text())
+    change(content["layers"])
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=message):
+        lord_tune.decompose(str(llama_dir), str(tmp_path / "out"), plan=str(tmp_path / "plan.json"))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_what_the_plan_says_is_not_said_twice(llama_dir, tmp_path):
+    lord_tune.plan(
+        str(llama_dir), save=str(tmp_path / "plan.json"), json=str(tmp_path / "e.json"), method="svd", rank=4
+    )
+    given = {"plan": str(tmp_path / "plan.json")}
+    with pytest.raises(UsageError, match="got --rank and --plan"):
+        lord_tune.decompose(str(llama_dir), str(tmp_path / "out"), rank=4, **given)
+    with pytest.raises(UsageError, match="--backbone came with --plan"):
+        lord_tune.decompose(str(llama_dir), str(tmp_path / "out"), backbone="nf4", **given)
+    with pytest.raises(UsageError, match="there is no plan to save yet"):
+        lord_tune.plan(str(llama_dir), kept_fraction=0.8, save=str(tmp_path / "later.json"))
+    with pytest.raises(UsageError, match="does not exist"):
+        lord_tune.decompose(str(llama_dir), str(tmp_path / "out"), plan=str(tmp_path / "none.json"))
+
+
+def test_another_plan_is_another_run(llama_dir, tmp_path, monkeypatch):
+    """A run is not continued with a plan that was changed."""
+    plan = tmp_path / "plan.json"
+    lord_tune.plan(str(llama_dir), save=str(plan), json=str(tmp_path / "e.json"), method="svd", rank=4)
+    monkeypatch.setattr(
+        "lord_tune.decomposition.engine.write_rest", lambda run: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        lord_tune.decompose(str(llama_dir), str(tmp_path / "out"), plan=str(plan))
+    monkeypatch.undo()
+    layers = {name: dataclasses.replace(choice, rank=6) for name, choice in Plan.read(plan).layers.items()}
+    Plan(layers).save(plan)
+    with pytest.raises(UsageError, match="plan was"):
+        lord_tune.decompose(str(llama_dir), str(tmp_path / "out"), plan=str(plan), resume=True)
+
+
+def test_a_plan_is_portable_between_models_of_one_architecture(llama_dir, tmp_path):
+    other = save_tiny(tiny_llama(seed=7), tmp_path / "other")
+    lord_tune.plan(
+        str(llama_dir), save=str(tmp_path / "plan.json"), json=str(tmp_path / "e.json"), method="svd", rank=4
+    )
+    report = lord_tune.decompose(str(other), str(tmp_path / "out"), plan=str(tmp_path / "plan.json"))
+    assert {entry["rank"] for entry in report["layers"].values()} == {4}
