@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 import lord_tune
 from lord_tune import commands
 from lord_tune.cli import main
-from lord_tune.decomposition import Rates
+from lord_tune.decomposition import Rates, TextSize
 from lord_tune.layers import FactoredLinear
 from lord_tune.plans import LayerPlan
 from lord_tune.training import load_yaml
@@ -97,8 +97,8 @@ def test_the_foreseen_text_is_what_is_read(tokens, length, weighted, models, tmp
     """Windows to calibrate on, held out and of the backward pass, where there is text enough."""
     seen = []
 
-    def estimate_of(shape: Any, settings: Any, text: Any, *rest: Any) -> Any:
-        seen.append(text)
+    def estimate_of(*given: Any) -> Any:
+        seen.extend(value for value in given if isinstance(value, TextSize))
         raise StopIteration
 
     monkeypatch.setattr(commands, "estimate_of", estimate_of)
@@ -108,7 +108,7 @@ def test_the_foreseen_text_is_what_is_read(tokens, length, weighted, models, tmp
     for verb, names in ((lord_tune.plan, [whole]), (lord_tune.decompose, [whole, tmp_path / "out"])):
         with pytest.raises(StopIteration):
             verb(*map(str, names), **options)
-    assert seen[0] == seen[1] and seen[0].heldout > 0
+    assert len(seen) == 2 and seen[0] == seen[1] and seen[0].heldout > 0
 
 
 @pytest.mark.parametrize(

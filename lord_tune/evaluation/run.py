@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..layers.sizes import sizes
-from ..memory import peak_bytes
+from ..memory import peak_bytes, peak_rss_bytes
 from .perplexity import perplexity
 from .speed import speed
 
@@ -37,6 +37,7 @@ def evaluate_model(
         "context_length": context_length,
         **sizes(model),
         "tokens_per_second": speed(model, first),
-        "peak_memory_bytes": peak_bytes(next(model.parameters()).device),
+        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_memory_bytes": peak_bytes(next(model.parameters()).device),  # of the accelerator, where there is one
         "texts": per_text,
     }
