@@ -574,7 +574,7 @@ def test_evaluate_counts_what_is_stored(factored, tmp_path, rows_file):
         stored = read_tensors(folder)
         assert result["model_bytes"] == sum(t.numel() * t.element_size() for t in stored.values())
         keys = ["perplexity", "loss", "tokens", "context_length", "parameters", "model_bytes", "linear_bits_per_weight",
-                "tokens_per_second", "peak_memory_bytes", "texts"]  # fmt: skip
+                "tokens_per_second", "peak_rss_bytes", "peak_memory_bytes", "texts"]  # fmt: skip
         assert list(result) == keys and json.loads((tmp_path / "r.json").read_text()) == result
         report = json.loads((folder / "decomposition.json").read_text())
         weights = sum(e["shape"][0] * e["shape"][1] for e in report["layers"].values())
