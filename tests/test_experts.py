@@ -24,6 +24,7 @@ from transformers import Llama4ForCausalLM, Llama4TextConfig
 from transformers.integrations.moe import batched_mm_experts_forward, use_experts_implementation
 
 import lord_tune
+from lord_tune.adapters import attach
 from lord_tune.decomposition import Journal
 from lord_tune.decomposition.survey import survey
 from lord_tune.errors import LordWarning, UsageError
@@ -407,3 +408,16 @@ def test_a_skeleton_counts_as_the_model_does(base):
     shape = skeleton(str(base("mixtral")))
     unfuse(shape)
     assert all(p.data_ptr() == 0 for p in shape.parameters())  # else different experts would count as one tensor
+
+
+def test_thousands_of_experts_share_patterns_of_their_adapter(base, tmp_path, monkeypatch):
+    """PEFT tries each pattern on each module; the ranks must be those of the layers all the same."""
+    options = {"kept_fraction": 0.8, "allocation": "uniform", "method": "svd"}
+    lord_tune.decompose(str(base("mixtral")), str(tmp_path / "out"), **options)
+    monkeypatch.setattr(attach, "_OWN_PATTERNS", 4)
+    plain = load_dense_or_factored(str(tmp_path / "out"))
+    ranks = {name: layer.rank for name, layer in factored_layers(plain).items()}
+    model = attach.expose_factors(plain)
+    assert len(set(ranks.values())) > 1 and len(model.peft_config["default"].rank_pattern) == len(set(ranks.values()))
+    assert attach.coverage(model).trained == ranks
+    assert torch.equal(logits(model), logits(load_dense_or_factored(str(tmp_path / "out"))))

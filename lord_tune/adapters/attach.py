@@ -54,6 +54,7 @@ MODES = (FACTORS, SPLIT, LORA, SCALES)
 BOTH, LEFT, RIGHT, SMALLER = "both", "left", "right", "smaller"
 COMPONENTS, COMPONENTS_AND_OUTPUTS = "components", "components_and_outputs"
 _WRAPPED = r"(.*\.)?({})"
+_OWN_PATTERNS = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,7 @@ def expose_factors(model: Any, targets: str | None = None, adapter_name: str = "
     stored = StoredTensors(plain_of(model))
     factors = {name: _host_factors(name, layer, mode, stored) for name, layer in chosen.items()}
     ranks = {name: right.shape[0] for name, (_, right) in factors.items()}
-    patterns = {rf"^{re.escape(name)}\.host$": rank for name, rank in ranks.items()}
+    patterns = _patterns({f"{name}.host": rank for name, rank in ranks.items()})
     config = LoraConfig(
         r=max(ranks.values()),
         lora_alpha=max(ranks.values()),
@@ -198,6 +199,17 @@ def _chosen(model: Any, targets: str | None, mode: str) -> dict[str, FactoredLin
         shown = ", ".join(rest[:5]) + (f" and {len(rest) - 5} more" if len(rest) > 5 else "")
         warnings.warn(f"{len(rest)} of {len(layers)} factored layers do not train: {shown}.", LordWarning, stacklevel=3)
     return chosen
+
+
+def _patterns(ranks: dict[str, int]) -> dict[str, int]:
+    """PEFT's rank_pattern. PEFT tries every pattern on every module, and Python keeps 512 compiled ones; beyond that,
+    thousands of experts would take hours, so the modules of a rank share one pattern."""
+    if len(ranks) <= _OWN_PATTERNS:
+        return {f"^{re.escape(path)}$": rank for path, rank in ranks.items()}
+    paths: dict[int, list[str]] = {}
+    for path, rank in ranks.items():
+        paths.setdefault(rank, []).append(re.escape(path))
+    return {f"^({'|'.join(found)})$": rank for rank, found in paths.items()}
 
 
 def _exactly(paths: list[str]) -> str:
