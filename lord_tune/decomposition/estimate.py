@@ -1,7 +1,7 @@
 """Memory, time and size of a run before any work, from shapes alone.
 
 The skeleton runs once on the meta device, which tells the floating-point operations of a block and which layers share
-an input (and so a Gram matrix). Where a model cannot run there (data-dependent control flow, as in routing experts),
+an input (and so a Gram matrix). Where a model cannot run there (data-dependent control flow),
 2 operations per weight and token and one Gram matrix per layer are assumed. Rates are measured by a probe of about a
 second. Every run compares the estimated peak with the measured one and records both.
 
