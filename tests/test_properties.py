@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from lord_tune.allocation import ALLOCATORS
 from lord_tune.allocation.budget import ALIGNMENT, LayerSpectrum, break_even, factor_cost
-from lord_tune.decomposition import Journal, decide
-from lord_tune.decomposition.decide import Bits, Request, bits_at
+from lord_tune.decomposition import Journal
+from lord_tune.decomposition.decide import Bits, Request, decide
+from lord_tune.decomposition.sizes import bits_at
 from lord_tune.errors import UsageError
 from lord_tune.plans import LayerChoice, Plan
 from lord_tune.quantizers import QUANTIZERS, make_quantizer
@@ -110,8 +111,10 @@ def test_a_journal_cut_anywhere_resumes_to_its_first_steps(count, where):
         path = journal.work / "progress.jsonl"
         content = path.read_bytes()
         path.write_bytes(content[: round(where * len(content))])
+        journal._let_go()
         again = Journal(Path(folder) / "out")
         again.open({"seed": 1}, True)
+        again._let_go()
         assert list(again.steps) == steps[: len(again.steps)]
         assert len(again.steps) == max(0, content[: round(where * len(content))].count(b"\n") - 1)
 
