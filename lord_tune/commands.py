@@ -28,7 +28,7 @@ from .exports.run import export_model
 from .integrations.checkpoint import Checkpoint, skeleton, write_index
 from .integrations.files import ADAPTER_FILE, base_of_adapter, fingerprint, first_line
 from .integrations.models import attention_of, default_device, launched_processes, load_tokenizer, model_class, quiet
-from .integrations.running import kind_of, task_of, window_length
+from .integrations.running import kind_of, run_model, task_of, window_length
 from .integrations.sources import resolve_model
 from .keywords import documented
 from .layers import dequantize_once
@@ -111,12 +111,12 @@ def decompose(model: str, out: str, **options: Unpack[DecomposeOptions]) -> dict
         source = Checkpoint(source_name, config.dtype, journal.work / f"converted-{workers.rank}", device)
         shape = skeleton(source_name, config.dtype)
         request = request_of(config)
-        found = survey(source.model, request.targets, request.exclude)
+        found = survey(source.model, request.targets, request.exclude, run_model)
         for text in found.notes():
             warnings.warn(text, LordWarning, stacklevel=2)
         chosen = decide(found.layers, request)
         before = sizes(source.model)
-        on_meta = survey(shape, request.targets, request.exclude)
+        on_meta = survey(shape, request.targets, request.exclude, run_model)
         size = text_size_of(windows)
         foreseen = estimate_of(shape, on_meta, request, chosen, size, None, workers.size, device)
         say(f"decomposing {config.model}: {summary(config, _backbone(chosen))}")
@@ -181,7 +181,7 @@ def plan(model: str, **options: Unpack[PlanOptions]) -> dict[str, Any]:
         size = asked_text(config, window_length(config.context_length, shape))
     device = default_device()
     request = request_of(config)
-    found = survey(shape, request.targets, request.exclude)
+    found = survey(shape, request.targets, request.exclude, run_model)
     for text in found.notes():
         warnings.warn(text, LordWarning, stacklevel=2)
     chosen = decide(found.layers, request)

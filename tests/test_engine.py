@@ -74,7 +74,7 @@ def decompose_recorded(base: Path, out: Path, **options: Any) -> Recorded:
 
     def collect(self: BlockWalk, index: int, *rest: Any, **more: Any) -> Any:
         statistics[index] = original(self, index, *rest, **more)
-        windows.update(self.windows)
+        windows.update({stream: self.windows[stream] for stream in statistics[index]})
         return statistics[index]
 
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:

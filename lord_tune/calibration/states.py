@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CalibrationError, CheckpointError
 from ..storage import named_write
 
 _HEADER = 256  # bytes
@@ -49,10 +49,18 @@ class StateWriter:
 
     def append(self, tensor: Tensor) -> None:
         assert self._stream is not None
+        if tensor.is_meta:
+            raise CalibrationError(
+                "The hidden states have no values: a part of the model that they need was not loaded."
+            )
         value = tensor.detach().cpu().contiguous()
         if self._shape is None:
             self._shape, self._dtype = tuple(value.shape), value.dtype
-        assert (tuple(value.shape), value.dtype) == (self._shape, self._dtype), "windows of a stream have one shape"
+        if (tuple(value.shape), value.dtype) != (self._shape, self._dtype):
+            raise CalibrationError(
+                f"A block returned {tuple(value.shape)} {value.dtype} for one window, {self._shape} {self._dtype} for "
+                "another of the same length; such models cannot be walked block by block."
+            )
         with named_write(self._path):
             self._stream.write(_bytes_of(value))
         self._count += 1

@@ -15,4 +15,5 @@ class Task:
 
     forward: Callable[[nn.Module, Tensor], Any]  # (model, (1, length) ids)
     loss: Callable[[nn.Module, Tensor], Tensor]  # the same -> scalar, summed over tokens
+    outputs: Callable[[Any], list[Tensor]]  # what counts of that which `forward` returns
     prepare: Callable[[Tensor], Tensor] = lambda ids: ids  # (1, length) -> the ids that `loss` runs the model on
