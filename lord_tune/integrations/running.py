@@ -133,14 +133,36 @@ def task_of(tokenizer: Any, masked: bool = False) -> Task:
     return Task(run_model, lambda model, ids: summed_loss(model, ids, mask_token)[0], _outputs, prepare)
 
 
+_LIMITS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_target_positions",
+    "max_encoder_position_embeddings",
+    "max_decoder_position_embeddings",
+)
+
+
 def max_length(model: Any) -> int:
-    """The longest window the positions of a model (or of a config) allow."""
-    config = getattr(model, "config", model).get_text_config()
-    limits = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions")]
+    """The longest window that the positions of a model, which may be a skeleton, allow."""
+    plain = _plain(model)
+    config = plain.config.get_text_config()
+    limits = [getattr(config, key, None) for key in _LIMITS]
     limit = min((n for n in limits if isinstance(n, int) and n > 0), default=1 << 30)
-    # RoBERTa-style position ids start after the padding id
-    offset = config.pad_token_id + 1 if "roberta" in config.model_type or config.model_type == "mpnet" else 0
-    return limit - (offset or 0)
+    return limit - _first_position(plain, limit)
+
+
+def _first_position(model: Any, rows: int) -> int:
+    """Where position ids start: after the padding id, in a table of positions that has one (RoBERTa and its like)."""
+    words = model.get_input_embeddings()
+    return max((m.padding_idx + 1 for m in model.modules() if m is not words and _pads(m, rows)), default=0)
+
+
+def _pads(module: Any, rows: int) -> bool:
+    """Whether a module is a table of this length with a row for padding."""
+    weight = module._parameters.get("weight")
+    padding = getattr(module, "padding_idx", None)
+    return isinstance(padding, int) and weight is not None and weight.dim() == 2 and weight.shape[0] == rows
 
 
 def window_length(asked: int, model: Any) -> int:
