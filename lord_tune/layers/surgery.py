@@ -3,21 +3,68 @@
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import CheckpointError, UsageError
 from .experts import expert_layer, expert_of, fuse
-from .factored_linear import FactoredLinear
+from .factored_linear import FactoredLinear, FrozenSum
+from .quantized_linear import CastLinear, QuantizedLinear, ZeroLinear
+
+SHARED = "shares its weight with"  # why a layer is left alone; the other's name follows
+
+# nn.MultiheadAttention multiplies by the weight of its output layer, a class that nothing else uses, and never calls it
+_NOT_LAYERS = (QuantizedLinear, CastLinear, ZeroLinear, FrozenSum, NonDynamicallyQuantizableLinear)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """A plain dense linear layer: `nn.Linear` itself (no subclass, whose weight may mean something else) or Conv1D."""
-    return type(module) is nn.Linear or isinstance(module, Conv1D)
+    """A plain dense linear layer: `nn.Linear`, a subclass that computes the same from weight and bias, or Conv1D."""
+    if type(module) is nn.Linear or isinstance(module, Conv1D):
+        return True
+    if not isinstance(module, nn.Linear) or isinstance(module, _NOT_LAYERS):
+        return False
+    weight = module._parameters.get("weight")
+    known = module._parameters.keys() == {"weight", "bias"} and not module._modules and not module._buffers
+    return known and type(weight) is nn.Parameter and weight.is_floating_point() and _computes_linear(module)
+
+
+def _computes_linear(module: nn.Linear) -> bool:
+    """Whether a small copy of the module gives x W^T + b: its class may do anything with its weight (routers return
+    tuples, quantized layers round their input)."""
+    if type(module).__call__ is not nn.Module.__call__:
+        return False
+    if type(module).forward is nn.Linear.forward:
+        return True
+    inputs, outputs = 7, 5  # prime, so that parts of an input are not taken for whole ones
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float64)
+
+    copied = object.__new__(type(module))
+    copied.__dict__ = {key: value for key, value in module.__dict__.items() if key != "forward"}
+    weight, bias = drawn(outputs, inputs), None if module.bias is None else drawn(outputs)
+    copied._parameters = {"weight": nn.Parameter(weight), "bias": None if bias is None else nn.Parameter(bias)}
+    copied._forward_hooks, copied._forward_pre_hooks = OrderedDict(), OrderedDict()
+    copied.in_features, copied.out_features, copied.training = inputs, outputs, False
+    for x in (drawn(3, inputs), drawn(2, 3, inputs)):
+        try:
+            with torch.no_grad(), torch.device("cpu"):
+                found = copied(x)
+        except Exception:  # a class of another library may fail in any way
+            return False
+        wanted = nn.functional.linear(x, weight, bias)
+        if not isinstance(found, Tensor) or found.shape != wanted.shape:
+            return False
+        if not torch.allclose(found.double(), wanted, rtol=1e-5, atol=1e-5):  # it may compute in float32
+            return False
+    return True
 
 
 def weight_of(module: Any) -> Tensor:
@@ -66,7 +113,7 @@ def select_linears(
         elif leave is not None and leave.search(name):
             skipped[name] = "in --exclude"
         elif name in shared:
-            skipped[name] = f"shares its weight with {shared[name]}"
+            skipped[name] = f"{SHARED} {shared[name]}"
         else:
             chosen[name] = module
     if not chosen:
