@@ -12,7 +12,7 @@ from .allocation import break_even
 from .config import DecomposeConfig, MethodConfig, PlanConfig
 from .console import LiveTable, duration, human_bytes, say, show_spans, show_table
 from .decomposition import Estimate, Notify, Progress, Survey
-from .layers import expert_of
+from .layers import SHARED, expert_of
 from .training import MemoryEstimate
 
 LAYER_COLUMNS = ["layer", "shape", "rank", "calibrated", "held-out", "plain SVD", "seconds"]
@@ -82,6 +82,7 @@ def show_estimate(foreseen: Estimate, found: Survey, config: PlanConfig, backbon
 def _count_reasons(skipped: dict[str, str]) -> str:
     counts: dict[str, int] = {}
     for reason in skipped.values():
+        reason = f"{SHARED} others" if reason.startswith(SHARED) else reason
         counts[reason] = counts.get(reason, 0) + 1
     return ", ".join(f"{count} {reason}" for reason, count in counts.items())
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..calibration.blocks import Blocks, Run, find_blocks
-from ..layers import fuse_untouched, fused_parameters, select_linears, unfuse
+from ..layers import SHARED, fuse_untouched, fused_parameters, select_linears, unfuse
 from ..sites import Site
 
 FUSED = "fused experts (3-D parameter)"
@@ -36,6 +36,13 @@ class Survey:
         if fused:
             notes.append(
                 f"{len(fused)} fused expert parameters stay dense, like {fused[0]}; they are listed under 'skipped'."
+            )
+        shared = [(name, reason) for name, reason in self.skipped.items() if reason.startswith(SHARED)]
+        if shared:
+            name, reason = shared[0]
+            notes.append(
+                f"{len(shared)} layers share their weights and stay dense, like {name}, which {reason}; they are "
+                "listed under 'skipped'."
             )
         return notes
 

@@ -4,6 +4,7 @@ from .experts import expert_of, fuse, fuse_untouched, unfuse, unfused_parameters
 from .factored_linear import FactoredLinear, FrozenSum, Parts, build_layer, dense_factor
 from .quantized_linear import CastLinear, QuantizedLinear, ZeroLinear, dequantize_once
 from .surgery import (
+    SHARED,
     check_finite,
     densify,
     factored_layers,
@@ -16,6 +17,7 @@ from .surgery import (
 )
 
 __all__ = [
+    "SHARED",
     "CastLinear",
     "FactoredLinear",
     "FrozenSum",
