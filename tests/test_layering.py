@@ -12,7 +12,7 @@ import lord_tune
 ROOT = Path(lord_tune.__file__).parent
 # each row imports from rows above it only; files of one row may import each other if they are one folder
 STAIRS = [
-    ["errors", "declared", "linalg", "memory", "parallel"],
+    ["errors", "declared", "linalg", "memory", "parallel", "protocols"],
     ["storage", "console", "data"],
     ["calibration", "quantizers"],
     ["factorizations"],
