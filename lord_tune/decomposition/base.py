@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Windows:
 class Source(Protocol):
     """A checkpoint opened lazily: a skeleton whose tensors come and go."""
 
-    model: Any  # the skeleton; parameters on the meta device unless loaded
+    model: PreTrainedModel  # the skeleton; parameters on the meta device unless loaded
 
     def load(self, names: Iterable[str]) -> None:
         """Fill these parameters and persistent buffers from the checkpoint."""

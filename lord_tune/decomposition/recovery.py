@@ -91,12 +91,12 @@ def tune_block(
 
 
 @torch.no_grad()
-def _write(values: list[Any], contents: list[Tensor]) -> None:
+def _write(values: list[Tensor], contents: list[Tensor]) -> None:
     for value, content in zip(values, contents, strict=True):
         value.copy_(content)
 
 
-def _tunable(layer: FactoredLinear) -> list[Any]:
+def _tunable(layer: FactoredLinear) -> list[nn.Linear]:
     """The factors in a floating format; of components stored apart, these."""
     pair = (layer.left, layer.right) if layer.top_left is None else (layer.top_left, layer.top_right)
     return [] if not layer.rank or any(isinstance(factor, QuantizedLinear) for factor in pair) else list(pair)
@@ -130,7 +130,7 @@ def _heldout_error(walk: BlockWalk, index: int, workers: Workers, device: torch.
     return float(sums[0] / sums[1])
 
 
-def _share_gradients(values: list[Any], contributes: bool, workers: Workers) -> None:
+def _share_gradients(values: list[Tensor], contributes: bool, workers: Workers) -> None:
     """Every process gets the mean over those that had a window."""
     if workers.size == 1:
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..allocation import factor_cost
+from ..declared import Options
 from ..plans import LayerChoice
 from ..quantizers import DTYPES, make_quantizer
 from ..sites import Site
@@ -36,7 +37,7 @@ def added_bias_bytes(site: Site, choice: LayerChoice) -> int:
     return site.shape[0] * site.dtype.itemsize
 
 
-def _factor_bytes(shape: tuple[int, int], rank: int, form: str, options: dict[str, Any]) -> int:
+def _factor_bytes(shape: tuple[int, int], rank: int, form: str, options: Options) -> int:
     """Of L and R."""
     if form in DTYPES:
         return factor_cost(shape, rank) * DTYPES[form].itemsize
