@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypedDict
 
 from torch import Tensor
 
@@ -51,6 +51,14 @@ class Source(Protocol):
         ...
 
 
+class EqualBits(TypedDict):
+    """Feedback rounding alone, without L R."""
+
+    bits: float  # per weight
+    calibrated: float  # relative output error
+    heldout: float | None
+
+
 @dataclass
 class LayerRecord:
     """What became of a layer; the errors are relative output errors, None when no text was given.
@@ -72,8 +80,7 @@ class LayerRecord:
     error_beyond_top: float | None = None  # calibrated, relative to the outputs without their largest direction
     shrinkage: float | None = None  # chosen by held-out error, where the method has one
     inputs: dict[str, float] = field(default_factory=dict)  # see Moments.describe
-    # one layer of each shape: feedback rounding without L R at other widths, format -> {bits, calibrated, heldout}
-    equal_bits: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    equal_bits: dict[str, EqualBits] = field(default_factory=dict)  # format -> its error, for one layer of each shape
     warnings: list[str] = field(default_factory=list)
 
 

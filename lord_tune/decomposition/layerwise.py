@@ -35,7 +35,7 @@ from ..factorizations import (
 from ..layers import FactoredLinear, bias_of, build_layer, is_transposed, shape_of, weight_of
 from ..plans import LayerChoice
 from ..quantizers import DTYPES, E8P2, E8P3, E8P4, Rotated
-from .base import LayerRecord
+from .base import EqualBits, LayerRecord
 
 _CURVES = ("calibrated", "heldout", "plain", "beyond_top")
 
@@ -258,11 +258,10 @@ _REFERENCES = (E8P2, E8P3, E8P4)
 COMPARED_INPUTS = 8192  # wider layers are not compared: feedback needs several Gram matrices
 
 
-def _equal_bits(
-    weight: Tensor, calibration: Moments, heldout: InputStatistics | None
-) -> dict[str, dict[str, float | None]]:
+def _equal_bits(weight: Tensor, calibration: Moments, heldout: InputStatistics | None) -> dict[str, EqualBits]:
     """Feedback rounding alone at 2, 3 and 4 bits: what the bits of L R would have bought without it."""
-    dense, found = weight.double(), {}
+    dense = weight.double()
+    found: dict[str, EqualBits] = {}
     forms: list[Any] = [Rotated(form()) for form in _REFERENCES]
     for form, split in zip(forms, feedback_alone(weight, calibration, forms, heldout), strict=True):
         assert split.parts is not None and split.backbone is not None

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -37,13 +37,22 @@ _BETAS = (0.9, 0.95)
 _SCALE = 64.0  # of each token's error: Adam does not notice, gradients of float16 blocks do not vanish
 
 
+class Recovered(TypedDict):
+    """What came of a block."""
+
+    before: float  # held-out error
+    after: float
+    epochs: int  # of those asked for, how many are kept
+    seconds: float
+
+
 def tune_block(
     walk: BlockWalk,  # streams calibration and heldout hold the original block's outputs, student ones its inputs now
     index: int,
     layers: dict[str, FactoredLinear],  # of the block, in place
     how: BlockRecovery,
     workers: Workers,
-) -> dict[str, Any] | None:
+) -> Recovered | None:
     """Tune the factors in place; returns the held-out error before and after, the passes kept and the seconds, or None
     where the block has nothing to tune."""
     factors = [factor for layer in layers.values() for factor in _tunable(layer)]
