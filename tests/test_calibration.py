@@ -211,7 +211,7 @@ def test_sensitivity_equals_the_gradients_second_moment(make, tmp_path):
     for index in range(len(blocks.modules)):
         walk.advance(index, "s")
     walk.windows["s"] = ids
-    walk.write_gradients("s", task.loss, torch.device("cpu"))
+    walk.write_gradients("s", task.loss)
     for index in reversed(range(len(blocks.modules))):
         members = {name: layer for name, layer in layers.items() if blocks.holds(index, name)}
         bases = {}

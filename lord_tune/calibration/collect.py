@@ -217,9 +217,9 @@ class BlockWalk:
 
     # --- the way back: gradients of the loss, from the last block to the first ---
 
-    def write_gradients(self, stream: str, loss: Loss, device: torch.device) -> None:
+    def write_gradients(self, stream: str, loss: Loss) -> None:
         """Gradients of the loss by the blocks' outputs. Needs all parts outside the blocks in memory."""
-        self._route.write_gradients(stream, loss, device)
+        self._route.write_gradients(stream, loss)
 
     def backward(self, index: int, stream: str) -> None:
         """Recompute block `index` with gradients and write those of its input; hooks on its layers see theirs."""
