@@ -46,6 +46,17 @@ class Tokenizer(Protocol):
     def save_pretrained(self, save_directory: str | Path) -> object: ...
 
 
+class AutogradContext(Protocol):
+    """`ctx` of a torch.autograd.Function; what one keeps beside tensors is declared in a protocol of its own."""
+
+    needs_input_grad: tuple[bool, ...]
+    saved_tensors: tuple[torch.Tensor, ...]
+
+    def save_for_backward(self, *tensors: torch.Tensor | None) -> None: ...
+
+    def mark_non_differentiable(self, *tensors: torch.Tensor) -> None: ...
+
+
 class TunerLayer(Protocol):
     """A layer of PEFT around a linear one: LoRA's; of IA3's layers all but r, scaling, lora_A and lora_B."""
 
