@@ -13,7 +13,7 @@ import typing
 import warnings
 from collections.abc import Callable
 from inspect import Parameter, Signature
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import typer
 from pydantic.fields import FieldInfo
@@ -96,7 +96,7 @@ def _parameter(name: str, field: FieldInfo, positional: bool, trl_names: bool, g
     return Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=value, annotation=annotation)
 
 
-def _add(verb: str, record: type[RunConfig], summary: str, call: Callable[[dict[str, Any]], Any]) -> None:
+def _add(verb: str, record: type[RunConfig], summary: str, call: Callable[[dict[str, object]], object]) -> None:
     """Register a verb whose options are the fields of `record`.
 
     `plan` takes the YAML file of a `decompose` run as it is: the keys out, overwrite, resume and dry_run of a file are
@@ -109,24 +109,24 @@ def _add(verb: str, record: type[RunConfig], summary: str, call: Callable[[dict[
     ordered = dict.fromkeys([*positional, *groups, *fields, "config"])
     text = "YAML file with any of these keys; the command line wins"
     from_file = typer.Option(None, help=text, rich_help_panel=groups.get("config"))
-    config = Parameter("config", Parameter.POSITIONAL_OR_KEYWORD, default=from_file, annotation=str | None)
+    file = Parameter("config", Parameter.POSITIONAL_OR_KEYWORD, default=from_file, annotation=str | None)
     parameters = [
-        config if name == "config" else _parameter(name, fields[name], name in positional, open_ended, groups.get(name))
+        config_file
+        if name == "config"
+        else _parameter(name, fields[name], name in positional, open_ended, groups.get(name))
         for name in ordered
     ]
     if open_ended:
         parameters.insert(0, Parameter("ctx", Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context))
 
-    def command(**values: Any) -> None:
-        context = values.pop("ctx", None)
-        file = values.pop("config", None)
+    def command(ctx: typer.Context | None = None, config: str | None = None, **values: object) -> None:
         given = {fields[k].alias or k: v for k, v in values.items() if v is not None and v != []}
-        if context is not None:
-            given |= _extra_options(context.args)
-        if file is not None:
+        if ctx is not None:
+            given |= _extra_options(ctx.args)
+        if config is not None:
             from .training import load_yaml
 
-            found = load_yaml(file)
+            found = load_yaml(config)
             if record is PlanConfig:  # a recipe of `decompose`: where it would write is of no interest to a plan
                 found = {key: value for key, value in found.items() if key not in _OUTPUT_KEYS}
             given = found | given
@@ -140,9 +140,9 @@ def _add(verb: str, record: type[RunConfig], summary: str, call: Callable[[dict[
     app.command(verb, cls=_Verb, epilog=epilog, context_settings=settings)(command)
 
 
-def _extra_options(words: list[str]) -> dict[str, Any]:
+def _extra_options(words: list[str]) -> dict[str, str | list[str]]:
     """`--key value...` and `--key=value` of training options that are trl's; a flag alone means true."""
-    found: dict[str, Any] = {}
+    found: dict[str, str | list[str]] = {}
     position = 0
     while position < len(words):
         word = words[position]
@@ -158,8 +158,8 @@ def _extra_options(words: list[str]) -> dict[str, Any]:
     return found
 
 
-def _verb(name: str) -> Callable[[dict[str, Any]], Any]:
-    def call(values: dict[str, Any]) -> Any:
+def _verb(name: str) -> Callable[[dict[str, object]], object]:
+    def call(values: dict[str, object]) -> object:
         import lord_tune
 
         required = [k for k in ("model", "out", "text", "format") if k in RECORDS[name].model_fields]
@@ -237,7 +237,14 @@ def _expand(words: list[str]) -> list[str]:
     return result
 
 
-def _show_warning(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     if issubclass(category, LordWarning) and is_main_process():
         print(f"warning: {message}", file=sys.stderr)
 
@@ -254,7 +261,7 @@ def main(arguments: list[str] | None = None) -> None:
     words = [word for word in words if word != "--debug"]
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # names an optional kernel it misses
     if not debug:
-        warnings.showwarning = _show_warning  # type: ignore[assignment]
+        warnings.showwarning = _show_warning
         warnings.simplefilter("always", LordWarning)
     try:
         # not standalone: typer's own complaints are reported below like ours; it returns 130 for Ctrl-C

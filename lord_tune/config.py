@@ -9,6 +9,7 @@ the headings that the help shows them under.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
 
@@ -28,7 +29,7 @@ class RunConfig(BaseModel):
     groups: ClassVar[dict[str, tuple[str, ...]]] = {}
 
     @classmethod
-    def build(cls, values: dict[str, Any]) -> Self:
+    def build(cls, values: Mapping[str, object]) -> Self:
         """Validate; UsageError in one sentence."""
         if cls.model_config["extra"] == "forbid":
             known = {field.alias or name for name, field in cls.model_fields.items()}

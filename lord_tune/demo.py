@@ -12,6 +12,7 @@ import json
 import shutil
 import sysconfig
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -128,7 +129,7 @@ def _headline(title: str, text: str) -> None:
     say(f"=== {title}: {text}")
 
 
-def _show_report(measured: dict[str, dict[str, Any]], out: Path, seconds: float) -> None:
+def _show_report(measured: Mapping[str, Mapping[str, float]], out: Path, seconds: float) -> None:
     rows = [
         [
             name,

@@ -8,7 +8,6 @@ import resource
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -78,7 +77,7 @@ class PeakMemory:
         while not self._stop.wait(0.05):
             self._sampled = max(self._sampled, process.memory_info().rss)
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._device.type != "cpu":
             self._allocated = peak_bytes(self._device)
             return

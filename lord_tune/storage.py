@@ -68,7 +68,7 @@ def atomic_directory(out: Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def lock(stream: IO[Any], wait: bool = False) -> bool:
+def lock(stream: IO[bytes] | IO[str], wait: bool = False) -> bool:
     """Lock an open file until it is closed or this process ends; whether that was possible. `wait` until it is.
 
     Where the file system cannot lock: a warning, and True.
@@ -129,7 +129,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
     return digest
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: object) -> None:
     """A JSON file that appears whole."""
     write_text(path, json.dumps(content, indent=1, sort_keys=False) + "\n")
 

@@ -35,18 +35,19 @@ import dataclasses
 import functools
 import re
 import warnings
-from typing import Any
+from typing import Protocol
 
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, LordError, LordWarning, UsageError
-from ..layers import CastLinear, FactoredLinear, FrozenSum, QuantizedLinear, ZeroLinear, factored_layers
-from .route import Route, adapters_of, base_of, wrappers_of
+from ..layers import CastLinear, FactoredLinear, FrozenSum, QuantizedLinear, ZeroLinear, factored_layers, plain_model
+from ..protocols import CausalModel
+from .route import Route, adapters_of, wrappers_of
 from .stored_tensors import StoredTensors, value_of
 
 FACTORS, SPLIT, LORA, SCALES = "factors", "split", "lora", "scales"
@@ -67,7 +68,9 @@ class Coverage:
     trainable_parameters: int
 
 
-def expose_factors(model: Any, targets: str | None = None, adapter_name: str = "default", mode: str = FACTORS) -> Any:
+def expose_factors(
+    model: CausalModel, targets: str | None = None, adapter_name: str = "default", mode: str = FACTORS
+) -> PeftModel:
     """Make L and R of the factored layers (those matching the regex `targets`) the trainable PEFT adapter.
 
     mode: "factors", or "split" for the components that were stored apart (`--top-rank`). Factors stored in 16 bits are
@@ -79,7 +82,7 @@ def expose_factors(model: Any, targets: str | None = None, adapter_name: str = "
     for name, layer in chosen.items():
         if layer.host is None:
             _check_trainable(name, layer, mode)
-    stored = StoredTensors(plain_of(model))
+    stored = StoredTensors(plain_model(model))
     factors = {name: _host_factors(name, layer, mode, stored) for name, layer in chosen.items()}
     ranks = {name: right.shape[0] for name, (_, right) in factors.items()}
     patterns = _patterns({f"{name}.host": rank for name, rank in ranks.items()})
@@ -107,14 +110,14 @@ def expose_factors(model: Any, targets: str | None = None, adapter_name: str = "
 
 
 def add_lora(
-    model: Any,
+    model: CausalModel,
     rank: int = 8,
     alpha: float | None = None,
     dropout: float = 0.0,
     targets: str | None = None,
     adapter_name: str = "default",
     on: str = BOTH,
-) -> Any:
+) -> PeftModel:
     """LoRA of rank `rank` on L and R of the factored layers, which stay frozen (and may be quantized).
 
     alpha: LoRA's scaling is alpha / rank; default 2 rank. on: "both"; "left" or "right", L or R alone; "smaller",
@@ -134,7 +137,9 @@ def _sides(layer: FactoredLinear, on: str) -> list[str]:
     return [LEFT, RIGHT] if on == BOTH else [smaller if on == SMALLER else on]
 
 
-def wrap_lora(model: Any, paths: list[str], rank: int, alpha: float, dropout: float, adapter_name: str) -> Any:
+def wrap_lora(
+    model: CausalModel, paths: list[str], rank: int, alpha: float, dropout: float, adapter_name: str
+) -> PeftModel:
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides it, a float is fine
@@ -145,13 +150,15 @@ def wrap_lora(model: Any, paths: list[str], rank: int, alpha: float, dropout: fl
     )
     peft_model = _wrap(model, config, adapter_name)
     for path in paths:
-        factor = plain_of(peft_model).get_submodule(path)
+        factor = plain_model(peft_model).get_submodule(path)
         if not isinstance(factor, LoraLayer) or factor.r[adapter_name] != rank:
             raise LordError(f"PEFT did not wrap '{path}' at rank {rank}; report this model.")
     return peft_model
 
 
-def add_scales(model: Any, targets: str | None = None, adapter_name: str = "default", on: str = COMPONENTS) -> Any:
+def add_scales(
+    model: CausalModel, targets: str | None = None, adapter_name: str = "default", on: str = COMPONENTS
+) -> PeftModel:
     """A learnable number for each component of L R (see the top), float32, starting as 1; L and R may be quantized.
 
     on: "components", or "components_and_outputs" for one per output as well.
@@ -166,11 +173,11 @@ def add_scales(model: Any, targets: str | None = None, adapter_name: str = "defa
     return wrap_scales(model, paths, adapter_name)
 
 
-def wrap_scales(model: Any, paths: list[str], adapter_name: str) -> Any:
+def wrap_scales(model: CausalModel, paths: list[str], adapter_name: str) -> PeftModel:
     config = IA3Config(target_modules=_exactly(paths), feedforward_modules=[], task_type=_task_type(model))
     peft_model = _wrap(model, config, adapter_name)
     for path in paths:
-        factor: Any = plain_of(peft_model).get_submodule(path)
+        factor = plain_model(peft_model).get_submodule(path)
         if not isinstance(factor, IA3Layer) or factor.is_feedforward:
             raise LordError(f"PEFT did not wrap '{path}' with scales of its outputs; report this model.")
         # PEFT's move to float32 makes the scales of an adapter that is not the active one trainable
@@ -178,9 +185,9 @@ def wrap_scales(model: Any, paths: list[str], adapter_name: str) -> Any:
     return peft_model
 
 
-def _chosen(model: Any, targets: str | None, mode: str) -> dict[str, FactoredLinear]:
+def _chosen(model: CausalModel, targets: str | None, mode: str) -> dict[str, FactoredLinear]:
     """The layers to train; warns of those left out."""
-    layers = factored_layers(plain_of(model))
+    layers = factored_layers(plain_model(model))
     if not layers:
         raise UsageError("The model has no factored layers; run `lord-tune decompose` first and train its output.")
     present = mode_of(model)
@@ -216,30 +223,28 @@ def _exactly(paths: list[str]) -> str:
     return _WRAPPED.format("|".join(re.escape(path) for path in paths))
 
 
-def plain_of(model: Any) -> Any:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def _wrap(model: Any, config: PeftConfig, adapter_name: str) -> Any:
+def _wrap(model: CausalModel, config: PeftConfig, adapter_name: str) -> PeftModel:
     """The PEFT model with an adapter more; a first one is active, further ones are not."""
     if isinstance(model, PeftModel):
         if adapter_name in model.peft_config:
             raise UsageError(f"The model has an adapter '{adapter_name}' already; give another adapter_name.")
         model.add_adapter(adapter_name, config)
         return model
-    peft_model: Any = get_peft_model(model, config, adapter_name=adapter_name)
+    peft_model = get_peft_model(model, config, adapter_name=adapter_name)
+    assert isinstance(peft_model, PeftModel)
     tuner = peft_model.base_model
-    tuner._check_merge_allowed = functools.partial(_check_stock_merge, tuner)
+    assert isinstance(tuner, BaseTuner)
+    tuner._check_merge_allowed = functools.partial(_check_stock_merge, tuner)  # type: ignore[method-assign]
     peft_model.register_load_state_dict_post_hook(_check_loaded)
     return peft_model
 
 
-def _check_stock_merge(tuner: Any) -> None:
+def _check_stock_merge(tuner: BaseTuner) -> None:
     """PEFT asks this before it merges. It adds to (LoRA) or multiplies (IA3) the stored tensor in its own dtype, be it
     codes; right in float32 alone."""
     for name, module in tuner.model.named_modules():
         if isinstance(module, BaseTunerLayer):
-            base: Any = module.get_base_layer()
+            base = module.get_base_layer()
             if not isinstance(base, CastLinear) or base.weight.dtype != torch.float32:
                 raise UsageError(
                     f"PEFT's merge would round the adapter into '{name}', whose weights are not float32; "
@@ -248,7 +253,13 @@ def _check_stock_merge(tuner: Any) -> None:
     type(tuner)._check_merge_allowed(tuner)
 
 
-def _check_loaded(model: Any, result: Any) -> None:
+class _LoadResult(Protocol):
+    """What `load_state_dict` returns."""
+
+    unexpected_keys: list[str]
+
+
+def _check_loaded(model: nn.Module, result: _LoadResult) -> None:
     """After tensors were loaded into a PEFT model, which drops those that have no place."""
     stray = [key for key in result.unexpected_keys if "lora_" in key or "ia3_" in key]
     if stray:
@@ -298,8 +309,8 @@ def _host_factors(name: str, layer: FactoredLinear, mode: str, stored: StoredTen
     return left, right
 
 
-def _task_type(model: Any) -> str | None:
-    plain = plain_of(model)
+def _task_type(model: CausalModel) -> str | None:
+    plain = plain_model(model)
     return "CAUSAL_LM" if hasattr(plain, "can_generate") and plain.can_generate() else None
 
 
@@ -311,21 +322,21 @@ def _check_realised(name: str, layer: FactoredLinear, rank: int, adapter: str) -
         raise LordError(f"PEFT realised '{name}' at {realised}, scaling {host.scaling[adapter]}; wanted rank {rank}.")
 
 
-def mode_of(model: Any) -> str | None:
+def mode_of(model: nn.Module) -> str | None:
     """factors, split, lora, scales, or None for a model without our adapters."""
     for layer in factored_layers(model).values():
         if isinstance(layer.host, LoraLayer):
-            return SPLIT if isinstance(base_of(layer.host), FrozenSum) else FACTORS
+            return SPLIT if isinstance(layer.host.get_base_layer(), FrozenSum) else FACTORS
         for factor in (layer.left, layer.right):
             if isinstance(factor, BaseTunerLayer):
                 return SCALES if isinstance(factor, IA3Layer) else LORA
     return None
 
 
-def coverage(model: Any, adapter_name: str = "default") -> Coverage:
+def coverage(model: CausalModel, adapter_name: str = "default") -> Coverage:
     """Which factored layers of an exposed model train, and how many parameters."""
     trained, untouched = {}, []
-    for name, layer in factored_layers(plain_of(model)).items():
+    for name, layer in factored_layers(plain_model(model)).items():
         wrappers = [wrapper for wrapper in wrappers_of(layer) if adapter_name in adapters_of(wrapper)]
         if not wrappers:
             untouched.append(name)

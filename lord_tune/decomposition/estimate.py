@@ -32,8 +32,9 @@ estimated on Llamas (CPU) of hidden size 512, 1024 and 2048: tests/test_plan.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -44,6 +45,9 @@ from .layerwise import COMPARED_INPUTS
 from .sizes import added_bias_bytes, stored_bytes
 from .survey import Survey
 from .timing import Rates, TextSize, run_seconds
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Estimate:
 
 
 def estimate_run(
-    model: Any,  # the skeleton
+    model: PreTrainedModel,  # the skeleton
     survey: Survey,
     request: Request,
     plan: Plan | None,  # None where the calibration decides it
@@ -194,7 +198,7 @@ def estimate_run(
     )
 
 
-def _distinct_inputs(groups: list[set[str]], members: dict[str, Any], shapes: dict[str, tuple[int, int]]) -> list[int]:
+def _distinct_inputs(groups: list[set[str]], members: Iterable[str], shapes: dict[str, tuple[int, int]]) -> list[int]:
     """Widths of the inputs that have a Gram matrix each. The groups are the first block's; others are like it."""
     if all(name in shapes for group in groups for name in group):
         return [shapes[next(iter(group))][1] for group in groups]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -26,11 +26,13 @@ def dealt_out(
     mine = {name: do(name) for name in work if owners[name] == workers.rank}
     if workers.size == 1:
         return mine
-    return {name: _sent(mine.get(name), owners[name], device, workers) for name in work}
+    return {name: cast(Result, _sent(mine.get(name), owners[name], device, workers)) for name in work}
 
 
-def _sent(value: Any, owner: int, device: torch.device, workers: Workers) -> Any:
-    """An Analysis, a Finished or None of its owner, on every process."""
+def _sent(
+    value: Analysis | Finished | None, owner: int, device: torch.device, workers: Workers
+) -> Analysis | Finished | None:
+    """The owner's result, on every process."""
     form: Any = None
     tensors: dict[str, Tensor] | None = None
     if isinstance(value, Analysis):

@@ -35,7 +35,9 @@ def measure_sensitivity(run: Passes, walk: BlockWalk, bases: Bases | None) -> No
         # the corrupted ids of a masked model are drawn again by the loss itself: the same ones
         walk.hand_out(SENSITIVITY, run.text.sensitivity)
         with Loaded(run.source, run.outside, run.model):
-            walk.write_gradients(SENSITIVITY, run.task.loss, run.model.get_input_embeddings().weight.device)
+            walk.write_gradients(
+                SENSITIVITY, run.task.loss, run.model.get_input_embeddings().get_parameter("weight").device
+            )
         run.journal.commit(start_of(Phase.SENSITIVITY))
     for index in reversed(range(run.count)):
         step = of_block(Phase.SENSITIVITY, index)

@@ -96,7 +96,7 @@ class Passes:
         work = {name: layer_flops(site.shape, methods[name]) for name, site in members.items()}
         device = torch.device("cpu")
         if members:
-            device = next(iter(members.values())).module(self.model).weight.device
+            device = next(iter(members.values())).module(self.model).get_parameter("weight").device
         return dealt_out(work, do, self.workers, device)
 
     def read(self, name: str, ending: str = "") -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,7 +22,7 @@ class Loaded:
         check_finite(self.model)
         return self
 
-    def __exit__(self, *rest: Any) -> None:
+    def __exit__(self, *rest: object) -> None:
         self.source.release(self.names)
         give_back()
 

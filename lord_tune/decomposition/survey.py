@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..calibration.blocks import Blocks, find_blocks
 from ..layers import fuse_untouched, fused_parameters, select_linears, unfuse
 from ..sites import Site
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FUSED = "fused experts (3-D parameter)"
 
@@ -40,7 +43,7 @@ class Survey:
         return notes
 
 
-def survey(model: Any, targets: str | None = None, exclude: str | None = None) -> Survey:
+def survey(model: PreTrainedModel, targets: str | None = None, exclude: str | None = None) -> Survey:
     """Find the blocks and the layers; works on the meta device. Experts to decompose become layers of `model`."""
     blocks = find_blocks(model)
     unfuse(model)

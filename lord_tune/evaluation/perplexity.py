@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import LordError, UsageError
 from ..integrations.running import kind_of, summed_loss
+from ..protocols import CausalModel, Tokenizer
 
 
 def perplexity(
-    model: Any,
-    tokenizer: Any,
+    model: CausalModel,
+    tokenizer: Tokenizer,
     windows: Tensor,  # (window, length)
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> tuple[float, int]:

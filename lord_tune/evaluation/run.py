@@ -10,13 +10,14 @@ from torch import Tensor
 
 from ..layers.sizes import sizes
 from ..memory import peak_bytes, peak_rss_bytes
+from ..protocols import CausalModel, Tokenizer
 from .perplexity import perplexity
 from .speed import speed
 
 
 def evaluate_model(
-    model: Any,
-    tokenizer: Any,
+    model: CausalModel,
+    tokenizer: Tokenizer,
     texts: dict[str, Tensor],  # name -> (window, length)
     context_length: int,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,

@@ -8,20 +8,22 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..errors import ExportMismatch, UsageError
 from ..integrations.transformers_quantizer import detach
 from ..layers import factored_layers, is_linear, unfused_parameters
+from ..protocols import Tokenizer
 from ..quantizers import NF4
 from .base import Job
 
 
-def check_peft_exportable(model: Any) -> None:
+def check_peft_exportable(model: PreTrainedModel) -> None:
     experts = unfused_parameters(model)
     if experts:
         raise UsageError(
@@ -49,7 +51,7 @@ def check_peft_exportable(model: Any) -> None:
             )
 
 
-def write_peft(factored: Any, tokenizer: Any, folder: Path, ids: Tensor, final: Path) -> Tensor:
+def write_peft(factored: PreTrainedModel, tokenizer: Tokenizer, folder: Path, ids: Tensor, final: Path) -> Tensor:
     layers = factored_layers(factored)
     ranks = {name: layer.rank for name, layer in layers.items()}
     largest = max(ranks.values())
@@ -114,7 +116,7 @@ def write_peft(factored: Any, tokenizer: Any, folder: Path, ids: Tensor, final: 
     return _stock_outputs(base, lora, ids, type(factored).__name__)
 
 
-def _drop_tied(model: Any, state: dict[str, Tensor]) -> None:
+def _drop_tied(model: PreTrainedModel, state: dict[str, Tensor]) -> None:
     """A tied head is stored once, under its embedding's name."""
     for tied in getattr(model, "all_tied_weights_keys", None) or {}:
         state.pop(tied, None)
@@ -161,10 +163,10 @@ class PeftExport:
 
     name: ClassVar[str] = "peft"
 
-    def check(self, model: Any) -> None:
+    def check(self, model: PreTrainedModel) -> None:
         check_peft_exportable(model)
 
-    def write(self, model: Any, job: Job) -> Tensor:
+    def write(self, model: PreTrainedModel, job: Job) -> Tensor:
         return write_peft(model, job.tokenizer, job.folder, job.ids, job.final)
 
     def rounds_to(self, model_dtype: torch.dtype, job: Job) -> list[str]:

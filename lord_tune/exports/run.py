@@ -11,14 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from ..adapters.attach import mode_of
 from ..adapters.fold import fold
 from ..errors import ExportMismatch, UsageError, unknown_name
 from ..integrations.models import DTYPE_NAMES
 from ..integrations.running import max_length
-from ..layers import factored_layers
+from ..layers import factored_layers, plain_model
+from ..protocols import CausalModel, Tokenizer
 from .base import Export, Job
 from .dense import DenseExport
 from .factored import FactoredExport
@@ -29,8 +29,8 @@ EXPORTS: dict[str, Export] = {form.name: form for form in (DenseExport(), Factor
 
 
 def export_model(
-    model: Any,
-    tokenizer: Any,
+    model: CausalModel,
+    tokenizer: Tokenizer,
     folder: Path,  # empty, exists; becomes the export
     form: str,
     dtype: str = "float32",
@@ -47,7 +47,7 @@ def export_model(
         raise unknown_name("format", form, list(EXPORTS))
     if dtype not in DTYPE_NAMES:
         raise UsageError(f"--dtype {dtype} is unknown; use one of {', '.join(DTYPE_NAMES)}.")
-    plain = model.get_base_model() if mode_of(model) else model
+    plain = plain_model(model)
     if not factored_layers(plain):
         raise UsageError("The model has no factored layers; it is an ordinary checkpoint already.")
     export, model_dtype = EXPORTS[form], plain.dtype
@@ -55,7 +55,7 @@ def export_model(
     ids = probe_ids(tokenizer, text, min(PROBE_TOKENS, max_length(plain)))
     reference = outputs_of(model, ids)
     job = Job(tokenizer, folder, final or folder, dtype, ids)
-    written = export.write(fold(model) if mode_of(model) else model, job)
+    written = export.write(fold(model) if mode_of(model) else plain, job)
     if card is not None:
         (folder / "README.md").write_text(card(form))
     comparison = compare(reference, written)

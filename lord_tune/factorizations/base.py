@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self
+from typing import ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -106,9 +106,9 @@ class Split:
 class FactorForm:
     """How L and R are stored."""
 
-    quantizer: Any  # of all components but the first `top`
+    quantizer: Quantizer  # of all components but the first `top`
     top: int = 0
-    top_form: Any = torch.float32  # of these: a Quantizer or a floating dtype
+    top_form: Quantizer | torch.dtype = torch.float32  # of these
 
     def __post_init__(self) -> None:
         assert self.top >= 0

@@ -7,27 +7,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from ..calibration.task import Task
 from ..errors import LordWarning, UsageError
+from ..layers import plain_model
+from ..protocols import CausalModel, Tokenizer
 
 MASKED_FRACTION = 0.15  # of the tokens, for models with a masked-token head (BERT)
 
 
-def kind_of(model: Any) -> str:
+def kind_of(model: nn.Module) -> str:
     """causal, masked or bare, from what the model can be asked."""
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain = plain_model(model)
     if plain.get_output_embeddings() is None:
         return "bare"
     return "causal" if plain.can_generate() else "masked"
 
 
-def _run(model: Any, ids: Tensor) -> Any:
+def _run(model: nn.Module, ids: Tensor) -> Any:
     ids = ids.to(next(model.parameters()).device)
     return model(input_ids=ids, use_cache=False) if kind_of(model) == "causal" else model(input_ids=ids)
 
 
-def run_on_meta(model: Any, ids: Tensor) -> Any:
+def run_on_meta(model: nn.Module, ids: Tensor) -> Any:
     """A forward pass of a skeleton. Decoders look for packed sequences unless they are given a mask; encoders look into
     a mask they are given. Either look is impossible on the meta device."""
     if kind_of(model) == "causal":
@@ -43,7 +46,7 @@ def masked_windows(ids: Tensor, mask_token: int, seed: int = 0) -> tuple[Tensor,
     return torch.where(chosen, mask_token, ids), torch.where(chosen, ids, -100)
 
 
-def summed_loss(model: Any, ids: Tensor, mask_token: int | None = None) -> tuple[Tensor, int]:
+def summed_loss(model: nn.Module, ids: Tensor, mask_token: int | None = None) -> tuple[Tensor, int]:
     """(summed loss, predicted tokens) of windows (batch, length): next token, or masked tokens; float32 logits.
 
     A model without a head has no loss on text; its "loss" is a fixed random projection of the last hidden states,
@@ -70,7 +73,7 @@ def summed_loss(model: Any, ids: Tensor, mask_token: int | None = None) -> tuple
     return loss, count
 
 
-def task_of(tokenizer: Any, masked: bool = False) -> Task:
+def task_of(tokenizer: Tokenizer, masked: bool = False) -> Task:
     """How `decompose` runs any of these models; `masked`: one with a masked-token head."""
     mask_token = getattr(tokenizer, "mask_token_id", None)
 
@@ -80,9 +83,9 @@ def task_of(tokenizer: Any, masked: bool = False) -> Task:
     return Task(_run, lambda model, ids: summed_loss(model, ids, mask_token)[0], prepare)
 
 
-def max_length(model: Any) -> int:
+def max_length(model: CausalModel | PreTrainedConfig) -> int:
     """The longest window the positions of a model (or of a config) allow."""
-    config = getattr(model, "config", model).get_text_config()
+    config = (model if isinstance(model, PreTrainedConfig) else model.config).get_text_config()
     limits = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions")]
     limit = min((n for n in limits if isinstance(n, int) and n > 0), default=1 << 30)
     # RoBERTa-style position ids start after the padding id
@@ -90,7 +93,7 @@ def max_length(model: Any) -> int:
     return limit - (offset or 0)
 
 
-def window_length(asked: int, model: Any) -> int:
+def window_length(asked: int, model: CausalModel | PreTrainedConfig) -> int:
     """The context length to use: what was asked for, or with a warning the most the model takes."""
     limit = max_length(model)
     if asked > limit:

@@ -4,12 +4,14 @@ from .experts import expert_of, fuse, fuse_untouched, unfuse, unfused_parameters
 from .factored_linear import FactoredLinear, FrozenSum, Parts, build_layer, dense_factor
 from .quantized_linear import CastLinear, QuantizedLinear, ZeroLinear, dequantize_once
 from .surgery import (
+    bias_of,
     check_finite,
     densify,
     factored_layers,
     fused_parameters,
     is_linear,
     is_transposed,
+    plain_model,
     select_linears,
     shape_of,
     weight_of,
@@ -22,6 +24,7 @@ __all__ = [
     "Parts",
     "QuantizedLinear",
     "ZeroLinear",
+    "bias_of",
     "build_layer",
     "check_finite",
     "dense_factor",
@@ -34,6 +37,7 @@ __all__ = [
     "fused_parameters",
     "is_linear",
     "is_transposed",
+    "plain_model",
     "select_linears",
     "shape_of",
     "unfuse",

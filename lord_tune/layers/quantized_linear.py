@@ -10,7 +10,6 @@ attribute: it is never saved, goes when the codes change, and is decoded anew wh
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +62,7 @@ class QuantizedLinear(nn.Linear):
         """Decode at every product again."""
         self._dense = None
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantizedLinear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """Moves the parts and leaves their dtypes alone: rounding a scale would change every weight it belongs to."""
         kept, before = self._dense, [part.data_ptr() for part in self.parts().values()]
         super()._apply(_moving(fn), recurse)
@@ -88,7 +87,7 @@ def dequantize_once(model: nn.Module, dtype: torch.dtype = torch.float32) -> int
     return sum(module.keep_dense(dtype) for module in model.modules() if isinstance(module, QuantizedLinear))
 
 
-def _moving(fn: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
+def _moving(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """What `fn` (of `Module.to`, `half`, `cuda`, ...) does to the place of a tensor, not what it does to its dtype."""
 
     def moved(tensor: Tensor) -> Tensor:
@@ -112,7 +111,7 @@ class CastLinear(nn.Linear):
         self.weight = nn.Parameter(empty, requires_grad=False)
         self.register_parameter("bias", None)
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> CastLinear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CastLinear:
         super()._apply(_moving(fn), recurse)
         return self
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,30 +14,45 @@ from ..errors import CheckpointError, UsageError
 from .experts import expert_layer, expert_of, fuse
 from .factored_linear import FactoredLinear
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def plain_model(model: nn.Module) -> PreTrainedModel:
+    """Without adapters: what peft's model is asked for; it need not be imported for that."""
+    base = getattr(model, "get_base_model", None)
+    return cast("PreTrainedModel", model if base is None else base())
+
 
 def is_linear(module: nn.Module) -> bool:
     """A plain dense linear layer: `nn.Linear` itself (no subclass, whose weight may mean something else) or Conv1D."""
     return type(module) is nn.Linear or isinstance(module, Conv1D)
 
 
-def weight_of(module: Any) -> Tensor:
+def weight_of(module: nn.Module) -> Tensor:
     """The weight as (out, in)."""
-    return module.weight.detach().T if isinstance(module, Conv1D) else module.weight.detach()
+    weight = module.get_parameter("weight").detach()
+    return weight.T if is_transposed(module) else weight
 
 
-def is_transposed(module: Any) -> bool:
+def bias_of(module: nn.Module) -> Tensor | None:
+    """(out,)"""
+    return module._parameters["bias"]
+
+
+def is_transposed(module: nn.Module) -> bool:
     """Whether the weight is stored as (in, out)."""
     return isinstance(module, Conv1D)
 
 
-def shape_of(module: Any) -> tuple[int, int]:
+def shape_of(module: nn.Module) -> tuple[int, int]:
     """(out, in)"""
     weight = weight_of(module)
     return weight.shape[0], weight.shape[1]
 
 
 def select_linears(
-    model: Any,  # a transformers model
+    model: PreTrainedModel,
     prefixes: Iterable[str],  # module paths of the blocks; "" is the whole model
     targets: str | None,
     exclude: str | None,
@@ -96,7 +111,7 @@ def _shared_weights(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def _pattern(option: str, text: str | None) -> re.Pattern | None:
+def _pattern(option: str, text: str | None) -> re.Pattern[str] | None:
     try:
         return re.compile(text) if text else None
     except re.error as error:

@@ -14,12 +14,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache, wraps
-from typing import Any, ClassVar, ParamSpec, Protocol, TypeVar, cast
+from typing import ClassVar, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..declared import Options
 from ..errors import LordWarning
 
 TILE = 2**22  # weights decoded at once for a product on a CPU: 16 MiB of float32
@@ -28,6 +30,23 @@ CHUNK = 2**18  # weights decoded at once on a CPU: 1 MiB of float32
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
+
+
+class Rounder(Protocol):
+    """One matrix being rounded, in its scales; see ldlq.py."""
+
+    @property
+    def block(self) -> int:
+        """Columns rounded together."""
+        ...
+
+    def round(self, values: Tensor, start: int) -> Tensor:
+        """Decoded values of columns start..start + width, (out, width), width <= block; remembers their codes."""
+        ...
+
+    def parts(self) -> dict[str, Tensor]:
+        """The stored parts, when every column has been rounded."""
+        ...
 
 
 class Quantizer(Protocol):
@@ -86,11 +105,11 @@ class Quantizer(Protocol):
         weight: Tensor,  # (out, in), turned
         stretch: float | Tensor = 1.0,  # times the scales; of each row as (out, 1)
         importance: Tensor | None = None,  # (in,) >= 0: what an error in this input costs, for formats with outliers
-    ) -> Any:
-        """A ldlq.Rounder in the scales of `weight` times `stretch`."""
+    ) -> Rounder:
+        """In the scales of `weight` times `stretch`."""
         ...
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Options:
         """The hyperparameters, as the manifest stores them."""
         ...
 
@@ -219,11 +238,22 @@ def one_tile(shape: tuple[int, int], device: torch.device) -> bool:
     return shape[0] * shape[1] <= tile_of(device)
 
 
+class _Context(FunctionCtx):
+    """What the forward pass leaves for the backward pass."""
+
+    quantizer: Quantizer
+    shape: tuple[int, int]
+    names: list[str]
+    saved_tensors: tuple[Tensor, ...]
+
+
 class _DecodedLinear(torch.autograd.Function):
     """x Q^T that decodes Q in the forward and again in the backward pass: what is saved are the codes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, quantizer: Quantizer, shape: tuple[int, int], names: list[str], *values: Tensor):
+    def forward(
+        ctx: _Context, x: Tensor, quantizer: Quantizer, shape: tuple[int, int], names: list[str], *values: Tensor
+    ) -> Tensor:
         ctx.quantizer, ctx.shape, ctx.names = quantizer, shape, names
         ctx.save_for_backward(*values)
         parts = dict(zip(names, values, strict=True))
@@ -235,10 +265,11 @@ class _DecodedLinear(torch.autograd.Function):
             if output is None:
                 output = product.new_empty(*x.shape[:-1], shape[0])
             output[..., start:stop] = product
+        assert output is not None, "a matrix has rows"
         return output
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         gradient = gradients[0]
         parts = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         total: Tensor | None = None

@@ -15,12 +15,12 @@ from __future__ import annotations
 import threading
 import weakref
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import Quantizer, constant, on_host
+from ..declared import Options
+from .base import Quantizer, Rounder, constant, on_host
 from .packing import pack
 
 _WIDEST = 64  # of a factor; 576 = 9 2^6 is 36 x 16
@@ -190,11 +190,11 @@ class Rotated:
         turned = _shared.into(x, parts["in_signs"])
         return out_of(self.inner.linear(turned, parts, shape), out)
 
-    def rounder(self, weight: Tensor, stretch: float | Tensor = 1.0, importance: Tensor | None = None) -> Any:
+    def rounder(self, weight: Tensor, stretch: float | Tensor = 1.0, importance: Tensor | None = None) -> Rounder:
         """Of a matrix that is turned already."""
         return self.inner.rounder(weight, stretch, importance)
 
-    def options(self) -> dict[str, int | bool]:
+    def options(self) -> Options:
         return {**self.inner.options(), "incoherence": True, "seed": self.seed}
 
 

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..declared import option
+from ..declared import Options, option
 from ..errors import UsageError
 from .base import Format, constant, decoded_linear, one_tile
 from .grouped import divisor_of
@@ -147,7 +147,7 @@ class NF4(Format):
         """Rounds columns one by one in the block scales of `weight` times `stretch`."""
         return NF4Rounder(self, weight, stretch)
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Options:
         return {"block_size": self.block_size, "double_quant": self.double_quant}
 
 

@@ -22,12 +22,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..declared import option
+from ..declared import Options, option
 from ..errors import UsageError
 from .base import Format, decoded_linear, on_host, stored_half
 from .grouped import Grouped, divisor_of
@@ -154,7 +154,7 @@ class SpQR(Format):
         """Rounds columns one by one in the scales of `weight` times `stretch`; outliers are chosen here."""
         return SpQRRounder(self, weight.detach().float(), stretch, importance)
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Options:
         return {"group_size": self.group_size, "bits": self.bits, "outlier_fraction": self.outlier_fraction}
 
 
