@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol, Unpack, cast
+from typing import TYPE_CHECKING, Protocol, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from trl import SFTTrainer
 
 from ..errors import UsageError
+from ..layers import plain_model
 from .trainers import Recorded, TrainerData
 
 if TYPE_CHECKING:
@@ -72,12 +73,6 @@ def head_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
 
 
 _SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # Cohere, Muse, Falcon-H1
-
-
-def plain_model(model: CausalModel) -> PreTrainedModel:
-    """The transformers model inside a PEFT model."""
-    get = getattr(model, "get_base_model", None)
-    return cast("PreTrainedModel", model if get is None else get())
 
 
 @torch.no_grad()
