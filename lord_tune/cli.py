@@ -108,10 +108,10 @@ def _add(verb: str, record: type[RunConfig], summary: str, call: Callable[[dict[
     groups = record.grouped()
     ordered = dict.fromkeys([*positional, *groups, *fields, "config"])
     text = "YAML file with any of these keys; the command line wins"
-    from_file = typer.Option(None, help=text, rich_help_panel=groups.get("config"))
-    file = Parameter("config", Parameter.POSITIONAL_OR_KEYWORD, default=from_file, annotation=str | None)
+    yaml = typer.Option(None, help=text, rich_help_panel=groups.get("config"))
+    from_yaml = Parameter("config", Parameter.POSITIONAL_OR_KEYWORD, default=yaml, annotation=str | None)
     parameters = [
-        config_file
+        from_yaml
         if name == "config"
         else _parameter(name, fields[name], name in positional, open_ended, groups.get(name))
         for name in ordered

@@ -49,7 +49,8 @@ class LayerChoice:
         if self.method not in METHODS:
             raise unknown_name("method", self.method, list(METHODS))
         try:
-            return METHODS[self.method](**self.method_options)
+            method: Factorization = METHODS[self.method](**self.method_options)
+            return method
         except TypeError as error:
             raise UsageError(f"Method '{self.method}' got options it does not have ({error}); correct them.") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,7 @@ STAIRS = [
 LEVEL = {name: level for level, names in enumerate(STAIRS) for name in names}
 LONGEST = 400  # lines of a file whose docstring gives no reason
 REASON = "Longer than 400 lines because "
+LOOSE = 0.05  # of the annotated parameters, the share that may mention Any
 
 
 def module_of(path: Path) -> str:
@@ -145,6 +147,45 @@ def test_long_files_give_a_reason():
     long = {name for name, path in FILES.items() if len(path.read_text().splitlines()) > LONGEST}
     reasoned = {name for name, tree in TREES.items() if REASON in " ".join((ast.get_docstring(tree) or "").split())}
     assert long == reasoned
+
+
+def parameters() -> list[tuple[str, ast.expr]]:
+    """file:function:parameter and its annotation, of all that have one."""
+    functions = [
+        (name, node)
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    return [
+        (f"{name}:{function.name}:{parameter.arg}", parameter.annotation)
+        for name, function in functions
+        for parameter in ast.walk(function.args)
+        if isinstance(parameter, ast.arg) and parameter.annotation is not None
+    ]
+
+
+def mentions_any(annotation: ast.expr) -> bool:
+    text = [ast.unparse(annotation), *(n.value for n in ast.walk(annotation) if isinstance(n, ast.Constant))]
+    return any(re.search(r"\bAny\b", part) for part in text if isinstance(part, str))
+
+
+def test_few_parameters_are_of_any_type():
+    found = parameters()
+    loose = [name for name, annotation in found if mentions_any(annotation)]
+    assert len(loose) <= LOOSE * len(found), loose
+
+
+def test_no_alias_of_any():
+    aliases = [
+        f"{name}: {ast.unparse(node)}"
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+        and node.value is not None
+        and ast.unparse(node.value) in ("Any", "typing.Any", "'Any'")
+    ]
+    assert aliases == []
 
 
 def test_numerics_do_not_import_models_or_commands():

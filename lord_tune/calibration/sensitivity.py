@@ -113,8 +113,8 @@ def _observed(layers: dict[str, nn.Module], bases: dict[str, Tensor]) -> Iterato
     for name, basis in placed.items():
         sums[name] = torch.zeros(basis.shape[1], dtype=torch.float64, device=basis.device)
 
-    def hook(name: str) -> Callable:
-        def forward_hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def forward_hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             def add(gradient: Tensor) -> None:
                 rows = gradient.detach().reshape(-1, gradient.shape[-1]).float()
                 sums[name] += ((rows @ placed[name]) ** 2).sum(0).double()
@@ -142,8 +142,10 @@ def _weight_gradients(layers: dict[str, nn.Module], shapes: dict[str, tuple[int,
         sums[f"{name}:rows"] = torch.zeros(out, dtype=torch.float64, device=device)
         sums[f"{name}:columns"] = torch.zeros(inputs, dtype=torch.float64, device=device)
 
-    def hook(name: str) -> Callable:
-        def forward_hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], None]:
+        def forward_hook(
+            module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
+        ) -> None:
             inputs = first_input(args, kwargs).detach()
 
             def add(gradient: Tensor) -> None:

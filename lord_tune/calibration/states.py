@@ -57,7 +57,9 @@ class StateWriter:
             self._stream.write(_bytes_of(value))
         self._count += 1
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         assert self._stream is not None
         try:
             if kind is None:
@@ -88,7 +90,7 @@ class StateFile:
             raise CheckpointError(
                 f"The hidden states in {path} cannot be read ({error}); start the run again with --overwrite."
             ) from error
-        self._count, self._shape = header["count"], header["shape"]
+        self._count, self._shape = int(header["count"]), header["shape"]
         self._dtype = getattr(torch, header["dtype"]) if self._count else torch.float32
 
     def __len__(self) -> int:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Container, Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -31,6 +31,9 @@ from ..layers import (
 )
 from ..plans import FORMAT_VERSION, LayerPlan
 from ..quantizers import DTYPES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # this file is imported while transformers is
 
 QUANT_METHOD = "lord"
 

@@ -74,6 +74,7 @@ class UnfusedExperts(nn.Module):
         return output
 
     def _project(self, leaf: str, expert: int, x: Tensor) -> Tensor:
+        output: Tensor
         if leaf in self.unfused:
             output = self.layers(leaf)[expert](x)
         else:

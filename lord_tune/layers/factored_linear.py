@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..declared import Options
 from ..factorizations import Factors
 from ..plans import LayerPlan
 from ..quantizers import DTYPES, make_quantizer
@@ -18,17 +19,19 @@ class Parts(NamedTuple):
     """The modules a factored layer is the sum of. Q comes before the components apart: with these as the adapter (mode
     split) the sum is taken in the same order, so the two are equal to the last bit."""
 
-    left: Any  # L, (..., rank) -> (..., out)
-    right: Any  # R, (..., in) -> (..., rank)
-    backbone: Any = None  # Q
-    top_left: Any = None  # the first components, stored apart
-    top_right: Any = None
+    left: nn.Module  # L, (..., rank) -> (..., out)
+    right: nn.Module  # R, (..., in) -> (..., rank)
+    backbone: nn.Module | None = None  # Q
+    top_left: nn.Module | None = None  # the first components, stored apart
+    top_right: nn.Module | None = None
 
     def __call__(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        output = self.left(self.right(x))
+        output: Tensor = self.left(self.right(x))
         if self.backbone is not None:
             output = output + self.backbone(x)
-        return output if self.top_left is None else output + self.top_left(self.top_right(x))
+        if self.top_left is not None and self.top_right is not None:
+            output = output + self.top_left(self.top_right(x))
+        return output
 
 
 class FactoredLinear(nn.Module):
@@ -128,7 +131,7 @@ class FrozenSum(nn.Linear):
 
 
 def _factor(
-    in_features: int, out_features: int, form: str, options: dict, device: torch.device | str | None
+    in_features: int, out_features: int, form: str, options: Options, device: torch.device | str | None
 ) -> nn.Linear:
     if form in DTYPES:
         return CastLinear(in_features, out_features, DTYPES[form], device)

@@ -65,7 +65,7 @@ class QuantizedLinear(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """Moves the parts and leaves their dtypes alone: rounding a scale would change every weight it belongs to."""
         kept, before = self._dense, [part.data_ptr() for part in self.parts().values()]
-        super()._apply(_moving(fn), recurse)
+        super()._apply(_moving(fn), recurse)  # type: ignore[no-untyped-call]
         if kept is not None and before != [part.data_ptr() for part in self.parts().values()]:
             self.drop_dense()
             if not self.weight.is_meta:  # a trainer moves its model to the device
@@ -112,7 +112,7 @@ class CastLinear(nn.Linear):
         self.register_parameter("bias", None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CastLinear:
-        super()._apply(_moving(fn), recurse)
+        super()._apply(_moving(fn), recurse)  # type: ignore[no-untyped-call]
         return self
 
     def forward(self, x: Tensor) -> Tensor:

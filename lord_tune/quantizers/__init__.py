@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -55,5 +55,4 @@ def make_quantizer(name: str, options: Options | None = None) -> Quantizer:
         return inner
     if not isinstance(seed, int):
         raise TypeError(f"seed {seed!r} came, a whole number is expected")
-    turned: Any = Rotated(inner, seed)  # its name is a property: that of the inner format
-    return turned
+    return cast(Quantizer, Rotated(inner, seed))  # its name is a property: that of the inner format

@@ -12,7 +12,7 @@ why every format can decode a range of rows alone, to the same bits.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from functools import cache, wraps
 from typing import ClassVar, ParamSpec, Protocol, TypeVar, cast
 
@@ -192,7 +192,7 @@ def stored_scales(scales: Tensor, zero_is_a_code: bool = True, beside: Tensor | 
     return torch.where(small, ((scales / _SMALLEST_STEP).ceil() * _SMALLEST_STEP).half(), result)
 
 
-_read: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> (version, its values on the CPU)
+_read: MutableMapping[Tensor, tuple[int, Tensor]] = WeakIdKeyDictionary()  # -> (version, its values on the CPU)
 
 
 def on_host(tensor: Tensor) -> Tensor:
@@ -204,7 +204,7 @@ def on_host(tensor: Tensor) -> Tensor:
         return tensor.cpu()
     known = _read.get(tensor)
     if known is None or known[0] != tensor._version:
-        known = _read[tensor] = (tensor._version, tensor.detach().cpu())
+        known = _read[tensor] = tensor._version, tensor.detach().cpu()
     return known[1]
 
 
@@ -293,4 +293,7 @@ def _tile(
 
 def decoded_linear(x: Tensor, quantizer: Quantizer, parts: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
     """The `linear` of any format, by decoding tiles of rows. (..., in) -> (..., out)"""
-    return _DecodedLinear.apply(x, quantizer, shape, list(parts), *parts.values())
+    product: Tensor = _DecodedLinear.apply(  # type: ignore[no-untyped-call]
+        x, quantizer, shape, list(parts), *parts.values()
+    )
+    return product

@@ -38,13 +38,14 @@ def _hadamard(size: int, device: str, dtype: torch.dtype) -> Tensor:
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return (matrix / size**0.5).to(device=device, dtype=dtype)
+    normed: Tensor = matrix / size**0.5
+    return normed.to(device=device, dtype=dtype)
 
 
 def _cosines(size: int, device: str, dtype: torch.dtype) -> Tensor:
     """Orthonormal DCT-II."""
     n = torch.arange(size, dtype=torch.float64)
-    matrix = torch.cos(torch.pi / size * (n[None, :] + 0.5) * n[:, None]) * (2 / size) ** 0.5
+    matrix: Tensor = torch.cos(torch.pi / size * (n[None, :] + 0.5) * n[:, None]) * (2 / size) ** 0.5
     matrix[0] /= 2**0.5
     return matrix.to(device=device, dtype=dtype)
 
@@ -123,7 +124,7 @@ class _Shared(threading.local):
         self._signs, self._turned = packed_signs, turned
         return turned
 
-    def _forget(self, reference: weakref.ref) -> None:
+    def _forget(self, reference: weakref.ref[Tensor]) -> None:
         if self._input is reference:
             self._input = self._signs = self._turned = None
 
@@ -139,7 +140,7 @@ class Rotated:
     seed: int = 0
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         return self.inner.name
 
     def signs(self, shape: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -68,7 +68,8 @@ class Feedback:
     def diagonal(self) -> Tensor:
         """D as a matrix. (in, in) float64"""
         width = len(self.lower)
-        return torch.block_diag(*self.corners)[:width, :width]
+        padded: Tensor = torch.block_diag(*self.corners)
+        return padded[:width, :width]
 
     def importance(self) -> Tensor:
         """What a rounding error in each input costs: the diagonal of D. (in,) float32"""

@@ -141,7 +141,8 @@ class NF4(Format):
         fused = x.is_cuda and x.numel() == shape[1]
         if not self.rows_are_blocks(shape) or not (fused or one_tile(shape, x.device)):
             return decoded_linear(x, self, parts, shape)
-        return bnb.matmul_4bit(x, parts["weight"], quant_state=self.state(parts, shape, x.dtype))
+        product: Tensor = bnb.matmul_4bit(x, parts["weight"], quant_state=self.state(parts, shape, x.dtype))
+        return product
 
     def rounder(self, weight: Tensor, stretch: float | Tensor = 1.0, importance: Tensor | None = None) -> NF4Rounder:
         """Rounds columns one by one in the block scales of `weight` times `stretch`."""
