@@ -46,6 +46,17 @@ class Tokenizer(Protocol):
     def save_pretrained(self, save_directory: str | Path) -> object: ...
 
 
+class AutogradContext(Protocol):
+    """`ctx` of a torch.autograd.Function; what one keeps beside tensors is declared in a protocol of its own."""
+
+    needs_input_grad: tuple[bool, ...]
+    saved_tensors: tuple[torch.Tensor, ...]
+
+    def save_for_backward(self, *tensors: torch.Tensor | None) -> None: ...
+
+    def mark_non_differentiable(self, *tensors: torch.Tensor) -> None: ...
+
+
 class TunerLayer(Protocol):
     """A layer of PEFT around a linear one: LoRA's; of IA3's layers all but r, scaling, lora_A and lora_B."""
 
@@ -65,12 +76,13 @@ class TunerLayer(Protocol):
 
 
 class TrlConfig(Protocol):
-    """trl's SFTConfig or DPOConfig, or transformers' TrainingArguments for a masked model: what all of them have.
+    """trl's SFTConfig, a masked model's too, or DPOConfig: what both have.
 
-    What only some have (max_length, packing, eos_token) is read with getattr or after isinstance.
+    What one alone has (packing, eos_token) is read with getattr or after isinstance.
     """
 
-    output_dir: str | None
+    output_dir: str  # transformers sets one where none is given
+    max_length: int | None
     seed: int
     max_steps: int
     num_train_epochs: float
@@ -96,7 +108,7 @@ class TrlConfig(Protocol):
     def gradient_checkpointing(self) -> bool | None: ...
 
     @property
-    def gradient_checkpointing_kwargs(self) -> dict[str, object] | str | None: ...
+    def gradient_checkpointing_kwargs(self) -> dict[str, object] | None: ...
 
     @property
     def fsdp(self) -> object: ...

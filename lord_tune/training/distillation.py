@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,15 @@ from torch.nn import functional as F
 from trl import SFTTrainer
 
 from ..errors import UsageError
-from .trainers import Recorded
+from ..layers import plain_model
+from .trainers import Recorded, TrainerData
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+    from trl import SFTConfig
+
+    from ..protocols import AutogradContext, CausalModel
 
 _CHUNK = 1 << 24  # logits per model that exist at a time: 64 MiB in float32
 KlOfTokens = Callable[[slice, Tensor], Tensor]  # (which counted tokens, their float32 student logits) -> summed KL
@@ -47,7 +55,7 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) ->
     return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
 
 
-def head_of(model: Any) -> Callable[[Tensor], Tensor]:
+def head_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     """Last hidden states -> logits, with the scale and cap that some families put on them."""
     text, head = model.config.get_text_config(), model.get_output_embeddings()
     scale = next((s for n in _SCALES if (s := getattr(text, n, None)) is not None), None)
@@ -67,31 +75,28 @@ def head_of(model: Any) -> Callable[[Tensor], Tensor]:
 _SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # Cohere, Muse, Falcon-H1
 
 
-def plain_model(model: Any) -> Any:
-    """The transformers model inside a PEFT model."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 @torch.no_grad()
-def check_head(model: Any, ids: Tensor) -> None:
+def check_head(model: CausalModel, ids: Tensor) -> None:
     """UsageError if a family computes its logits in a way `head_of` does not know. ids: (1, length)"""
-    model = plain_model(model)
-    ids, training = ids.to(model.device), model.training
-    model.eval()  # dropout would differ
-    whole = model(input_ids=ids, use_cache=False).logits
-    parts = head_of(model)(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
-    model.train(training)
+    plain = plain_model(model)
+    ids, training = ids.to(plain.device), plain.training
+    plain.eval()  # dropout would differ
+    whole = plain(input_ids=ids, use_cache=False).logits
+    parts = head_of(plain)(plain.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    plain.train(training)
     if not torch.allclose(whole.float(), parts.float(), rtol=1e-2, atol=1e-2 * float(whole.abs().max())):
-        raise UsageError(f"objective: distill does not know how {type(model).__name__} makes its logits; use sft.")
+        raise UsageError(f"objective: distill does not know how {type(plain).__name__} makes its logits; use sft.")
 
 
-def hand_over_hidden_states(model: Any) -> None:
+def hand_over_hidden_states(model: PreTrainedModel) -> None:
     """Make `model(..., on_hidden=f)` return f(last hidden states), so that the loss is computed inside the forward pass
     of whatever wraps the model (DDP, FSDP). Without `on_hidden` the forward pass is what it was."""
     before = model.forward
 
     @functools.wraps(type(model).forward)  # transformers reads the signature
-    def forward(self: Any, *args: Any, on_hidden: Any = None, **kwargs: Any) -> Any:
+    def forward(
+        self: PreTrainedModel, *args: object, on_hidden: Callable[[Tensor], object] | None = None, **kwargs: object
+    ) -> object:
         if on_hidden is None:
             return before(*args, **kwargs)
         return on_hidden(self.base_model(*args, **kwargs).last_hidden_state)
@@ -102,13 +107,13 @@ def hand_over_hidden_states(model: Any) -> None:
 class LiveTeacher:
     """The teacher in memory: frozen, and run on the same inputs as the student."""
 
-    def __init__(self, model: nn.Module, temperature: float):
+    def __init__(self, model: CausalModel, temperature: float):
         self._model = plain_model(model).eval().requires_grad_(False)
         self._temperature = temperature
 
     @torch.no_grad()
     def targets(self, inputs: dict[str, Tensor], counted: Tensor) -> KlOfTokens:
-        hidden = self._model.base_model(**inputs).last_hidden_state[:, :-1][counted]
+        hidden = self._model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1][counted]
         logits = head_of(self._model)
 
         def kl(part: slice, student: Tensor) -> Tensor:
@@ -125,7 +130,7 @@ class _TokenLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: AutogradContext,
         hidden: Tensor,
         labels: Tensor,
         logits_of: Callable[[Tensor], Tensor],
@@ -157,7 +162,7 @@ class _TokenLoss(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, *received: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: AutogradContext, *received: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return (gradient * received[0].to(gradient.dtype), *[None] * 6)
 
@@ -168,7 +173,14 @@ class DistillationTrainer(Recorded, SFTTrainer):
 
     teacher: Teacher  # set before training. The trainer is no nn.Module: accelerate does not wrap, move or save it
 
-    def __init__(self, model: Any, arguments: Any, ce_weight: float, temperature: float, **data: Any):
+    def __init__(
+        self,
+        model: PeftModel,
+        arguments: SFTConfig,
+        ce_weight: float,
+        temperature: float,
+        **data: Unpack[TrainerData],
+    ):
         super().__init__(model, arguments, **data)
         self._ce_weight, self._temperature = ce_weight, temperature
         self.sums: dict[str, list[float]] = {}  # mode -> summed KL, CE, hits and tokens since the last log
@@ -177,11 +189,15 @@ class DistillationTrainer(Recorded, SFTTrainer):
         hand_over_hidden_states(self._plain)
 
     def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
         assert not return_outputs, "the logits are never made as a whole"
         labels = inputs["labels"]
-        seen = {key: value for key, value in inputs.items() if key != "labels"} | {"use_cache": False}
+        seen = {key: value for key, value in inputs.items() if key != "labels"}
         counted = labels[:, 1:] != -100
         kl_of = self.teacher.targets(seen, counted)
         logits_of = head_of(self._plain)
@@ -192,7 +208,7 @@ class DistillationTrainer(Recorded, SFTTrainer):
             options = self._ce_weight, self._temperature, chunk
             return _TokenLoss.apply(tokens, labels[:, 1:][counted], logits_of, kl_of, *options)
 
-        loss, kl, ce, hits = model(**seen, on_hidden=on_hidden)
+        loss, kl, ce, hits = model(**seen, use_cache=False, on_hidden=on_hidden)
         count = counted.sum()
         self._add_up(inputs, torch.stack([kl, ce, hits, count.float()]))
         if not self._plain.training:
