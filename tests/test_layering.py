@@ -175,6 +175,21 @@ def test_importing_the_package_imports_neither_torch_nor_transformers():
     assert run("import sys, lord_tune; print('torch' in sys.modules, 'transformers' in sys.modules)") == "False False"
 
 
+def test_only_training_imports_trl_and_only_a_curve_matplotlib(llama_dir, rows_file, tmp_path):
+    code = f"""
+import sys, lord_tune
+model, text, out = {str(llama_dir)!r}, {str(rows_file)!r}, {str(tmp_path)!r}
+lord_tune.plan(model, method="svd", rank=4, json=out + "/plan.json")
+lord_tune.decompose(model, out + "/lord", method="svd", rank=4, backbone="nf4")
+lord_tune.inspect(out + "/lord")
+lord_tune.evaluate(out + "/lord", [text], context_length=32, max_tokens=64)
+lord_tune.export(out + "/lord", out + "/dense", "dense")
+lord_tune.doctor(json=out + "/doctor.json")
+print("loaded:", [name for name in ("trl", "matplotlib") if name in sys.modules])
+"""
+    assert run(code).endswith("loaded: []")
+
+
 def test_help_imports_neither_torch_nor_transformers():
     code = (
         "import sys\nfrom lord_tune.cli import main\n"

@@ -25,6 +25,7 @@ from ..storage import read_json, write_json
 from .arguments import DISTILL, DPO, TrainOptions
 from .checkpoints import defect, newest_complete
 from .data import chat_template, check_tokenized, prepare_rows, sample_spans
+from .distillation import LiveTeacher, check_head, plain_model
 from .memory import FirstStep, TrainingPeak
 from .preference import prepare_pairs, sample_pair
 
@@ -181,7 +182,6 @@ def teacher_source(options: TrainOptions) -> str:
 
 def _make_teacher(trainer: Any, tokenizer: Any, source: str, options: TrainOptions) -> Any:
     """The targets of distillation: a model in memory, or a folder of its most likely tokens."""
-    from .distillation import LiveTeacher, check_head, plain_model
     from .teacher_logits import prepare, sequences_of_row
 
     if load_tokenizer(source).get_vocab() != tokenizer.get_vocab():
@@ -302,15 +302,13 @@ def _make_trainer(model: Any, tokenizer: Any, arguments: Any, rows: Any, held: A
         return _masked_trainer(model, tokenizer, arguments, rows, held)
     if getattr(tokenizer, "eos_token", None) is None and getattr(arguments, "eos_token", None) is None:
         raise UsageError("The tokenizer has no end-of-text token, so the model cannot learn to stop; set eos_token.")
-    from .trainers import PreferenceTrainer, SupervisedTrainer
+    from .trainers import DistillationTrainer, PreferenceTrainer, SupervisedTrainer
 
     data = {"train_dataset": rows, "eval_dataset": held, "processing_class": tokenizer}
     if options.objective == DPO:
         return PreferenceTrainer(model, args=arguments, **data)
     with chat_template(tokenizer, marked=arguments.assistant_only_loss and arguments.chat_template_path is None):
         if options.objective == DISTILL:
-            from .distillation import DistillationTrainer
-
             return DistillationTrainer(model, arguments, options.distill_ce_weight, options.distill_temperature, **data)
         return SupervisedTrainer(model, arguments, **data)
 
