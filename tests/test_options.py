@@ -1221,8 +1221,9 @@ def test_evaluate(name, bench):
 
 
 def export(b: Bench, form: str, **options: Any) -> tuple[dict[str, Any], Path]:
+    model = options.pop("model", None) or str(b.decompose().folder)
     out = b.fresh("exported")
-    return lord_tune.export(options.pop("model", str(b.decompose().folder)), str(out), form, **options), out
+    return lord_tune.export(model, str(out), form, **options), out
 
 
 def case_export_model(b: Bench) -> None:
