@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -151,6 +152,22 @@ def test_numerics_do_not_import_models_or_commands():
     for folder in ("quantizers", "factorizations", "allocation"):
         for path in (ROOT / folder).glob("*.py"):
             assert "transformers" not in path.read_text().replace("transformers loads", ""), path
+
+
+def test_only_the_command_line_speaks_of_flags():
+    """A caller from Python or YAML reads what lower files say; cli.py turns a `key` in it into a flag."""
+    upper = {"cli", "config", "commands", "tables", "demo", "cards", "checkup", "provenance"}
+    flag, found = re.compile(r"(?<!pip install )(?<!without )--[a-z]"), []
+    for name, tree in TREES.items():
+        if name == "lord_tune" or name.split(".")[1] in upper | {"plans"}:  # plans: a command that writes one
+            continue
+        documented = ast.Module | ast.ClassDef | ast.FunctionDef
+        docstrings = {ast.get_docstring(node, clean=False) for node in ast.walk(tree) if isinstance(node, documented)}
+        texts = [
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+        found += [f"{name}: {text}" for text in texts if flag.search(text) and text not in docstrings]
+    assert found == []
 
 
 def test_bitsandbytes_is_imported_in_one_file():

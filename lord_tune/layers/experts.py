@@ -189,7 +189,8 @@ def _fuse_one(path: str, module: Any, leaf: str) -> None:
         if biases is None:
             raise UsageError(
                 f"'{path}.{_CONTAINER}.{leaf}.{expert}' carries a bias (method afm), for which the model has no place, "
-                "so a dense checkpoint would lose it; export --format factored, or decompose with --method whitened."
+                "so a dense checkpoint would lose it; export with `format` factored, or decompose with `method` "
+                "whitened."
             )
         with torch.no_grad():
             biases[expert] += layer.bias.to(biases)

@@ -80,7 +80,7 @@ def check_head(model: Any, ids: Tensor) -> None:
     parts = head_of(model)(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
     model.train(training)
     if not torch.allclose(whole.float(), parts.float(), rtol=1e-2, atol=1e-2 * float(whole.abs().max())):
-        raise UsageError(f"objective: distill does not know how {type(model).__name__} makes its logits; use sft.")
+        raise UsageError(f"objective: distill does not know how {type(model).__name__} computes its logits; use sft.")
 
 
 def hand_over_hidden_states(model: Any) -> None:

@@ -132,8 +132,8 @@ def check_experts(model: nn.Module, arguments: Any) -> None:
     if arguments.world_size > 1 and arguments.ddp_find_unused_parameters is False:
         if any(expert_of(name) is not None for name in factored_layers(model)):
             raise UsageError(
-                "ddp_find_unused_parameters: false came with decomposed experts, some of which no token of a batch "
-                "may choose; leave it out."
+                "ddp_find_unused_parameters: false does not work with decomposed experts, some of which may get no "
+                "token of a batch; leave it out."
             )
 
 
@@ -149,7 +149,10 @@ def _checkpoint(output: Path, arguments: Any) -> tuple[Path | None, dict[Path, s
     asked = arguments.resume_from_checkpoint
     if asked and str(asked).lower() in ("true", "false"):  # transformers' spelling of what is done anyway
         if str(asked).lower() == "false":
-            raise UsageError("resume_from_checkpoint: false came; choose another output_dir to start anew.")
+            raise UsageError(
+                "Got resume_from_checkpoint: false, but a run always continues from the checkpoints in its output_dir; "
+                "choose another output_dir to start anew."
+            )
         asked = None
     if not asked:
         return newest_complete(output, arguments) if output.is_dir() else (None, {})
@@ -272,7 +275,9 @@ def _check_output(
             return  # it was killed in its first checkpoint
         raise UsageError(f"{output} holds a finished run without checkpoints; choose another output_dir.")
     if _finished(output, checkpoint, arguments):
-        raise UsageError(f"{output} holds a finished run; raise max_steps or num_train_epochs, or choose another one.")
+        raise UsageError(
+            f"{output} holds a finished run; raise max_steps or num_train_epochs, or choose another output_dir."
+        )
 
 
 def _finished(output: Path, checkpoint: Path, arguments: Any) -> bool:
