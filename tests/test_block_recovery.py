@@ -176,7 +176,7 @@ def test_layers_left_dense_leave_nothing_to_tune(llama_dir, rows_file, tmp_path)
     ("options", "message"),
     [
         ({"rank": 8, "method": "svd", "recover_epochs": 1}, "`calibration` FILE"),
-        ({"rank": 0, "backbone": "nf4", "recover_epochs": 1, "calibration": ["c"]}, "no L R to tune"),
+        ({"rank": 0, "backbone": "nf4", "recover_epochs": 1, "calibration": ["c"]}, "no L R that `recover_epochs`"),
         ({"rank": 8, "factor_format": "nf4", "recover_epochs": 1, "calibration": ["c"]}, "use bf16"),
         ({"rank": 8, "recover_learning_rate": 1e-3, "calibration": ["c"]}, "`recover_learning_rate` has no effect"),
     ],
