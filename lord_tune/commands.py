@@ -174,7 +174,7 @@ def plan(model: str, **options: Unpack[PlanOptions]) -> dict[str, Any]:
         assumed = {"kept_fraction": 0.9} if values.get("backbone", "none") == "none" else {"rank": 16}
         values |= assumed
         name, value = next(iter(assumed.items()))
-        say(f"no budget came: planned for --{name.replace('_', '-')} {value}")
+        say(f"no budget was given: planned for --{name.replace('_', '-')} {value}")
     config = PlanConfig.build(values)
     quiet()
     check_json_file(config.json_file)
@@ -195,7 +195,7 @@ def plan(model: str, **options: Unpack[PlanOptions]) -> dict[str, Any]:
         if chosen is None:
             raise UsageError(
                 "The calibration text decides the ranks of this budget, so there is no plan to save yet; decompose "
-                "writes the plan that it chose into OUT/plan.json, or choose --allocation uniform."
+                "writes the plan that it chose into OUT/plan.json, or choose `allocation` uniform."
             )
         chosen.save(Path(config.save))
         say(f"wrote {config.save}: a choice for each of {len(chosen.layers)} layers; decompose MODEL OUT --plan FILE")
@@ -232,8 +232,8 @@ def train(**options: object) -> dict[str, Any]:
     source = resolve_model(config.model_name_or_path)
     if (Path(source) / ADAPTER_FILE).is_file():
         raise UsageError(
-            f"{source} is a training output; continue it by running its own config again, or export it "
-            "--format factored and train that."
+            f"{source} is the output of a training run. To continue that run, start it again with the same options; to "
+            "train on from its result, export it with `format` factored and train that."
         )
     # before any loading
     arguments = trainer_arguments(config.trainer_values(), config.mode, True, own, held, config.objective)
@@ -353,7 +353,7 @@ def export(
 def _keep_dense(model: CausalModel) -> None:
     held = dequantize_once(model, model.dtype)
     if not held:
-        raise UsageError("--dequantize-once came and the model has no quantized layers; remove it.")
+        raise UsageError("The model has no quantized layers, so `dequantize_once` has no effect; remove it.")
     say(f"quantized weights are decoded once: {human_bytes(held)} more memory")
 
 

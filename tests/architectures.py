@@ -75,9 +75,15 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     },
     "DebertaV2ForMaskedLM": _RELATIVE,
     "DebertaV2ForMaskedLM:conv": _RELATIVE | {"conv_kernel_size": 3, "conv_act": "gelu"},
-    "Qwen3NextForCausalLM": {"num_hidden_layers": 4, **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 16)}
+    "Qwen3NextForCausalLM": {
+        "num_hidden_layers": 4,
+        **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 16),
+    }
     | {"linear_num_value_heads": 4, "linear_num_key_heads": 2},
-    "Qwen3_5ForCausalLM": {"num_hidden_layers": 4, **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 16)}
+    "Qwen3_5ForCausalLM": {
+        "num_hidden_layers": 4,
+        **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 16),
+    }
     | {"linear_num_value_heads": 4, "linear_num_key_heads": 2},
     "CodeGenForCausalLM": {"rotary_dim": 8},
     "GPTJForCausalLM": {"rotary_dim": 8},

@@ -293,7 +293,7 @@ def test_columns_are_recognised(columns, kind):
 
 
 def test_unknown_columns_are_named():
-    with pytest.raises(UsageError, match="wanted: text"):
+    with pytest.raises(UsageError, match="expected text"):
         recognise(["code", "id"])
 
 

@@ -80,7 +80,7 @@ def decompose_checkpoint(
     needs = request.needs()
     if windows is None and request.needs_text():
         raise CalibrationError(
-            f"Method '{request.template.method}' with this budget needs calibration text; pass calibration files."
+            f"Method '{request.template.method}' with this budget needs calibration text; pass `calibration` files."
         )
     run = Passes(source, survey, windows, task, journal, _costs(request, plan), notify)
     from_analysis = False

@@ -90,7 +90,7 @@ def tune_block(
         _write(values, found)
         if not math.isfinite(now):
             raise LordError(
-                f"Block-wise recovery diverged in block {index}; lower --recover-learning-rate ({how.learning_rate:g})."
+                f"Block-wise recovery diverged in block {index}; lower `recover_learning_rate` ({how.learning_rate:g})."
             )
         if now < error:
             best, error, kept = rounded, now, epoch + 1

@@ -26,6 +26,7 @@ from ..storage import read_json, write_json
 from .arguments import DISTILL, DPO, TrainOptions
 from .checkpoints import defect, newest_complete
 from .data import chat_template, check_tokenized, prepare_rows, sample_spans
+from .distillation import LiveTeacher, check_head
 from .memory import FirstStep, TrainingPeak
 from .preference import prepare_pairs, sample_pair
 
@@ -36,10 +37,10 @@ if TYPE_CHECKING:
     from trl import DPOConfig, SFTConfig
 
     from ..protocols import CausalModel, Tokenizer, TrainerLike, TrlConfig
-    from .distillation import DistillationTrainer, Teacher
+    from .distillation import Teacher
     from .forecast import MemoryEstimate
     from .progress import ShowProgress
-    from .trainers import Recorded, TrainerData
+    from .trainers import DistillationTrainer, Recorded, TrainerData
 
 _MAY_CHANGE = {"resume_from_checkpoint", "num_train_epochs", "max_steps", "dry_run", "report_to"}  # of a continued run
 Notify = Callable[[str, object], None]  # (event, payload): "coverage", "data", "sample"
@@ -146,8 +147,8 @@ def check_experts(model: nn.Module, arguments: TrlConfig) -> None:
     if arguments.world_size > 1 and arguments.ddp_find_unused_parameters is False:
         if any(expert_of(name) is not None for name in factored_layers(model)):
             raise UsageError(
-                "ddp_find_unused_parameters: false came with decomposed experts, some of which no token of a batch "
-                "may choose; leave it out."
+                "ddp_find_unused_parameters: false does not work with decomposed experts, some of which may get no "
+                "token of a batch; leave it out."
             )
 
 
@@ -163,7 +164,10 @@ def _checkpoint(output: Path, arguments: TrlConfig) -> tuple[Path | None, dict[P
     asked = arguments.resume_from_checkpoint
     if asked and str(asked).lower() in ("true", "false"):  # transformers' spelling of what is done anyway
         if str(asked).lower() == "false":
-            raise UsageError("resume_from_checkpoint: false came; choose another output_dir to start anew.")
+            raise UsageError(
+                "Got resume_from_checkpoint: false, but a run always continues from the checkpoints in its output_dir; "
+                "choose another output_dir to start anew."
+            )
         asked = None
     if not asked:
         return newest_complete(output, arguments) if output.is_dir() else (None, {})
@@ -196,7 +200,6 @@ def teacher_source(options: TrainOptions) -> str:
 
 def _make_teacher(trainer: TrainerLike, tokenizer: Tokenizer, source: str, options: TrainOptions) -> Teacher:
     """The targets of distillation: a model in memory, or a folder of its most likely tokens."""
-    from .distillation import LiveTeacher, check_head
     from .teacher_logits import Identity, prepare, sequences_of_row
 
     if load_tokenizer(source).get_vocab() != tokenizer.get_vocab():
@@ -287,7 +290,9 @@ def _check_output(
             return  # it was killed in its first checkpoint
         raise UsageError(f"{output} holds a finished run without checkpoints; choose another output_dir.")
     if _finished(output, checkpoint, arguments):
-        raise UsageError(f"{output} holds a finished run; raise max_steps or num_train_epochs, or choose another one.")
+        raise UsageError(
+            f"{output} holds a finished run; raise max_steps or num_train_epochs, or choose another output_dir."
+        )
 
 
 def _finished(output: Path, checkpoint: Path, arguments: TrlConfig) -> bool:
@@ -324,7 +329,7 @@ def _make_trainer(
         return _masked_trainer(model, tokenizer, arguments, rows, held)
     if getattr(tokenizer, "eos_token", None) is None and getattr(arguments, "eos_token", None) is None:
         raise UsageError("The tokenizer has no end-of-text token, so the model cannot learn to stop; set eos_token.")
-    from .trainers import PreferenceTrainer, SupervisedTrainer
+    from .trainers import DistillationTrainer, PreferenceTrainer, SupervisedTrainer
 
     data: TrainerData = {
         "train_dataset": rows,
@@ -336,8 +341,6 @@ def _make_trainer(
     supervised = cast("SFTConfig", arguments)
     with chat_template(tokenizer, marked=supervised.assistant_only_loss and supervised.chat_template_path is None):
         if options.objective == DISTILL:
-            from .distillation import DistillationTrainer
-
             return DistillationTrainer(
                 model, supervised, options.distill_ce_weight, options.distill_temperature, **data
             )
