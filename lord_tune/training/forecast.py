@@ -34,7 +34,7 @@ from ..layers import dequantize_once, plain_model
 from .arguments import DISTILL, DPO, TrainOptions
 from .distillation import CHUNK, TokenLoss, head_of, kl_divergence
 from .memory import Live, Saved, gradient_bytes, held
-from .run import expose, teacher_source
+from .modes import expose, teacher_source
 from .shapes import LossInPieces, decode_by_shapes, set_attention, without_content
 from .teacher_logits import INDEX, bucketed_kl
 

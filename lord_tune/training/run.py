@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import set_seed
 
-from ..adapters.attach import FACTORS, LORA, MODES, SCALES, SPLIT, add_lora, add_scales, coverage, expose_factors
+from ..adapters.attach import coverage
 from ..adapters.loading import load
 from ..console import is_main_process, note
 from ..data.rows import RowFormat
@@ -20,7 +20,6 @@ from ..errors import LordError, UsageError
 from ..integrations.files import ADAPTER_FILE, RUN_FILE, fingerprint
 from ..integrations.models import DTYPE_NAMES, load_tokenizer, model_class
 from ..integrations.running import kind_of, max_length
-from ..integrations.sources import resolve_model
 from ..layers import expert_of, factored_layers, plain_model
 from ..storage import read_json, write_json
 from .arguments import DISTILL, DPO, TrainOptions
@@ -28,6 +27,7 @@ from .checkpoints import defect, newest_complete
 from .data import chat_template, check_tokenized, prepare_rows, sample_spans
 from .distillation import LiveTeacher, check_head
 from .memory import FirstStep, TrainingPeak
+from .modes import expose, teacher_source
 from .preference import prepare_pairs, sample_pair
 
 if TYPE_CHECKING:
@@ -44,19 +44,6 @@ if TYPE_CHECKING:
 
 _MAY_CHANGE = {"resume_from_checkpoint", "num_train_epochs", "max_steps", "dry_run", "report_to"}  # of a continued run
 Notify = Callable[[str, object], None]  # (event, payload): "coverage", "data", "sample"
-
-
-def expose(model: CausalModel, options: TrainOptions) -> PeftModel:
-    """The PEFT model of a mode."""
-    if options.mode in (FACTORS, SPLIT):
-        return expose_factors(model, options.targets, mode=options.mode)
-    if options.mode == LORA:
-        return add_lora(
-            model, options.lora_r, options.lora_alpha, options.lora_dropout, options.targets, on=options.lora_on
-        )
-    if options.mode == SCALES:
-        return add_scales(model, options.targets, on=options.scales_on)
-    raise UsageError(f"mode: {options.mode} is unknown; use one of {', '.join(MODES)}.")
 
 
 def train_model(
@@ -177,25 +164,6 @@ def _checkpoint(output: Path, arguments: TrlConfig) -> tuple[Path | None, dict[P
     if wrong:
         raise UsageError(f"The checkpoint {asked} (resume_from_checkpoint) is not whole: {wrong}; name another one.")
     return Path(asked), {}
-
-
-def teacher_source(options: TrainOptions) -> str:
-    """A folder or Hub id: the model that was named, else the one that the student was decomposed from."""
-    if options.teacher_model_name_or_path is not None:
-        return resolve_model(options.teacher_model_name_or_path)
-    record = Path(options.model_name_or_path) / "decomposition.json"
-    if not record.is_file():
-        raise UsageError(
-            f"objective: distill finds no decomposition.json in {options.model_name_or_path} that names the original "
-            "model; set teacher_model_name_or_path."
-        )
-    name = read_json(record)["base"]["name"]
-    try:
-        return resolve_model(name)
-    except UsageError as error:
-        raise UsageError(
-            f"The original model {name}, which {record} names, is not there; set teacher_model_name_or_path."
-        ) from error
 
 
 def _make_teacher(trainer: TrainerLike, tokenizer: Tokenizer, source: str, options: TrainOptions) -> Teacher:
