@@ -124,7 +124,9 @@ def build(name: str) -> Any | None:
     keys = set(inspect.signature(kind.__init__).parameters) | set(getattr(kind, "attribute_map", {}))
     for base in kind.__mro__:
         keys |= set(getattr(base, "__annotations__", {}))
-    given = {key: value for key, value in _WIDTHS.items() if key in keys} | _SPECIAL.get(name, {})
+    given = {key: value for key, value in _WIDTHS.items() if key in keys}
+    given |= {"num_key_value_heads": 4} if "kv_lora_rank" in keys else {}  # latent attention has as many as heads
+    given |= _SPECIAL.get(name, {})
     try:
         with torch.device("meta"):
             if sum(p.numel() for p in build_model(kind(**given)).parameters()) > _TOO_LARGE:
