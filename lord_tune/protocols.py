@@ -78,7 +78,7 @@ class TunerLayer(Protocol):
 class TrlConfig(Protocol):
     """trl's SFTConfig, a masked model's too, or DPOConfig: what both have.
 
-    What one alone has (packing, eos_token) is read with getattr or after isinstance.
+    What one alone has (packing, eos_token) is read with getattr or after a cast to it.
     """
 
     output_dir: str  # transformers sets one where none is given

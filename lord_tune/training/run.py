@@ -6,7 +6,7 @@ import itertools
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -37,12 +37,20 @@ if TYPE_CHECKING:
 
     from ..protocols import CausalModel, Tokenizer, TrainerLike, TrlConfig
     from .distillation import DistillationTrainer, Teacher
-    from .forecast import MemoryEstimate
     from .progress import ShowProgress
     from .trainers import Recorded, TrainerData
 
 _MAY_CHANGE = {"resume_from_checkpoint", "num_train_epochs", "max_steps", "dry_run", "report_to"}  # of a continued run
 Notify = Callable[[str, object], None]  # (event, payload): "coverage", "data", "sample"
+
+
+class Foreseen(Protocol):
+    """What forecast.py, which is built on this file, says of a run: its MemoryEstimate."""
+
+    @property
+    def held(self) -> int: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
 
 
 def expose(model: CausalModel, options: TrainOptions) -> PeftModel:
@@ -65,7 +73,7 @@ def train_model(
     arguments: TrlConfig,  # SFTConfig or DPOConfig
     resolved: Mapping[str, object],  # stored beside the checkpoints: a changed run refuses to resume
     notify: Notify = lambda event, payload: None,
-    foreseen: MemoryEstimate | None = None,  # from before the model was loaded
+    foreseen: Foreseen | None = None,  # from before the model was loaded
 ) -> dict[str, Any]:
     """Train and write the adapter to arguments.output_dir; resumes from the newest whole checkpoint found there.
 
