@@ -4,8 +4,8 @@
 
 For each architecture of transformers' auto classes that a few common settings make small (tests/architectures.py):
 
-    calibration  the Gram matrix of each layer's inputs against that of whole forward passes: relative difference 1e-5
-    reload       logits of the written checkpoint against those of the dense model that holds the decomposed weights: 1e-4
+    calibration  the Gram matrix of each layer's inputs against that of whole forward passes: relative 1e-5
+    reload       logits of the written checkpoint against those of the dense model with the decomposed weights: 1e-4
     train        one step on L and R: the loss and the gradients are finite, L and R change
     export       a dense checkpoint whose logits are those of the factored one: 1e-4
 
