@@ -6,6 +6,7 @@ compared with those of an ordinary forward pass: the model whole, its weights lo
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,7 +19,8 @@ from ..calibration.collect import BlockWalk
 from ..calibration.moments import InputStatistics
 from ..calibration.reference import Reference
 from ..calibration.task import Task
-from ..errors import CalibrationError
+from ..console import human_bytes
+from ..errors import CalibrationError, LordWarning
 from ..factorizations import Factorization
 from .base import Notify, Source, Windows
 from .clock import Clock
@@ -115,6 +117,14 @@ class Passes:
         if walk.whole_forward and self._resident is None:
             self._resident = Loaded(self.source, rest, self.model)
             self._resident.__enter__()
+            size = sum(p.numel() * p.element_size() for p in self.model.parameters() if not p.is_meta)
+            follows = self.journal.steps[start_of(phase)]["follows"]
+            warnings.warn(
+                f"The blocks do not only hand their hidden states on ({follows}), so the model's own forward is "
+                f"followed: the parts outside the blocks, {human_bytes(size)}, stay in memory beside what `plan` foresees.",
+                LordWarning,
+                stacklevel=2,
+            )
         return walk
 
     @contextmanager
