@@ -195,7 +195,7 @@ def test_a_killed_run_continues_to_the_same_bytes_and_two_processes_do_the_same(
 
 def test_encoder_and_decoder_are_decomposed_and_reload(rows_file, tmp_path):
     base = save_tiny(build("BartForConditionalGeneration"), tmp_path / "base")
-    with pytest.warns(LordWarning, match="own forward is followed: the parts outside the blocks, .* stay in memory"):
+    with pytest.warns(LordWarning, match="own forward is followed: parts outside the blocks, .* stay in memory"):
         report = lord_tune.decompose(
             str(base), str(tmp_path / "out"), calibration=[str(rows_file)], backbone="int8", rank=48, **TEXT
         )

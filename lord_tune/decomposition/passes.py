@@ -121,7 +121,7 @@ class Passes:
             follows = self.journal.steps[start_of(phase)]["follows"]
             warnings.warn(
                 f"The blocks do not only hand their hidden states on ({follows}), so the model's own forward is "
-                f"followed: the parts outside the blocks, {human_bytes(size)}, stay in memory beside what `plan` foresees.",
+                f"followed: parts outside the blocks, {human_bytes(size)}, stay in memory beside what plan foresees.",
                 LordWarning,
                 stacklevel=2,
             )
