@@ -20,7 +20,7 @@ from lord_tune.calibration.blocks import Blocks, first_input
 from lord_tune.calibration.collect import BlockWalk
 from lord_tune.calibration.sensitivity import output_sensitivity
 from lord_tune.decomposition.survey import survey
-from lord_tune.errors import CalibrationError, LordWarning
+from lord_tune.errors import CalibrationError, LordWarning, UsageError
 from lord_tune.integrations.models import load_dense_or_factored
 from lord_tune.integrations.running import run_model, task_of
 
@@ -198,6 +198,10 @@ def test_encoder_and_decoder_are_decomposed_and_reload(rows_file, tmp_path):
     with pytest.warns(LordWarning, match="own forward is followed: parts outside the blocks, .* stay in memory"):
         report = lord_tune.decompose(
             str(base), str(tmp_path / "out"), calibration=[str(rows_file)], backbone="int8", rank=48, **TEXT
+        )
+    with pytest.raises(UsageError, match="is an encoder-decoder"):
+        lord_tune.train(
+            model_name_or_path=str(tmp_path / "out"), dataset_name=str(rows_file), output_dir=str(tmp_path / "run")
         )
     stacks = {name.split(".")[1] for name, entry in report["layers"].items() if entry["rank"] == 48}
     assert stacks == {"encoder", "decoder"}

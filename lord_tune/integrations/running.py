@@ -99,7 +99,7 @@ def summed_loss(model: nn.Module, ids: Tensor, mask_token: int | None = None) ->
     kind = kind_of(model)
     ids = ids.to(_device(plain_model(model)))
     if kind == "bare":
-        outputs = _outputs(run_model(model, ids))
+        outputs = counted_outputs(run_model(model, ids))
         generator = torch.Generator().manual_seed(int(ids.sum()))
         weights = [torch.randn(x.shape, generator=generator, device="cpu").to(x) for x in outputs]
         return torch.stack([(x * w).sum() for x, w in zip(outputs, weights, strict=True)]).sum(), ids.numel()
@@ -117,7 +117,7 @@ def summed_loss(model: nn.Module, ids: Tensor, mask_token: int | None = None) ->
     return loss, count
 
 
-def _outputs(result: object) -> list[Tensor]:
+def counted_outputs(result: object) -> list[Tensor]:
     """float32: the logits of a head, whatever it calls them; else the last hidden states."""
     assert isinstance(result, ModelOutput), "transformers' models return one unless they are told not to"
     named = [value for key, value in result.items() if key.endswith("logits") and isinstance(value, Tensor)]
@@ -131,7 +131,7 @@ def task_of(tokenizer: Tokenizer, masked: bool = False) -> Task:
     def prepare(ids: Tensor) -> Tensor:
         return masked_windows(ids, mask_token)[0] if masked and mask_token is not None else ids
 
-    return Task(run_model, lambda model, ids: summed_loss(model, ids, mask_token)[0], _outputs, prepare)
+    return Task(run_model, lambda model, ids: summed_loss(model, ids, mask_token)[0], counted_outputs, prepare)
 
 
 def max_length(model: CausalModel | PreTrainedConfig) -> int:

@@ -28,13 +28,13 @@ from ..console import human_bytes
 from ..errors import UsageError
 from ..integrations.checkpoint import skeleton
 from ..integrations.models import DTYPE_NAMES, model_class
-from ..integrations.running import kind_of, max_length
+from ..integrations.running import max_length
 from ..integrations.transformers_quantizer import QUANT_METHOD, LordConfig, LordQuantizer
 from ..layers import dequantize_once, plain_model
 from .arguments import DISTILL, DPO, TrainOptions
 from .distillation import CHUNK, TokenLoss, head_of, kl_divergence
 from .memory import Live, Saved, gradient_bytes, held
-from .modes import expose, teacher_source
+from .modes import expose, teacher_source, trained_kind
 from .shapes import LossInPieces, decode_by_shapes, set_attention, without_content
 from .teacher_logits import INDEX, bucketed_kl
 
@@ -204,9 +204,7 @@ def _prepared(
     """(a function that gives the loss of one full batch, its tokens); the model is set up as the trainer would."""
     base = plain_model(model)
     limit = max_length(base)
-    kind = kind_of(model)
-    if kind == "bare":
-        raise UsageError("The model has no language-model head, so there is no loss to train on.")
+    kind = trained_kind(model)
     length = min(arguments.max_length or (512 if kind == "masked" else limit), limit)
     rows = arguments.per_device_train_batch_size * (2 if options.objective == DPO else 1)  # chosen and rejected
     packing = kind == "causal" and getattr(arguments, "packing", False)

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 from ..adapters.attach import FACTORS, LORA, MODES, SCALES, SPLIT, add_lora, add_scales, expose_factors
 from ..errors import UsageError
+from ..integrations.running import kind_of
 from ..integrations.sources import resolve_model
+from ..layers import plain_model
 from ..storage import read_json
 from .arguments import TrainOptions
 
@@ -28,6 +30,19 @@ def expose(model: CausalModel, options: TrainOptions) -> PeftModel:
     if options.mode == SCALES:
         return add_scales(model, options.targets, on=options.scales_on)
     raise UsageError(f"mode: {options.mode} is unknown; use one of {', '.join(MODES)}.")
+
+
+def trained_kind(model: CausalModel) -> str:
+    """causal or masked; UsageError for a model that `train` has no loss for."""
+    kind = kind_of(model)
+    if kind == "bare":
+        raise UsageError("The model has no language-model head, so there is no loss to train on.")
+    if kind == "seq2seq":
+        raise UsageError(
+            f"{type(plain_model(model)).__name__} is an encoder-decoder; `train` trains models that predict the next or "
+            "a masked token. Give what expose_factors returns to transformers' Seq2SeqTrainer."
+        )
+    return kind
 
 
 def teacher_source(options: TrainOptions) -> str:

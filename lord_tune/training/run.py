@@ -19,7 +19,7 @@ from ..data.rows import RowFormat
 from ..errors import LordError, UsageError
 from ..integrations.files import ADAPTER_FILE, RUN_FILE, fingerprint
 from ..integrations.models import DTYPE_NAMES, load_tokenizer, model_class
-from ..integrations.running import kind_of, max_length
+from ..integrations.running import max_length
 from ..layers import expert_of, factored_layers, plain_model
 from ..storage import read_json, write_json
 from .arguments import DISTILL, DPO, TrainOptions
@@ -27,7 +27,7 @@ from .checkpoints import defect, newest_complete
 from .data import chat_template, check_tokenized, prepare_rows, sample_spans
 from .distillation import LiveTeacher, check_head
 from .memory import FirstStep, TrainingPeak
-from .modes import expose, teacher_source
+from .modes import expose, teacher_source, trained_kind
 from .preference import prepare_pairs, sample_pair
 
 if TYPE_CHECKING:
@@ -64,7 +64,8 @@ def train_model(
     checkpoint, broken = _checkpoint(output, arguments)
     _check_output(output, checkpoint, broken, resolved, arguments)
     check_experts(model, arguments)
-    if options.objective != "sft" and kind_of(model) != "causal":
+    kind = trained_kind(model)
+    if options.objective != "sft" and kind != "causal":
         raise UsageError(f"objective: {options.objective} needs a model that predicts the next token; use sft.")
     teacher = teacher_source(options) if options.objective == DISTILL else None
     rows, form = _rows(options.dataset_name, options.dataset_train_split, options, tokenizer)
@@ -290,10 +291,7 @@ def _make_trainer(
     held: Dataset | None,
     options: TrainOptions,
 ) -> Recorded:
-    kind = kind_of(model)
-    if kind == "bare":
-        raise UsageError("The model has no language-model head, so there is no loss to train on.")
-    if kind == "masked":
+    if trained_kind(model) == "masked":
         return _masked_trainer(model, tokenizer, arguments, rows, held)
     if getattr(tokenizer, "eos_token", None) is None and getattr(arguments, "eos_token", None) is None:
         raise UsageError("The tokenizer has no end-of-text token, so the model cannot learn to stop; set eos_token.")
