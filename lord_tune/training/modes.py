@@ -39,7 +39,7 @@ def trained_kind(model: CausalModel) -> str:
         raise UsageError("The model has no language-model head, so there is no loss to train on.")
     if kind == "seq2seq":
         raise UsageError(
-            f"{type(plain_model(model)).__name__} is an encoder-decoder; `train` trains models that predict the next or "
+            f"{type(plain_model(model)).__name__} is an encoder-decoder; `train` takes models that predict the next or "
             "a masked token. Give what expose_factors returns to transformers' Seq2SeqTrainer."
         )
     return kind
