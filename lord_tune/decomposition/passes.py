@@ -22,7 +22,7 @@ from ..calibration.task import Task
 from ..console import human_bytes
 from ..errors import CalibrationError, LordWarning
 from ..factorizations import Factorization
-from .base import Notify, Source, Windows
+from .base import CHECKED_TOKENS, Notify, Source, Windows
 from .clock import Clock
 from .exchange import Result, dealt_out
 from .journal import Journal
@@ -33,7 +33,6 @@ from .timing import layer_flops
 
 CALIBRATION, HELDOUT, SENSITIVITY = "calibration", "heldout", "sensitivity"  # streams of windows
 CHECK = "check"  # one short window, compared with an ordinary forward pass
-_CHECKED = 128  # tokens of it
 Statistics = Mapping[str, Mapping[str, InputStatistics]]  # stream -> layer -> of its input
 
 
@@ -86,7 +85,7 @@ class Passes:
         begun = self.journal.steps.get(start_of(phase))
         first = not any(self.journal.has(start_of(other)) for other in Phase)
         if first or (begun is not None and begun["checks"]):
-            streams = streams | {CHECK: self.text.heldout[:1, :_CHECKED]}
+            streams = streams | {CHECK: self.text.heldout[:1, :CHECKED_TOKENS]}
         walk = BlockWalk(self.model, self.blocks, streams, self.task.forward, folder, self.workers)
         if not walk.streamed:
             return walk
