@@ -82,7 +82,8 @@ def decompose(model: str, out: str, **options: Unpack[DecomposeOptions]) -> dict
     source_name = resolve_model(config.model)
     _, base_config = model_class(source_name)
     tokenizer = load_tokenizer(source_name)
-    windows, calibration = windows_of(config, base_config, tokenizer)
+    shape = skeleton(source_name, config.dtype)
+    windows, calibration = windows_of(config, shape, tokenizer)
     base = workers.send(identity_of(config.model, source_name, base_config) if journal.writes else None, 0)
     if perhaps_finished:
         report = read_json(journal.out / "decomposition.json")
@@ -110,7 +111,6 @@ def decompose(model: str, out: str, **options: Unpack[DecomposeOptions]) -> dict
         note(f"continuing the run in {journal.folder}: {blocks} blocks are written")
     try:
         source = Checkpoint(source_name, config.dtype, journal.work / f"converted-{workers.rank}", device)
-        shape = skeleton(source_name, config.dtype)
         request = request_of(config)
         found = survey(source.model, request.targets, request.exclude, run_model)
         for text in found.notes():

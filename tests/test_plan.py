@@ -363,7 +363,7 @@ def _yaml(folder: Path, text: str) -> str:
         ("MODEL --bits-per-weight 2.5", "the narrowest format, lloyd2, takes 14.297 with rank 8"),
         ("MODEL --bits-per-weight 40", "expected a number above 0 and at most 32"),
         ("MODEL --bits-per-weight 6 --rank -1", "Got rank -1"),
-        ("MODEL --bits-per-weight 9 --rank 33 --factor-format int3", "exceeds the smaller side"),
+        ("MODEL --bits-per-weight 9 --rank 65 --factor-format int3", "exceeds the smaller side of every layer"),
         ("MODEL --rank 8 --top-rank 2", "it needs a low-precision --factor-format"),
         ("MODEL --rank 8 --top-rank 8 --factor-format int4", "Got --top-rank 8 with --rank 8"),
         ("MODEL --rank 8 --weighting fisher", "--weighting has no effect"),

@@ -17,7 +17,7 @@ from ..calibration.blocks import AnyScalar
 from ..calibration.task import Task
 from ..errors import LordWarning, UsageError
 from ..layers import plain_model
-from ..protocols import CausalModel, Tokenizer
+from ..protocols import Tokenizer
 
 MASKED_FRACTION = 0.15  # of the tokens, for models with a masked-token head (BERT)
 
@@ -134,17 +134,39 @@ def task_of(tokenizer: Tokenizer, masked: bool = False) -> Task:
     return Task(run_model, lambda model, ids: summed_loss(model, ids, mask_token)[0], counted_outputs, prepare)
 
 
-def max_length(model: CausalModel | PreTrainedConfig) -> int:
-    """The longest window the positions of a model (or of a config) allow."""
-    config = (model if isinstance(model, PreTrainedConfig) else model.config).get_text_config()
-    limits = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions")]
+_LIMITS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_target_positions",
+    "max_encoder_position_embeddings",
+    "max_decoder_position_embeddings",
+)
+
+
+def max_length(model: nn.Module) -> int:
+    """The longest window that the positions of a model, which may be a skeleton, allow."""
+    plain = plain_model(model)
+    config = plain.config.get_text_config()
+    limits = [getattr(config, key, None) for key in _LIMITS]
     limit = min((n for n in limits if isinstance(n, int) and n > 0), default=1 << 30)
-    # RoBERTa-style position ids start after the padding id
-    offset = config.pad_token_id + 1 if "roberta" in config.model_type or config.model_type == "mpnet" else 0
-    return limit - (offset or 0)
+    return limit - _first_position(plain, limit)
 
 
-def window_length(asked: int, model: CausalModel | PreTrainedConfig) -> int:
+def _first_position(model: PreTrainedModel, rows: int) -> int:
+    """Where position ids start: after the padding id, in a table of positions that has one (RoBERTa and its like)."""
+    words = model.get_input_embeddings()
+    return max((m.padding_idx + 1 for m in model.modules() if m is not words and _pads(m, rows)), default=0)
+
+
+def _pads(module: nn.Module, rows: int) -> bool:
+    """Whether a module is a table of this length with a row for padding."""
+    weight = module._parameters.get("weight")
+    padding = getattr(module, "padding_idx", None)
+    return isinstance(padding, int) and weight is not None and weight.dim() == 2 and weight.shape[0] == rows
+
+
+def window_length(asked: int, model: nn.Module) -> int:
     """The context length to use: what was asked for, or with a warning the most the model takes."""
     limit = max_length(model)
     if asked > limit:
