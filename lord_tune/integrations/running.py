@@ -156,14 +156,16 @@ def max_length(model: nn.Module) -> int:
 def _first_position(model: PreTrainedModel, rows: int) -> int:
     """Where position ids start: after the padding id, in a table of positions that has one (RoBERTa and its like)."""
     words = model.get_input_embeddings()
-    return max((m.padding_idx + 1 for m in model.modules() if m is not words and _pads(m, rows)), default=0)
+    return max((_padding_id(m, rows) + 1 for m in model.modules() if m is not words), default=0)
 
 
-def _pads(module: nn.Module, rows: int) -> bool:
-    """Whether a module is a table of this length with a row for padding."""
+def _padding_id(module: nn.Module, rows: int) -> int:
+    """The row for padding of a table of this length; -1 for any other module."""
     weight = module._parameters.get("weight")
     padding = getattr(module, "padding_idx", None)
-    return isinstance(padding, int) and weight is not None and weight.dim() == 2 and weight.shape[0] == rows
+    if isinstance(padding, int) and weight is not None and weight.dim() == 2 and weight.shape[0] == rows:
+        return padding
+    return -1
 
 
 def window_length(asked: int, model: nn.Module) -> int:
