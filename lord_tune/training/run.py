@@ -22,11 +22,13 @@ from ..integrations.models import DTYPE_NAMES, load_tokenizer, model_class
 from ..integrations.running import kind_of, max_length
 from ..integrations.sources import resolve_model
 from ..layers import expert_of, factored_layers, plain_model
+from ..memory import large_blocks_apart
 from ..storage import read_json, write_json
 from .arguments import DISTILL, DPO, TrainOptions
 from .checkpoints import defect, newest_complete
 from .data import chat_template, check_tokenized, prepare_rows, sample_spans
 from .memory import FirstStep, TrainingPeak
+from .pieces import fitting_pieces
 from .preference import prepare_pairs, sample_pair
 
 if TYPE_CHECKING:
@@ -111,7 +113,12 @@ def train_model(
             shutil.rmtree(folder)
     counted = FirstStep()
     trainer.add_callback(counted)
-    with TrainingPeak(foreseen.held if foreseen else 0, trainer.args.device) as peak:
+    device = trainer.args.device
+    with (
+        TrainingPeak(foreseen.held if foreseen else 0, device) as peak,
+        large_blocks_apart(),
+        fitting_pieces(device.type != "cpu"),
+    ):
         if checkpoint is not None and _at_end(checkpoint, arguments):
             trainer.take_up(checkpoint)
         else:
