@@ -20,7 +20,6 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -31,10 +30,12 @@ from ..integrations.models import DTYPE_NAMES, model_class
 from ..integrations.running import max_length
 from ..integrations.transformers_quantizer import QUANT_METHOD, LordConfig, LordQuantizer
 from ..layers import dequantize_once, plain_model
+from ..memory import held_bytes
 from .arguments import DISTILL, DPO, TrainOptions
 from .distillation import CHUNK, TokenLoss, head_of, kl_divergence
 from .memory import Live, Saved, gradient_bytes, held
 from .modes import expose, teacher_source, trained_kind
+from .pieces import fitting_pieces
 from .shapes import LossInPieces, decode_by_shapes, set_attention, without_content
 from .teacher_logits import INDEX, bucketed_kl
 
@@ -102,7 +103,7 @@ def predict_memory(
         exposed = expose(model, options)
     decode_by_shapes(exposed)
     notes = []
-    with without_content(exposed, arguments):
+    with without_content(exposed, arguments), fitting_pieces(on_gpu):
         if keep_dense:
             dequantize_once(exposed, model.dtype)
         weights, adapters, blocks = held(exposed)
@@ -153,7 +154,7 @@ def _held_by_libraries() -> int:
     from . import trainers
 
     assert trainers is not None
-    return psutil.Process().memory_info().rss
+    return held_bytes(torch.device("cpu"))
 
 
 def _teacher(options: TrainOptions, dtype: str | None) -> PreTrainedModel | None:

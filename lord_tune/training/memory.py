@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
 
 from ..memory import PeakMemory
+from .pieces import piece_width
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -217,14 +218,8 @@ class Live(TorchDispatchMode):
 
 
 def logit_widths(vocabulary: int) -> set[int]:
-    """Widths of whole logits, and of the pieces in which trl computes them."""
-    if not vocabulary:
-        return set()
-    try:
-        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as piece
-    except ImportError:
-        return {vocabulary}
-    return {vocabulary, piece, vocabulary % piece} - {0}
+    """Widths of whole logits, and of the pieces in which trl computes them; the last piece is narrower."""
+    return {vocabulary, piece_width()} if vocabulary else set()
 
 
 def vocabulary_of(model: nn.Module) -> int:

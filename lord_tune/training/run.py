@@ -21,6 +21,7 @@ from ..integrations.files import ADAPTER_FILE, RUN_FILE, fingerprint
 from ..integrations.models import DTYPE_NAMES, load_tokenizer, model_class
 from ..integrations.running import max_length
 from ..layers import expert_of, factored_layers, plain_model
+from ..memory import large_blocks_apart
 from ..storage import read_json, write_json
 from .arguments import DISTILL, DPO, TrainOptions
 from .checkpoints import defect, newest_complete
@@ -28,6 +29,7 @@ from .data import chat_template, check_tokenized, prepare_rows, sample_spans
 from .distillation import LiveTeacher, check_head
 from .memory import FirstStep, TrainingPeak
 from .modes import expose, teacher_source, trained_kind
+from .pieces import fitting_pieces
 from .preference import prepare_pairs, sample_pair
 
 if TYPE_CHECKING:
@@ -100,7 +102,12 @@ def train_model(
             shutil.rmtree(folder)
     counted = FirstStep()
     trainer.add_callback(counted)
-    with TrainingPeak(foreseen.held if foreseen else 0, trainer.args.device) as peak:
+    device = trainer.args.device
+    with (
+        TrainingPeak(foreseen.held if foreseen else 0, device) as peak,
+        large_blocks_apart(),
+        fitting_pieces(device.type != "cpu"),
+    ):
         if checkpoint is not None and _at_end(checkpoint, arguments):
             trainer.take_up(checkpoint)
         else:

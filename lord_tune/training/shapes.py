@@ -23,6 +23,7 @@ from ..layers import QuantizedLinear
 from ..protocols import AutogradContext
 from ..quantizers import Quantizer, Rotated
 from ..quantizers.base import spans, tile_of
+from .pieces import piece_width
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -228,7 +229,7 @@ def _by_shapes(
     return attention
 
 
-_TOKENS_AT_ONCE, _WORDS_AT_ONCE = 4096, 32768
+_TOKENS_AT_ONCE = 4096
 # bytes per logit at the worst moment of trl's torch operations on a piece, beside the piece: three float32 and one mask
 # forward, seven and one backward. On a GPU one kernel needs none.
 _FORWARD_BYTES, _BACKWARD_BYTES = 13, 29
@@ -256,8 +257,9 @@ class LossInPieces(torch.autograd.Function):
 
 
 def _piece(ctx: _LossContext, hidden: Tensor, weight: Tensor, bytes_per_logit: int) -> None:
-    tokens, words = min(len(hidden), _TOKENS_AT_ONCE), min(len(weight), _WORDS_AT_ONCE)
-    piece = hidden.new_empty(tokens, _WORDS_AT_ONCE, dtype=ctx.dtype)
+    tokens, width = min(len(hidden), _TOKENS_AT_ONCE), piece_width()
+    words = min(len(weight), width)
+    piece = hidden.new_empty(tokens, width, dtype=ctx.dtype)
     cast = [
         torch.empty_like(part, dtype=ctx.dtype) for part in (weight[:words], hidden[:tokens]) if part.dtype != ctx.dtype
     ]
