@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import LordError
 from .blocks import Forward, Stop, hidden_argument, hidden_of, replaced_forward
-from .kept import Kept
+from ..kept import Kept
 from .route import Ground, Loss
 from .states import StateFile, StateWriter
 from .trees import mapped, same, tensors

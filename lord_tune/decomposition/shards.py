@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..layers import FactoredLinear, check_finite
+from ..layers import FactoredLinear, check_finite, expert_of, sentinel
 from ..memory import give_back
 from .base import Source
 
@@ -37,7 +37,11 @@ def shard_of(source: Source, names: Iterable[str], layers: Mapping[str, Factored
     """Tensors of a block that holds `names`: of decomposed layers as they are now, all others as the checkpoint stores
     them."""
     tensors = {f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.state_dict().items()}
+    tensors |= {f"{name}.weight": sentinel() for name in layers}
     for name in names:
+        expert = expert_of(name)
+        if expert is not None:
+            tensors[expert[0]] = sentinel()
         if name.rpartition(".")[0] not in layers:
             tensors[name] = untouched(source, name)
     return {name: tensors[name] for name in sorted(tensors)}

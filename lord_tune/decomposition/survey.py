@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..calibration.blocks import Blocks, Run, find_blocks
-from ..layers import fuse_untouched, fused_parameters, select_linears, unfuse
+from ..calibration.blocks import Blocks, Run, find_blocks, observe
+from ..calibration.reads import OutsideReads
+from ..layers import fuse_untouched, fused_parameters, is_linear, select_linears, unfuse
 from ..sites import Site
 
 FUSED = "fused experts (3-D parameter)"
@@ -43,11 +44,16 @@ class Survey:
 def survey(model: Any, targets: str | None = None, exclude: str | None = None, run: Run | None = None) -> Survey:
     """Find the blocks and the layers; works on the meta device. Experts to decompose become layers of `model`.
 
-    `run` runs the model on (1, length) ids, to see which blocks run in which order.
+    `run` runs the model on (1, length) ids, to see which blocks run in which order and which weights are computed with
+    outside of their layers.
     """
-    blocks = find_blocks(model, run)
+    reads = OutsideReads({name: module for name, module in model.named_modules() if is_linear(module)})
+    watched = None if run is None else reads.watching(run)
+    blocks = find_blocks(model, watched)
+    if watched is not None and not reads.ran:
+        observe(model, watched)
     unfuse(model)
-    layers, skipped = select_linears(model, blocks.names(), targets, exclude)
+    layers, skipped = select_linears(model, blocks.names(), targets, exclude, reads.names)
     skipped = fuse_untouched(model, layers, skipped)
     skipped |= {name: FUSED for name in fused_parameters(model) if name not in skipped}
     return Survey(blocks, {name: Site.of(name, module) for name, module in layers.items()}, skipped)

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, UsageError
 from ..layers import expert_of, unfused_parameters
-from ..layers.experts import UnfusedExperts
 from ..plans import LayerPlan
 from ..storage import write_json
 from .models import default_device, load_dense_or_factored, model_class
@@ -94,7 +93,7 @@ class Checkpoint:
     def stored(self, name: str) -> Tensor | None:
         part = expert_of(name)
         entry = self._entry(name if part is None else part[0])
-        if self._recast or self._is_sentinel(name) or "safetensors_file" not in entry:
+        if self._recast or "safetensors_file" not in entry:
             return None
         if part is not None:
             return _stored_expert(entry, *part)
@@ -103,11 +102,6 @@ class Checkpoint:
 
     def _entry(self, name: str) -> dict[str, Any]:
         return getattr(self._weights, "index", {}).get(name, {})
-
-    def _is_sentinel(self, name: str) -> bool:
-        """Whether `name` is a fused parameter whose experts are layers of their own."""
-        owner: Any = _owner(self.model, name)
-        return isinstance(owner, UnfusedExperts) and name.rpartition(".")[2] in owner.unfused
 
     def _read_expert(self, fused: str, expert: int) -> Tensor:
         """One expert's part, without reading the others where the file is safetensors."""
@@ -118,8 +112,6 @@ class Checkpoint:
         return self._weights[fused][expert]
 
     def _read(self, name: str) -> Tensor:
-        if self._is_sentinel(name):
-            return torch.zeros(0, dtype=torch.uint8)
         part = expert_of(name)
         if part is not None and part[0] in self._present:
             return self._read_expert(*part)

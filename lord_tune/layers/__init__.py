@@ -3,6 +3,7 @@
 from .experts import expert_of, fuse, fuse_untouched, unfuse, unfused_parameters
 from .factored_linear import FactoredLinear, FrozenSum, Parts, build_layer, dense_factor
 from .quantized_linear import CastLinear, QuantizedLinear, ZeroLinear, dequantize_once
+from .sentinels import sentinel, sentinels_of
 from .surgery import (
     check_finite,
     densify,
@@ -35,6 +36,8 @@ __all__ = [
     "is_linear",
     "is_transposed",
     "select_linears",
+    "sentinel",
+    "sentinels_of",
     "shape_of",
     "unfuse",
     "unfused_parameters",
