@@ -60,16 +60,17 @@ def find_blocks(model: nn.Module, run: Run | None = None) -> Blocks:
     counts: dict[str, int] = {}
     for path in calls:
         if path in counts and order[-1] != path:
-            return _whole(model)
+            return whole_model(model)
         if path not in counts:
             order.append(path)
         counts[path] = counts.get(path, 0) + 1
     if not order:
-        return _whole(model)
+        return whole_model(model)
     return Blocks(tuple(order), tuple(members[p] for p in order), tuple(counts[p] for p in order))
 
 
-def _whole(model: nn.Module) -> Blocks:
+def whole_model(model: nn.Module) -> Blocks:
+    """The model as the only block."""
     return Blocks(("",), (model,))
 
 

@@ -16,10 +16,12 @@ from .blocks import Forward, Run, replaced_forward
 
 class OutsideReads(TorchFunctionMode):
     """While active, collects in `names` the layers of whose weights it sees one handed to a function, be it to write
-    into it, while the layer itself does not run."""
+    into it, while the layer itself does not run; `writes`: whether any parameter of the model was written to."""
 
-    def __init__(self, layers: Mapping[str, Any]):
+    def __init__(self, model: nn.Module, layers: Mapping[str, Any]):
         super().__init__()
+        self.writes = False
+        self._parameters = {id(parameter) for parameter in model.parameters()}
         self.names: set[str] = set()
         self.ran = False
         self._layers = dict(layers)
@@ -29,19 +31,24 @@ class OutsideReads(TorchFunctionMode):
         self._running: list[str] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in LOOKS:
-            for value in tree_leaves((args, kwargs or {})):
-                owners = self._owners.get(id(value), ()) if isinstance(value, Tensor) else ()
-                if not any(name in self._running for name in owners):
-                    self.names.update(owners)
-        return func(*args, **(kwargs or {}))
+        if func in LOOKS:
+            return func(*args, **(kwargs or {}))
+        handed = [value for value in tree_leaves((args, kwargs or {})) if id(value) in self._parameters]
+        for value in handed:
+            owners = self._owners.get(id(value), ())
+            if not any(name in self._running for name in owners):
+                self.names.update(owners)
+        versions = [value._version for value in handed]
+        result = func(*args, **(kwargs or {}))
+        self.writes |= versions != [value._version for value in handed]
+        return result
 
     def watching(self, run: Run) -> Run:
         """`run`, with this active."""
 
         def watched(model: nn.Module, ids: Tensor) -> object:
             self.ran = True
-            with _restored(model), replaced_forward(self._layers, self._entering), self:
+            with restored_notes(model), replaced_forward(self._layers, self._entering), self:
                 return run(model, ids)
 
         return watched
@@ -58,8 +65,8 @@ class OutsideReads(TorchFunctionMode):
 
 
 @contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Forget what a forward pass notes in its modules: that weights are scaled now, which were not in memory yet."""
+def restored_notes(model: nn.Module) -> Iterator[None]:
+    """Forget at the end what forward passes note in their modules, as that the weights in memory are rescaled now."""
     plain = bool | int | float | str | None
     notes = [(module, {k: v for k, v in vars(module).items() if isinstance(v, plain)}) for module in model.modules()]
     try:

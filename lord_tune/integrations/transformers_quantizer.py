@@ -115,7 +115,7 @@ class LordQuantizer(HfQuantizer):
                     module.set_parts({name: part.reshape(part.shape or 1) for name, part in parts.items()})
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Any], dict]:
-        """The tensors of the file, with the manifest refreshed: ranks and formats may have changed since loading (merged
+        """The tensors of the file. Refreshes the manifest: ranks and formats may have changed since loading (merged
         adapters)."""
         self.quantization_config.layers = manifest_of(model)
         return model.state_dict() | sentinels_of(model), {}

@@ -8,8 +8,8 @@ statistics, rank and format, and hooks, adapters, folding and counting find a mo
 it. What is given up: the kernels that run all experts at once.
 
 Whoever looks at the parameter still finds it, made of the experts' weights when something computes with it; files have
-a sentinel under its name (sentinels.py). The layers do not stand under `mlp.experts.3.down_proj`, as in many original checkpoints, because transformers' converters would match
-these names and fuse them again.
+a sentinel under its name (sentinels.py). The layers do not stand under `mlp.experts.3.down_proj`, as in many original
+checkpoints, because transformers' converters would match these names and fuse them again.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ class UnfusedExperts(nn.Module):
             return super().__getattr__(name)
         weights = [layer.weight for layer in unfused[name]]  # type: ignore[attr-defined]
         first = weights[0]
-        return Standin((len(weights), *first.shape), first.dtype, first.device, lambda: torch.stack(weights), NO_WRITING)
+        return Standin(
+            (len(weights), *first.shape), first.dtype, first.device, lambda: torch.stack(weights), NO_WRITING
+        )
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -154,7 +156,7 @@ def _unfuse_one(module: Any, leaf: str) -> None:
         module.__class__ = _with_own_forward(kind)
         module.__dict__.pop("forward", None)  # accelerate leaves one on the instance when its hooks are removed
     module.unfused[leaf] = nn.ModuleList(expert_layer(weight, module.is_transposed) for weight in weights)
-    del module._parameters[leaf]
+    module._parameters[leaf] = None  # keeps its place
 
 
 def expert_layer(weight: nn.Parameter, transposed: bool, bias: nn.Parameter | None = None) -> Any:
