@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..errors import LordError
+from ..kept import Kept
 from .blocks import Forward, Stop, hidden_argument, hidden_of, replaced_forward
-from .kept import Kept
 from .route import Ground, Loss
 from .states import StateFile, StateWriter
 from .trees import mapped, same, tensors

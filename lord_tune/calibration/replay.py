@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError
+from ..kept import Kept
 from ..storage import read_json, write_json
 from .blocks import Forward, Stop, hidden_argument, hidden_of, replaced_forward
-from .kept import Kept
 from .route import Ground, Loss
 from .states import StateFile, StateWriter
 from .trees import Path, at, containers, mapped, tensors

@@ -38,7 +38,7 @@ def _sent(
     if isinstance(value, Analysis):
         form, tensors = ("analysis", value.facts, None), value.tensors()
     elif isinstance(value, Finished):
-        plan = None if value.layer is None else value.layer.plan
+        plan = None if value.layer is None else (value.layer.plan, value.layer.dtype)
         form, tensors = ("finished", value.record, plan), {} if value.layer is None else value.layer.state_dict()
     form = workers.send(form, owner)
     if form is None:
@@ -51,6 +51,6 @@ def _sent(
         return Analysis.of(tensors, content)
     if plan is None:
         return Finished(content)
-    layer = FactoredLinear(plan, device="meta")
+    layer = FactoredLinear(plan[0], device="meta", dtype=plan[1])
     layer.load_state_dict(tensors, strict=True, assign=True)
     return Finished(content, layer.requires_grad_(False))

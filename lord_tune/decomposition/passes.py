@@ -69,7 +69,8 @@ class Passes:
 
     def loaded(self, index: int) -> Loaded:
         """The weights of block `index` in memory, for the length of a `with`."""
-        return Loaded(self.source, [n for n in self.tensors if self.blocks.holds(index, n)], self.model)
+        names = [n for n in self.tensors if self.blocks.holds(index, n)]
+        return Loaded(self.source, names, self.model, self.blocks.whole)
 
     def modules(self, index: int) -> dict[str, Any]:
         """The block's layers that are to be decomposed, as they are now."""

@@ -23,7 +23,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import CheckpointError, UsageError
 from ..layers import expert_of, unfused_parameters
-from ..layers.experts import UnfusedExperts
 from ..plans import LayerPlan
 from ..protocols import Tokenizer
 from ..storage import write_json
@@ -104,7 +103,7 @@ class Checkpoint:
     def stored(self, name: str) -> Tensor | None:
         part = expert_of(name)
         entry = self._entry(name if part is None else part[0])
-        if self._recast or self._is_sentinel(name) or "safetensors_file" not in entry:
+        if self._recast or "safetensors_file" not in entry:
             return None
         if part is not None:
             return _stored_expert(entry, *part)
@@ -115,11 +114,6 @@ class Checkpoint:
         index: Mapping[str, Entry] = getattr(self._weights, "index", {})
         return index.get(name, {})
 
-    def _is_sentinel(self, name: str) -> bool:
-        """Whether `name` is a fused parameter whose experts are layers of their own."""
-        owner: Any = _owner(self.model, name)
-        return isinstance(owner, UnfusedExperts) and name.rpartition(".")[2] in owner.unfused
-
     def _read_expert(self, fused: str, expert: int) -> Tensor:
         """One expert's part, without reading the others where the file is safetensors."""
         entry = self._entry(fused)
@@ -129,8 +123,6 @@ class Checkpoint:
         return self._weights[fused][expert]
 
     def _read(self, name: str) -> Tensor:
-        if self._is_sentinel(name):
-            return torch.zeros(0, dtype=torch.uint8)
         part = expert_of(name)
         if part is not None and part[0] in self._present:
             return self._read_expert(*part)

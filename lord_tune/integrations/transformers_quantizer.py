@@ -8,12 +8,13 @@ transformers' ordinary loader fills them (sharded files, device_map, no converte
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Container, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -25,6 +26,7 @@ from ..layers import (
     densify,
     factored_layers,
     is_linear,
+    sentinels_of,
     unfuse,
     unfused_parameters,
     weight_of,
@@ -105,6 +107,7 @@ class LordQuantizer(HfQuantizer):
                 )
             with torch.device("meta"):
                 model.set_submodule(found, FactoredLinear(plan, device="meta", dtype=weight_of(old).dtype))
+        _ignore_sentinels(model, self.quantization_config)
         _expect_scalars(model, checkpoint_files or [])
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: object) -> None:
@@ -116,10 +119,11 @@ class LordQuantizer(HfQuantizer):
                 if any(not part.dim() for part in parts.values()):
                     module.set_parts({name: part.reshape(part.shape or 1) for name, part in parts.items()})
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict]:
-        """Refresh the manifest: ranks and formats may have changed since loading (merged adapters)."""
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The tensors of the file. Refreshes the manifest: ranks and formats may have changed since loading (merged
+        adapters)."""
         self.quantization_config.layers = manifest_of(model)
-        return None, {}
+        return model.state_dict() | sentinels_of(model), {}
 
     def is_serializable(self) -> bool:
         return True
@@ -131,6 +135,15 @@ class LordQuantizer(HfQuantizer):
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         densify(model, dtype)
         return model
+
+
+def _ignore_sentinels(model: PreTrainedModel, config: LordConfig) -> None:
+    """Let the loader pass over them. One pattern for all layers whose names differ in numbers: it tries each pattern on
+    each key, and experts are thousands."""
+    keys = [*(f"{name}.weight" for name in config.layers), *getattr(config, "unfused", ())]
+    patterns = {rf"(^|\.){re.sub(r'[0-9]+', '[0-9]+', re.escape(key))}$" for key in keys}
+    known = model._keys_to_ignore_on_load_unexpected or ()
+    model._keys_to_ignore_on_load_unexpected = {*known, *patterns}
 
 
 def _expect_scalars(model: nn.Module, files: list[str]) -> None:

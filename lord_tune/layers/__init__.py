@@ -3,6 +3,7 @@
 from .experts import expert_of, fuse, fuse_untouched, unfuse, unfused_parameters
 from .factored_linear import FactoredLinear, FrozenSum, Parts, build_layer, dense_factor
 from .quantized_linear import CastLinear, QuantizedLinear, ZeroLinear, dequantize_once
+from .sentinels import sentinel, sentinels_of
 from .surgery import (
     bias_of,
     check_finite,
@@ -39,6 +40,8 @@ __all__ = [
     "is_transposed",
     "plain_model",
     "select_linears",
+    "sentinel",
+    "sentinels_of",
     "shape_of",
     "unfuse",
     "unfused_parameters",

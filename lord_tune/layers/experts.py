@@ -7,10 +7,9 @@ biases, norm, transposed or not), so no architecture is named here. `unfuse` rep
 statistics, rank and format, and hooks, adapters, folding and counting find a module as everywhere else. `fuse` undoes
 it. What is given up: the kernels that run all experts at once.
 
-The parameter itself stays under its name as a sentinel of shape (0,), as the weight of a FactoredLinear does: without
-lord_tune, transformers refuses the checkpoint instead of filling the experts with random numbers. The layers do not
-stand under `mlp.experts.3.down_proj`, as in many original checkpoints, because transformers' converters would match
-these names and fuse them again.
+Whoever looks at the parameter still finds it, made of the experts' weights when something computes with it; files have
+a sentinel under its name (sentinels.py). The layers do not stand under `mlp.experts.3.down_proj`, as in many original
+checkpoints, because transformers' converters would match these names and fuse them again.
 """
 
 from __future__ import annotations
@@ -25,6 +24,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UsageError
+from ..kept import Standin
+from .quantized_linear import NO_WRITING
 
 _CONTAINER = "unfused"
 _FUSED = ("gate_up_proj", "up_proj", "down_proj")  # the names that the decoration knows
@@ -59,6 +60,31 @@ class UnfusedExperts(nn.Module):
     act_fn: Callable[[Tensor], Tensor]
     post_expert_norm: Callable[[Tensor], Tensor]
     _apply_gate: Callable[[Tensor], Tensor]
+
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
+        unfused = self._modules.get(_CONTAINER)
+        if not isinstance(unfused, nn.ModuleDict) or name not in unfused:
+            return super().__getattr__(name)
+        weights = [cast("Tensor", layer.weight) for layer in unfused[name].children()]
+        first = weights[0]
+        return Standin(
+            (len(weights), *first.shape), first.dtype, first.device, lambda: torch.stack(weights), NO_WRITING
+        )
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, object],
+        prefix: str,
+        metadata: dict[str, object],
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        for leaf in self.unfused:
+            if f"{prefix}{leaf}" in unexpected:  # a sentinel of a file
+                unexpected.remove(f"{prefix}{leaf}")
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         # (token, in), (token, k), (token, k) -> (token, in)
@@ -154,8 +180,7 @@ def _unfuse_one(module: nn.Module, leaf: str) -> None:
         module.__dict__.pop("forward", None)  # accelerate leaves one on the instance when its hooks are removed
     assert isinstance(module, UnfusedExperts)
     module.unfused[leaf] = nn.ModuleList(expert_layer(weight, module.is_transposed) for weight in weights)
-    empty = torch.zeros(0, dtype=torch.uint8, device=fused.device)
-    module._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
+    module._parameters[leaf] = None  # keeps its place
 
 
 def expert_layer(weight: nn.Parameter, transposed: bool, bias: nn.Parameter | None = None) -> nn.Module:

@@ -13,9 +13,9 @@ from .surgery import is_linear, plain_model, weight_of
 def sizes(model: nn.Module) -> dict[str, float]:
     """parameters (stored numbers; a packed code counts as one), model_bytes, linear_bits_per_weight.
 
-    Counted from the tensors a checkpoint of the model holds (a skeleton on the meta device will do); tied ones count
-    once. The bits are those of the linear layers inside the blocks, decomposed or not, without biases, per weight of
-    the dense matrices.
+    Counted from the tensors a checkpoint of the model holds, but for sentinels (a skeleton on the meta device will do);
+    tied ones count once. The bits are those of the linear layers inside the blocks, decomposed or not, without biases,
+    per weight of the dense matrices.
     """
     plain = plain_model(model)
     packed: dict[str, int] = {}

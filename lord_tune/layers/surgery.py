@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -56,6 +56,7 @@ def select_linears(
     prefixes: Iterable[str],  # module paths of the blocks; "" is the whole model
     targets: str | None,
     exclude: str | None,
+    computed_with: Container[str] = (),  # layers whose weights the model's own code computes with
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The layers to decompose, by name, and why each other linear layer is left alone.
 
@@ -82,6 +83,8 @@ def select_linears(
             skipped[name] = "in exclude"
         elif name in shared:
             skipped[name] = f"shares its weight with {shared[name]}"
+        elif name in computed_with:
+            skipped[name] = "the model's own code computes with its weight"
         else:
             chosen[name] = module
     if not chosen:

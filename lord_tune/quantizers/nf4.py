@@ -139,6 +139,8 @@ class NF4(Format):
         import bitsandbytes as bnb
 
         fused = x.is_cuda and x.numel() == shape[1]
+        if x.dtype == torch.float64:  # bitsandbytes has no kernel for it and says nothing
+            return decoded_linear(x, self, parts, shape)
         if not self.rows_are_blocks(shape) or not (fused or one_tile(shape, x.device)):
             return decoded_linear(x, self, parts, shape)
         product: Tensor = bnb.matmul_4bit(x, parts["weight"], quant_state=self.state(parts, shape, x.dtype))
