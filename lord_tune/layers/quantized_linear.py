@@ -19,7 +19,7 @@ from ..quantizers import Quantizer
 
 NO_WRITING = (
     "Something writes into the weight of a decomposed layer, which is made of stored parts, so the change would be "
-    "lost; decompose again without the layer (--exclude), or load the original model."
+    "lost; decompose again without the layer (`exclude`), or load the original model."
 )
 
 
