@@ -11,14 +11,14 @@ import torch
 from accelerate import Accelerator
 from contracts import QUANTIZERS
 from safetensors.torch import load_file, save_file
-from tiny import save_tiny
+from tiny import save_tiny, tiny_family
 from transformers import MambaConfig, MambaForCausalLM, RwkvConfig, RwkvForCausalLM, T5Config, T5EncoderModel
 
 import lord_tune
 from lord_tune.adapters.attach import add_lora, expose_factors
 from lord_tune.errors import UsageError
 from lord_tune.integrations.models import load_dense_or_factored
-from lord_tune.layers import QuantizedLinear, ZeroLinear, densify, factored_layers, sentinels_of
+from lord_tune.layers import QuantizedLinear, ZeroLinear, densify, factored_layers, sentinels_of, unfuse
 
 IDS = torch.arange(1, 60)[None]
 TOKENS = {"bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 257, "vocab_size": 300}
@@ -264,6 +264,22 @@ def test_a_float64_model_computes_with_the_float64_weights(factored_dir):
     factored, put_in = (load_dense_or_factored(str(factored_dir)).double() for _ in range(2))
     densify(put_in, torch.float64)
     torch.testing.assert_close(logits(factored), logits(put_in), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])  # (expert, out, in) and (expert, in, out)
+def test_unfused_experts_answer_like_the_parameter(family):
+    torch.manual_seed(0)
+    model = tiny_family(family)
+    name = next(name for name, p in model.named_parameters() if name.endswith("experts.down_proj") and p.dim() == 3)
+    path, _, leaf = name.rpartition(".")
+    experts, expected = model.get_submodule(path), model.get_parameter(name).detach().clone()
+    unfuse(model, [name])
+    found = getattr(experts, leaf)
+    assert (found.shape, found.dtype, found.device) == (expected.shape, expected.dtype, expected.device)
+    assert torch.equal(found + 0, expected) and name not in model.state_dict()
+    with torch.no_grad(), pytest.raises(UsageError, match="writes into the weight"):
+        found.data[0].zero_()
+    model.load_state_dict(model.state_dict() | sentinels_of(model))  # strict
 
 
 def test_a_zero_map_has_no_tensors():
