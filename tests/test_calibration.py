@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import re
@@ -10,10 +11,10 @@ import warnings
 
 import pytest
 import torch
-from tiny import tiny_bert, tiny_gpt2, tiny_llama, tiny_tokenizer
+from tiny import CLASSIFIERS, tiny_bert, tiny_gpt2, tiny_head, tiny_llama, tiny_tokenizer
 from torch import nn
 
-from lord_tune.calibration.blocks import find_blocks
+from lord_tune.calibration.blocks import find_blocks, first_input
 from lord_tune.calibration.collect import BlockWalk
 from lord_tune.calibration.corpus import file_windows, token_windows
 from lord_tune.calibration.moments import MomentAccumulator, SampleAccumulator, add_gram
@@ -185,7 +186,7 @@ def test_windows_and_what_belongs_to_them_are_dealt_by_one_rule(size, names, tmp
                 walk.hand_out(name, labels[:6, None])
 
 
-@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("make", [*MODELS, *(functools.partial(tiny_head, name, 2) for name in CLASSIFIERS)])
 def test_sensitivity_equals_the_gradients_second_moment(make, tmp_path):
     """Block by block from stored states against one ordinary backward pass, for every layer of every block."""
     model = make().eval()
@@ -224,6 +225,92 @@ def test_sensitivity_equals_the_gradients_second_moment(make, tmp_path):
             expected = ((rows @ bases[name].double()) ** 2).sum(0) / ids.numel()
             # float32 gradients of the same values; the order of summation differs in the blocks above
             assert torch.allclose(found[name], expected, rtol=1e-3, atol=1e-9 * float(expected.max())), name
+
+
+class _Caller(nn.Module):
+    """Blocks that are called in one way or another, like those of XLM (by position) or of a custom model."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 9), nn.Linear(9, 6)
+
+        def forward(self, mask, x):
+            x, shift = x if isinstance(x, tuple) else (x, 0.0)
+            return x + mask * self.down(input=torch.tanh(self.up(x + shift)))
+
+    def __init__(self, call):
+        super().__init__()
+        self.call = call
+        self.embed, self.layers, self.head = nn.Embedding(200, 6), nn.ModuleList(), nn.Linear(6, 4)
+        for _ in range(3):
+            self.layers.append(self.Block())
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        shift = x.mean(1, keepdim=True)
+        for block in self.layers:
+            x = self.call(block, ids[..., None] % 3 > 0, x, shift)
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda block, mask, x, shift: block(mask, x),
+        lambda block, mask, x, shift: block(mask=mask, x=x),
+        lambda block, mask, x, shift: block(mask, x=(x, shift)),
+        lambda block, mask, x, shift: block(mask, (x, 0.5)),
+    ],
+    ids=["position", "keyword", "tuple", "tuple alone"],
+)
+def test_blocks_and_layers_may_be_called_in_any_way(call, tmp_path):
+    """Gram matrices and gradients are those of ordinary passes over the whole model."""
+    torch.manual_seed(0)
+    model = _Caller(call).requires_grad_(False)
+    ids = torch.randint(4, 200, (3, 5))
+    layers = {name: module for name, module in model.layers.named_modules(prefix="layers") if "." in name[7:]}
+    inputs: dict[str, list] = {name: [] for name in layers}
+    gradients: dict[str, list] = {name: [] for name in layers}
+
+    def watch(name, module):
+        def see(layer, args, kwargs, output):
+            inputs[name].append(first_input(args, kwargs).detach().flatten(0, 1).double())
+            output.register_hook(lambda g: gradients[name].append(g.flatten(0, 1).double()))
+
+        return module.register_forward_hook(see, with_kwargs=True)
+
+    def loss(model, ids):
+        return (model(ids) ** 2).sum()
+
+    handles = [watch(name, module) for name, module in layers.items()]
+    model.embed.requires_grad_(True)
+    for window in ids:
+        loss(model, window[None]).backward()
+    model.requires_grad_(False)
+    for handle in handles:
+        handle.remove()
+
+    blocks = find_blocks(model)
+    walk = BlockWalk(model, blocks, {"calibration": ids}, lambda model, ids: model(ids), tmp_path)
+    walk.start()
+    for index in range(3):
+        members = {name: layer for name, layer in layers.items() if blocks.holds(index, name)}
+        for name, found in walk.collect(index, members)["calibration"].items():
+            x = torch.cat(inputs.pop(name))
+            assert torch.allclose(found.gram, x.T @ x / len(x), rtol=1e-4, atol=1e-6), name
+    assert not inputs
+    walk.write_gradients("calibration", loss, torch.device("cpu"))
+    for index in reversed(range(3)):
+        members = {name: layer for name, layer in layers.items() if blocks.holds(index, name)}
+        bases = {name: torch.eye(layer.out_features) for name, layer in members.items()}
+        for name, found in output_sensitivity(walk, index, "calibration", members, bases, ids.numel()).items():
+            g = torch.cat(gradients.pop(name))
+            assert torch.allclose(found, (g * g).mean(0), rtol=1e-3, atol=1e-9), name
+    assert not gradients
 
 
 def test_whole_model_sensitivity_is_the_same():

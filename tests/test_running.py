@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tiny import CLASSIFIERS, save_tiny, tiny_head
 
-from lord_tune.integrations.running import max_length, run_model
+import lord_tune
+from lord_tune.integrations.running import max_length, run_model, summed_loss
+from lord_tune.layers import factored_layers
 
 _SMALL: dict[str, Any] = {
     "vocab_size": 300,
@@ -62,3 +65,49 @@ def test_the_longest_window_runs_and_one_token_more_does_not(kind, options, long
         run_model(model, torch.randint(5, 250, (1, longest)))
         with pytest.raises((RuntimeError, IndexError)):
             run_model(model, torch.randint(5, 250, (1, longest + 1)))
+
+
+@pytest.mark.parametrize("name", ["sequence", "token", "question"])
+def test_without_labels_the_loss_estimates_how_much_the_outputs_move(name):
+    """Hutchinson: the mean squared gradient of the random projection is the squared norm of the Jacobian."""
+    model = tiny_head(name, layers=1).requires_grad_(False)
+    layer = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-2]
+    seen: list[torch.Tensor] = []
+    layer.register_forward_hook(lambda m, args, output: seen.append(output.requires_grad_(True)))
+    estimated = exact = 0.0
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        ids = torch.randint(1, 250, (1, 4), generator=generator)
+        loss, count = summed_loss(model, ids)
+        assert count == 4
+        estimated += float(torch.autograd.grad(loss, seen.pop())[0].square().sum())
+        found = model(input_ids=ids)
+        outputs = torch.cat([value.flatten() for key, value in found.items() if key.endswith("logits")])
+        rows = torch.autograd.grad(outputs, seen.pop(), torch.eye(len(outputs)), is_grads_batched=True)[0]
+        exact += float(rows.square().sum())
+    # three outputs or more: the relative standard deviation of the sum is at most sqrt(2 / 200) = 0.1
+    assert 0.7 < estimated / exact < 1.3
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_heads_without_a_language_models_loss_are_decomposed_and_loaded_again(name, rows_file, tmp_path):
+    dense = tiny_head(name)
+    base = save_tiny(dense, tmp_path / "base")
+    text: dict[str, Any] = {"calibration": [str(rows_file)], "calibration_tokens": 512, "context_length": 64}
+    report = lord_tune.decompose(str(base), str(tmp_path / "out"), kept_fraction=0.8, **text)
+    again = type(dense).from_pretrained(tmp_path / "out").eval()
+    layers = factored_layers(again)
+    assert {n: entry["rank"] for n, entry in report["layers"].items() if entry["rank"] != "dense"} == {
+        n: layer.rank for n, layer in layers.items()
+    }
+    sizes = {n: m.weight.numel() for n, m in dense.named_modules() if n in report["layers"]}
+    kept = sum(layers[n].rank * sum(layers[n].plan.shape) if n in layers else size for n, size in sizes.items())
+    assert 0.75 < kept / sum(sizes.values()) <= 0.8
+    with torch.no_grad():
+        for key, layer in layers.items():
+            dense.get_submodule(key).weight.copy_(layer.dense_weight())
+        ids = torch.randint(1, 250, (2, 32))
+        expected, found = dense(input_ids=ids), again(input_ids=ids)
+    for key in expected:
+        if key.endswith("logits"):
+            assert torch.allclose(found[key], expected[key], atol=1e-4), key

@@ -133,6 +133,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "bigcode": ("GPTBigCodeForCausalLM", _GPT2 | {"multi_query": True}),
     "starcoder2": ("Starcoder2ForCausalLM", _GROUPED),
     "neox": ("GPTNeoXForCausalLM", _WIDTHS),
+    "falcon": ("FalconForCausalLM", _WIDTHS | {"multi_query": True, "bias": True}),  # a linear class of its own
     "opt": (  # projections between the embeddings and the blocks
         "OPTForCausalLM",
         _OPT | {"ffn_dim": INTERMEDIATE, "word_embed_proj_dim": 32, "init_std": _SPREAD},
@@ -177,6 +178,23 @@ def tiny_family(name: str, seed: int = 0, layers: int = LAYERS) -> Any:
             if key.endswith("bias"):
                 parameter.normal_(0, 0.1, generator=generator)
     return model
+
+
+# heads without a language model's loss: class, configuration, options
+CLASSIFIERS: dict[str, tuple[str, Any, dict[str, Any]]] = {
+    "sequence": ("LlamaForSequenceClassification", llama_config, {"num_labels": 3}),
+    "reward": ("LlamaForSequenceClassification", llama_config, {"num_labels": 1}),
+    "token": ("BertForTokenClassification", bert_config, {"num_labels": 5}),
+    "question": ("BertForQuestionAnswering", bert_config, {}),
+}
+
+
+def tiny_head(name: str, layers: int = LAYERS) -> Any:
+    """A random model of CLASSIFIERS."""
+    kind, configuration, options = CLASSIFIERS[name]
+    config = configuration()
+    config.update(options | {"num_hidden_layers": layers})
+    return _seeded(getattr(transformers, kind), config, 0)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import CalibrationError
+from .trees import tensors
 
 Run = Callable[[nn.Module, Tensor], object]  # runs a model on (1, length) ids
 Forward = Callable[..., Any]
@@ -181,8 +182,12 @@ def first_input(args: Sequence[object], kwargs: Mapping[str, object]) -> Tensor:
 
 
 def hidden_argument(args: Sequence[object], kwargs: Mapping[str, object]) -> Tensor:
-    """The hidden states that a block is called with."""
+    """The hidden states that a block is called with: by name, else the first numbers among its arguments and the parts
+    of these (masks of bools and positions are none)."""
     named = kwargs.get("hidden_states")
     if not args and isinstance(named, Tensor):
         return named
-    return first_input(args, kwargs)
+    found = next((tensor for _, tensor in tensors((*args, *kwargs.values())) if tensor.dtype.is_floating_point), None)
+    if found is None:
+        raise CalibrationError("A block was called without hidden states (a floating-point tensor).")
+    return found

@@ -78,6 +78,8 @@ class HandedOn:
         def make(index: int, original: Forward) -> Forward:
             def call(*args: object, **kwargs: object) -> object:
                 hidden = hidden_argument(args, kwargs)
+                if not any(value is hidden for value in (*args, *kwargs.values())):
+                    raise NotHandedOn("a block gets its hidden states inside a tuple or list")
                 if index != len(watch.calls):
                     raise NotHandedOn("its blocks do not run once each, in order")
                 if index == 0:

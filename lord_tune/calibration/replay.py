@@ -215,8 +215,8 @@ class Replayed:
         if run.gradients:  # also of what nothing before the block requires gradients of
             hidden = hidden_argument(args, kwargs)
             leaf = hidden if hidden.requires_grad else hidden.detach().requires_grad_(True)
-            args[:] = [leaf if value is hidden else value for value in args]
-            kwargs.update({key: leaf for key, value in kwargs.items() if value is hidden})
+            for given_there in (args, kwargs):
+                mapped(given_there, lambda tensor: leaf if tensor is hidden else tensor)
         given = {id(tensor): path for path, tensor in tensors(arguments)}
         # the lists and mappings that are the model's own, once each
         boxes = {id(box): (path, box, dict(_items(box))) for path, box in containers(arguments) if len(path) > 1}
