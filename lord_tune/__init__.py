@@ -72,7 +72,7 @@ __all__ = [
 
 
 @wrapt.when_imported("transformers.quantizers.auto")
-def _register(module: Any) -> None:
+def _register(module: object) -> None:
     importlib.import_module("lord_tune.integrations.transformers_quantizer")
 
 

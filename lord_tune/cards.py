@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Mapping
+
+from .decomposition.sizes import Totals
 
 _HEAD = """---
 library_name: {library}
@@ -16,19 +18,16 @@ tags: [lord_tune, low-rank, {tag}]
 """
 
 
-def _config_block(config: dict[str, Any]) -> str:
-    return "```json\n" + json.dumps(config, indent=1) + "\n```\n"
+def _config_block(config: Mapping[str, object]) -> str:
+    return "```json\n" + json.dumps(dict(config), indent=1) + "\n```\n"
 
 
-def decomposition_card(report: dict[str, Any]) -> str:
-    """For a factored checkpoint, from its decomposition.json."""
-    totals = report["totals"]
-    head = _HEAD.format(
-        library="transformers", base=report["base"]["name"], tag="factored", title="Factored language model"
-    )
+def decomposition_card(base: str, config: Mapping[str, object], totals: Totals, command: str) -> str:
+    """For a factored checkpoint."""
+    head = _HEAD.format(library="transformers", base=base, tag="factored", title="Factored language model")
     return head + (
-        f"`{report['base']['name']}` decomposed by lord_tune: {totals['factored_layers']} of {totals['layers']} linear "
-        f"layers are W = Q + L R (method `{report['config']['method']}`, backbone `{report['config']['backbone']}`), "
+        f"`{base}` decomposed by lord_tune: {totals['factored_layers']} of {totals['layers']} linear "
+        f"layers are W = Q + L R (method `{config['method']}`, backbone `{config['backbone']}`), "
         f"{totals['linear_bits_per_weight']:.2f} bits per weight of the linears, "
         f"{totals['parameters']:,} stored numbers (before: {totals['parameters_before']:,}).\n\n"
         "```bash\npip install lord-tune\n```\n"
@@ -36,12 +35,12 @@ def decomposition_card(report: dict[str, Any]) -> str:
         "from transformers import AutoModelForCausalLM\n\n"
         'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER", dtype="auto")\n```\n\n'
         "Without lord_tune, loading stops with an error about mismatched sizes.\n\n"
-        f"Made with:\n```bash\n{report['command']}\n```\n\nPer-layer errors: `decomposition.json`. Configuration:\n"
-        + _config_block(report["config"])
+        f"Made with:\n```bash\n{command}\n```\n\nPer-layer errors: `decomposition.json`. Configuration:\n"
+        + _config_block(config)
     )
 
 
-def training_card(config: dict[str, Any], metrics: dict[str, Any], command: str) -> str:
+def training_card(config: Mapping[str, object], metrics: Mapping[str, object], command: str) -> str:
     """For an adapter folder."""
     head = _HEAD.format(
         library="peft", base=config["model_name_or_path"], tag="adapter", title="Trained factors of a compressed model"

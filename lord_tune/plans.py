@@ -10,13 +10,14 @@ modules. What was measured on the way (errors, seconds) is in `decomposition.jso
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from .declared import Options
 from .errors import CheckpointError, UsageError, unknown_name
 from .factorizations import METHODS, FactorForm, Factorization
 from .quantizers import DTYPES, Quantizer, make_quantizer
@@ -24,6 +25,7 @@ from .storage import read_json, write_json
 
 FORMAT_VERSION = 1  # of a factored checkpoint
 PLAN_VERSION = 1
+Record = TypeVar("Record")
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,14 @@ class LayerChoice:
 
     method: str  # a key of METHODS
     rank: int | None  # None: the layer stays dense
-    method_options: dict[str, Any] = field(default_factory=dict)
+    method_options: Options = field(default_factory=dict)
     backbone: str = "none"  # "none" or a format's name
-    backbone_options: dict[str, Any] = field(default_factory=dict)
+    backbone_options: Options = field(default_factory=dict)
     factor_format: str | None = None  # of L and R: a key of DTYPES, a format's name, or None: the dtype of the weight
-    factor_options: dict[str, Any] = field(default_factory=dict)
+    factor_options: Options = field(default_factory=dict)
     top_rank: int = 0  # of the rank: the first components, stored apart
     top_format: str = "fp32"
-    top_options: dict[str, Any] = field(default_factory=dict)
+    top_options: Options = field(default_factory=dict)
     reason: str | None = None  # why a layer stays dense
 
     def factorization(self) -> Factorization:
@@ -47,7 +49,8 @@ class LayerChoice:
         if self.method not in METHODS:
             raise unknown_name("method", self.method, list(METHODS))
         try:
-            return METHODS[self.method](**self.method_options)
+            method: Factorization = METHODS[self.method](**self.method_options)
+            return method
         except TypeError as error:
             raise UsageError(f"Method '{self.method}' got options it does not have ({error}); correct them.") from error
 
@@ -109,10 +112,10 @@ class LayerChoice:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, name: str, content: Mapping[str, Any]) -> LayerChoice:
+    def from_dict(cls, name: str, content: Mapping[str, object]) -> LayerChoice:
         """UsageError, naming the layer, for anything that a decomposition could not carry out."""
         try:
-            choice = cls(**content)
+            choice = _filled(cls, content)
         except TypeError as error:
             raise UsageError(
                 f"The plan's entry of layer '{name}' is not readable ({error}); it may come from a newer lord_tune."
@@ -149,7 +152,7 @@ class Plan:
         return {"plan_version": PLAN_VERSION, "layers": {name: c.to_dict() for name, c in self.layers.items()}}
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Plan:
+    def from_dict(cls, content: Mapping[str, object]) -> Plan:
         version, layers = content.get("plan_version"), content.get("layers")
         if version != PLAN_VERSION or not isinstance(layers, dict):
             raise UsageError(
@@ -180,13 +183,13 @@ class LayerPlan:
     rank: int
     method: str
     backbone: str = "none"  # "none" or a quantizer's name
-    backbone_options: dict[str, Any] = field(default_factory=dict)
+    backbone_options: Options = field(default_factory=dict)
     left_format: str = "fp32"  # a key of DTYPES or a quantizer's name
     right_format: str = "fp32"
-    factor_options: dict[str, Any] = field(default_factory=dict)
+    factor_options: Options = field(default_factory=dict)
     top_rank: int = 0  # of the rank: the first components, stored apart
     top_format: str = "fp32"
-    top_options: dict[str, Any] = field(default_factory=dict)
+    top_options: Options = field(default_factory=dict)
     bias: bool = False
     conv1d: bool = False  # the original was a transformers Conv1D, whose weight is (in, out)
 
@@ -194,16 +197,24 @@ class LayerPlan:
         return asdict(self) | {"shape": list(self.shape)}
 
     @classmethod
-    def from_dict(cls, name: str, content: dict[str, Any]) -> LayerPlan:
+    def from_dict(cls, name: str, content: Mapping[str, object]) -> LayerPlan:
         try:
-            return cls(**(content | {"shape": tuple(content["shape"])}))
+            shape = content["shape"]
+            if not isinstance(shape, list | tuple):
+                raise TypeError(f"shape is {shape!r}")
+            return _filled(cls, {**content, "shape": tuple(shape)})
         except (KeyError, TypeError) as error:
             raise CheckpointError(
                 f"The manifest entry of layer '{name}' is not readable ({error}); it may come from a newer lord_tune."
             ) from error
 
 
-def _made(name: str, options: dict[str, Any]) -> Quantizer:
+def _filled(record: Callable[..., Record], content: Mapping[str, object]) -> Record:
+    """A record from JSON; TypeError for a key that it does not have."""
+    return record(**content)
+
+
+def _made(name: str, options: Options) -> Quantizer:
     try:
         return make_quantizer(name, options)
     except TypeError as error:

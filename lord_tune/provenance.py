@@ -6,12 +6,15 @@ import json
 import platform
 import shlex
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .config import RunConfig
 from .integrations.files import bin_weight_files, settings_files, weight_files
 from .storage import sha256_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 def command_line(verb: str, config: RunConfig) -> str:
@@ -49,7 +52,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def identity_of(name: str, source: str, config: Any) -> dict[str, Any]:
+def identity_of(name: str, source: str, config: PreTrainedConfig) -> dict[str, object]:
     """Which model this was: the sha256 of its weights and of each file beside them that decides a result, if it is a
     local folder; the revision of a Hub model."""
     files = weight_files(source) or bin_weight_files(source)
@@ -61,7 +64,7 @@ def identity_of(name: str, source: str, config: Any) -> dict[str, Any]:
     }
 
 
-def architecture_of(config: Any) -> dict[str, Any]:
+def architecture_of(config: PreTrainedConfig) -> dict[str, object]:
     """The settings of a model as JSON, so that a changed one can be named."""
     settings = json.loads(config.to_json_string(use_diff=False))
     return {key: value for key, value in settings.items() if not key.startswith("_")}

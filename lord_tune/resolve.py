@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from .allocation import ALLOCATORS
 from .calibration.corpus import token_windows
 from .config import DecomposeConfig, MethodConfig
 from .data.rows import documents, text_sha256
-from .declared import chosen, options_of
+from .declared import Options, chosen, options_of
 from .decomposition import (
     Bits,
     BlockRecovery,
@@ -33,6 +34,7 @@ from .factorizations import METHODS
 from .integrations.running import max_length, run_on_meta, window_length
 from .memory import held_bytes
 from .plans import LayerChoice, Plan
+from .protocols import Tokenizer
 from .quantizers import DTYPES, QUANTIZERS, make_quantizer
 
 SENSITIVITY_LENGTH = 256  # tokens per window of the backward pass: its activations are what peaks
@@ -52,7 +54,7 @@ def text_size_of(windows: Windows | None) -> TextSize | None:
 
 
 def estimate_of(
-    shape: Any,  # the skeleton, on the meta device
+    shape: PreTrainedModel,  # the skeleton, on the meta device
     found: Survey,
     request: Request,
     plan: Plan | None,
@@ -68,10 +70,10 @@ def estimate_of(
     return estimate_run(shape, found, request, plan, text, groups, flops, held, rates, processes, device)
 
 
-def _format_options(config: MethodConfig, form: str) -> dict[str, Any]:
+def _format_options(config: MethodConfig, form: str) -> Options:
     """The hyperparameters of a storage format."""
     owner = QUANTIZERS[form]
-    found = {item.field: item.default for item in options_of(owner)} | chosen(owner, config)
+    found: Options = {item.field: item.default for item in options_of(owner)} | chosen(owner, config)
     if owner.rotated_by_default if config.incoherence is None else config.incoherence:
         found |= {"incoherence": True, "seed": config.seed}
     return found
@@ -137,7 +139,9 @@ def asked_text(config: MethodConfig, length: int) -> TextSize:
     return TextSize(windows * length, heldout * length, length, weighted * short, short)
 
 
-def windows_of(config: DecomposeConfig, model: Any, tokenizer: Any) -> tuple[Windows | None, dict[str, Any]]:
+def windows_of(
+    config: DecomposeConfig, model: nn.Module, tokenizer: Tokenizer
+) -> tuple[Windows | None, dict[str, object]]:
     if not config.calibration:
         return None, {"tokens": 0, "source": [], "sha256": None}
     texts = documents(list(config.calibration), tokenizer)

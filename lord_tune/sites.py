@@ -8,12 +8,11 @@ stored transposed), or one expert of a mixture, which layers/experts.py turns in
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .layers import FactoredLinear, is_transposed, shape_of, weight_of
+from .layers import FactoredLinear, bias_of, is_transposed, shape_of, weight_of
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,9 @@ class Site:
     conv1d: bool  # the weight is stored as (in, out)
 
     @classmethod
-    def of(cls, name: str, module: Any) -> Site:
-        return cls(name, shape_of(module), module.weight.dtype, module.bias is not None, is_transposed(module))
+    def of(cls, name: str, module: nn.Module) -> Site:
+        dtype = weight_of(module).dtype
+        return cls(name, shape_of(module), dtype, bias_of(module) is not None, is_transposed(module))
 
     @property
     def numbers(self) -> int:
@@ -39,7 +39,7 @@ class Site:
         """Of the weight as it is."""
         return self.numbers * self.dtype.itemsize
 
-    def module(self, model: nn.Module) -> Any:
+    def module(self, model: nn.Module) -> nn.Module:
         """The module that is there now."""
         return model.get_submodule(self.name)
 
@@ -49,6 +49,6 @@ class Site:
 
     def install(self, model: nn.Module, layer: FactoredLinear) -> nn.Module:
         """Put the decomposed layer in place of the dense one, which is returned."""
-        dense: nn.Module = self.module(model)
+        dense = self.module(model)
         model.set_submodule(self.name, layer)
         return dense

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import NotRequired, TypedDict
 
 import torch
 
 from .adapters.attach import Coverage
 from .allocation import break_even
-from .config import DecomposeConfig, MethodConfig, PlanConfig
+from .config import MethodConfig, PlanConfig
 from .console import LiveTable, duration, human_bytes, say, show_spans, show_table
-from .decomposition import Estimate, Notify, Progress, Survey
+from .decomposition import Estimate, LayerRecord, Notify, Progress, Survey
+from .decomposition.recovery import Recovered
+from .decomposition.sizes import Totals
 from .layers import SHARED, expert_of
 from .training import MemoryEstimate
 
@@ -79,7 +82,7 @@ def show_estimate(foreseen: Estimate, found: Survey, config: PlanConfig, backbon
         )
 
 
-def _count_reasons(skipped: dict[str, str]) -> str:
+def _count_reasons(skipped: Mapping[str, str]) -> str:
     counts: dict[str, int] = {}
     for reason in skipped.values():
         reason = f"{SHARED} others" if reason.startswith(SHARED) else reason
@@ -101,55 +104,62 @@ def summary(config: MethodConfig, backbone: str) -> str:
     return f"{parts}, method {config.method}, {budget}"
 
 
-def show_decomposition(report: dict[str, Any], config: DecomposeConfig) -> None:
+def show_decomposition(
+    layers: Mapping[str, LayerRecord],
+    recovery: Mapping[str, Recovered],  # by block
+    skipped: Mapping[str, str],
+    totals: Totals,
+) -> None:
     """One line per kind of layer (the last part of its name): ranks and errors."""
-    kinds: dict[str, list[dict[str, Any]]] = {}
-    for name, entry in report["layers"].items():
-        kinds.setdefault(_kind(name), []).append(entry)
+    kinds: dict[str, list[LayerRecord]] = {}
+    for name, record in layers.items():
+        kinds.setdefault(_kind(name), []).append(record)
     rows = []
-    for kind, entries in kinds.items():
-        ranks = [entry["rank"] for entry in entries if entry["rank"] != "dense"]
+    for kind, records in kinds.items():
+        chosen = [record for record in records if record.rank != "dense"]
+        ranks = [record.rank for record in chosen if isinstance(record.rank, int)]
         span = "-" if not ranks else f"{min(ranks)}-{max(ranks)}" if min(ranks) != max(ranks) else str(ranks[0])
-        chosen = [entry for entry in entries if entry["rank"] != "dense"]
-        cells = [_mean(chosen, key) for key in ("error_calibrated", "error_heldout", "error_plain", "error_backbone")]
-        shape = "x".join(map(str, entries[0]["shape"]))
-        rows.append([kind, shape, f"{len(ranks)}/{len(entries)}", span, *cells])
+        cells = [
+            _mean(record.error_calibrated for record in chosen),
+            _mean(record.error_heldout for record in chosen),
+            _mean(record.error_plain for record in chosen),
+            _mean(record.error_backbone for record in chosen),
+        ]
+        shape = "x".join(map(str, records[0].shape))
+        rows.append([kind, shape, f"{len(ranks)}/{len(records)}", span, *cells])
     columns = ["layer", "shape", "factored", "rank", "calibrated", "held-out", "plain SVD", "Q alone"]
     show_table("mean relative output error by kind of layer", columns, rows)
-    _show_equal_bits(report["layers"])
-    _show_recovery(report["recovery"])
-    show_totals(report["totals"])
-    if report["skipped"]:
-        say(f"not decomposed: {_count_reasons(report['skipped'])}")
-    told = _show_poor_experts(report["layers"])
-    poor = [n for n, entry in report["layers"].items() if _is_poorly_determined(entry) and n not in told]
+    _show_equal_bits(layers)
+    _show_recovery(recovery)
+    show_totals(totals)
+    if skipped:
+        say(f"not decomposed: {_count_reasons(skipped)}")
+    told = _show_poor_experts(layers)
+    poor = [n for n, record in layers.items() if _is_poorly_determined(record) and n not in told]
     if poor:
         say(f"{len(poor)} layers saw fewer tokens than inputs, or dead inputs, like {poor[0]}; give them more text")
-    fitted = [name for name, entry in report["layers"].items() if _is_overfitted(entry)]
+    fitted = [name for name, record in layers.items() if _is_overfitted(record)]
     if fitted:
         say(f"{len(fitted)} layers err over twice as much on held-out text, like {fitted[0]}; give them more text")
-    totals = report["totals"]
     say(
         f"peak memory {human_bytes(totals['peak_memory_bytes'])} (estimated "
         f"{human_bytes(totals['estimated_peak_memory_bytes'])})"
     )
-    say(f"wrote {config.out}")
-    say(f"next: lord-tune evaluate {config.out} --text FILE   or   lord-tune inspect {config.out}")
 
 
-def _show_poor_experts(layers: dict[str, dict[str, Any]]) -> set[str]:
+def _show_poor_experts(layers: Mapping[str, LayerRecord]) -> set[str]:
     """One line for all experts of a mixture that saw few tokens; returns their layers. An expert that never ran stays
     dense, which is warned about by name."""
     experts, poor, layers_of_poor = set(), set(), {}
-    for name, entry in layers.items():
+    for name, record in layers.items():
         part = expert_of(name)
-        if part is None or not entry["inputs"]:
+        if part is None or not record.inputs:
             continue
         expert = part[0].rpartition(".")[0], part[1]  # its layers read the same tokens
         experts.add(expert)
-        if entry["inputs"]["tokens"] < entry["shape"][1]:
+        if record.inputs["tokens"] < record.shape[1]:
             poor.add(expert)
-            layers_of_poor[name] = entry["inputs"]["tokens"]
+            layers_of_poor[name] = record.inputs["tokens"]
     if poor:
         least = min(layers_of_poor, key=lambda name: layers_of_poor[name])
         say(
@@ -159,7 +169,7 @@ def _show_poor_experts(layers: dict[str, dict[str, Any]]) -> set[str]:
     return set(layers_of_poor)
 
 
-def _show_recovery(blocks: dict[str, dict[str, Any]]) -> None:
+def _show_recovery(blocks: Mapping[str, Recovered]) -> None:
     """What block-wise recovery did; layer errors are those before it."""
     if not blocks:
         return
@@ -173,24 +183,25 @@ def _show_recovery(blocks: dict[str, dict[str, Any]]) -> None:
     )
 
 
-def _show_equal_bits(layers: dict[str, dict[str, Any]]) -> None:
+def _show_equal_bits(layers: Mapping[str, LayerRecord]) -> None:
     """Whether L R pays: feedback rounding without it, at 2, 3 and 4 bits and, between them, at the bits of this run."""
-    compared = {name: entry for name, entry in layers.items() if entry["equal_bits"]}
+    compared = {name: record for name, record in layers.items() if record.equal_bits}
     if not compared:
         return
     rows, ratios = [], []
-    for name, entry in compared.items():
-        key = "calibrated" if entry["error_heldout"] is None else "heldout"
-        own = entry[f"error_{key}"]
-        curve = sorted((point["bits"], point[key]) for point in entry["equal_bits"].values())
-        equal = _interpolated(curve, entry["bits_per_weight"])
+    for name, record in compared.items():
+        own = record.error_calibrated if record.error_heldout is None else record.error_heldout
+        assert own is not None, "layers are compared where there is text"
+        points = record.equal_bits.values()
+        curve = sorted((p["bits"], p["calibrated"] if p["heldout"] is None else p["heldout"]) for p in points)
+        equal = _interpolated(curve, record.bits_per_weight)
         ratios.append(max(own, 1e-300) / max(equal, 1e-300))  # a layer of zeros has no error
         cells = [f"{error:.4f} ({bits:.2f})" for bits, error in curve]
-        beyond = "< " if entry["bits_per_weight"] > curve[-1][0] else ""
-        rows.append([_kind(name), f"{own:.4f} ({entry['bits_per_weight']:.2f})", *cells, f"{beyond}{equal:.4f}"])
+        beyond = "< " if record.bits_per_weight > curve[-1][0] else ""
+        rows.append([_kind(name), f"{own:.4f} ({record.bits_per_weight:.2f})", *cells, f"{beyond}{equal:.4f}"])
     block = next(iter(compared)).removesuffix("." + _kind(next(iter(compared))))
     columns = ["layer", "Q + L R", "2-bit Q", "3-bit Q", "4-bit Q", "Q at equal bits"]
-    text = "calibration" if any(e["error_heldout"] is None for e in compared.values()) else "held-out"
+    text = "calibration" if any(record.error_heldout is None for record in compared.values()) else "held-out"
     show_table(
         f"the same bits without L R: {block}, relative error on {text} text (bits per weight), E8 with feedback",
         columns,
@@ -211,14 +222,14 @@ def _interpolated(curve: list[tuple[float, float]], bits: float) -> float:
     return max(low, 1e-300) ** (1 - share) * max(high, 1e-300) ** share
 
 
-def _is_poorly_determined(entry: dict[str, Any]) -> bool:
-    inputs = entry["inputs"]
-    return bool(inputs) and (inputs["tokens"] < entry["shape"][1] or inputs["dead_inputs"] > 0)
+def _is_poorly_determined(record: LayerRecord) -> bool:
+    inputs = record.inputs
+    return bool(inputs) and (inputs["tokens"] < record.shape[1] or inputs["dead_inputs"] > 0)
 
 
-def _is_overfitted(entry: dict[str, Any]) -> bool:
-    calibrated, heldout = entry["error_calibrated"], entry["error_heldout"]
-    return bool(calibrated) and heldout is not None and heldout > 2 * calibrated
+def _is_overfitted(record: LayerRecord) -> bool:
+    calibrated, heldout = record.error_calibrated, record.error_heldout
+    return bool(calibrated and heldout is not None and heldout > 2 * calibrated)
 
 
 def _kind(name: str) -> str:
@@ -227,12 +238,12 @@ def _kind(name: str) -> str:
     return next((".".join(parts[i + 1 :]) for i in range(len(parts) - 1, -1, -1) if parts[i].isdigit()), name)
 
 
-def _mean(entries: list[dict[str, Any]], key: str) -> str:
-    values = [entry[key] for entry in entries if entry[key] is not None]
+def _mean(errors: Iterable[float | None]) -> str:
+    values = [error for error in errors if error is not None]
     return f"{sum(values) / len(values):.4f}" if values else "-"
 
 
-def show_totals(totals: dict[str, Any]) -> None:
+def show_totals(totals: Totals) -> None:
     kept = totals["kept_fraction"]
     share = f", {1 - kept:.1%} of the linears' parameters removed" if kept is not None else ""
     say(
@@ -243,14 +254,26 @@ def show_totals(totals: dict[str, Any]) -> None:
     )
 
 
-def inspect_row(name: str, entry: dict[str, Any]) -> list[str]:
-    def number(key: str, digits: int) -> str:
-        value = entry.get(key)
+class _Written(TypedDict):
+    """A layer in decomposition.json; in the manifest alone without what was measured."""
+
+    shape: list[int]
+    rank: int | str
+    backbone: str
+    bits_per_weight: NotRequired[float]
+    error_calibrated: NotRequired[float | None]
+    error_heldout: NotRequired[float | None]
+    error_plain: NotRequired[float | None]
+
+
+def inspect_row(name: str, entry: _Written) -> list[str]:
+    def shown(value: float | None, digits: int = 4) -> str:
         return "-" if value is None else f"{value:.{digits}f}"
 
     shape = f"{entry['shape'][0]}x{entry['shape'][1]}"
-    errors = [number(key, 4) for key in ("error_calibrated", "error_heldout", "error_plain")]
-    return [name, shape, str(entry["rank"]), entry["backbone"], number("bits_per_weight", 2), *errors]
+    measured = entry.get("error_calibrated"), entry.get("error_heldout"), entry.get("error_plain")
+    bits = shown(entry.get("bits_per_weight"), 2)
+    return [name, shape, str(entry["rank"]), entry["backbone"], bits, *map(shown, measured)]
 
 
 def show_coverage(covered: Coverage) -> None:
@@ -295,11 +318,11 @@ def show_memory(foreseen: MemoryEstimate, measured: dict[str, int] | None = None
         say(f"note: {text}")
 
 
-def notify_training(event: str, payload: Any) -> None:
+def notify_training(event: str, payload: object) -> None:
     """What a training run tells before its first step."""
-    if event == "data":
+    if event == "data" and isinstance(payload, dict):
         say(f"data: {payload['rows']:,} rows of {payload['source']}, recognised as {payload['format']}")
-    elif event == "sample":
+    elif event == "sample" and isinstance(payload, list):
         show_spans("first training sequence (trained tokens are marked):", payload)
-    elif event == "coverage":
+    elif isinstance(payload, Coverage):
         show_coverage(payload)

@@ -212,7 +212,7 @@ def test_sensitivity_equals_the_gradients_second_moment(make, tmp_path):
     for index in range(len(blocks.modules)):
         walk.advance(index, "s")
     walk.windows["s"] = ids
-    walk.write_gradients("s", task.loss, torch.device("cpu"))
+    walk.write_gradients("s", task.loss)
     for index in reversed(range(len(blocks.modules))):
         members = {name: layer for name, layer in layers.items() if blocks.holds(index, name)}
         bases = {}
@@ -380,7 +380,7 @@ def test_columns_are_recognised(columns, kind):
 
 
 def test_unknown_columns_are_named():
-    with pytest.raises(UsageError, match="wanted: text"):
+    with pytest.raises(UsageError, match="expected text"):
         recognise(["code", "id"])
 
 

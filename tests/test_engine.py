@@ -543,7 +543,7 @@ def test_truncated_states_are_an_error(kept, tmp_path):
         for _ in range(2):
             writer.append(torch.ones(7))
     os.truncate(path, kept)
-    with pytest.raises(CheckpointError, match=r"states\.bin.*--overwrite"):
+    with pytest.raises(CheckpointError, match=r"states\.bin.*`overwrite`"):
         StateFile(path)[1]
     with pytest.raises(CheckpointError, match="cannot be read"):
         StateFile(tmp_path / "missing.bin")

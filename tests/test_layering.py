@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,8 @@ import lord_tune
 ROOT = Path(lord_tune.__file__).parent
 # each row imports from rows above it only; files of one row may import each other if they are one folder
 STAIRS = [
-    ["errors", "declared", "linalg", "memory", "parallel"],
-    ["storage", "console", "data"],
+    ["errors", "declared", "linalg", "memory", "parallel", "protocols"],
+    ["storage", "console", "data", "kept"],
     ["calibration", "quantizers"],
     ["factorizations"],
     ["plans"],
@@ -36,6 +37,7 @@ STAIRS = [
 LEVEL = {name: level for level, names in enumerate(STAIRS) for name in names}
 LONGEST = 400  # lines of a file whose docstring gives no reason
 REASON = "Longer than 400 lines because "
+LOOSE = 0.05  # of the annotated parameters, the share that may mention Any
 
 
 def module_of(path: Path) -> str:
@@ -147,10 +149,65 @@ def test_long_files_give_a_reason():
     assert long == reasoned
 
 
+def parameters() -> list[tuple[str, ast.expr]]:
+    """file:function:parameter and its annotation, of all that have one."""
+    functions = [
+        (name, node)
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    return [
+        (f"{name}:{function.name}:{parameter.arg}", parameter.annotation)
+        for name, function in functions
+        for parameter in ast.walk(function.args)
+        if isinstance(parameter, ast.arg) and parameter.annotation is not None
+    ]
+
+
+def mentions_any(annotation: ast.expr) -> bool:
+    text = [ast.unparse(annotation), *(n.value for n in ast.walk(annotation) if isinstance(n, ast.Constant))]
+    return any(re.search(r"\bAny\b", part) for part in text if isinstance(part, str))
+
+
+def test_few_parameters_are_of_any_type():
+    found = parameters()
+    loose = [name for name, annotation in found if mentions_any(annotation)]
+    assert len(loose) <= LOOSE * len(found), loose
+
+
+def test_no_alias_of_any():
+    aliases = [
+        f"{name}: {ast.unparse(node)}"
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+        and node.value is not None
+        and ast.unparse(node.value) in ("Any", "typing.Any", "'Any'")
+    ]
+    assert aliases == []
+
+
 def test_numerics_do_not_import_models_or_commands():
     for folder in ("quantizers", "factorizations", "allocation"):
         for path in (ROOT / folder).glob("*.py"):
             assert "transformers" not in path.read_text().replace("transformers loads", ""), path
+
+
+def test_only_the_command_line_speaks_of_flags():
+    """A caller from Python or YAML reads what lower files say; cli.py turns a `key` in it into a flag."""
+    upper = {"cli", "config", "commands", "tables", "demo", "cards", "checkup", "provenance"}
+    flag, found = re.compile(r"(?<!pip install )(?<!without )--[a-z]"), []
+    for name, tree in TREES.items():
+        if name == "lord_tune" or name.split(".")[1] in upper | {"plans"}:  # plans: a command that writes one
+            continue
+        documented = ast.Module | ast.ClassDef | ast.FunctionDef
+        docstrings = {ast.get_docstring(node, clean=False) for node in ast.walk(tree) if isinstance(node, documented)}
+        texts = [
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+        found += [f"{name}: {text}" for text in texts if flag.search(text) and text not in docstrings]
+    assert found == []
 
 
 def test_bitsandbytes_is_imported_in_one_file():
@@ -173,6 +230,21 @@ def run(code: str) -> str:
 
 def test_importing_the_package_imports_neither_torch_nor_transformers():
     assert run("import sys, lord_tune; print('torch' in sys.modules, 'transformers' in sys.modules)") == "False False"
+
+
+def test_only_training_imports_trl_and_only_a_curve_matplotlib(llama_dir, rows_file, tmp_path):
+    code = f"""
+import sys, lord_tune
+model, text, out = {str(llama_dir)!r}, {str(rows_file)!r}, {str(tmp_path)!r}
+lord_tune.plan(model, method="svd", rank=4, json=out + "/plan.json")
+lord_tune.decompose(model, out + "/lord", method="svd", rank=4, backbone="nf4")
+lord_tune.inspect(out + "/lord")
+lord_tune.evaluate(out + "/lord", [text], context_length=32, max_tokens=64)
+lord_tune.export(out + "/lord", out + "/dense", "dense")
+lord_tune.doctor(json=out + "/doctor.json")
+print("loaded:", [name for name in ("trl", "matplotlib") if name in sys.modules])
+"""
+    assert run(code).endswith("loaded: []")
 
 
 def test_help_imports_neither_torch_nor_transformers():

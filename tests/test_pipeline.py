@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny import code_document, read_tensors, tiny_tokenizer, write_code_rows
+from tiny import code_document, read_tensors, tiny_tokenizer, without_sentinels, write_code_rows
 
 import lord_tune
 from lord_tune.adapters.attach import add_lora, coverage, expose_factors, mode_of
@@ -214,7 +214,7 @@ def test_layers_without_low_rank_have_no_packed_factors(llama_dir, form, stored,
 
 
 def test_split_is_refused_where_nothing_of_it_can_train(factored):
-    with pytest.raises(UsageError, match="--top-rank"):
+    with pytest.raises(UsageError, match="`top_rank`"):
         expose_factors(load_dense_or_factored(str(factored("llama", "nf4"))), mode="split")
     with pytest.raises(UsageError, match="stored as int8.*mode: lora"):
         expose_factors(load_dense_or_factored(str(factored("llama", "int8-top"))), mode="split")
@@ -572,7 +572,7 @@ def test_evaluate_counts_what_is_stored(factored, tmp_path, rows_file):
             str(folder), text=[str(rows_file)], context_length=64, max_tokens=500, json=str(tmp_path / "r.json")
         )
         stored = read_tensors(folder)
-        assert result["model_bytes"] == sum(t.numel() * t.element_size() for t in stored.values())
+        assert result["model_bytes"] == sum(t.numel() * t.element_size() for t in without_sentinels(stored).values())
         keys = ["perplexity", "loss", "tokens", "context_length", "parameters", "model_bytes", "linear_bits_per_weight",
                 "tokens_per_second", "peak_rss_bytes", "peak_memory_bytes", "texts"]  # fmt: skip
         assert list(result) == keys and json.loads((tmp_path / "r.json").read_text()) == result

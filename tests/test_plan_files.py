@@ -138,9 +138,9 @@ def test_what_the_plan_says_is_not_said_twice(llama_dir, tmp_path):
         str(llama_dir), save=str(tmp_path / "plan.json"), json=str(tmp_path / "e.json"), method="svd", rank=4
     )
     given = {"plan": str(tmp_path / "plan.json")}
-    with pytest.raises(UsageError, match="got --rank and --plan"):
+    with pytest.raises(UsageError, match="got `rank` and `plan`"):
         lord_tune.decompose(str(llama_dir), str(tmp_path / "out"), rank=4, **given)
-    with pytest.raises(UsageError, match="--backbone came with --plan"):
+    with pytest.raises(UsageError, match="`backbone` has no effect beside `plan`"):
         lord_tune.decompose(str(llama_dir), str(tmp_path / "out"), backbone="nf4", **given)
     with pytest.raises(UsageError, match="there is no plan to save yet"):
         lord_tune.plan(str(llama_dir), kept_fraction=0.8, save=str(tmp_path / "later.json"))

@@ -221,6 +221,11 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
 
 
+def without_sentinels(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of a checkpoint that a model computes with."""
+    return {name: t for name, t in tensors.items() if (t.dtype, t.shape) != (torch.uint8, (1,))}
+
+
 def save_tiny(model: Any, folder: Path) -> Path:
     """A Hugging Face directory of `model` with the tiny tokenizer."""
     model.save_pretrained(folder)

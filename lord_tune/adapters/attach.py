@@ -35,18 +35,19 @@ import dataclasses
 import functools
 import re
 import warnings
-from typing import Any
+from typing import Protocol
 
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, LordError, LordWarning, UsageError
-from ..layers import CastLinear, FactoredLinear, FrozenSum, QuantizedLinear, ZeroLinear, factored_layers
-from .route import Route, adapters_of, base_of, wrappers_of
+from ..layers import CastLinear, FactoredLinear, FrozenSum, QuantizedLinear, ZeroLinear, factored_layers, plain_model
+from ..protocols import CausalModel
+from .route import Route, adapters_of, wrappers_of
 from .stored_tensors import StoredTensors, value_of
 
 FACTORS, SPLIT, LORA, SCALES = "factors", "split", "lora", "scales"
@@ -67,7 +68,9 @@ class Coverage:
     trainable_parameters: int
 
 
-def expose_factors(model: Any, targets: str | None = None, adapter_name: str = "default", mode: str = FACTORS) -> Any:
+def expose_factors(
+    model: CausalModel, targets: str | None = None, adapter_name: str = "default", mode: str = FACTORS
+) -> PeftModel:
     """Make L and R of the factored layers (those matching the regex `targets`) the trainable PEFT adapter.
 
     mode: "factors", or "split" for the components that were stored apart (`--top-rank`). Factors stored in 16 bits are
@@ -79,7 +82,7 @@ def expose_factors(model: Any, targets: str | None = None, adapter_name: str = "
     for name, layer in chosen.items():
         if layer.host is None:
             _check_trainable(name, layer, mode)
-    stored = StoredTensors(plain_of(model))
+    stored = StoredTensors(plain_model(model))
     factors = {name: _host_factors(name, layer, mode, stored) for name, layer in chosen.items()}
     ranks = {name: right.shape[0] for name, (_, right) in factors.items()}
     patterns = _patterns({f"{name}.host": rank for name, rank in ranks.items()})
@@ -107,14 +110,14 @@ def expose_factors(model: Any, targets: str | None = None, adapter_name: str = "
 
 
 def add_lora(
-    model: Any,
+    model: CausalModel,
     rank: int = 8,
     alpha: float | None = None,
     dropout: float = 0.0,
     targets: str | None = None,
     adapter_name: str = "default",
     on: str = BOTH,
-) -> Any:
+) -> PeftModel:
     """LoRA of rank `rank` on L and R of the factored layers, which stay frozen (and may be quantized).
 
     alpha: LoRA's scaling is alpha / rank; default 2 rank. on: "both"; "left" or "right", L or R alone; "smaller",
@@ -122,9 +125,9 @@ def add_lora(
     rank `rank` all the same, at a half or less of the parameters: rank (rank of the layer + its in- or outputs).
     """
     if rank < 1:
-        raise UsageError(f"lora_r {rank} came; a rank is at least 1.")
+        raise UsageError(f"Got `lora_r` {rank}; expected at least 1.")
     if on not in (BOTH, LEFT, RIGHT, SMALLER):
-        raise UsageError(f"lora_on: {on} came; use {BOTH}, {LEFT}, {RIGHT} or {SMALLER}.")
+        raise UsageError(f"Got `lora_on` {on!r}; expected {BOTH}, {LEFT}, {RIGHT} or {SMALLER}.")
     paths = [f"{name}.{s}" for name, layer in _chosen(model, targets, LORA).items() for s in _sides(layer, on)]
     return wrap_lora(model, paths, rank, 2 * rank if alpha is None else alpha, dropout, adapter_name)
 
@@ -134,7 +137,9 @@ def _sides(layer: FactoredLinear, on: str) -> list[str]:
     return [LEFT, RIGHT] if on == BOTH else [smaller if on == SMALLER else on]
 
 
-def wrap_lora(model: Any, paths: list[str], rank: int, alpha: float, dropout: float, adapter_name: str) -> Any:
+def wrap_lora(
+    model: CausalModel, paths: list[str], rank: int, alpha: float, dropout: float, adapter_name: str
+) -> PeftModel:
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides it, a float is fine
@@ -145,19 +150,21 @@ def wrap_lora(model: Any, paths: list[str], rank: int, alpha: float, dropout: fl
     )
     peft_model = _wrap(model, config, adapter_name)
     for path in paths:
-        factor = plain_of(peft_model).get_submodule(path)
+        factor = plain_model(peft_model).get_submodule(path)
         if not isinstance(factor, LoraLayer) or factor.r[adapter_name] != rank:
             raise LordError(f"PEFT did not wrap '{path}' at rank {rank}; report this model.")
     return peft_model
 
 
-def add_scales(model: Any, targets: str | None = None, adapter_name: str = "default", on: str = COMPONENTS) -> Any:
+def add_scales(
+    model: CausalModel, targets: str | None = None, adapter_name: str = "default", on: str = COMPONENTS
+) -> PeftModel:
     """A learnable number for each component of L R (see the top), float32, starting as 1; L and R may be quantized.
 
     on: "components", or "components_and_outputs" for one per output as well.
     """
     if on not in (COMPONENTS, COMPONENTS_AND_OUTPUTS):
-        raise UsageError(f"scales_on: {on} came; use {COMPONENTS} or {COMPONENTS_AND_OUTPUTS}.")
+        raise UsageError(f"Got `scales_on` {on!r}; expected {COMPONENTS} or {COMPONENTS_AND_OUTPUTS}.")
     sides = (RIGHT,) if on == COMPONENTS else (RIGHT, LEFT)
     paths = []
     for name, layer in _chosen(model, targets, SCALES).items():
@@ -166,11 +173,11 @@ def add_scales(model: Any, targets: str | None = None, adapter_name: str = "defa
     return wrap_scales(model, paths, adapter_name)
 
 
-def wrap_scales(model: Any, paths: list[str], adapter_name: str) -> Any:
+def wrap_scales(model: CausalModel, paths: list[str], adapter_name: str) -> PeftModel:
     config = IA3Config(target_modules=_exactly(paths), feedforward_modules=[], task_type=_task_type(model))
     peft_model = _wrap(model, config, adapter_name)
     for path in paths:
-        factor: Any = plain_of(peft_model).get_submodule(path)
+        factor = plain_model(peft_model).get_submodule(path)
         if not isinstance(factor, IA3Layer) or factor.is_feedforward:
             raise LordError(f"PEFT did not wrap '{path}' with scales of its outputs; report this model.")
         # PEFT's move to float32 makes the scales of an adapter that is not the active one trainable
@@ -178,23 +185,30 @@ def wrap_scales(model: Any, paths: list[str], adapter_name: str) -> Any:
     return peft_model
 
 
-def _chosen(model: Any, targets: str | None, mode: str) -> dict[str, FactoredLinear]:
+def _chosen(model: CausalModel, targets: str | None, mode: str) -> dict[str, FactoredLinear]:
     """The layers to train; warns of those left out."""
-    layers = factored_layers(plain_of(model))
+    layers = factored_layers(plain_model(model))
     if not layers:
         raise UsageError("The model has no factored layers; run `lord-tune decompose` first and train its output.")
     present = mode_of(model)
     if present not in (None, mode):
-        raise UsageError(f"The model has an adapter of mode {present}, one of mode {mode} came; load the base again.")
+        raise UsageError(
+            f"The model already has an adapter of mode {present}, so one of mode {mode} cannot be added; load the base "
+            "model again."
+        )
     try:
         chosen = {name: layer for name, layer in layers.items() if targets is None or re.search(targets, name)}
     except re.error as error:
-        raise UsageError(f"targets {targets!r} is not a regular expression ({error}); correct it.") from error
+        raise UsageError(f"`targets` {targets!r} is not a regular expression ({error}); correct it.") from error
     rest = [name for name in layers if name not in chosen]
     if not chosen:
-        raise UsageError(f"targets {targets!r} matches none of the {len(layers)} factored layers, like {rest[0]}.")
+        raise UsageError(
+            f"`targets` {targets!r} matches none of the {len(layers)} factored layers; they are named like {rest[0]}."
+        )
     if any(layer.rank < 1 for layer in chosen.values()):
-        raise UsageError("The model was decomposed with rank 0: it has no L and R to train. Decompose with --rank 16.")
+        raise UsageError(
+            "The model was decomposed with rank 0, so it has no L and R to train. Decompose it with `rank` 16."
+        )
     if rest:
         shown = ", ".join(rest[:5]) + (f" and {len(rest) - 5} more" if len(rest) > 5 else "")
         warnings.warn(f"{len(rest)} of {len(layers)} factored layers do not train: {shown}.", LordWarning, stacklevel=3)
@@ -216,30 +230,28 @@ def _exactly(paths: list[str]) -> str:
     return _WRAPPED.format("|".join(re.escape(path) for path in paths))
 
 
-def plain_of(model: Any) -> Any:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def _wrap(model: Any, config: PeftConfig, adapter_name: str) -> Any:
+def _wrap(model: CausalModel, config: PeftConfig, adapter_name: str) -> PeftModel:
     """The PEFT model with an adapter more; a first one is active, further ones are not."""
     if isinstance(model, PeftModel):
         if adapter_name in model.peft_config:
-            raise UsageError(f"The model has an adapter '{adapter_name}' already; give another adapter_name.")
+            raise UsageError(f"The model already has an adapter '{adapter_name}'; give another adapter_name.")
         model.add_adapter(adapter_name, config)
         return model
-    peft_model: Any = get_peft_model(model, config, adapter_name=adapter_name)
+    peft_model = get_peft_model(model, config, adapter_name=adapter_name)
+    assert isinstance(peft_model, PeftModel)
     tuner = peft_model.base_model
-    tuner._check_merge_allowed = functools.partial(_check_stock_merge, tuner)
+    assert isinstance(tuner, BaseTuner)
+    tuner._check_merge_allowed = functools.partial(_check_stock_merge, tuner)  # type: ignore[method-assign]
     peft_model.register_load_state_dict_post_hook(_check_loaded)
     return peft_model
 
 
-def _check_stock_merge(tuner: Any) -> None:
+def _check_stock_merge(tuner: BaseTuner) -> None:
     """PEFT asks this before it merges. It adds to (LoRA) or multiplies (IA3) the stored tensor in its own dtype, be it
     codes; right in float32 alone."""
     for name, module in tuner.model.named_modules():
         if isinstance(module, BaseTunerLayer):
-            base: Any = module.get_base_layer()
+            base = module.get_base_layer()
             if not isinstance(base, CastLinear) or base.weight.dtype != torch.float32:
                 raise UsageError(
                     f"PEFT's merge would round the adapter into '{name}', whose weights are not float32; "
@@ -248,7 +260,13 @@ def _check_stock_merge(tuner: Any) -> None:
     type(tuner)._check_merge_allowed(tuner)
 
 
-def _check_loaded(model: Any, result: Any) -> None:
+class _LoadResult(Protocol):
+    """What `load_state_dict` returns."""
+
+    unexpected_keys: list[str]
+
+
+def _check_loaded(model: nn.Module, result: _LoadResult) -> None:
     """After tensors were loaded into a PEFT model, which drops those that have no place."""
     stray = [key for key in result.unexpected_keys if "lora_" in key or "ia3_" in key]
     if stray:
@@ -268,7 +286,7 @@ def _check_loaded(model: Any, result: Any) -> None:
 
 def _check_trainable(name: str, layer: FactoredLinear, mode: str) -> None:
     if mode == SPLIT and layer.top_left is None:
-        raise UsageError(f"'{name}' has no components stored apart; decompose with --top-rank, or use mode: factors.")
+        raise UsageError(f"'{name}' has no components stored apart; decompose with `top_rank`, or use mode: factors.")
     if mode == FACTORS and layer.top_left is not None:
         usable = LORA if isinstance(layer.top_left, QuantizedLinear) else SPLIT
         raise UsageError(f"'{name}' has its first {layer.plan.top_rank} components stored apart; use mode: {usable}.")
@@ -298,8 +316,8 @@ def _host_factors(name: str, layer: FactoredLinear, mode: str, stored: StoredTen
     return left, right
 
 
-def _task_type(model: Any) -> str | None:
-    plain = plain_of(model)
+def _task_type(model: CausalModel) -> str | None:
+    plain = plain_model(model)
     return "CAUSAL_LM" if hasattr(plain, "can_generate") and plain.can_generate() else None
 
 
@@ -308,24 +326,27 @@ def _check_realised(name: str, layer: FactoredLinear, rank: int, adapter: str) -
     host = layer.host
     realised = (host.r[adapter], host.lora_A[adapter].out_features, host.lora_B[adapter].in_features)
     if realised != (rank, rank, rank) or host.scaling[adapter] != 1.0:
-        raise LordError(f"PEFT realised '{name}' at {realised}, scaling {host.scaling[adapter]}; wanted rank {rank}.")
+        raise LordError(
+            f"PEFT gave '{name}' the ranks {realised} and the scaling {host.scaling[adapter]}; expected rank {rank} "
+            "everywhere and scaling 1. Report this model."
+        )
 
 
-def mode_of(model: Any) -> str | None:
+def mode_of(model: nn.Module) -> str | None:
     """factors, split, lora, scales, or None for a model without our adapters."""
     for layer in factored_layers(model).values():
         if isinstance(layer.host, LoraLayer):
-            return SPLIT if isinstance(base_of(layer.host), FrozenSum) else FACTORS
+            return SPLIT if isinstance(layer.host.get_base_layer(), FrozenSum) else FACTORS
         for factor in (layer.left, layer.right):
             if isinstance(factor, BaseTunerLayer):
                 return SCALES if isinstance(factor, IA3Layer) else LORA
     return None
 
 
-def coverage(model: Any, adapter_name: str = "default") -> Coverage:
+def coverage(model: CausalModel, adapter_name: str = "default") -> Coverage:
     """Which factored layers of an exposed model train, and how many parameters."""
     trained, untouched = {}, []
-    for name, layer in factored_layers(plain_of(model)).items():
+    for name, layer in factored_layers(plain_model(model)).items():
         wrappers = [wrapper for wrapper in wrappers_of(layer) if adapter_name in adapters_of(wrapper)]
         if not wrappers:
             untouched.append(name)

@@ -7,19 +7,20 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftModel
 
 from ..errors import CheckpointError, LordWarning, UsageError
 from ..integrations.files import ADAPTER_FILE, RUN_FILE, base_of_adapter, fingerprint
 from ..integrations.models import load_dense_or_factored, load_tokenizer
 from ..integrations.sources import resolve_model
-from ..layers import FrozenSum, factored_layers
+from ..layers import FrozenSum, factored_layers, plain_model
+from ..protocols import CausalModel, Tokenizer
 from ..storage import read_json
-from .attach import FACTORS, LORA, SCALES, SPLIT, expose_factors, mode_of, plain_of, wrap_lora, wrap_scales
+from .attach import FACTORS, LORA, SCALES, SPLIT, expose_factors, mode_of, wrap_lora, wrap_scales
 from .route import base_of
 
 
-def load(name: str, dtype: str | None = None) -> tuple[Any, Any]:
+def load(name: str, dtype: str | None = None) -> tuple[CausalModel, Tokenizer]:
     """Model and tokenizer of a dense or factored checkpoint, a training output, a Hub id or a `.gguf` file.
 
     A training output comes back as the PEFT model it was saved from, on its factored base.
@@ -31,7 +32,7 @@ def load(name: str, dtype: str | None = None) -> tuple[Any, Any]:
         trained_on = read_json(folder / RUN_FILE).get("base") if (folder / RUN_FILE).is_file() else None
         if trained_on is not None and trained_on != fingerprint(origin):
             raise CheckpointError(
-                f"{origin} is not the checkpoint that {folder} was trained on (written again since); its L and "
+                f"{origin} is not the checkpoint that {folder} was trained on (it was written again since); its L and "
                 "R belong to another Q; decompose as before, or train again."
             )
         base = load_dense_or_factored(origin, dtype)
@@ -39,7 +40,7 @@ def load(name: str, dtype: str | None = None) -> tuple[Any, Any]:
     return load_dense_or_factored(source, dtype), load_tokenizer(source)
 
 
-def load_adapter(model: Any, folder: Path | str, adapter_name: str = "default") -> Any:
+def load_adapter(model: CausalModel, folder: Path | str, adapter_name: str = "default") -> PeftModel:
     """Put a saved adapter (any mode) back on its factored base, or beside the adapters of a PEFT model of its mode.
 
     A further adapter is not active until `set_adapter`, as PEFT has it.
@@ -49,16 +50,16 @@ def load_adapter(model: Any, folder: Path | str, adapter_name: str = "default") 
     from safetensors import SafetensorError
 
     try:
-        config: Any = PeftConfig.from_pretrained(str(folder))
+        config = PeftConfig.from_pretrained(str(folder))
         state = load_peft_weights(str(folder), device="cpu")
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"The adapter in {folder} could not be read: {error}; write it again.") from error
     paths = {re.split(r"\.(?:lora_|ia3_)", key.removeprefix("base_model.model."))[0] for key in state}
-    layers, owners = factored_layers(plain_of(model)), sorted({path.rpartition(".")[0] for path in paths})
+    layers, owners = factored_layers(plain_model(model)), sorted({path.rpartition(".")[0] for path in paths})
     missing = [owner for owner in owners if owner not in layers]
     if missing or not owners:
         what = missing[0] if missing else "(no factored layer)"
-        raise CheckpointError(f"The adapter in {folder} trains {what}, which its base model does not have factored.")
+        raise CheckpointError(f"The adapter in {folder} trains {what}, which is not factored in its base model.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LordWarning)  # a partial match was reported when the adapter was trained
         peft_model = _like_saved(model, config, sorted(paths), owners, adapter_name)
@@ -76,18 +77,22 @@ def load_adapter(model: Any, folder: Path | str, adapter_name: str = "default") 
     return peft_model
 
 
-def _like_saved(model: Any, config: Any, paths: list[str], owners: list[str], adapter_name: str) -> Any:
+def _like_saved(
+    model: CausalModel, config: PeftConfig, paths: list[str], owners: list[str], adapter_name: str
+) -> PeftModel:
     """`model` with an adapter as `paths` (the modules it wraps) and its configuration describe it, not filled yet."""
-    layers = factored_layers(plain_of(model))
+    layers = factored_layers(plain_model(model))
     ends = {path.rpartition(".")[2] for path in paths}
     if ends == {"host"}:
-        split = all(layers[n].top_left is not None or isinstance(base_of(layers[n].host), FrozenSum) for n in owners)
+        hosts = [layers[n].host for n in owners if layers[n].top_left is None]
+        split = all(host is not None and isinstance(base_of(host), FrozenSum) for host in hosts)
         targets = rf"^({'|'.join(re.escape(name) for name in owners)})$"
         return expose_factors(model, targets, adapter_name, SPLIT if split else FACTORS)
     wanted = LORA if isinstance(config, LoraConfig) else SCALES
     if mode_of(model) not in (None, wanted):
         raise UsageError(
-            f"The model has an adapter of mode {mode_of(model)}, one of mode {wanted} came; load the base again."
+            f"The model already has an adapter of mode {mode_of(model)}, so one of mode {wanted} cannot be loaded; "
+            "load the base model again."
         )
     gone = [path for path in paths if getattr(layers[path.rpartition(".")[0]], path.rpartition(".")[2], None) is None]
     if gone:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -35,13 +34,14 @@ class Route:
         return start_parts(layer) if layer.host is not None and not names else None
 
 
-def wrappers_of(layer: FactoredLinear) -> list[Any]:
+def wrappers_of(layer: FactoredLinear) -> list[BaseTunerLayer]:
     return [child for child in layer.children() if isinstance(child, BaseTunerLayer)]
 
 
-def adapters_of(wrapper: Any) -> Any:
+def adapters_of(wrapper: BaseTunerLayer) -> nn.ModuleDict | nn.ParameterDict:
     """The adapters of a LoRA or IA3 layer, by name."""
-    return getattr(wrapper, wrapper.adapter_layer_names[0])
+    found: nn.ModuleDict | nn.ParameterDict = getattr(wrapper, wrapper.adapter_layer_names[0])
+    return found
 
 
 def active_of(layer: FactoredLinear) -> tuple[str, ...]:
@@ -56,9 +56,11 @@ def linear_of(value: Tensor) -> CastLinear:
     return module
 
 
-def base_of(module: Any) -> Any:
-    """What PEFT's layer wraps."""
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+def base_of(module: nn.Module) -> nn.Linear:
+    """A factor or a host, without PEFT's layer around it."""
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    assert isinstance(base, nn.Linear)
+    return base
 
 
 def around_host(layer: FactoredLinear, left: Tensor, right: Tensor) -> Parts:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..integrations.files import weight_files
@@ -51,7 +50,7 @@ class StoredTensor:
 class StoredTensors:
     """Where the tensors of a loaded model are on disk."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: nn.Module):
         self._files: dict[str, Path] = {}
         name = getattr(model, "name_or_path", None)
         for path in weight_files(name) if name else ():

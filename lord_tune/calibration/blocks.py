@@ -61,16 +61,17 @@ def find_blocks(model: nn.Module, run: Run | None = None) -> Blocks:
     counts: dict[str, int] = {}
     for path in calls:
         if path in counts and order[-1] != path:
-            return _whole(model)
+            return whole_model(model)
         if path not in counts:
             order.append(path)
         counts[path] = counts.get(path, 0) + 1
     if not order:
-        return _whole(model)
+        return whole_model(model)
     return Blocks(tuple(order), tuple(members[p] for p in order), tuple(counts[p] for p in order))
 
 
-def _whole(model: nn.Module) -> Blocks:
+def whole_model(model: nn.Module) -> Blocks:
+    """The model as the only block."""
     return Blocks(("",), (model,))
 
 
@@ -113,14 +114,22 @@ class AnyScalar(TorchDispatchMode):
 
 def _observed_calls(model: nn.Module, members: Mapping[str, nn.Module], run: Run) -> list[str] | None:
     """The paths of the members in the order in which a forward pass runs them; None where none can be made."""
-    device = next(model.parameters()).device
     for parts in (0, 1, 2, 3):  # what a block that cannot run without values is taken to return: a tensor, or a tuple
         calls: list[str] = []
-        with contextlib.suppress(Exception):  # a model may fail on tensors without values in any way
-            with replaced_forward(members, _counting(calls, parts)), torch.no_grad(), AnyScalar():
-                run(model, torch.ones(1, 8, dtype=torch.long, device=device))
-            return calls
+        with replaced_forward(members, _counting(calls, parts)):
+            if observe(model, run):
+                return calls
     return None
+
+
+def observe(model: nn.Module, run: Run) -> bool:
+    """Run a model, which may be on the meta device, on some ids; whether it did not fail. It may in any way on tensors
+    without values."""
+    device = next(model.parameters()).device
+    with contextlib.suppress(Exception), torch.no_grad(), AnyScalar():
+        run(model, torch.ones(1, 8, dtype=torch.long, device=device))
+        return True
+    return False
 
 
 def _counting(calls: list[str], parts: int) -> Callable[[str, Forward], Forward]:

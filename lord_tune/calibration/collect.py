@@ -157,8 +157,8 @@ class BlockWalk:
                 return SampleAccumulator(width, device)
             return MomentAccumulator(width, device)
 
-        def hook(name: str) -> Callable:
-            def observe(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        def hook(name: str) -> Callable[[nn.Module, tuple[object, ...], dict[str, object]], None]:
+            def observe(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
                 x = first_input(args, kwargs)
                 number = calls.get(name, 0)
                 calls[name] = number + 1
@@ -178,7 +178,7 @@ class BlockWalk:
 
             return observe
 
-        def begin(module: nn.Module, args: tuple) -> None:
+        def begin(module: nn.Module, args: tuple[object, ...]) -> None:
             # the windows of one forward pass share tensors, those of the next do not
             seen.clear()
             calls.clear()
@@ -203,7 +203,9 @@ class BlockWalk:
                 joined[tuple(own)] = _joined([results[slot] for slot in own])
         return {name: joined[tuple(slots[name])] for name in layers if name in slots}
 
-    def _agree(self, sums: dict[Slot, Accumulator], slots: dict[str, list[Slot]], accumulator: Callable) -> None:
+    def _agree(
+        self, sums: dict[Slot, Accumulator], slots: dict[str, list[Slot]], accumulator: Callable[[int], Accumulator]
+    ) -> None:
         """Make every process know every layer that ran on any of them, so that all add up the same sums."""
         for other_slots, widths in self._workers.gather((slots, {slot: s.width for slot, s in sums.items()})):
             for name, theirs in other_slots.items():
@@ -217,9 +219,9 @@ class BlockWalk:
 
     # --- the way back: gradients of the loss, from the last block to the first ---
 
-    def write_gradients(self, stream: str, loss: Loss, device: torch.device) -> None:
+    def write_gradients(self, stream: str, loss: Loss) -> None:
         """Gradients of the loss by the blocks' outputs. Needs all parts outside the blocks in memory."""
-        self._route.write_gradients(stream, loss, device)
+        self._route.write_gradients(stream, loss)
 
     def backward(self, index: int, stream: str) -> None:
         """Recompute block `index` with gradients and write those of its input; hooks on its layers see theirs."""

@@ -5,18 +5,18 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..data.rows import documents
 from ..errors import CalibrationError, LordWarning, UsageError
+from ..protocols import Tokenizer
 
 
 def token_windows(
     texts: list[str],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     tokens: int,
     heldout_tokens: int,
     length: int,
@@ -48,7 +48,7 @@ def token_windows(
     if available < 2 * length:
         raise CalibrationError(
             f"The calibration text has {available} tokens; at least {2 * length} are needed (one window of {length} to "
-            "calibrate, one held out). Give more text or a smaller --context-length."
+            "calibrate, one held out). Give more text or a smaller `context_length`."
         )
     # a text that is too short for both keeps eight ninths to calibrate on
     share = windows[1] if available >= wanted else max(1, available // 9 // length)
@@ -68,7 +68,7 @@ def token_windows(
     return (torch.tensor(flat[: count * length]).view(count, length), torch.tensor(heldout).view(-1, length))
 
 
-def _encode(texts: list[str], tokenizer: Any, separator: list[int], limit: int | None) -> Iterator[list[int]]:
+def _encode(texts: list[str], tokenizer: Tokenizer, separator: list[int], limit: int | None) -> Iterator[list[int]]:
     for text in texts:
         # a token is at least one character and rarely more than 8: cut before tokenizing megabytes for 2k tokens
         piece = text if limit is None else text[: 8 * limit]
@@ -96,7 +96,7 @@ def _take_heldout(encoded: list[list[int]], available: int, wanted: int, length:
     return taken[: min(wanted, len(taken) // length * length)]
 
 
-def file_windows(path: str, tokenizer: Any, length: int, limit: int | None = None) -> Tensor:
+def file_windows(path: str, tokenizer: Tokenizer, length: int, limit: int | None = None) -> Tensor:
     """Non-overlapping evaluation windows of one text source, all documents joined. (window, length)
 
     Text shorter than a window gives one shorter window of at least two tokens.

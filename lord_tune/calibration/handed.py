@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..errors import LordError
+from ..kept import Kept
 from .blocks import Forward, Stop, hidden_argument, hidden_of, replaced_forward
-from .kept import Kept
 from .route import Ground, Loss
 from .states import StateFile, StateWriter
 from .trees import mapped, same, tensors
@@ -167,15 +167,16 @@ class HandedOn:
     def result(self, stream: str, position: int) -> object:
         window = self._ground.windows[stream][position]
         hidden = self._state(len(self._blocks.modules), stream, position)
-        embeddings = next(p for p in self._ground.model.parameters() if not p.is_meta)
-        with self._ending_with(hidden.to(embeddings.device)):
+        with self._ending_with(hidden.to(self._ground.device_outside())):
             return self._ground.forward(self._ground.model, window[None])
 
-    def write_gradients(self, stream: str, loss: Loss, device: torch.device) -> None:
+    def write_gradients(self, stream: str, loss: Loss) -> None:
         last = len(self._blocks.modules)
         source = StateFile(self._ground.file("states", stream, last))
         with StateWriter(self._ground.file("gradients", stream, last)) as target:
-            for window, hidden in zip(self._ground.windows[stream], source.on(device), strict=True):
+            for window, hidden in zip(
+                self._ground.windows[stream], source.on(self._ground.device_outside()), strict=True
+            ):
                 leaf = hidden.requires_grad_(True)
                 with self._ending_with(leaf), torch.enable_grad():
                     loss(self._ground.model, window[None]).backward()

@@ -172,7 +172,7 @@ def _rows_of(inputs: Tensor) -> Tensor:
 def _not_finite(name: str) -> CalibrationError:
     return CalibrationError(
         f"The inputs of '{name}' hold NaN or Inf on the calibration text; "
-        "check the weights before it, or run the model in float32 (--dtype float32)."
+        "check the weights before it, or run the model in float32 (`dtype` float32)."
     )
 
 

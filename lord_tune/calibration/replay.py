@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError
+from ..kept import Kept
 from ..storage import read_json, write_json
 from .blocks import Forward, Stop, hidden_argument, hidden_of, replaced_forward
-from .kept import Kept
 from .route import Ground, Loss
 from .states import StateFile, StateWriter
 from .trees import Path, at, containers, mapped, tensors
@@ -131,8 +131,7 @@ class Replayed:
         """What blocks returned is read when it is asked for."""
 
     def device(self) -> torch.device:
-        """Of the parts outside the blocks."""
-        return next(p for p in self._ground.model.parameters() if not p.is_meta).device
+        return self._ground.device_outside()
 
     # --- files ---
 
@@ -300,7 +299,7 @@ class Replayed:
 
     # --- the way back ---
 
-    def write_gradients(self, stream: str, loss: Loss, device: torch.device) -> None:
+    def write_gradients(self, stream: str, loss: Loss) -> None:
         count = len(self._blocks.modules)
         windows = self._ground.windows[stream]
 

@@ -34,6 +34,10 @@ class Ground:
         """Where block `index` is."""
         return next(iter(self.blocks.modules[index].parameters())).device
 
+    def device_outside(self) -> torch.device:
+        """Where the parts outside the blocks are that are in memory."""
+        return next(p for p in self.model.parameters() if not p.is_meta).device
+
 
 class Route(Protocol):
     """One way of running the blocks of a model one at a time over windows of text, with states in files."""
@@ -64,7 +68,7 @@ class Route(Protocol):
         """What the model returns for a window, from the outputs of its blocks. Needs all parts outside the blocks."""
         ...
 
-    def write_gradients(self, stream: str, loss: Loss, device: torch.device) -> None:
+    def write_gradients(self, stream: str, loss: Loss) -> None:
         """Gradients of the loss by the blocks' outputs, as far as parts outside the blocks use them."""
         ...
 

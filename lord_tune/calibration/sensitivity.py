@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from ..errors import CalibrationError
 from ..parallel import Workers
 from .blocks import first_input
 from .collect import BlockWalk
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def output_sensitivity(
@@ -58,7 +61,7 @@ def fisher_means(
 
 
 def whole_model_fisher(
-    model: Any,
+    model: PreTrainedModel,
     windows: Tensor,  # of this process
     layers: dict[str, nn.Module],
     shapes: dict[str, tuple[int, int]],
@@ -73,7 +76,7 @@ def whole_model_fisher(
 
 
 def whole_model_sensitivity(
-    model: Any,  # without a block list: run whole
+    model: PreTrainedModel,  # without a block list: run whole
     windows: Tensor,  # (window, length) token ids of this process
     layers: dict[str, nn.Module],
     bases: dict[str, Tensor],
@@ -87,7 +90,7 @@ def whole_model_sensitivity(
     return _means(sums, tokens, workers or Workers())
 
 
-def _run_backward(model: Any, windows: Tensor, objective: Callable[[nn.Module, Tensor], Tensor]) -> None:
+def _run_backward(model: PreTrainedModel, windows: Tensor, objective: Callable[[nn.Module, Tensor], Tensor]) -> None:
     # gradients must start somewhere before the first layer: at the embeddings' output
     start = model.get_input_embeddings().register_forward_hook(lambda m, args, output: output.requires_grad_(True))
     try:
@@ -98,8 +101,8 @@ def _run_backward(model: Any, windows: Tensor, objective: Callable[[nn.Module, T
         start.remove()
 
 
-def _device_of(layer: Any) -> torch.device:
-    return layer.weight.device
+def _device_of(layer: nn.Module) -> torch.device:
+    return layer.get_parameter("weight").device
 
 
 @contextmanager
@@ -110,8 +113,8 @@ def _observed(layers: dict[str, nn.Module], bases: dict[str, Tensor]) -> Iterato
     for name, basis in placed.items():
         sums[name] = torch.zeros(basis.shape[1], dtype=torch.float64, device=basis.device)
 
-    def hook(name: str) -> Callable:
-        def forward_hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def forward_hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             def add(gradient: Tensor) -> None:
                 rows = gradient.detach().reshape(-1, gradient.shape[-1]).float()
                 sums[name] += ((rows @ placed[name]) ** 2).sum(0).double()
@@ -139,8 +142,10 @@ def _weight_gradients(layers: dict[str, nn.Module], shapes: dict[str, tuple[int,
         sums[f"{name}:rows"] = torch.zeros(out, dtype=torch.float64, device=device)
         sums[f"{name}:columns"] = torch.zeros(inputs, dtype=torch.float64, device=device)
 
-    def hook(name: str) -> Callable:
-        def forward_hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], None]:
+        def forward_hook(
+            module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
+        ) -> None:
             inputs = first_input(args, kwargs).detach()
 
             def add(gradient: Tensor) -> None:
@@ -166,5 +171,5 @@ def _means(sums: dict[str, Tensor], count: int, workers: Workers) -> dict[str, T
     for name in sorted(sums):
         workers.add_up(sums[name])
         if not torch.isfinite(sums[name]).all():
-            raise CalibrationError(f"The loss gradient at the output of '{name}' is not finite; use --dtype float32.")
+            raise CalibrationError(f"The loss gradient at the output of '{name}' is not finite; use `dtype` float32.")
     return {name: total / count for name, total in sums.items()}

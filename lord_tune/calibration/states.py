@@ -65,7 +65,9 @@ class StateWriter:
             self._stream.write(_bytes_of(value))
         self._count += 1
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         assert self._stream is not None
         try:
             if kind is None:
@@ -94,9 +96,9 @@ class StateFile:
             header = json.loads(self._stream.read(_HEADER))
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"The hidden states in {path} cannot be read ({error}); start the run again with --overwrite."
+                f"The hidden states in {path} cannot be read ({error}); start over with `overwrite`."
             ) from error
-        self._count, self._shape = header["count"], header["shape"]
+        self._count, self._shape = int(header["count"]), header["shape"]
         self._dtype = getattr(torch, header["dtype"]) if self._count else torch.float32
 
     def __len__(self) -> int:
@@ -126,7 +128,7 @@ class StateFile:
         while done < len(target):
             step = self._stream.readinto(target[done:])
             if not step:
-                raise CheckpointError(f"The hidden states in {self._path} are cut off; start again with --overwrite.")
+                raise CheckpointError(f"The hidden states in {self._path} are cut off; start over with `overwrite`.")
             done += step
         return tensor
 

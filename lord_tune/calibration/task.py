@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 class Task:
     """How this kind of model is run; supplied by integrations, so that nothing here knows a model class."""
 
-    forward: Callable[[nn.Module, Tensor], Any]  # (model, (1, length) ids)
+    forward: Callable[[nn.Module, Tensor], object]  # (model, (1, length) ids)
     loss: Callable[[nn.Module, Tensor], Tensor]  # the same -> scalar, summed over tokens
-    outputs: Callable[[Any], list[Tensor]]  # what counts of that which `forward` returns
+    outputs: Callable[[object], list[Tensor]]  # what counts of that which `forward` returns
     prepare: Callable[[Tensor], Tensor] = lambda ids: ids  # (1, length) -> the ids that `loss` runs the model on

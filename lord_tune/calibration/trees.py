@@ -11,10 +11,11 @@ from torch import Tensor
 
 Path: TypeAlias = tuple["str | int", ...]
 Container: TypeAlias = "list[object] | MutableMapping[str | int, object]"
+Calls: TypeAlias = "list[tuple[tuple[object, ...], dict[str, object]]]"  # positional and keyword arguments of each
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, enum.Enum)
 
 
-def same(first: list[tuple[tuple[object, ...], dict[str, object]]], second: list) -> bool:
+def same(first: Calls, second: Calls) -> bool:
     """Whether two passes called their blocks with the same values. Lists and mappings among the arguments are a way
     from one block to another and never the same; nor are objects that this module does not know."""
     seen: set[tuple[int, int]] = set()  # the pairs of tensors that are equal: masks are shared by all blocks

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+from ..protocols import Tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -47,7 +48,7 @@ def recognise(columns: Iterable[str]) -> RowFormat:
     if "text" in names:
         return RowFormat("text")
     raise UsageError(
-        f"The dataset has the columns {sorted(names)}; wanted: text, or messages, or prompt + completion, "
+        f"Got a dataset with the columns {sorted(names)}; expected text, or messages, or prompt + completion, "
         "or instruction (+ input) + output. Rename the columns."
     )
 
@@ -92,7 +93,7 @@ def load_rows(source: str, split: str = "train", config: str | None = None) -> D
         raise UsageError(f"The dataset '{source}' could not be read: {reason[:300]}") from error
 
 
-def documents(sources: list[str], tokenizer: Any = None) -> list[str]:
+def documents(sources: list[str], tokenizer: Tokenizer | None = None) -> list[str]:
     """The texts of all sources: text files are one document each, rows of data files one document each."""
     found: list[str] = []
     for source in sources:
@@ -127,7 +128,7 @@ def _is_hub_id(source: str) -> bool:
     return bool(named) or "." not in path.name
 
 
-def _render(row: dict[str, Any], form: RowFormat, tokenizer: Any, source: str) -> str:
+def _render(row: dict[str, Any], form: RowFormat, tokenizer: Tokenizer | None, source: str) -> str:
     if form.kind == "text":
         return row["text"]
     if form.kind == "prompt_completion" and not isinstance(row[form.prompt], list):

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol, TypedDict
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CHECKED_TOKENS = 128  # of held-out text, on which the walk is compared with an ordinary forward pass
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Windows:
 class Source(Protocol):
     """A checkpoint opened lazily: a skeleton whose tensors come and go."""
 
-    model: Any  # the skeleton; parameters on the meta device unless loaded
+    model: PreTrainedModel  # the skeleton; parameters on the meta device unless loaded
 
     def load(self, names: Iterable[str]) -> None:
         """Fill these parameters and persistent buffers from the checkpoint."""
@@ -46,6 +51,14 @@ class Source(Protocol):
     def stored(self, name: str) -> Tensor | None:
         """The tensor as the checkpoint stores it, in its own dtype; None where it is not stored under one name."""
         ...
+
+
+class EqualBits(TypedDict):
+    """Feedback rounding alone, without L R."""
+
+    bits: float  # per weight
+    calibrated: float  # relative output error
+    heldout: float | None
 
 
 @dataclass
@@ -69,8 +82,7 @@ class LayerRecord:
     error_beyond_top: float | None = None  # calibrated, relative to the outputs without their largest direction
     shrinkage: float | None = None  # chosen by held-out error, where the method has one
     inputs: dict[str, float] = field(default_factory=dict)  # see Moments.describe
-    # one layer of each shape: feedback rounding without L R at other widths, format -> {bits, calibrated, heldout}
-    equal_bits: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    equal_bits: dict[str, EqualBits] = field(default_factory=dict)  # format -> its error, for one layer of each shape
     warnings: list[str] = field(default_factory=list)
 
 

@@ -106,7 +106,9 @@ def _from_shapes(layers: Layers, request: Request) -> Plan | None:
     if isinstance(budget, Bits):
         return _of_bits(layers, budget)
     if request.template.backbone != "none":
-        raise UsageError("kept_fraction counts parameters of L and R against W; with a backbone give rank.")
+        raise UsageError(
+            "`kept_fraction` counts the parameters of L and R against those of W; with a `backbone` give `rank`."
+        )
     # before any calibration: whether the budget can be met at all
     empty = {name: LayerSpectrum(s, torch.zeros(min(s) + 1)) for name, s in _shapes(layers).items()}
     ranks = budget.allocator.allocate(empty, budget.fraction)
@@ -159,8 +161,8 @@ def _planned(layers: Layers, request: Request, ranks: dict[str, int | None]) -> 
     if kept > request.budget.fraction + 1e-9:
         dense = [name for name, rank in ranks.items() if rank is None]
         warnings.warn(
-            f"{kept:.3f} of the parameters are kept, {request.budget.fraction:g} were asked for: {len(dense)} layers, "
-            f"like {dense[0]}, would get less than the smallest rank and stay dense.",
+            f"{kept:.3f} of the parameters are kept, more than `kept_fraction` {request.budget.fraction:g}: "
+            f"{len(dense)} layers, like {dense[0]}, would get less than the smallest rank and stay dense.",
             LordWarning,
             stacklevel=2,
         )

@@ -39,7 +39,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
 
 from ..calibration.task import Task
 from ..errors import CalibrationError, LordError, LordWarning
@@ -50,6 +49,7 @@ from .decide import NEVER_RAN, Request, decide_from
 from .gradients import measure_fisher
 from .journal import Journal
 from .passes import Passes
+from .recovery import Recovered
 from .steps import REST, Phase, of_block
 from .survey import Survey
 from .writing import write, write_rest
@@ -63,7 +63,7 @@ class Outcome:
     plan: Plan  # what was decided for every layer
     plans: dict[str, LayerPlan]  # how the decomposed ones are stored
     weight_map: dict[str, str]  # tensor -> file
-    recovery: dict[str, dict[str, Any]]  # block -> held-out error before and after block-wise recovery, passes kept
+    recovery: dict[str, Recovered]  # block -> held-out error before and after block-wise recovery, passes kept
 
 
 def decompose_checkpoint(
@@ -80,7 +80,7 @@ def decompose_checkpoint(
     needs = request.needs()
     if windows is None and request.needs_text():
         raise CalibrationError(
-            f"Method '{request.template.method}' with this budget needs calibration text; pass calibration files."
+            f"Method '{request.template.method}' with this budget needs calibration text; pass `calibration` files."
         )
     run = Passes(source, survey, windows, task, journal, _costs(request, plan), notify)
     from_analysis = False
@@ -115,7 +115,7 @@ def _outcome(run: Passes, plan: Plan) -> Outcome:
     records: dict[str, LayerRecord] = {}
     plans: dict[str, LayerPlan] = {}
     weight_map: dict[str, str] = {}
-    recovery: dict[str, dict[str, Any]] = {}
+    recovery: dict[str, Recovered] = {}
     for index in range(run.count):
         line = run.journal.steps[of_block(Phase.WRITING, index)]
         if line["recovery"]:

@@ -8,6 +8,7 @@ second. Every run compares the estimated peak with the measured one and records 
 Peak memory above what the process holds already is the largest of
 
     start        weights outside the blocks without the output head + one block + one window's activations
+    check        weights outside the blocks + 3 float32 copies of a short window's logits
     calibrating  block + 8 in^2 per distinct input + held-out statistics + one window's activations
                  + the layer at hand + bases of the block's layers (float32), or factors of those that are done
     sensitivity  weights outside the blocks + 5 float32 copies of a window's logits; or
@@ -32,18 +33,23 @@ estimated on Llamas (CPU) of hidden size 512, 1024 and 2048: tests/test_plan.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..allocation import factor_cost
 from ..plans import LayerChoice, Plan
+from .base import CHECKED_TOKENS
 from .decide import Request
 from .layerwise import COMPARED_INPUTS
 from .sizes import added_bias_bytes, stored_bytes
 from .survey import Survey
 from .timing import Rates, TextSize, run_seconds
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ class Estimate:
 
 
 def estimate_run(
-    model: Any,  # the skeleton
+    model: PreTrainedModel,  # the skeleton
     survey: Survey,
     request: Request,
     plan: Plan | None,  # None where the calibration decides it
@@ -136,8 +142,11 @@ def estimate_run(
     work = block_bytes[widest] + grams + at_hand
     if ranks is None:
         phases["calibrating"] = work
+    vocabulary = max((t.shape[0] for n, t in tensors.items() if t.dim() == 2 and n not in inside), default=0)
+    checked = 0 if text is None or survey.blocks.whole else min(CHECKED_TOKENS, text.length)
+    if checked:
+        phases["check"] = rest_bytes + 3 * 4 * checked * vocabulary
     if weighted and text is not None:
-        vocabulary = max((t.shape[0] for n, t in tensors.items() if t.dim() == 2 and n not in inside), default=0)
         share = text.sensitivity_length / max(text.length, 1)
         phases["sensitivity"] = max(
             rest_bytes + 5 * 4 * text.sensitivity_length * vocabulary,
@@ -158,6 +167,7 @@ def estimate_run(
         width = max(hidden, min(inputs, default=0))
         streams = 1 if request.recovery is None else 2
         scratch += 3 * streams * (text.tokens + text.heldout) * width * element
+        scratch += checked * ((count + 2) * width * element + 4 * vocabulary)
         if weighted:
             scratch += (count + 2) * text.sensitivity * width * element
             scratch += sum(4 * s[0] * min(s) if by_loss else 8 * sum(s) for s in shapes.values())
@@ -194,7 +204,7 @@ def estimate_run(
     )
 
 
-def _distinct_inputs(groups: list[set[str]], members: dict[str, Any], shapes: dict[str, tuple[int, int]]) -> list[int]:
+def _distinct_inputs(groups: list[set[str]], members: Iterable[str], shapes: dict[str, tuple[int, int]]) -> list[int]:
     """Widths of the inputs that have a Gram matrix each. The groups are the first block's; others are like it."""
     if all(name in shapes for group in groups for name in group):
         return [shapes[next(iter(group))][1] for group in groups]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -26,17 +26,19 @@ def dealt_out(
     mine = {name: do(name) for name in work if owners[name] == workers.rank}
     if workers.size == 1:
         return mine
-    return {name: _sent(mine.get(name), owners[name], device, workers) for name in work}
+    return {name: cast(Result, _sent(mine.get(name), owners[name], device, workers)) for name in work}
 
 
-def _sent(value: Any, owner: int, device: torch.device, workers: Workers) -> Any:
-    """An Analysis, a Finished or None of its owner, on every process."""
+def _sent(
+    value: Analysis | Finished | None, owner: int, device: torch.device, workers: Workers
+) -> Analysis | Finished | None:
+    """The owner's result, on every process."""
     form: Any = None
     tensors: dict[str, Tensor] | None = None
     if isinstance(value, Analysis):
         form, tensors = ("analysis", value.facts, None), value.tensors()
     elif isinstance(value, Finished):
-        plan = None if value.layer is None else value.layer.plan
+        plan = None if value.layer is None else (value.layer.plan, value.layer.dtype)
         form, tensors = ("finished", value.record, plan), {} if value.layer is None else value.layer.state_dict()
     form = workers.send(form, owner)
     if form is None:
@@ -49,6 +51,6 @@ def _sent(value: Any, owner: int, device: torch.device, workers: Workers) -> Any
         return Analysis.of(tensors, content)
     if plan is None:
         return Finished(content)
-    layer = FactoredLinear(plan, device="meta")
+    layer = FactoredLinear(plan[0], device="meta", dtype=plan[1])
     layer.load_state_dict(tensors, strict=True, assign=True)
     return Finished(content, layer.requires_grad_(False))

@@ -36,7 +36,7 @@ def measure_sensitivity(run: Passes, walk: BlockWalk, bases: Bases | None) -> No
         # the corrupted ids of a masked model are drawn again by the loss itself: the same ones
         walk.hand_out(SENSITIVITY, run.text.sensitivity)
         with run.outside_loaded():
-            walk.write_gradients(SENSITIVITY, run.task.loss, run.model.get_input_embeddings().weight.device)
+            walk.write_gradients(SENSITIVITY, run.task.loss)
         run.journal.commit(start_of(Phase.SENSITIVITY))
     for index in reversed(range(run.count)):
         step = of_block(Phase.SENSITIVITY, index)

@@ -17,8 +17,9 @@ import json
 import os
 import shutil
 import socket
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 from ..errors import CheckpointError, UsageError
 from ..parallel import Workers
@@ -39,7 +40,7 @@ class Journal:
         self._path = self.work / "progress.jsonl"
         self._replaced = self.out.with_name(f".{self.out.name}.lord_tune_replaced")  # what --overwrite takes away
         self._owner = self.work / "owner"
-        self._lock: IO[Any] | None = None
+        self._lock: BinaryIO | None = None
         self._overwrite = False
 
     @property
@@ -69,7 +70,7 @@ class Journal:
             raise UsageError(f"{self.folder} holds files that lord_tune did not write; move it away.")
         if self._begun and not resume and not self._overwrite:
             raise UsageError(
-                f"{self.folder} holds an unfinished run; continue it with --resume, or start over with --overwrite."
+                f"{self.folder} holds an unfinished run; continue it with `resume`, or start over with `overwrite`."
             )
 
     @property
@@ -84,12 +85,12 @@ class Journal:
         elif not (resume and self._begun):
             os.replace(self._replaced, self.out)
 
-    def _take(self, stream: IO[Any]) -> None:
+    def _take(self, stream: BinaryIO) -> None:
         if not lock(stream):
             owner = self._owner.read_text().strip() if self._owner.is_file() else "another process"
             raise UsageError(f"{self.folder} is being written by {owner}; wait for it, end it, or name another output.")
 
-    def open(self, identity: dict[str, Any], resume: bool) -> bool:
+    def open(self, identity: Mapping[str, object], resume: bool) -> bool:
         """Begin a run, or continue the one that is there; returns whether it continues. `identity` is compared key by
         key: UsageError names the first difference."""
         continued, problem = False, None
@@ -105,7 +106,7 @@ class Journal:
             raise problem
         return continued
 
-    def _open(self, identity: dict[str, Any], resume: bool) -> tuple[bool, dict[str, dict[str, Any]]]:
+    def _open(self, identity: Mapping[str, object], resume: bool) -> tuple[bool, dict[str, dict[str, Any]]]:
         self._acquire()
         self._check(resume)  # again: another process may have come and gone
         before = self._owner.read_text() if self._owner.is_file() else None
@@ -154,7 +155,7 @@ class Journal:
             else:
                 path.unlink()
 
-    def _read(self, identity: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    def _read(self, identity: Mapping[str, object]) -> dict[str, dict[str, Any]]:
         lines = []
         content = self._path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]  # a process that died while writing leaves half a line
@@ -163,19 +164,19 @@ class Journal:
         try:
             lines = [json.loads(line) for line in whole.splitlines()]
         except json.JSONDecodeError as error:
-            raise CheckpointError(f"{self._path} is damaged ({error}); start over with --overwrite.") from error
+            raise CheckpointError(f"{self._path} is damaged ({error}); start over with `overwrite`.") from error
         if not lines or lines[0].get("format") != _FORMAT:
-            raise CheckpointError(f"{self._path} was written by another version; start over with --overwrite.")
+            raise CheckpointError(f"{self._path} was written by another version; start over with `overwrite`.")
         difference = _first_difference(lines[0]["identity"], json.loads(json.dumps(identity)))
         if difference:
             raise UsageError(
                 f"The unfinished run in {self.folder} cannot be continued: {difference}. Use the same command and "
-                "weights, or start over with --overwrite."
+                "weights, or start over with `overwrite`."
             )
         for line in lines[1:]:
             path = self.folder / line["file"] if line.get("file") else None
             if path is not None and line.get("kept", True) and not _is_intact(path, line["sha256"]):
-                raise CheckpointError(f"{path} is missing or was changed since; start over with --overwrite.")
+                raise CheckpointError(f"{path} is missing or was changed since; start over with `overwrite`.")
         return {line["step"]: line for line in lines[1:]}
 
     def has(self, step: str) -> bool:
@@ -186,7 +187,7 @@ class Journal:
         files = {line["file"]: line["sha256"] for line in self.steps.values() if line["file"]}
         return self.workers.send({name: files[name] for name in sorted(files) if "/" not in name}, 0)
 
-    def commit(self, step: str, file: Path | None = None, sha256: str | None = None, **content: Any) -> None:
+    def commit(self, step: str, file: Path | None = None, sha256: str | None = None, **content: object) -> None:
         """Every process is done with `step`: record it. Called by all processes."""
         self.workers.wait()
         line = {"step": step, "file": None, **content}
@@ -196,7 +197,7 @@ class Journal:
         if self.writes:
             self._append(line)
 
-    def _append(self, line: dict[str, Any]) -> None:
+    def _append(self, line: Mapping[str, object]) -> None:
         with named_write(self._path), self._path.open("a") as stream:
             stream.write(json.dumps(line) + "\n")
             stream.flush()
@@ -240,7 +241,7 @@ def _is_intact(path: Path, sha256: str) -> bool:
     return path.is_file() and sha256_files([path]) == sha256
 
 
-def _first_difference(before: Any, now: Any, name: str = "") -> str | None:
+def _first_difference(before: object, now: object, name: str = "") -> str | None:
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted({*before, *now}):
             found = _first_difference(before.get(key), now.get(key), f"{name}.{key}" if name else key)
@@ -250,6 +251,6 @@ def _first_difference(before: Any, now: Any, name: str = "") -> str | None:
     return None if before == now else f"{name} was {_short(before)}, now it is {_short(now)}"
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= 40 else text[:37] + "..."

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +32,20 @@ from ..factorizations import (
     round_factors,
     truncate,
 )
-from ..layers import FactoredLinear, build_layer, is_transposed, weight_of
+from ..layers import FactoredLinear, bias_of, build_layer, is_transposed, shape_of, weight_of
 from ..plans import LayerChoice
 from ..quantizers import DTYPES, E8P2, E8P3, E8P4, Rotated
-from .base import LayerRecord
+from .base import EqualBits, LayerRecord
 
 _CURVES = ("calibrated", "heldout", "plain", "beyond_top")
+
+
+class Facts(TypedDict):
+    """What a layer's record says beside its errors."""
+
+    seconds: float
+    shrinkage: float | None
+    inputs: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,7 @@ class Analysis:
 
     spectrum: Spectrum
     curves: dict[str, Tensor]  # relative error at rank 0..k
-    facts: dict[str, Any]  # seconds, shrinkage, inputs
+    facts: Facts
 
     def tensors(self) -> dict[str, Tensor]:
         """For a safetensors file."""
@@ -56,7 +64,7 @@ class Analysis:
         return found | {f"curve.{name}": curve for name, curve in self.curves.items()}
 
     @classmethod
-    def of(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Analysis:
+    def of(cls, tensors: dict[str, Tensor], facts: Facts) -> Analysis:
         curves = {name: tensors[f"curve.{name}"] for name in _CURVES if f"curve.{name}" in tensors}
         return cls(Spectrum(tensors["basis"], tensors["energies"], tensors.get("centre")), curves, facts)
 
@@ -84,8 +92,10 @@ def analyse(
     if not whole_basis:
         keep = min(max(break_even((weight.shape[0], weight.shape[1])), 1), keep)
     kept = Spectrum(spectrum.basis[:, :keep].float().contiguous(), spectrum.energies, spectrum.centre)
-    facts: dict[str, Any] = {"seconds": time.perf_counter() - start, "shrinkage": chosen.shrunk}
-    facts["inputs"] = {} if calibration is None else calibration.describe()
+    seconds = time.perf_counter() - start
+    facts = Facts(
+        seconds=seconds, shrinkage=chosen.shrunk, inputs={} if calibration is None else calibration.describe()
+    )
     return Analysis(kept, curves, facts)
 
 
@@ -118,7 +128,7 @@ def _solve(
     return best
 
 
-def install(module: Any, analysis: Analysis, choice: LayerChoice) -> Finished:
+def install(module: nn.Module, analysis: Analysis, choice: LayerChoice) -> Finished:
     """Cut the factors of the chosen rank from the analysis."""
     start = time.perf_counter()
     assert choice.rank is not None, "layers that stay dense are not installed"
@@ -129,7 +139,7 @@ def install(module: Any, analysis: Analysis, choice: LayerChoice) -> Finished:
 
 
 def project_layer(
-    module: Any, calibration: Moments | None, heldout: InputStatistics | None, choice: LayerChoice
+    module: nn.Module, calibration: Moments | None, heldout: InputStatistics | None, choice: LayerChoice
 ) -> Finished:
     """The whole way at a known rank, without a backbone."""
     start = time.perf_counter()
@@ -185,7 +195,7 @@ def _rounded(
 
 
 def split_layer(
-    module: Any,
+    module: nn.Module,
     calibration: Moments | None,
     heldout: InputStatistics | None,
     choice: LayerChoice,
@@ -248,11 +258,10 @@ _REFERENCES = (E8P2, E8P3, E8P4)
 COMPARED_INPUTS = 8192  # wider layers are not compared: feedback needs several Gram matrices
 
 
-def _equal_bits(
-    weight: Tensor, calibration: Moments, heldout: InputStatistics | None
-) -> dict[str, dict[str, float | None]]:
+def _equal_bits(weight: Tensor, calibration: Moments, heldout: InputStatistics | None) -> dict[str, EqualBits]:
     """Feedback rounding alone at 2, 3 and 4 bits: what the bits of L R would have bought without it."""
-    dense, found = weight.double(), {}
+    dense = weight.double()
+    found: dict[str, EqualBits] = {}
     forms: list[Any] = [Rotated(form()) for form in _REFERENCES]
     for form, split in zip(forms, feedback_alone(weight, calibration, forms, heldout), strict=True):
         assert split.parts is not None and split.backbone is not None
@@ -266,11 +275,11 @@ def _equal_bits(
     return found
 
 
-def left_dense(module: Any, seconds: float, reason: str | None) -> Finished:
+def left_dense(module: nn.Module, seconds: float, reason: str | None) -> Finished:
     """The record of a layer that stays as it is."""
-    bits = 8.0 * module.weight.element_size()
+    bits = 8.0 * weight_of(module).element_size()
     notes = [f"left dense: {reason}"] if reason else []
-    record = LayerRecord(_shape(module), "dense", "dense", "none", bits, 0.0, 0.0, 0.0, None, seconds, warnings=notes)
+    record = LayerRecord(shape_of(module), "dense", "dense", "none", bits, 0.0, 0.0, 0.0, None, seconds, warnings=notes)
     return Finished(record)
 
 
@@ -280,20 +289,15 @@ def stored_bits_per_weight(layer: nn.Module, shape: tuple[int, int]) -> float:
     return 8.0 * size / (shape[0] * shape[1])
 
 
-def _shape(module: Any) -> tuple[int, int]:
-    weight = weight_of(module)
-    return weight.shape[0], weight.shape[1]
-
-
-def _build(module: Any, factors: Factors, parts: dict[str, Tensor] | None, choice: LayerChoice) -> FactoredLinear:
-    dtype = module.weight.dtype
-    plan = choice.on(_shape(module), dtype, module.bias is not None, is_transposed(module))
+def _build(module: nn.Module, factors: Factors, parts: dict[str, Tensor] | None, choice: LayerChoice) -> FactoredLinear:
+    dtype, bias = weight_of(module).dtype, bias_of(module)
+    plan = choice.on(shape_of(module), dtype, bias is not None, is_transposed(module))
     assert factors.rank == plan.rank and (factors.bias_shift is None or plan.bias), "the method did as planned"
     factors = balance(factors) if plan.left_format in DTYPES else factors
-    return build_layer(plan, factors, parts, module.bias, dtype)
+    return build_layer(plan, factors, parts, bias, dtype)
 
 
-def _record(layer: FactoredLinear, curves: dict[str, Tensor], rank: int, facts: dict[str, Any]) -> LayerRecord:
+def _record(layer: FactoredLinear, curves: dict[str, Tensor], rank: int, facts: Facts) -> LayerRecord:
     plan = layer.plan
     at = {name: float(curve[rank]) for name, curve in curves.items()}
     return LayerRecord(

@@ -6,6 +6,7 @@ compared with those of an ordinary forward pass: the model whole, its weights lo
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,9 +19,10 @@ from ..calibration.collect import BlockWalk
 from ..calibration.moments import InputStatistics
 from ..calibration.reference import Reference
 from ..calibration.task import Task
-from ..errors import CalibrationError
+from ..console import human_bytes
+from ..errors import CalibrationError, LordWarning
 from ..factorizations import Factorization
-from .base import Notify, Source, Windows
+from .base import CHECKED_TOKENS, Notify, Source, Windows
 from .clock import Clock
 from .exchange import Result, dealt_out
 from .journal import Journal
@@ -31,7 +33,6 @@ from .timing import layer_flops
 
 CALIBRATION, HELDOUT, SENSITIVITY = "calibration", "heldout", "sensitivity"  # streams of windows
 CHECK = "check"  # one short window, compared with an ordinary forward pass
-_CHECKED = 128  # tokens of it
 Statistics = Mapping[str, Mapping[str, InputStatistics]]  # stream -> layer -> of its input
 
 
@@ -68,7 +69,8 @@ class Passes:
 
     def loaded(self, index: int) -> Loaded:
         """The weights of block `index` in memory, for the length of a `with`."""
-        return Loaded(self.source, [n for n in self.tensors if self.blocks.holds(index, n)], self.model)
+        names = [n for n in self.tensors if self.blocks.holds(index, n)]
+        return Loaded(self.source, names, self.model, self.blocks.whole)
 
     def modules(self, index: int) -> dict[str, Any]:
         """The block's layers that are to be decomposed, as they are now."""
@@ -84,7 +86,7 @@ class Passes:
         begun = self.journal.steps.get(start_of(phase))
         first = not any(self.journal.has(start_of(other)) for other in Phase)
         if first or (begun is not None and begun["checks"]):
-            streams = streams | {CHECK: self.text.heldout[:1, :_CHECKED]}
+            streams = streams | {CHECK: self.text.heldout[:1, :CHECKED_TOKENS]}
         walk = BlockWalk(self.model, self.blocks, streams, self.task.forward, folder, self.workers)
         if not walk.streamed:
             return walk
@@ -115,6 +117,14 @@ class Passes:
         if walk.whole_forward and self._resident is None:
             self._resident = Loaded(self.source, rest, self.model)
             self._resident.__enter__()
+            size = sum(p.numel() * p.element_size() for p in self.model.parameters() if not p.is_meta)
+            follows = self.journal.steps[start_of(phase)]["follows"]
+            warnings.warn(
+                f"The blocks do not only hand their hidden states on ({follows}), so the model's own forward is "
+                f"followed: parts outside the blocks, {human_bytes(size)}, stay in memory beside what plan foresees.",
+                LordWarning,
+                stacklevel=2,
+            )
         return walk
 
     @contextmanager
@@ -162,7 +172,7 @@ class Passes:
         work = {name: layer_flops(site.shape, methods[name]) for name, site in members.items()}
         device = torch.device("cpu")
         if members:
-            device = next(iter(members.values())).module(self.model).weight.device
+            device = next(iter(members.values())).module(self.model).get_parameter("weight").device
         return dealt_out(work, do, self.workers, device)
 
     def read(self, name: str, ending: str = "") -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -37,13 +37,22 @@ _BETAS = (0.9, 0.95)
 _SCALE = 64.0  # of each token's error: Adam does not notice, gradients of float16 blocks do not vanish
 
 
+class Recovered(TypedDict):
+    """What came of a block."""
+
+    before: float  # held-out error
+    after: float
+    epochs: int  # of those asked for, how many are kept
+    seconds: float
+
+
 def tune_block(
     walk: BlockWalk,  # streams calibration and heldout hold the original block's outputs, student ones its inputs now
     index: int,
     layers: dict[str, FactoredLinear],  # of the block, in place
     how: BlockRecovery,
     workers: Workers,
-) -> dict[str, Any] | None:
+) -> Recovered | None:
     """Tune the factors in place; returns the held-out error before and after, the passes kept and the seconds, or None
     where the block has nothing to tune."""
     factors = [factor for layer in layers.values() for factor in _tunable(layer)]
@@ -81,7 +90,7 @@ def tune_block(
         _write(values, found)
         if not math.isfinite(now):
             raise LordError(
-                f"Block-wise recovery diverged in block {index}; lower --recover-learning-rate ({how.learning_rate:g})."
+                f"Block-wise recovery diverged in block {index}; lower `recover_learning_rate` ({how.learning_rate:g})."
             )
         if now < error:
             best, error, kept = rounded, now, epoch + 1
@@ -91,12 +100,12 @@ def tune_block(
 
 
 @torch.no_grad()
-def _write(values: list[Any], contents: list[Tensor]) -> None:
+def _write(values: list[Tensor], contents: list[Tensor]) -> None:
     for value, content in zip(values, contents, strict=True):
         value.copy_(content)
 
 
-def _tunable(layer: FactoredLinear) -> list[Any]:
+def _tunable(layer: FactoredLinear) -> list[nn.Linear]:
     """The factors in a floating format; of components stored apart, these."""
     pair = (layer.left, layer.right) if layer.top_left is None else (layer.top_left, layer.top_right)
     return [] if not layer.rank or any(isinstance(factor, QuantizedLinear) for factor in pair) else list(pair)
@@ -129,7 +138,7 @@ def _heldout_error(walk: BlockWalk, index: int, workers: Workers, device: torch.
     return float(sums[0] / sums[1])
 
 
-def _share_gradients(values: list[Any], contributes: bool, workers: Workers) -> None:
+def _share_gradients(values: list[Tensor], contributes: bool, workers: Workers) -> None:
     """Every process gets the mean over those that had a window."""
     if workers.size == 1:
         return

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from contextlib import ExitStack
 
 from torch import Tensor, nn
 
-from ..layers import FactoredLinear, check_finite
+from ..calibration.reads import restored_notes
+from ..layers import FactoredLinear, check_finite, expert_of, sentinel
 from ..memory import give_back
 from .base import Source
 
 
 class Loaded:
-    """A block's tensors in memory for the length of a `with`; raises CheckpointError if one holds NaN or Inf."""
+    """A block's tensors in memory for the length of a `with`; raises CheckpointError if one holds NaN or Inf. Of a
+    whole model, what its forward passes noted about them is forgotten with them."""
 
-    def __init__(self, source: Source, names: list[str], model: nn.Module):
-        self.source, self.names, self.model = source, names, model
+    def __init__(self, source: Source, names: list[str], model: nn.Module, whole: bool = False):
+        self.source, self.names, self.model, self.whole = source, names, model, whole
+        self._held = ExitStack()
 
     def __enter__(self) -> Loaded:
+        if self.whole:
+            self._held.enter_context(restored_notes(self.model))
         self.source.load(self.names)
         check_finite(self.model)
         return self
 
-    def __exit__(self, *rest: Any) -> None:
+    def __exit__(self, *rest: object) -> None:
         self.source.release(self.names)
+        self._held.close()
         give_back()
 
 
@@ -37,17 +43,22 @@ def shard_of(source: Source, names: Iterable[str], layers: Mapping[str, Factored
     """Tensors of a block that holds `names`: of decomposed layers as they are now, all others as the checkpoint stores
     them."""
     tensors = {f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.state_dict().items()}
+    tensors |= {f"{name}.weight": sentinel() for name in layers}
     for name in names:
+        expert = expert_of(name)
+        if expert is not None:
+            tensors[expert[0]] = sentinel()
         if name.rpartition(".")[0] not in layers:
             tensors[name] = untouched(source, name)
     return {name: tensors[name] for name in sorted(tensors)}
 
 
 def untouched(source: Source, name: str) -> Tensor:
-    """As the checkpoint stores it; else, where transformers converts or a dtype was asked for, as it is in memory."""
+    """As the checkpoint stores it; else, where transformers converts or a dtype was asked for, as it is loaded."""
     stored = source.stored(name)
     if stored is not None:
         return stored
+    source.load([name])  # again: a forward pass may have written to it
     owner, _, leaf = name.rpartition(".")
     return source.model.get_submodule(owner).state_dict()[leaf]
 

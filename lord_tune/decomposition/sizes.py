@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from ..allocation import factor_cost
+from ..declared import Options
 from ..plans import LayerChoice
 from ..quantizers import DTYPES, make_quantizer
 from ..sites import Site
@@ -36,7 +37,7 @@ def added_bias_bytes(site: Site, choice: LayerChoice) -> int:
     return site.shape[0] * site.dtype.itemsize
 
 
-def _factor_bytes(shape: tuple[int, int], rank: int, form: str, options: dict[str, Any]) -> int:
+def _factor_bytes(shape: tuple[int, int], rank: int, form: str, options: Options) -> int:
     """Of L and R."""
     if form in DTYPES:
         return factor_cost(shape, rank) * DTYPES[form].itemsize
@@ -47,10 +48,26 @@ def _factor_bytes(shape: tuple[int, int], rank: int, form: str, options: dict[st
     return sum(p.numel() * p.element_size() for found in parts for p in found.values())
 
 
+class Totals(TypedDict):
+    """What a report says of all layers together."""
+
+    layers: int
+    factored_layers: int
+    linear_parameters: int
+    kept_fraction: float | None  # None: there are backbones
+    parameters_before: float
+    parameters: float
+    model_bytes_before: float
+    model_bytes: float
+    linear_bits_per_weight: float
+    seconds: float
+    peak_memory_bytes: NotRequired[int]
+    estimated_peak_memory_bytes: NotRequired[int]
+
+
 def totals_of(
     records: dict[str, LayerRecord], before: dict[str, float], after: dict[str, float], seconds: float
-) -> dict[str, Any]:
-    """What a report says of all layers together."""
+) -> Totals:
     factored = [record for record in records.values() if record.rank != "dense"]
     dense_numbers = sum(r.shape[0] * r.shape[1] for r in records.values())
     kept = sum(r.shape[0] * r.shape[1] if isinstance(r.rank, str) else r.rank * sum(r.shape) for r in records.values())

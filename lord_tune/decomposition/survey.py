@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-from ..calibration.blocks import Blocks, Run, find_blocks
-from ..layers import SHARED, fuse_untouched, fused_parameters, select_linears, unfuse
+from ..calibration.blocks import Blocks, Run, find_blocks, observe, whole_model
+from ..calibration.reads import OutsideReads
+from ..layers import SHARED, fuse_untouched, fused_parameters, is_linear, select_linears, unfuse
 from ..sites import Site
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FUSED = "fused experts (3-D parameter)"
 
@@ -29,8 +33,8 @@ class Survey:
         notes = []
         if self.blocks.whole:
             notes.append(
-                "The model has no list of blocks that run one after the other; all layers are calibrated in one pass, "
-                "which holds every weight and every Gram matrix in memory at once."
+                "The model has no list of blocks that run one after the other, or it writes into its weights; all "
+                "layers are calibrated in one pass, which holds every weight and every Gram matrix in memory at once."
             )
         fused = [name for name, reason in self.skipped.items() if reason == FUSED]
         if fused:
@@ -47,14 +51,23 @@ class Survey:
         return notes
 
 
-def survey(model: Any, targets: str | None = None, exclude: str | None = None, run: Run | None = None) -> Survey:
+def survey(
+    model: PreTrainedModel, targets: str | None = None, exclude: str | None = None, run: Run | None = None
+) -> Survey:
     """Find the blocks and the layers; works on the meta device. Experts to decompose become layers of `model`.
 
-    `run` runs the model on (1, length) ids, to see which blocks run in which order.
+    `run` runs the model on (1, length) ids, to see which blocks run in which order and which weights are computed with
+    outside of their layers.
     """
-    blocks = find_blocks(model, run)
+    reads = OutsideReads(model, {name: module for name, module in model.named_modules() if is_linear(module)})
+    watched = None if run is None else reads.watching(run)
+    blocks = find_blocks(model, watched)
+    if watched is not None and not reads.ran:
+        observe(model, watched)
+    if reads.writes:  # to weights that a walk would load again at every block
+        blocks = whole_model(model)
     unfuse(model)
-    layers, skipped = select_linears(model, blocks.names(), targets, exclude)
+    layers, skipped = select_linears(model, blocks.names(), targets, exclude, reads.names)
     skipped = fuse_untouched(model, layers, skipped)
     skipped |= {name: FUSED for name in fused_parameters(model) if name not in skipped}
     return Survey(blocks, {name: Site.of(name, module) for name, module in layers.items()}, skipped)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -18,6 +18,9 @@ from ..plans import LayerChoice
 from ..sites import Site
 from .decide import Request
 from .survey import Survey
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _ROUNDING = 3e4  # a weight's rounding with feedback, in operations at the rate of float32 products (measured: 2e4-5e4)
 _EIGH = 9.0  # operations per k^3 of a symmetric eigenproblem with vectors (Golub and Van Loan, 8.3)
@@ -50,7 +53,7 @@ class Rates:
     def measure(cls, dtype: torch.dtype, device: torch.device) -> Rates:
         """A probe of about a second."""
 
-        def rate(work: Callable[[], Any], operations: float) -> float:
+        def rate(work: Callable[[], object], operations: float) -> float:
             work()
             synchronize(device)
             best = float("inf")
@@ -86,7 +89,7 @@ class TextSize:
 
 
 def trace(
-    model: nn.Module, survey: Survey, run: Callable[[nn.Module, torch.Tensor], Any], length: int
+    model: PreTrainedModel, survey: Survey, run: Callable[[PreTrainedModel, torch.Tensor], object], length: int
 ) -> tuple[list[set[str]], float]:
     """(groups of the first block's layers that share an input, operations of a forward pass of all blocks per token).
 

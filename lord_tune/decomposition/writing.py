@@ -84,7 +84,9 @@ def _walk(run: Passes, request: Request, from_analysis: bool) -> BlockWalk | Non
         streams |= {STUDENT: run.windows.calibration, STUDENT_HELDOUT: run.windows.heldout}
     walk = run.walk(streams, Phase.WRITING)
     if student and not walk.streamed:
-        raise UsageError("The model has no repeated blocks, so there is no block-wise recovery; leave it out.")
+        raise UsageError(
+            "The model has no repeated blocks that could be recovered one by one; leave `recover_epochs` out."
+        )
     return walk
 
 

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import LordError, UsageError
 from ..integrations.running import kind_of, summed_loss
+from ..protocols import CausalModel, Tokenizer
 
 
 def perplexity(
-    model: Any,
-    tokenizer: Any,
+    model: CausalModel,
+    tokenizer: Tokenizer,
     windows: Tensor,  # (window, length)
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> tuple[float, int]:
@@ -37,5 +37,5 @@ def perplexity(
             total, count = total + float(loss), count + tokens
             progress("measuring perplexity", index + 1, len(windows))
     if not math.isfinite(total):
-        raise LordError("The loss is NaN or Inf; the weights are broken or the dtype is too narrow (--dtype float32).")
+        raise LordError("The loss is NaN or Inf; the weights are broken or the dtype is too narrow (`dtype` float32).")
     return total / count, count

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import statistics
 import time
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from ..integrations.running import kind_of
 from ..memory import synchronize
+from ..protocols import CausalModel
+
+if TYPE_CHECKING:
+    from transformers import GenerationMixin
 
 _GENERATED = 16  # tokens per timed generation
 _REPEATS = 3
 
 
-def speed(model: Any, window: Tensor) -> float:
+def speed(model: CausalModel, window: Tensor) -> float:
     """Tokens per second: greedy generation at batch 1 after a short prompt (causal), else scored tokens.
 
     Median of three runs after one warm-up.
@@ -30,7 +34,8 @@ def speed(model: Any, window: Tensor) -> float:
             if kind_of(model) == "causal":
                 prompt = window[:, :16]
                 options = {"do_sample": False, "max_new_tokens": _GENERATED, "min_new_tokens": _GENERATED}
-                model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), pad_token_id=0, **options)
+                generate = cast("GenerationMixin", model).generate
+                generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), pad_token_id=0, **options)
                 done = _GENERATED
             else:
                 model(input_ids=window)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..protocols import Tokenizer
 
 
 @dataclass(frozen=True)
 class Job:
     """Where an export goes, and what it is compared on."""
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     folder: Path  # empty, exists
     final: Path  # where `folder` will be moved
     dtype: str  # that was asked for; a key of DTYPE_NAMES
@@ -26,11 +29,11 @@ class Export(Protocol):
 
     name: ClassVar[str]
 
-    def check(self, model: Any) -> None:
+    def check(self, model: PreTrainedModel) -> None:
         """UsageError, before any work, for a model that has no such form."""
         ...
 
-    def write(self, model: Any, job: Job) -> Tensor:
+    def write(self, model: PreTrainedModel, job: Job) -> Tensor:
         """Write the model, whose adapter is folded, and return the logits of the folder loaded again. May use up the
         model."""
         ...

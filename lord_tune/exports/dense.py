@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..errors import UsageError
 from ..integrations.models import DTYPE_NAMES, load_dense_or_factored, save_model
@@ -22,19 +23,19 @@ class DenseExport:
 
     name: ClassVar[str] = "dense"
 
-    def check(self, model: Any) -> None:
+    def check(self, model: PreTrainedModel) -> None:
         """Every factored model has this form."""
 
     def rounds_to(self, model_dtype: torch.dtype, job: Job) -> list[str]:
         return [str(model_dtype).removeprefix("torch."), job.dtype]
 
-    def write(self, model: Any, job: Job) -> Tensor:
+    def write(self, model: PreTrainedModel, job: Job) -> Tensor:
         dtype = DTYPE_NAMES[job.dtype]
         biased = [name for name, layer in factored_layers(model).items() if layer.bias is not None]
         expected = {name for name in biased if expert_of(name) is None}  # densify looks after those of experts
         densify(model, dtype)
         detach(model)
-        model.to(dtype)
+        model.to(dtype)  # type: ignore[arg-type]  # transformers' decorator hides the signature
         model.config.dtype = dtype
         save_model(model, job.tokenizer, job.folder)
         reloaded = load_dense_or_factored(str(job.folder))
@@ -42,6 +43,7 @@ class DenseExport:
             if getattr(reloaded.get_submodule(name), "bias", None) is None:
                 raise UsageError(
                     f"'{name}' carries a bias (method afm) and {type(reloaded).__name__} has no place for one, so a "
-                    "dense checkpoint would lose it; export --format factored, or decompose with --method whitened."
+                    "dense checkpoint would lose it; export with `format` factored, or decompose with `method` "
+                    "whitened."
                 )
         return outputs_of(reloaded, job.ids)

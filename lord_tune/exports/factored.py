@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..integrations.models import load_dense_or_factored, save_model
 from ..integrations.transformers_quantizer import attach
@@ -20,10 +21,10 @@ class FactoredExport:
 
     name: ClassVar[str] = "factored"
 
-    def check(self, model: Any) -> None:
+    def check(self, model: PreTrainedModel) -> None:
         """Every factored model has this form."""
 
-    def write(self, model: Any, job: Job) -> Tensor:
+    def write(self, model: PreTrainedModel, job: Job) -> Tensor:
         attach(model)
         save_model(model, job.tokenizer, job.folder)
         return outputs_of(load_dense_or_factored(str(job.folder)), job.ids)

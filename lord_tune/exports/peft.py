@@ -8,48 +8,52 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..errors import ExportMismatch, UsageError
 from ..integrations.transformers_quantizer import detach
 from ..layers import factored_layers, is_linear, unfused_parameters
+from ..protocols import Tokenizer
 from ..quantizers import NF4
 from .base import Job
 
 
-def check_peft_exportable(model: Any) -> None:
+def check_peft_exportable(model: PreTrainedModel) -> None:
     experts = unfused_parameters(model)
     if experts:
         raise UsageError(
             f"The experts '{experts[0]}' are decomposed, which neither bitsandbytes nor a LoRA adapter can hold one by "
-            "one; export --format factored or dense."
+            "one; export with `format` factored or dense."
         )
     for name, layer in factored_layers(model).items():
         if layer.plan.backbone != "nf4":
             raise UsageError(
-                f"--format peft needs an NF4 backbone; '{name}' has backbone {layer.plan.backbone}, whose LoRA base "
-                "would be dense zeros. Export --format factored or dense."
+                f"`format` peft needs an NF4 backbone; '{name}' has backbone {layer.plan.backbone}, whose LoRA base "
+                "would be dense zeros. Export with `format` factored or dense."
             )
         if layer.plan.backbone_options.get("incoherence"):
             raise UsageError(
-                f"'{name}' has a rotated backbone, which bitsandbytes cannot decode; export another format."
+                f"'{name}' has a rotated backbone, which bitsandbytes cannot decode; export with another `format`."
             )
         if layer.bias is not None and layer.plan.method == "afm":
-            raise UsageError(f"'{name}' has an afm bias, which a LoRA adapter cannot carry; export --format factored.")
+            raise UsageError(
+                f"'{name}' has an afm bias, which a LoRA adapter cannot carry; export with `format` factored."
+            )
         if layer.plan.backbone_options.get("block_size", 64) != 64:
-            raise UsageError("transformers loads NF4 bases of block size 64 only; export --format factored.")
+            raise UsageError("transformers loads NF4 bases of block size 64 only; export with `format` factored.")
         if layer.in_features % 64:
             raise UsageError(
                 f"'{name}' has {layer.in_features} inputs, not a multiple of 64; bitsandbytes decodes such a base "
-                "wrongly on some CPUs. Export --format factored or dense."
+                "wrongly on some CPUs. Export with `format` factored or dense."
             )
 
 
-def write_peft(factored: Any, tokenizer: Any, folder: Path, ids: Tensor, final: Path) -> Tensor:
+def write_peft(factored: PreTrainedModel, tokenizer: Tokenizer, folder: Path, ids: Tensor, final: Path) -> Tensor:
     layers = factored_layers(factored)
     ranks = {name: layer.rank for name, layer in layers.items()}
     largest = max(ranks.values())
@@ -114,7 +118,7 @@ def write_peft(factored: Any, tokenizer: Any, folder: Path, ids: Tensor, final: 
     return _stock_outputs(base, lora, ids, type(factored).__name__)
 
 
-def _drop_tied(model: Any, state: dict[str, Tensor]) -> None:
+def _drop_tied(model: PreTrainedModel, state: dict[str, Tensor]) -> None:
     """A tied head is stored once, under its embedding's name."""
     for tied in getattr(model, "all_tied_weights_keys", None) or {}:
         state.pop(tied, None)
@@ -161,10 +165,10 @@ class PeftExport:
 
     name: ClassVar[str] = "peft"
 
-    def check(self, model: Any) -> None:
+    def check(self, model: PreTrainedModel) -> None:
         check_peft_exportable(model)
 
-    def write(self, model: Any, job: Job) -> Tensor:
+    def write(self, model: PreTrainedModel, job: Job) -> Tensor:
         return write_peft(model, job.tokenizer, job.folder, job.ids, job.final)
 
     def rounds_to(self, model_dtype: torch.dtype, job: Job) -> list[str]:

@@ -11,14 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from ..adapters.attach import mode_of
 from ..adapters.fold import fold
 from ..errors import ExportMismatch, UsageError, unknown_name
 from ..integrations.models import DTYPE_NAMES
 from ..integrations.running import max_length
-from ..layers import factored_layers
+from ..layers import factored_layers, plain_model
+from ..protocols import CausalModel, Tokenizer
 from .base import Export, Job
 from .dense import DenseExport
 from .factored import FactoredExport
@@ -29,8 +29,8 @@ EXPORTS: dict[str, Export] = {form.name: form for form in (DenseExport(), Factor
 
 
 def export_model(
-    model: Any,
-    tokenizer: Any,
+    model: CausalModel,
+    tokenizer: Tokenizer,
     folder: Path,  # empty, exists; becomes the export
     form: str,
     dtype: str = "float32",
@@ -46,8 +46,8 @@ def export_model(
     if form not in EXPORTS:
         raise unknown_name("format", form, list(EXPORTS))
     if dtype not in DTYPE_NAMES:
-        raise UsageError(f"--dtype {dtype} is unknown; use one of {', '.join(DTYPE_NAMES)}.")
-    plain = model.get_base_model() if mode_of(model) else model
+        raise UsageError(f"Got `dtype` {dtype!r}; expected one of {', '.join(DTYPE_NAMES)}.")
+    plain = plain_model(model)
     if not factored_layers(plain):
         raise UsageError("The model has no factored layers; it is an ordinary checkpoint already.")
     export, model_dtype = EXPORTS[form], plain.dtype
@@ -55,7 +55,7 @@ def export_model(
     ids = probe_ids(tokenizer, text, min(PROBE_TOKENS, max_length(plain)))
     reference = outputs_of(model, ids)
     job = Job(tokenizer, folder, final or folder, dtype, ids)
-    written = export.write(fold(model) if mode_of(model) else model, job)
+    written = export.write(fold(model) if mode_of(model) else plain, job)
     if card is not None:
         (folder / "README.md").write_text(card(form))
     comparison = compare(reference, written)
@@ -63,8 +63,8 @@ def export_model(
     limit = max(THRESHOLDS.get(name, 0.0) for name in rounded) if threshold is None else threshold
     if not math.isfinite(comparison.kl) or comparison.kl > limit:
         raise ExportMismatch(
-            f"The written {form} checkpoint differs from the model: KL {comparison.kl:.3g} nats per token, at most "
-            f"{limit:.3g} wanted (largest logit difference {comparison.max_logit_difference:.3g}). Nothing was kept; "
-            "try --dtype float32, or raise --threshold if this loss is acceptable."
+            f"The written {form} checkpoint differs from the model: got a KL of {comparison.kl:.3g} nats per token, "
+            f"expected at most {limit:.3g} (largest logit difference {comparison.max_logit_difference:.3g}). Nothing "
+            "was kept; try `dtype` float32, or raise `threshold` if this loss is acceptable."
         )
     return comparison

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self
+from typing import ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -106,9 +106,9 @@ class Split:
 class FactorForm:
     """How L and R are stored."""
 
-    quantizer: Any  # of all components but the first `top`
+    quantizer: Quantizer  # of all components but the first `top`
     top: int = 0
-    top_form: Any = torch.float32  # of these: a Quantizer or a floating dtype
+    top_form: Quantizer | torch.dtype = torch.float32  # of these
 
     def __post_init__(self) -> None:
         assert self.top >= 0
@@ -169,7 +169,7 @@ def truncate(
     """L = U_r, R = U_r^T W; with a centre mu also the bias shift (I - U_r U_r^T) W mu. float64."""
     limit = spectrum.basis.shape[1]
     if not 0 <= rank <= limit:
-        raise UsageError(f"Rank {rank} came for a {tuple(weight.shape)} matrix; choose 0 to {limit}.")
+        raise UsageError(f"Got rank {rank} for a {tuple(weight.shape)} matrix; expected 0 to {limit}.")
     w = weight.double()
     left = spectrum.basis[:, :rank].to(w.device, torch.float64, copy=True)  # a view would hold the basis
     right = left.T @ w

@@ -14,12 +14,12 @@ another, finer format (or in 16 bits, to be trained); the rest is fitted to what
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..linalg import solve_psd
+from ..quantizers import Quantizer
 from ..quantizers.ldlq import Feedback, round_with_feedback
 from .base import FactorForm, Factors
 
@@ -81,7 +81,7 @@ def factor_feedback(form: FactorForm, gram: Tensor) -> Feedback:
     return _feedback(form.quantizer, gram)
 
 
-def _feedback(quantizer: Any, gram: Tensor) -> Feedback:
+def _feedback(quantizer: Quantizer, gram: Tensor) -> Feedback:
     return Feedback.of(quantizer.turned_gram(gram), _DAMPING, quantizer.block)
 
 
@@ -92,7 +92,7 @@ def plainly_rounded(factors: Factors, form: FactorForm) -> Factors:
     return replace(rest, bias_shift=factors.bias_shift, top=top)
 
 
-def _nearest(left: Tensor, right: Tensor, form: Any) -> Factors:
+def _nearest(left: Tensor, right: Tensor, form: Quantizer | torch.dtype) -> Factors:
     if isinstance(form, torch.dtype):
         return Factors(left.to(form).double(), right.to(form).double())
     stored = []

@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from accelerate.hooks import remove_hook_from_submodules
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import CheckpointError, UsageError
 from ..layers import expert_of, unfused_parameters
-from ..layers.experts import UnfusedExperts
 from ..plans import LayerPlan
+from ..protocols import Tokenizer
 from ..storage import write_json
 from .models import default_device, load_dense_or_factored, model_class
 from .transformers_quantizer import LordConfig
@@ -31,7 +32,15 @@ from .transformers_quantizer import LordConfig
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-def skeleton(name: str, dtype: str | None = None) -> Any:
+class Entry(TypedDict, total=False):
+    """Where accelerate's index has a tensor."""
+
+    safetensors_file: str
+    weight_name: str  # in the file; absent: its own
+    dtype: str
+
+
+def skeleton(name: str, dtype: str | None = None) -> PreTrainedModel:
     """The model's structure on the meta device, from config.json alone; dtype as in load_dense_or_factored."""
     build, config = model_class(name)
     _check_plain(name, config)
@@ -41,7 +50,7 @@ def skeleton(name: str, dtype: str | None = None) -> Any:
         return make(config, dtype=wanted, attn_implementation="eager").eval()  # whose operations can be counted
 
 
-def _check_plain(name: str, config: Any) -> None:
+def _check_plain(name: str, config: PreTrainedConfig) -> None:
     quantization = getattr(config, "quantization_config", None)
     if quantization is None:
         return
@@ -94,20 +103,16 @@ class Checkpoint:
     def stored(self, name: str) -> Tensor | None:
         part = expert_of(name)
         entry = self._entry(name if part is None else part[0])
-        if self._recast or self._is_sentinel(name) or "safetensors_file" not in entry:
+        if self._recast or "safetensors_file" not in entry:
             return None
         if part is not None:
             return _stored_expert(entry, *part)
         with safe_open(entry["safetensors_file"], framework="pt") as file:
             return file.get_tensor(entry.get("weight_name", name))
 
-    def _entry(self, name: str) -> dict[str, Any]:
-        return getattr(self._weights, "index", {}).get(name, {})
-
-    def _is_sentinel(self, name: str) -> bool:
-        """Whether `name` is a fused parameter whose experts are layers of their own."""
-        owner: Any = _owner(self.model, name)
-        return isinstance(owner, UnfusedExperts) and name.rpartition(".")[2] in owner.unfused
+    def _entry(self, name: str) -> Entry:
+        index: Mapping[str, Entry] = getattr(self._weights, "index", {})
+        return index.get(name, {})
 
     def _read_expert(self, fused: str, expert: int) -> Tensor:
         """One expert's part, without reading the others where the file is safetensors."""
@@ -118,8 +123,6 @@ class Checkpoint:
         return self._weights[fused][expert]
 
     def _read(self, name: str) -> Tensor:
-        if self._is_sentinel(name):
-            return torch.zeros(0, dtype=torch.uint8)
         part = expert_of(name)
         if part is not None and part[0] in self._present:
             return self._read_expert(*part)
@@ -129,7 +132,7 @@ class Checkpoint:
         return self._weights[source]
 
 
-def _stored_expert(entry: dict[str, Any], fused: str, expert: int) -> Tensor:
+def _stored_expert(entry: Entry, fused: str, expert: int) -> Tensor:
     with safe_open(entry["safetensors_file"], framework="pt") as file:
         return file.get_slice(entry.get("weight_name", fused))[expert]
 
@@ -145,7 +148,7 @@ def _index_of(model: nn.Module) -> Any:
     raise CheckpointError("The checkpoint holds no tensors; download or write it again.")
 
 
-def _check_headers(name: str, model: nn.Module, index: dict[str, Any]) -> None:
+def _check_headers(name: str, model: nn.Module, index: Mapping[str, Entry]) -> None:
     """CheckpointError if a stored tensor has another shape than the model's, or integers where numbers are wanted:
     nothing else compares the two when tensors are read one by one."""
     files: dict[str, list[tuple[str, str]]] = {}
@@ -160,12 +163,12 @@ def _check_headers(name: str, model: nn.Module, index: dict[str, Any]) -> None:
                 if tuple(stored.get_shape()) != tuple(wanted.shape):
                     raise CheckpointError(
                         f"The model '{name}' could not be loaded: '{stored_name}' is {tuple(stored.get_shape())} in "
-                        f"{path}, {tuple(wanted.shape)} by config.json; the two do not belong together."
+                        f"{path}, and config.json expects {tuple(wanted.shape)}; the two do not belong together."
                     )
                 if wanted.is_floating_point() and stored.get_dtype() not in _FLOATS:
                     raise CheckpointError(
                         f"The model '{name}' could not be loaded: '{stored_name}' holds {stored.get_dtype()} in "
-                        f"{path}; floating-point weights are wanted. Start from the original dense model."
+                        f"{path}; expected floating-point weights. Start from the original dense model."
                     )
 
 
@@ -195,8 +198,8 @@ def _tie(model: nn.Module, target: str, origin: str) -> None:
 
 def write_index(
     folder: Path,
-    model: Any,  # the skeleton, with the decomposed layers in place
-    tokenizer: Any,
+    model: PreTrainedModel,  # the skeleton, with the decomposed layers in place
+    tokenizer: Tokenizer | None,
     plans: dict[str, LayerPlan],
     weight_map: dict[str, str],  # tensor -> shard
 ) -> None:

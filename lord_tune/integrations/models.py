@@ -6,7 +6,7 @@ import copy
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -14,6 +14,7 @@ from accelerate import PartialState
 
 from ..errors import CheckpointError, LordError, UsageError
 from ..parallel import Workers
+from ..protocols import Tokenizer
 from .files import check_shards, first_line
 
 DTYPE_NAMES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -34,15 +35,15 @@ def default_device() -> torch.device:
     return accelerator if accelerator is not None and accelerator.type != "mps" else torch.device("cpu")
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer of a model or training output."""
     try:
-        return transformers.AutoTokenizer.from_pretrained(name)
+        return cast(Tokenizer, transformers.AutoTokenizer.from_pretrained(name))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{name} has no usable tokenizer: {first_line(error)}") from error
 
 
-def model_class(name: str) -> tuple[Any, Any]:
+def model_class(name: str) -> tuple[Any, transformers.PreTrainedConfig]:
     """(class, config) of a directory or Hub id; the class is the one named in config.json `architectures`."""
     try:
         config = transformers.AutoConfig.from_pretrained(name)
@@ -64,7 +65,7 @@ def attention_of(name: str) -> str | None:
         return None
 
 
-def load_dense_or_factored(name: str, dtype: str | None = None, **options: Any) -> Any:
+def load_dense_or_factored(name: str, dtype: str | None = None, **options: object) -> transformers.PreTrainedModel:
     """The model of a directory or Hub id in evaluation mode, on this machine's device.
 
     dtype: a key of DTYPE_NAMES, default the checkpoint's. `options` are those of `from_pretrained`; with a device_map
@@ -74,7 +75,7 @@ def load_dense_or_factored(name: str, dtype: str | None = None, **options: Any) 
     if folder.is_dir():
         check_shards(folder)
     if dtype is not None and dtype not in DTYPE_NAMES:
-        raise UsageError(f"--dtype {dtype} is unknown; use one of {', '.join(DTYPE_NAMES)}.")
+        raise UsageError(f"Got `dtype` {dtype!r}; expected one of {', '.join(DTYPE_NAMES)}.")
     build, _ = model_class(name)
     try:
         wanted = DTYPE_NAMES[dtype] if dtype else "auto"
@@ -100,7 +101,7 @@ def launched_processes() -> tuple[Workers, torch.device]:
     return Workers.launched(), torch.device(state.device)
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+def save_model(model: transformers.PreTrainedModel, tokenizer: Tokenizer | None, folder: Path) -> None:
     """A Hugging Face directory: config, safetensors, tokenizer, generation config."""
     model.save_pretrained(folder)
     if tokenizer is not None:

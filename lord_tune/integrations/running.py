@@ -10,21 +10,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from ..calibration.blocks import AnyScalar
 from ..calibration.task import Task
 from ..errors import LordWarning, UsageError
+from ..layers import plain_model
+from ..protocols import Tokenizer
 
 MASKED_FRACTION = 0.15  # of the tokens, for models with a masked-token head (BERT)
 
 
-def _plain(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def kind_of(model: Any) -> str:
+def kind_of(model: nn.Module) -> str:
     """causal, masked, seq2seq (encoder and decoder) or bare, from what the model can be asked."""
-    plain = _plain(model)
+    plain = plain_model(model)
     if plain.get_output_embeddings() is None:
         return "bare"
     if getattr(plain.config, "is_encoder_decoder", False):
@@ -32,10 +32,10 @@ def kind_of(model: Any) -> str:
     return "causal" if plain.can_generate() else "masked"
 
 
-def run_model(model: Any, ids: Tensor) -> Any:
+def run_model(model: nn.Module, ids: Tensor) -> Any:
     """A forward pass on (batch, length) ids that starts and keeps no key-value cache: a window sees itself alone. The
     decoder of an encoder-decoder gets the same ids, shifted by one, as its own loss gives it."""
-    plain = _plain(model)
+    plain = plain_model(model)
     ids = ids.to(_device(plain))
     accepted = inspect.signature(type(plain).forward).parameters
     given: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
@@ -45,7 +45,7 @@ def run_model(model: Any, ids: Tensor) -> Any:
         return model(input_ids=ids, **given)
 
 
-def _device(model: Any) -> torch.device:
+def _device(model: PreTrainedModel) -> torch.device:
     """Of the embeddings; other parts may be on the meta device while the model is run block by block."""
     embeddings = next(model.get_input_embeddings().parameters(), None)
     if embeddings is not None:
@@ -54,7 +54,7 @@ def _device(model: Any) -> torch.device:
 
 
 @contextmanager
-def _no_cache(config: Any) -> Iterator[None]:
+def _no_cache(config: PreTrainedConfig) -> Iterator[None]:
     """Models without a `use_cache` argument of their own hand their configuration's on."""
     before = {id(c): (c, c.use_cache) for c in (config, config.get_text_config()) if getattr(c, "use_cache", False)}
     for changed, _ in before.values():
@@ -66,7 +66,7 @@ def _no_cache(config: Any) -> Iterator[None]:
             changed.use_cache = value
 
 
-def _shifted(config: Any, ids: Tensor) -> Tensor:
+def _shifted(config: PreTrainedConfig, ids: Tensor) -> Tensor:
     """What a decoder reads to predict `ids`: its start token, then the ids but for the last."""
     names = ("decoder_start_token_id", "bos_token_id", "pad_token_id", "eos_token_id")
     found = [getattr(c, name, None) for c in (config, config.get_text_config(decoder=True)) for name in names]
@@ -74,7 +74,7 @@ def _shifted(config: Any, ids: Tensor) -> Tensor:
     return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
 
 
-def run_on_meta(model: Any, ids: Tensor) -> Any:
+def run_on_meta(model: nn.Module, ids: Tensor) -> Any:
     """The same on a skeleton without values."""
     with AnyScalar():
         return run_model(model, ids)
@@ -88,7 +88,7 @@ def masked_windows(ids: Tensor, mask_token: int, seed: int = 0) -> tuple[Tensor,
     return torch.where(chosen, mask_token, ids), torch.where(chosen, ids, -100)
 
 
-def summed_loss(model: Any, ids: Tensor, mask_token: int | None = None) -> tuple[Tensor, int]:
+def summed_loss(model: nn.Module, ids: Tensor, mask_token: int | None = None) -> tuple[Tensor, int]:
     """(summed loss, predicted tokens) of windows (batch, length): next token, masked tokens, or an encoder-decoder's
     own ids again; float32 logits.
 
@@ -97,9 +97,9 @@ def summed_loss(model: Any, ids: Tensor, mask_token: int | None = None) -> tuple
     how much each layer's output moves that.
     """
     kind = kind_of(model)
-    ids = ids.to(_device(_plain(model)))
+    ids = ids.to(_device(plain_model(model)))
     if kind == "bare":
-        outputs = _outputs(run_model(model, ids))
+        outputs = counted_outputs(run_model(model, ids))
         generator = torch.Generator().manual_seed(int(ids.sum()))
         weights = [torch.randn(x.shape, generator=generator, device="cpu").to(x) for x in outputs]
         return torch.stack([(x * w).sum() for x, w in zip(outputs, weights, strict=True)]).sum(), ids.numel()
@@ -108,7 +108,7 @@ def summed_loss(model: Any, ids: Tensor, mask_token: int | None = None) -> tuple
         if mask_token is None:
             raise UsageError("The tokenizer has no mask token, which a masked language model needs.")
         ids, labels = masked_windows(ids.cpu(), mask_token)
-        labels = labels.to(_device(_plain(model)))
+        labels = labels.to(_device(plain_model(model)))
     logits = run_model(model, ids).logits.float()
     if kind == "causal":
         logits, labels = logits[:, :-1], labels[:, 1:]
@@ -117,20 +117,21 @@ def summed_loss(model: Any, ids: Tensor, mask_token: int | None = None) -> tuple
     return loss, count
 
 
-def _outputs(result: Any) -> list[Tensor]:
+def counted_outputs(result: object) -> list[Tensor]:
     """float32: the logits of a head, whatever it calls them; else the last hidden states."""
+    assert isinstance(result, ModelOutput), "transformers' models return one unless they are told not to"
     named = [value for key, value in result.items() if key.endswith("logits") and isinstance(value, Tensor)]
-    return [x.float() for x in named] or [result.last_hidden_state.float()]
+    return [x.float() for x in named] or [result["last_hidden_state"].float()]
 
 
-def task_of(tokenizer: Any, masked: bool = False) -> Task:
+def task_of(tokenizer: Tokenizer, masked: bool = False) -> Task:
     """How `decompose` runs any of these models; `masked`: one with a masked-token head."""
     mask_token = getattr(tokenizer, "mask_token_id", None)
 
     def prepare(ids: Tensor) -> Tensor:
         return masked_windows(ids, mask_token)[0] if masked and mask_token is not None else ids
 
-    return Task(run_model, lambda model, ids: summed_loss(model, ids, mask_token)[0], _outputs, prepare)
+    return Task(run_model, lambda model, ids: summed_loss(model, ids, mask_token)[0], counted_outputs, prepare)
 
 
 _LIMITS = (
@@ -143,29 +144,31 @@ _LIMITS = (
 )
 
 
-def max_length(model: Any) -> int:
+def max_length(model: nn.Module) -> int:
     """The longest window that the positions of a model, which may be a skeleton, allow."""
-    plain = _plain(model)
+    plain = plain_model(model)
     config = plain.config.get_text_config()
     limits = [getattr(config, key, None) for key in _LIMITS]
     limit = min((n for n in limits if isinstance(n, int) and n > 0), default=1 << 30)
     return limit - _first_position(plain, limit)
 
 
-def _first_position(model: Any, rows: int) -> int:
+def _first_position(model: PreTrainedModel, rows: int) -> int:
     """Where position ids start: after the padding id, in a table of positions that has one (RoBERTa and its like)."""
     words = model.get_input_embeddings()
-    return max((m.padding_idx + 1 for m in model.modules() if m is not words and _pads(m, rows)), default=0)
+    return max((_padding_id(m, rows) + 1 for m in model.modules() if m is not words), default=0)
 
 
-def _pads(module: Any, rows: int) -> bool:
-    """Whether a module is a table of this length with a row for padding."""
+def _padding_id(module: nn.Module, rows: int) -> int:
+    """The row for padding of a table of this length; -1 for any other module."""
     weight = module._parameters.get("weight")
     padding = getattr(module, "padding_idx", None)
-    return isinstance(padding, int) and weight is not None and weight.dim() == 2 and weight.shape[0] == rows
+    if isinstance(padding, int) and weight is not None and weight.dim() == 2 and weight.shape[0] == rows:
+        return padding
+    return -1
 
 
-def window_length(asked: int, model: Any) -> int:
+def window_length(asked: int, model: nn.Module) -> int:
     """The context length to use: what was asked for, or with a warning the most the model takes."""
     limit = max_length(model)
     if asked > limit:

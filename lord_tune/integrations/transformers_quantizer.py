@@ -8,12 +8,13 @@ transformers' ordinary loader fills them (sharded files, device_map, no converte
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Container, Iterable
-from typing import Any
+import re
+from collections.abc import Container, Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -25,12 +26,16 @@ from ..layers import (
     densify,
     factored_layers,
     is_linear,
+    sentinels_of,
     unfuse,
     unfused_parameters,
     weight_of,
 )
 from ..plans import FORMAT_VERSION, LayerPlan
 from ..quantizers import DTYPES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # this file is imported while transformers is
 
 QUANT_METHOD = "lord"
 
@@ -41,10 +46,10 @@ class LordConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        layers: dict[str, Any] | None = None,
+        layers: Mapping[str, Mapping[str, object]] | None = None,
         format_version: int = FORMAT_VERSION,
         unfused: Iterable[str] = (),  # parameters whose experts are layers of their own, decomposed or not
-        **unknown: Any,
+        **unknown: object,
     ) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         if format_version > FORMAT_VERSION:
@@ -68,7 +73,9 @@ class LordQuantizer(HfQuantizer):
     quantization_config: LordConfig
     requires_calibration = True  # refuses to quantize on the fly: that is `lord-tune decompose`
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: object
+    ) -> None:
         prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
 
         def found_in(present: Container[str], name: str) -> str | None:
@@ -99,10 +106,11 @@ class LordQuantizer(HfQuantizer):
                     "config.json and the manifest do not belong together."
                 )
             with torch.device("meta"):
-                model.set_submodule(found, FactoredLinear(plan, device="meta", dtype=old.weight.dtype))
-        _expect_scalars(model, kwargs.get("checkpoint_files") or [])
+                model.set_submodule(found, FactoredLinear(plan, device="meta", dtype=weight_of(old).dtype))
+        _ignore_sentinels(model, self.quantization_config)
+        _expect_scalars(model, checkpoint_files or [])
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: object) -> None:
         for layer in factored_layers(model).values():  # the loader lets every floating tensor require gradients
             layer.requires_grad_(False)
         for module in model.modules():
@@ -111,10 +119,11 @@ class LordQuantizer(HfQuantizer):
                 if any(not part.dim() for part in parts.values()):
                     module.set_parts({name: part.reshape(part.shape or 1) for name, part in parts.items()})
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict]:
-        """Refresh the manifest: ranks and formats may have changed since loading (merged adapters)."""
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The tensors of the file. Refreshes the manifest: ranks and formats may have changed since loading (merged
+        adapters)."""
         self.quantization_config.layers = manifest_of(model)
-        return None, {}
+        return model.state_dict() | sentinels_of(model), {}
 
     def is_serializable(self) -> bool:
         return True
@@ -126,6 +135,15 @@ class LordQuantizer(HfQuantizer):
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         densify(model, dtype)
         return model
+
+
+def _ignore_sentinels(model: PreTrainedModel, config: LordConfig) -> None:
+    """Let the loader pass over them. One pattern for all layers whose names differ in numbers: it tries each pattern on
+    each key, and experts are thousands."""
+    keys = [*(f"{name}.weight" for name in config.layers), *getattr(config, "unfused", ())]
+    patterns = {rf"(^|\.){re.sub(r'[0-9]+', '[0-9]+', re.escape(key))}$" for key in keys}
+    known = model._keys_to_ignore_on_load_unexpected or ()
+    model._keys_to_ignore_on_load_unexpected = {*known, *patterns}
 
 
 def _expect_scalars(model: nn.Module, files: list[str]) -> None:
@@ -164,27 +182,30 @@ def realised_plan(layer: FactoredLinear) -> LayerPlan:
     )
 
 
-def _form_of(factor: Any) -> str:
+def _form_of(factor: nn.Module) -> str:
     if isinstance(factor, QuantizedLinear):
         return factor.quantizer.name
-    return next(key for key, dtype in DTYPES.items() if dtype == factor.weight.dtype)
+    own = factor.get_parameter("weight").dtype
+    return next(key for key, dtype in DTYPES.items() if dtype == own)
 
 
-def manifest_of(model: nn.Module) -> dict[str, Any]:
+def manifest_of(model: nn.Module) -> dict[str, Mapping[str, object]]:
     """Layer name -> plan, as JSON."""
     return {name: realised_plan(layer).to_dict() for name, layer in factored_layers(model).items()}
 
 
-def attach(model: Any) -> None:
+def attach(model: PreTrainedModel) -> None:
     """Make a decomposed model savable by `save_pretrained`, as if it had been loaded from a factored checkpoint."""
     config = LordConfig(manifest_of(model), unfused=unfused_parameters(model))
     model.config.quantization_config = config
-    model.hf_quantizer = LordQuantizer(config)
-    model.is_quantized = True
-    model.quantization_method = QUANT_METHOD
+    model.__dict__ |= {
+        "hf_quantizer": LordQuantizer(config),
+        "is_quantized": True,
+        "quantization_method": QUANT_METHOD,
+    }
 
 
-def detach(model: Any) -> None:
+def detach(model: PreTrainedModel) -> None:
     """Make a densified model an ordinary one."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:

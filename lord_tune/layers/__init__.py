@@ -3,14 +3,17 @@
 from .experts import expert_of, fuse, fuse_untouched, unfuse, unfused_parameters
 from .factored_linear import FactoredLinear, FrozenSum, Parts, build_layer, dense_factor
 from .quantized_linear import CastLinear, QuantizedLinear, ZeroLinear, dequantize_once
+from .sentinels import sentinel, sentinels_of
 from .surgery import (
     SHARED,
+    bias_of,
     check_finite,
     densify,
     factored_layers,
     fused_parameters,
     is_linear,
     is_transposed,
+    plain_model,
     select_linears,
     shape_of,
     weight_of,
@@ -24,6 +27,7 @@ __all__ = [
     "Parts",
     "QuantizedLinear",
     "ZeroLinear",
+    "bias_of",
     "build_layer",
     "check_finite",
     "dense_factor",
@@ -36,7 +40,10 @@ __all__ = [
     "fused_parameters",
     "is_linear",
     "is_transposed",
+    "plain_model",
     "select_linears",
+    "sentinel",
+    "sentinels_of",
     "shape_of",
     "unfuse",
     "unfused_parameters",

@@ -7,24 +7,25 @@ biases, norm, transposed or not), so no architecture is named here. `unfuse` rep
 statistics, rank and format, and hooks, adapters, folding and counting find a module as everywhere else. `fuse` undoes
 it. What is given up: the kernels that run all experts at once.
 
-The parameter itself stays under its name as a sentinel of shape (0,), as the weight of a FactoredLinear does: without
-lord_tune, transformers refuses the checkpoint instead of filling the experts with random numbers. The layers do not
-stand under `mlp.experts.3.down_proj`, as in many original checkpoints, because transformers' converters would match
-these names and fuse them again.
+Whoever looks at the parameter still finds it, made of the experts' weights when something computes with it; files have
+a sentinel under its name (sentinels.py). The layers do not stand under `mlp.experts.3.down_proj`, as in many original
+checkpoints, because transformers' converters would match these names and fuse them again.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UsageError
+from ..kept import Standin
+from .quantized_linear import NO_WRITING
 
 _CONTAINER = "unfused"
 _FUSED = ("gate_up_proj", "up_proj", "down_proj")  # the names that the decoration knows
@@ -49,12 +50,46 @@ class UnfusedExperts(nn.Module):
     """The forward of a decorated module of which some parameters are unfused: the operations of transformers' own loop
     over the experts, in the same order."""
 
-    unfused: Any  # parameter -> its layers
+    unfused: nn.ModuleDict  # parameter -> its layers
+    fused_class: ClassVar[type[nn.Module]]
+    # what the decoration declares
+    has_gate: bool
+    has_bias: bool
+    has_post_expert_norm: bool
+    is_transposed: bool
+    act_fn: Callable[[Tensor], Tensor]
+    post_expert_norm: Callable[[Tensor], Tensor]
+    _apply_gate: Callable[[Tensor], Tensor]
 
-    def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
+        unfused = self._modules.get(_CONTAINER)
+        if not isinstance(unfused, nn.ModuleDict) or name not in unfused:
+            return super().__getattr__(name)
+        weights = [cast("Tensor", layer.weight) for layer in unfused[name].children()]
+        first = weights[0]
+        return Standin(
+            (len(weights), *first.shape), first.dtype, first.device, lambda: torch.stack(weights), NO_WRITING
+        )
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, object],
+        prefix: str,
+        metadata: dict[str, object],
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        for leaf in self.unfused:
+            if f"{prefix}{leaf}" in unexpected:  # a sentinel of a file
+                unexpected.remove(f"{prefix}{leaf}")
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         # (token, in), (token, k), (token, k) -> (token, in)
         output = torch.zeros_like(hidden_states)
-        for expert, tokens, positions in _routed(top_k_index, _count(self)):
+        for expert, tokens, positions in _routed(top_k_index, len(self.layers(next(iter(self.unfused))))):
             x = self._project("gate_up_proj" if self.has_gate else "up_proj", expert, hidden_states[tokens])
             x = self._apply_gate(x) if self.has_gate else self.act_fn(x)
             x = self._project("down_proj", expert, x)
@@ -64,13 +99,25 @@ class UnfusedExperts(nn.Module):
             output.index_add_(0, tokens, x.to(output.dtype))
         return output
 
-    def _project(self: Any, leaf: str, expert: int, x: Tensor) -> Tensor:
+    def _project(self, leaf: str, expert: int, x: Tensor) -> Tensor:
+        output: Tensor
         if leaf in self.unfused:
-            output = self.unfused[leaf][expert](x)
+            output = self.layers(leaf)[expert](x)
         else:
-            weight = self._parameters[leaf][expert]
+            weight = self._fused(leaf)[expert]
             output = x @ weight if self.is_transposed else nn.functional.linear(x, weight)
-        return output + self._parameters[f"{leaf}_bias"][expert] if self.has_bias else output
+        return output + self._fused(f"{leaf}_bias")[expert] if self.has_bias else output
+
+    def layers(self, leaf: str) -> nn.ModuleList:
+        """Those that a parameter was replaced by, one per expert."""
+        found = self.unfused[leaf]
+        assert isinstance(found, nn.ModuleList)
+        return found
+
+    def _fused(self, name: str) -> Tensor:
+        parameter = self._parameters[name]
+        assert parameter is not None
+        return parameter
 
 
 def _routed(chosen: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -93,23 +140,18 @@ def _routed(chosen: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tensor]
 
 
 @functools.cache
-def _with_own_forward(kind: Any) -> type:
+def _with_own_forward(kind: type[nn.Module]) -> type[UnfusedExperts]:
     """A subclass under the same name, by which FSDP and transformers find a class."""
-    return type(kind.__name__, (UnfusedExperts, kind), {"__module__": kind.__module__, "fused_class": kind})
+    own = type(kind.__name__, (UnfusedExperts, kind), {"__module__": kind.__module__, "fused_class": kind})
+    return cast(type[UnfusedExperts], own)
 
 
-def _count(module: Any) -> int:
-    if isinstance(module, UnfusedExperts):
-        return len(next(iter(module.unfused.values())))
-    return len(module._parameters[_unfusable(module)[0]])
-
-
-def _unfusable(module: Any) -> list[str]:
+def _unfusable(module: nn.Module) -> list[str]:
     """The names of the parameters of a decorated module that can be unfused."""
     if not all(hasattr(module, name) for name in _DECLARED):
         return []
-    parameters = module._parameters
-    return [leaf for leaf in _FUSED if parameters.get(leaf) is not None and parameters[leaf].dim() == 3]
+    parameters = {leaf: module._parameters.get(leaf) for leaf in _FUSED}
+    return [leaf for leaf, parameter in parameters.items() if parameter is not None and parameter.dim() == 3]
 
 
 def unfuse(model: nn.Module, names: Iterable[str] | None = None) -> list[str]:
@@ -126,30 +168,29 @@ def unfuse(model: nn.Module, names: Iterable[str] | None = None) -> list[str]:
     return done
 
 
-def _unfuse_one(module: Any, leaf: str) -> None:
-    fused = module._parameters[leaf]
+def _unfuse_one(module: nn.Module, leaf: str) -> None:
+    fused = module.get_parameter(leaf)
     parts = fused.detach().unbind()
     if fused.is_meta:  # views there have addresses, by which they would be taken for one tensor
-        parts = [part.clone() for part in parts]
+        parts = tuple(part.clone() for part in parts)
     weights = [nn.Parameter(part, requires_grad=fused.requires_grad) for part in parts]
     if not isinstance(module, UnfusedExperts):
         module.unfused = nn.ModuleDict()
-        kind: Any = type(module)
-        module.__class__ = _with_own_forward(kind)
+        module.__class__ = _with_own_forward(type(module))  # type: ignore[arg-type]  # mypy doubts classes' hashes
         module.__dict__.pop("forward", None)  # accelerate leaves one on the instance when its hooks are removed
+    assert isinstance(module, UnfusedExperts)
     module.unfused[leaf] = nn.ModuleList(expert_layer(weight, module.is_transposed) for weight in weights)
-    empty = torch.zeros(0, dtype=torch.uint8, device=fused.device)
-    module._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
+    module._parameters[leaf] = None  # keeps its place
 
 
-def expert_layer(weight: nn.Parameter, transposed: bool, bias: nn.Parameter | None = None) -> Any:
+def expert_layer(weight: nn.Parameter, transposed: bool, bias: nn.Parameter | None = None) -> nn.Module:
     """One expert's layer; the weight is (out, in), or (in, out) if transposed."""
     if transposed:
-        layer: Any = TransposedLinear(weight)
+        layer: nn.Module = TransposedLinear(weight)
     else:
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         layer.weight = weight
-    layer.bias = bias
+    layer.register_parameter("bias", bias)
     return layer
 
 
@@ -179,26 +220,29 @@ def fuse_untouched(model: nn.Module, chosen: Iterable[str], skipped: dict[str, s
     return found
 
 
-def _fuse_one(path: str, module: Any, leaf: str) -> None:
-    layers = list(module.unfused[leaf])
-    dtype = functools.reduce(torch.promote_types, [layer.weight.dtype for layer in layers])
+def _fuse_one(path: str, module: UnfusedExperts, leaf: str) -> None:
+    layers = module.layers(leaf)
+    parts = [layer.get_parameter("weight") for layer in layers]
+    dtype = functools.reduce(torch.promote_types, [part.dtype for part in parts])
     biases = module._parameters.get(f"{leaf}_bias")
     for expert, layer in enumerate(layers):
-        if layer.bias is None:
+        bias = layer._parameters["bias"]
+        if bias is None:
             continue
         if biases is None:
             raise UsageError(
                 f"'{path}.{_CONTAINER}.{leaf}.{expert}' carries a bias (method afm), for which the model has no place, "
-                "so a dense checkpoint would lose it; export --format factored, or decompose with --method whitened."
+                "so a dense checkpoint would lose it; export with `format` factored, or decompose with `method` "
+                "whitened."
             )
         with torch.no_grad():
-            biases[expert] += layer.bias.to(biases)
-    weights = torch.stack([layer.weight.detach().to(dtype) for layer in layers])
-    module._parameters[leaf] = nn.Parameter(weights, requires_grad=layers[0].weight.requires_grad)
+            biases[expert] += bias.to(biases)
+    weights = torch.stack([part.detach().to(dtype) for part in parts])
+    module._parameters[leaf] = nn.Parameter(weights, requires_grad=parts[0].requires_grad)
     del module.unfused[leaf]
     if not module.unfused:
         del module.unfused
-        module.__class__ = type(module).fused_class
+        module.__class__ = type(module).fused_class  # type: ignore[assignment]
 
 
 def unfused_parameters(model: nn.Module) -> list[str]:

@@ -8,27 +8,32 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..declared import Options
+from ..errors import UsageError
 from ..factorizations import Factors
+from ..kept import Standin
 from ..plans import LayerPlan
 from ..quantizers import DTYPES, make_quantizer
-from .quantized_linear import CastLinear, QuantizedLinear
+from .quantized_linear import NO_WRITING, CastLinear, QuantizedLinear
 
 
 class Parts(NamedTuple):
     """The modules a factored layer is the sum of. Q comes before the components apart: with these as the adapter (mode
     split) the sum is taken in the same order, so the two are equal to the last bit."""
 
-    left: Any  # L, (..., rank) -> (..., out)
-    right: Any  # R, (..., in) -> (..., rank)
-    backbone: Any = None  # Q
-    top_left: Any = None  # the first components, stored apart
-    top_right: Any = None
+    left: nn.Module  # L, (..., rank) -> (..., out)
+    right: nn.Module  # R, (..., in) -> (..., rank)
+    backbone: nn.Module | None = None  # Q
+    top_left: nn.Module | None = None  # the first components, stored apart
+    top_right: nn.Module | None = None
 
     def __call__(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        output = self.left(self.right(x))
+        output: Tensor = self.left(self.right(x))
         if self.backbone is not None:
             output = output + self.backbone(x)
-        return output if self.top_left is None else output + self.top_left(self.top_right(x))
+        if self.top_left is not None and self.top_right is not None:
+            output = output + self.top_left(self.top_right(x))
+        return output
 
 
 class FactoredLinear(nn.Module):
@@ -40,8 +45,8 @@ class FactoredLinear(nn.Module):
     `top_left` and `top_right` move there. `route` is asked at every forward for other modules to use (of a disabled or
     merged adapter); it is neither a module nor saved.
 
-    The parameter `weight` is a sentinel of shape (0,) under the key of the original weight. Without it, transformers
-    without lord_tune would load the checkpoint as a model with random weights and only log a line; with it, it raises.
+    The attribute `weight` is for code that looks at it: of the shape (as it was stored) and dtype of the dense weight,
+    decoded by whatever computes with it. It is no parameter; files have a sentinel under its key (sentinels.py).
     """
 
     def __init__(self, plan: LayerPlan, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
@@ -49,7 +54,7 @@ class FactoredLinear(nn.Module):
         self.plan = plan
         self.out_features, self.in_features = plan.shape
         self._is_hf_initialized = True
-        self.weight = nn.Parameter(torch.zeros(0, dtype=torch.uint8, device=device), requires_grad=False)
+        self.dtype = dtype or torch.get_default_dtype()  # of `weight`; stored parts have their own
         bias = torch.zeros(self.out_features, device=device, dtype=dtype) if plan.bias else None
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         rest, options = plan.rank - plan.top_rank, plan.factor_options
@@ -72,13 +77,58 @@ class FactoredLinear(nn.Module):
     def rank(self) -> int:
         return self.plan.rank
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in), or (in, out) of a Conv1D."""
+        shape = self.plan.shape[::-1] if self.plan.conv1d else self.plan.shape
+        return Standin(shape, self.dtype, self.device, self._decoded, NO_WRITING)
+
+    def _decoded(self) -> Tensor:
+        """`weight`, with the adapters that are active and a gradient to what trains."""
+        gradients = torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+            own = (QuantizedLinear, CastLinear, type(None))  # not wrapped by an adapter
+            plain = self.host is None and self.route is None and all(isinstance(part, own) for part in self.parts())
+            trains = gradients and any(p.requires_grad for p in self.parameters())
+            if self.device.type == "meta":
+                weight = torch.empty(self.plan.shape, dtype=self.dtype, device="meta")
+            elif plain and not trains:
+                weight = self.dense_weight(self.dtype)
+            else:
+                dtype = torch.promote_types(self.dtype, torch.float32)
+                identity = torch.eye(self.in_features, dtype=dtype, device=self.device)
+                weight = self._product(identity).T.to(self.dtype)
+        return weight.T.contiguous() if self.plan.conv1d else weight
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "weight":
+            raise UsageError(NO_WRITING)
+        super().__setattr__(name, value)  # type: ignore[arg-type]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FactoredLinear:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        _, _, _, unexpected, _ = args
+        if f"{prefix}weight" in unexpected:  # a sentinel of a file
+            unexpected.remove(f"{prefix}weight")
+
     def forward(self, input: Tensor) -> Tensor:  # (..., in) -> (..., out), by the name that nn.Linear has
+        output = self._product(input)
+        return output if self.bias is None else output + self.bias.to(output.dtype)
+
+    def _product(self, x: Tensor) -> Tensor:
         other = None if self.route is None else self.route(self)
         if other is not None:
-            output = other(input)
-        else:
-            output = self.parts()(input) if self.host is None else self.host(input)
-        return output if self.bias is None else output + self.bias.to(output.dtype)
+            return other(x)
+        return self.parts()(x) if self.host is None else self.host(x)
 
     def parts(self) -> Parts:
         return Parts(self.left, self.right, self.backbone, self.top_left, self.top_right)
@@ -118,17 +168,25 @@ class FrozenSum(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = right.in_features, left.out_features
         self._is_hf_initialized = True
-        empty = torch.empty(0, device=next(left.parameters()).device)
-        self.weight = nn.Parameter(empty, requires_grad=False)
         self.register_parameter("bias", None)
         self.left, self.right, self.backbone = left, right, backbone
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        shape, device = (self.out_features, self.in_features), next(self.parameters()).device
+
+        def read() -> Tensor:
+            with torch.inference_mode(False), torch.no_grad():
+                return self.forward(torch.eye(self.in_features, device=device)).T
+
+        return Standin(shape, torch.float32, device, read, NO_WRITING)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         return Parts(self.left, self.right, self.backbone)(x)
 
 
 def _factor(
-    in_features: int, out_features: int, form: str, options: dict, device: torch.device | str | None
+    in_features: int, out_features: int, form: str, options: Options, device: torch.device | str | None
 ) -> nn.Linear:
     if form in DTYPES:
         return CastLinear(in_features, out_features, DTYPES[form], device)
@@ -153,9 +211,7 @@ def build_layer(
 ) -> FactoredLinear:
     """A filled FactoredLinear; `bias` is the original layer's, to which the method's shift is added; `dtype` is that of
     the original weight, which a reload gives to the bias."""
-    layer = FactoredLinear(plan, device="meta")
-    sentinel = torch.zeros(0, dtype=torch.uint8, device=factors.left.device)
-    layer.weight = nn.Parameter(sentinel, requires_grad=False)
+    layer = FactoredLinear(plan, device="meta", dtype=dtype)
     layer.set_factors(factors)
     if parts is not None:
         layer.backbone.set_parts(parts)

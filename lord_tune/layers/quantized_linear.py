@@ -10,12 +10,36 @@ attribute: it is never saved, goes when the codes change, and is decoded anew wh
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..kept import Standin
 from ..quantizers import Quantizer
+
+NO_WRITING = (
+    "Something writes into the weight of a decomposed layer, which is made of stored parts, so the change would be "
+    "lost; decompose again without the layer (`exclude`), or load the original model."
+)
+
+
+class Stored(nn.Parameter):
+    """A parameter that never trains, so that `requires_grad_(True)` over a whole model leaves it alone, as integers
+    have no gradient and scales get none."""
+
+    def __new__(cls, data: Tensor, requires_grad: bool = False) -> Stored:
+        return torch.Tensor._make_subclass(cls, data, False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Stored:
+        return self
+
+    @property
+    def requires_grad(self) -> bool:
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        pass
 
 
 class QuantizedLinear(nn.Linear):
@@ -49,6 +73,12 @@ class QuantizedLinear(nn.Linear):
         for name, value in parts.items():
             self.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Also what a loader assigns."""
+        if type(param) is nn.Parameter:  # not a shard of FSDP2
+            param = Stored(param.data)
+        super().register_parameter(name, param)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Q, (out, in)."""
         return self.quantizer.dequantize(self.parts(), self.shape, dtype)
@@ -63,18 +93,24 @@ class QuantizedLinear(nn.Linear):
         """Decode at every product again."""
         self._dense = None
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantizedLinear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """Moves the parts and leaves their dtypes alone: rounding a scale would change every weight it belongs to."""
         kept, before = self._dense, [part.data_ptr() for part in self.parts().values()]
-        super()._apply(_moving(fn), recurse)
+        super()._apply(_moving(fn), recurse)  # type: ignore[no-untyped-call]
+        for name in self._part_names:  # torch makes new ones on some devices
+            self.register_parameter(name, self._parameters[name])
         if kept is not None and before != [part.data_ptr() for part in self.parts().values()]:
             self.drop_dense()
             if not self.weight.is_meta:  # a trainer moves its model to the device
                 self.keep_dense(kept.dtype)
         return self
 
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.drop_dense()
+
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        if self._dense is not None:
+        if self._dense is not None and x.dtype != torch.float64:
             return nn.functional.linear(x, self._dense.to(x.dtype))
         # the parameters themselves: formats remember what they looked up of a tensor (`on_host`)
         return self.quantizer.linear(x, {name: getattr(self, name) for name in self._part_names}, self.shape)
@@ -88,7 +124,7 @@ def dequantize_once(model: nn.Module, dtype: torch.dtype = torch.float32) -> int
     return sum(module.keep_dense(dtype) for module in model.modules() if isinstance(module, QuantizedLinear))
 
 
-def _moving(fn: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
+def _moving(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """What `fn` (of `Module.to`, `half`, `cuda`, ...) does to the place of a tensor, not what it does to its dtype."""
 
     def moved(tensor: Tensor) -> Tensor:
@@ -112,8 +148,8 @@ class CastLinear(nn.Linear):
         self.weight = nn.Parameter(empty, requires_grad=False)
         self.register_parameter("bias", None)
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> CastLinear:
-        super()._apply(_moving(fn), recurse)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CastLinear:
+        super()._apply(_moving(fn), recurse)  # type: ignore[no-untyped-call]
         return self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -127,8 +163,18 @@ class ZeroLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
         self._is_hf_initialized = True
-        self.weight = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
+        self._place = torch.empty(0, device=device)  # says where the module is
         self.register_parameter("bias", None)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        shape, place = (self.out_features, self.in_features), self._place
+        return Standin(shape, place.dtype, place.device, lambda: place.new_zeros(shape), NO_WRITING)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ZeroLinear:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._place = fn(self._place)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         return x.new_zeros(()).expand(*x.shape[:-1], self.out_features)

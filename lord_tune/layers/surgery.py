@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Container, Iterable
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,15 @@ SHARED = "shares its weight with"  # why a layer is left alone; the other's name
 
 # nn.MultiheadAttention multiplies by the weight of its output layer, a class that nothing else uses, and never calls it
 _NOT_LAYERS = (QuantizedLinear, CastLinear, ZeroLinear, FrozenSum, NonDynamicallyQuantizableLinear)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def plain_model(model: nn.Module) -> PreTrainedModel:
+    """Without adapters: what peft's model is asked for; it need not be imported for that."""
+    base = getattr(model, "get_base_model", None)
+    return cast("PreTrainedModel", model if base is None else base())
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -67,34 +76,41 @@ def _computes_linear(module: nn.Linear) -> bool:
     return True
 
 
-def weight_of(module: Any) -> Tensor:
+def weight_of(module: nn.Module) -> Tensor:
     """The weight as (out, in)."""
-    return module.weight.detach().T if isinstance(module, Conv1D) else module.weight.detach()
+    weight = module.get_parameter("weight").detach()
+    return weight.T if is_transposed(module) else weight
 
 
-def is_transposed(module: Any) -> bool:
+def bias_of(module: nn.Module) -> Tensor | None:
+    """(out,)"""
+    return module._parameters["bias"]
+
+
+def is_transposed(module: nn.Module) -> bool:
     """Whether the weight is stored as (in, out)."""
     return isinstance(module, Conv1D)
 
 
-def shape_of(module: Any) -> tuple[int, int]:
+def shape_of(module: nn.Module) -> tuple[int, int]:
     """(out, in)"""
     weight = weight_of(module)
     return weight.shape[0], weight.shape[1]
 
 
 def select_linears(
-    model: Any,  # a transformers model
+    model: PreTrainedModel,
     prefixes: Iterable[str],  # module paths of the blocks; "" is the whole model
     targets: str | None,
     exclude: str | None,
+    computed_with: Container[str] = (),  # layers whose weights the model's own code computes with
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The layers to decompose, by name, and why each other linear layer is left alone.
 
     `targets` and `exclude` are regular expressions searched in the full module name. The output head and layers that
     share a weight with another module are never taken: losses multiply by the head's weight directly.
     """
-    include, leave = _pattern("--targets", targets), _pattern("--exclude", exclude)
+    include, leave = _pattern("`targets`", targets), _pattern("`exclude`", exclude)
     prefixes = tuple(prefixes)
     embeddings = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
     chosen: dict[str, nn.Module] = {}
@@ -109,17 +125,19 @@ def select_linears(
         elif not any(prefix == "" or name.startswith(prefix + ".") for prefix in prefixes):
             skipped[name] = "outside the blocks"
         elif include is not None and not include.search(name):
-            skipped[name] = "not in --targets"
+            skipped[name] = "not in targets"
         elif leave is not None and leave.search(name):
-            skipped[name] = "in --exclude"
+            skipped[name] = "in exclude"
         elif name in shared:
             skipped[name] = f"{SHARED} {shared[name]}"
+        elif name in computed_with:
+            skipped[name] = "the model's own code computes with its weight"
         else:
             chosen[name] = module
     if not chosen:
         names = ", ".join(list(linears)[:4])
         raise UsageError(
-            f"No layer matches (--targets {targets!r}, --exclude {exclude!r}); the {len(linears)} linear layers "
+            f"No layer matches (`targets` {targets!r}, `exclude` {exclude!r}); the {len(linears)} linear layers "
             f"are named like {names or '(none: no nn.Linear or Conv1D)'}."
         )
     return chosen, skipped
@@ -143,7 +161,7 @@ def _shared_weights(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def _pattern(option: str, text: str | None) -> re.Pattern | None:
+def _pattern(option: str, text: str | None) -> re.Pattern[str] | None:
     try:
         return re.compile(text) if text else None
     except re.error as error:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
+from ..declared import Options
 from ..errors import unknown_name
 from .base import Quantizer
 from .e8 import E8P2, E8P3, E8P4
@@ -41,7 +42,7 @@ __all__ = [
 ]
 
 
-def make_quantizer(name: str, options: dict[str, Any] | None = None) -> Quantizer:
+def make_quantizer(name: str, options: Options | None = None) -> Quantizer:
     """A quantizer by name; UsageError with the nearest name if there is none. The options `incoherence` and `seed` wrap
     any format in a rotation."""
     if name not in QUANTIZERS:
@@ -52,5 +53,6 @@ def make_quantizer(name: str, options: dict[str, Any] | None = None) -> Quantize
     inner: Quantizer = QUANTIZERS[name](**own)
     if not rotated:
         return inner
-    turned: Any = Rotated(inner, seed)  # its name is a property: that of the inner format
-    return turned
+    if not isinstance(seed, int):
+        raise TypeError(f"seed {seed!r} came, a whole number is expected")
+    return cast(Quantizer, Rotated(inner, seed))  # its name is a property: that of the inner format

@@ -12,14 +12,16 @@ why every format can decode a range of rows alone, to the same bits.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from functools import cache, wraps
-from typing import Any, ClassVar, ParamSpec, Protocol, TypeVar, cast
+from typing import ClassVar, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..declared import Options
 from ..errors import LordWarning
 
 TILE = 2**22  # weights decoded at once for a product on a CPU: 16 MiB of float32
@@ -28,6 +30,23 @@ CHUNK = 2**18  # weights decoded at once on a CPU: 1 MiB of float32
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
+
+
+class Rounder(Protocol):
+    """One matrix being rounded, in its scales; see ldlq.py."""
+
+    @property
+    def block(self) -> int:
+        """Columns rounded together."""
+        ...
+
+    def round(self, values: Tensor, start: int) -> Tensor:
+        """Decoded values of columns start..start + width, (out, width), width <= block; remembers their codes."""
+        ...
+
+    def parts(self) -> dict[str, Tensor]:
+        """The stored parts, when every column has been rounded."""
+        ...
 
 
 class Quantizer(Protocol):
@@ -86,11 +105,11 @@ class Quantizer(Protocol):
         weight: Tensor,  # (out, in), turned
         stretch: float | Tensor = 1.0,  # times the scales; of each row as (out, 1)
         importance: Tensor | None = None,  # (in,) >= 0: what an error in this input costs, for formats with outliers
-    ) -> Any:
-        """A ldlq.Rounder in the scales of `weight` times `stretch`."""
+    ) -> Rounder:
+        """In the scales of `weight` times `stretch`."""
         ...
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Options:
         """The hyperparameters, as the manifest stores them."""
         ...
 
@@ -164,7 +183,7 @@ def stored_scales(scales: Tensor, zero_is_a_code: bool = True, beside: Tensor | 
     warnings.warn(
         f"{poor:.1%} of the scales of a packed matrix are outside the range of float16 (they reach from "
         f"{float(scales.min()):.2g} to {float(scales.max()):.2g}): their weights are stored coarsely. "
-        "Use NF4 for this layer, whose scales are float32, or --exclude it.",
+        "Use NF4 for this layer, whose scales are float32, or leave it out with `exclude`.",
         LordWarning,
         stacklevel=2,
     )
@@ -173,7 +192,7 @@ def stored_scales(scales: Tensor, zero_is_a_code: bool = True, beside: Tensor | 
     return torch.where(small, ((scales / _SMALLEST_STEP).ceil() * _SMALLEST_STEP).half(), result)
 
 
-_read: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> (version, its values on the CPU)
+_read: MutableMapping[Tensor, tuple[int, Tensor]] = WeakIdKeyDictionary()  # -> (version, its values on the CPU)
 
 
 def on_host(tensor: Tensor) -> Tensor:
@@ -185,7 +204,7 @@ def on_host(tensor: Tensor) -> Tensor:
         return tensor.cpu()
     known = _read.get(tensor)
     if known is None or known[0] != tensor._version:
-        known = _read[tensor] = (tensor._version, tensor.detach().cpu())
+        known = _read[tensor] = tensor._version, tensor.detach().cpu()
     return known[1]
 
 
@@ -219,11 +238,22 @@ def one_tile(shape: tuple[int, int], device: torch.device) -> bool:
     return shape[0] * shape[1] <= tile_of(device)
 
 
+class _Context(FunctionCtx):
+    """What the forward pass leaves for the backward pass."""
+
+    quantizer: Quantizer
+    shape: tuple[int, int]
+    names: list[str]
+    saved_tensors: tuple[Tensor, ...]
+
+
 class _DecodedLinear(torch.autograd.Function):
     """x Q^T that decodes Q in the forward and again in the backward pass: what is saved are the codes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, quantizer: Quantizer, shape: tuple[int, int], names: list[str], *values: Tensor):
+    def forward(
+        ctx: _Context, x: Tensor, quantizer: Quantizer, shape: tuple[int, int], names: list[str], *values: Tensor
+    ) -> Tensor:
         ctx.quantizer, ctx.shape, ctx.names = quantizer, shape, names
         ctx.save_for_backward(*values)
         parts = dict(zip(names, values, strict=True))
@@ -235,10 +265,11 @@ class _DecodedLinear(torch.autograd.Function):
             if output is None:
                 output = product.new_empty(*x.shape[:-1], shape[0])
             output[..., start:stop] = product
+        assert output is not None, "a matrix has rows"
         return output
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         gradient = gradients[0]
         parts = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         total: Tensor | None = None
@@ -262,4 +293,7 @@ def _tile(
 
 def decoded_linear(x: Tensor, quantizer: Quantizer, parts: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
     """The `linear` of any format, by decoding tiles of rows. (..., in) -> (..., out)"""
-    return _DecodedLinear.apply(x, quantizer, shape, list(parts), *parts.values())
+    product: Tensor = _DecodedLinear.apply(  # type: ignore[no-untyped-call]
+        x, quantizer, shape, list(parts), *parts.values()
+    )
+    return product

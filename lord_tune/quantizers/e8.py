@@ -21,11 +21,12 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ..declared import Options
 from .base import Format, constant, decoded_linear, in_chunks, stored_half, stored_scales
 from .packing import gather
 
@@ -278,7 +279,7 @@ class _E8(Format):
         """Rounds 8 columns at a time in the row scales of `weight` times `stretch`."""
         return BlockRounder(self, weight, stretch)
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Options:
         return {}
 
 

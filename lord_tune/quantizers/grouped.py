@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..declared import option
+from ..declared import Options, option
 from ..errors import UsageError
 from .base import Format, constant, decoded_linear, in_chunks, stored_half
 from .packing import aligned_codes, pack, packed_bytes, unpack_values, word_table
@@ -32,7 +32,7 @@ class Grouped(Format):
 
     def __post_init__(self) -> None:
         if self.group_size < 1:
-            raise UsageError(f"The group size {self.group_size} came; at least 1 is wanted.")
+            raise UsageError(f"Got group size {self.group_size}; expected at least 1.")
 
     # --- what a format defines ---
 
@@ -135,7 +135,7 @@ class Grouped(Format):
         """Rounds columns one by one in the scales of `weight` times `stretch`."""
         return GroupRounder(self, weight, stretch)
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Options:
         return {"group_size": self.group_size}
 
 

@@ -15,12 +15,12 @@ from __future__ import annotations
 import threading
 import weakref
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import Quantizer, constant, on_host
+from ..declared import Options
+from .base import Quantizer, Rounder, constant, on_host
 from .packing import pack
 
 _WIDEST = 64  # of a factor; 576 = 9 2^6 is 36 x 16
@@ -38,13 +38,14 @@ def _hadamard(size: int, device: str, dtype: torch.dtype) -> Tensor:
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return (matrix / size**0.5).to(device=device, dtype=dtype)
+    normed: Tensor = matrix / size**0.5
+    return normed.to(device=device, dtype=dtype)
 
 
 def _cosines(size: int, device: str, dtype: torch.dtype) -> Tensor:
     """Orthonormal DCT-II."""
     n = torch.arange(size, dtype=torch.float64)
-    matrix = torch.cos(torch.pi / size * (n[None, :] + 0.5) * n[:, None]) * (2 / size) ** 0.5
+    matrix: Tensor = torch.cos(torch.pi / size * (n[None, :] + 0.5) * n[:, None]) * (2 / size) ** 0.5
     matrix[0] /= 2**0.5
     return matrix.to(device=device, dtype=dtype)
 
@@ -123,7 +124,7 @@ class _Shared(threading.local):
         self._signs, self._turned = packed_signs, turned
         return turned
 
-    def _forget(self, reference: weakref.ref) -> None:
+    def _forget(self, reference: weakref.ref[Tensor]) -> None:
         if self._input is reference:
             self._input = self._signs = self._turned = None
 
@@ -139,7 +140,7 @@ class Rotated:
     seed: int = 0
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         return self.inner.name
 
     def signs(self, shape: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -190,11 +191,11 @@ class Rotated:
         turned = _shared.into(x, parts["in_signs"])
         return out_of(self.inner.linear(turned, parts, shape), out)
 
-    def rounder(self, weight: Tensor, stretch: float | Tensor = 1.0, importance: Tensor | None = None) -> Any:
+    def rounder(self, weight: Tensor, stretch: float | Tensor = 1.0, importance: Tensor | None = None) -> Rounder:
         """Of a matrix that is turned already."""
         return self.inner.rounder(weight, stretch, importance)
 
-    def options(self) -> dict[str, int | bool]:
+    def options(self) -> Options:
         return {**self.inner.options(), "incoherence": True, "seed": self.seed}
 
 

@@ -7,12 +7,12 @@ minimum, so that constant groups and any range are exact at their ends.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..declared import option
+from ..declared import Options, option
 from .base import stored_half, stored_scales
 from .grouped import Grouped
 
@@ -54,7 +54,7 @@ class _Integer(Grouped):
     def scale_dtypes(self) -> dict[str, torch.dtype]:
         return {"scales": torch.float16} | ({} if self.symmetric else {"minimum": torch.float16})
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Options:
         return {"group_size": self.group_size, "symmetric": self.symmetric}
 
 

@@ -16,29 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from .base import Quantizer
+from .base import Quantizer, Rounder
 
 Result = TypeVar("Result")
 _PANEL = 128  # columns whose corrections from the right are one product
-
-
-class Rounder(Protocol):
-    """One matrix being rounded, in its scales."""
-
-    block: int  # columns rounded together
-
-    def round(self, values: Tensor, start: int) -> Tensor:
-        """Decoded values of columns start..start + width, (out, width), width <= block; remembers their codes."""
-        ...
-
-    def parts(self) -> dict[str, Tensor]:
-        """The stored parts, when every column has been rounded."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -82,7 +68,8 @@ class Feedback:
     def diagonal(self) -> Tensor:
         """D as a matrix. (in, in) float64"""
         width = len(self.lower)
-        return torch.block_diag(*self.corners)[:width, :width]
+        padded: Tensor = torch.block_diag(*self.corners)
+        return padded[:width, :width]
 
     def importance(self) -> Tensor:
         """What a rounding error in each input costs: the diagonal of D. (in,) float32"""

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..declared import option
+from ..declared import Options, option
 from ..errors import UsageError
 from .base import Format, constant, decoded_linear, one_tile
 from .grouped import divisor_of
@@ -139,15 +139,18 @@ class NF4(Format):
         import bitsandbytes as bnb
 
         fused = x.is_cuda and x.numel() == shape[1]
+        if x.dtype == torch.float64:  # bitsandbytes has no kernel for it and says nothing
+            return decoded_linear(x, self, parts, shape)
         if not self.rows_are_blocks(shape) or not (fused or one_tile(shape, x.device)):
             return decoded_linear(x, self, parts, shape)
-        return bnb.matmul_4bit(x, parts["weight"], quant_state=self.state(parts, shape, x.dtype))
+        product: Tensor = bnb.matmul_4bit(x, parts["weight"], quant_state=self.state(parts, shape, x.dtype))
+        return product
 
     def rounder(self, weight: Tensor, stretch: float | Tensor = 1.0, importance: Tensor | None = None) -> NF4Rounder:
         """Rounds columns one by one in the block scales of `weight` times `stretch`."""
         return NF4Rounder(self, weight, stretch)
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Options:
         return {"block_size": self.block_size, "double_quant": self.double_quant}
 
 

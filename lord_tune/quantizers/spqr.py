@@ -22,12 +22,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..declared import option
+from ..declared import Options, option
 from ..errors import UsageError
 from .base import Format, decoded_linear, on_host, stored_half
 from .grouped import Grouped, divisor_of
@@ -58,7 +58,7 @@ class SpQR(Format):
         if self.bits not in _CODES:
             raise UsageError(f"SpQR has no codes of {self.bits} bits; use one of {', '.join(map(str, _CODES))}.")
         if not 0 <= self.outlier_fraction <= 0.5:
-            raise UsageError(f"The outlier fraction {self.outlier_fraction} came; a number from 0 to 0.5 is wanted.")
+            raise UsageError(f"Got outlier fraction {self.outlier_fraction}; expected a number from 0 to 0.5.")
         _CODES[self.bits](self.group_size)
 
     @property
@@ -70,8 +70,8 @@ class SpQR(Format):
         """Their number."""
         if shape[1] > _LARGEST_WIDTH:
             raise UsageError(
-                f"SpQR stores columns in 16 bits and takes at most {_LARGEST_WIDTH} inputs, {shape[1]} came; "
-                "choose another format or --exclude the layer."
+                f"Got a layer of {shape[1]} inputs; SpQR numbers them with 16 bits and takes at most {_LARGEST_WIDTH}. "
+                "Choose another format, or leave the layer out with `exclude`."
             )
         return round(self.outlier_fraction * shape[0] * shape[1])
 
@@ -154,7 +154,7 @@ class SpQR(Format):
         """Rounds columns one by one in the scales of `weight` times `stretch`; outliers are chosen here."""
         return SpQRRounder(self, weight.detach().float(), stretch, importance)
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Options:
         return {"group_size": self.group_size, "bits": self.bits, "outlier_fraction": self.outlier_fraction}
 
 

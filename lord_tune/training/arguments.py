@@ -13,8 +13,9 @@ import difflib
 import importlib.util
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -22,6 +23,9 @@ import yaml
 from ..adapters.attach import FACTORS, LORA, SCALES, SPLIT
 from ..errors import UsageError
 from ..integrations.models import default_device
+
+if TYPE_CHECKING:
+    from ..protocols import TrlConfig
 
 LEARNING_RATES = {FACTORS: 1e-4, SPLIT: 1e-4, LORA: 2e-4, SCALES: 1e-2}
 SFT, DISTILL, DPO = "sft", "distill", "dpo"
@@ -55,13 +59,13 @@ class TrainOptions:
 
 
 def trainer_arguments(
-    given: dict[str, Any],
+    given: Mapping[str, object],
     mode: str,
     causal: bool,
     known_elsewhere: list[str],
     evaluated: bool = False,
     objective: str = SFT,
-) -> Any:
+) -> TrlConfig:
     """An SFTConfig (objective dpo: a DPOConfig) from YAML or command-line values, with our defaults; masked models use
     its TrainingArguments part.
 
@@ -126,12 +130,12 @@ def trainer_arguments(
     return result
 
 
-def _check_launch(given: dict[str, Any], on_cpu: bool) -> None:
+def _check_launch(given: Mapping[str, object], on_cpu: bool) -> None:
     """Refuse ways of sharing out the model that cannot work; DDP and FSDP2 do."""
     if given.get("deepspeed") or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise UsageError(
-            "DeepSpeed's ZeRO keeps a flat copy of the parameters in one dtype, which packed codes beside float32 "
-            "factors are not; use several processes without it, or FSDP2."
+            "DeepSpeed's ZeRO keeps a flat copy of the parameters in one dtype, but packed codes and float32 factors "
+            "have different ones; use several processes without it, or FSDP2."
         )
     if not _sharded(given):
         return
@@ -139,27 +143,28 @@ def _check_launch(given: dict[str, Any], on_cpu: bool) -> None:
     version = config.get("version") or config.get("fsdp_version") or os.environ.get("FSDP_VERSION", "1")
     if str(version) != "2":
         raise UsageError(
-            "FSDP1 flattens the parameters of a block into one tensor of one dtype, which packed codes beside float32 "
-            "factors are not; name version 2 (fsdp_config: {version: 2}; in accelerate's own file fsdp_version: 2)."
+            "FSDP1 flattens the parameters of a block into one tensor of one dtype, but packed codes and float32 "
+            "factors have different ones; set version 2 (fsdp_config: {version: 2}; in accelerate's own file "
+            "fsdp_version: 2)."
         )
     mixed = [key for key in ("bf16", "fp16") if _as_bool(given.get(key))]
     if not mixed and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
         mixed = [f"accelerate's mixed_precision: {os.environ['ACCELERATE_MIXED_PRECISION']}"]
     if mixed:
         raise UsageError(
-            f"{mixed[0]} came with FSDP2, which would cast all floating parameters to it, the scales of packed codes "
-            "too; leave it out and set dtype: bfloat16, which frozen weights are then loaded in."
+            f"Got {mixed[0]} with FSDP2, which would cast all floating-point parameters to it, the scales of packed "
+            "codes too; leave it out and set dtype: bfloat16, in which frozen weights are then loaded."
         )
     if on_cpu:
         raise UsageError("FSDP on a CPU silently becomes plain data parallelism (accelerate); leave it out there.")
 
 
-def _sharded(given: dict[str, Any]) -> bool:
+def _sharded(given: Mapping[str, object]) -> bool:
     """Whether the run is launched with FSDP."""
     return bool(given.get("fsdp")) or os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
 
-def _mapping(value: Any) -> dict[str, Any]:
+def _mapping(value: object) -> dict[str, Any]:
     """fsdp_config as transformers takes it: a mapping, its JSON, or a file of that."""
     if isinstance(value, str):
         try:
@@ -169,7 +174,7 @@ def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _words(value: Any) -> list[str]:
+def _words(value: object) -> list[str]:
     if isinstance(value, dict):
         return [json.dumps(value)]
     if isinstance(value, list | tuple):
@@ -177,7 +182,7 @@ def _words(value: Any) -> list[str]:
     return [str(value)]
 
 
-def _as_bool(value: Any) -> bool:
+def _as_bool(value: object) -> bool:
     return value is True or str(value).lower() in ("true", "1", "yes")
 
 
@@ -198,5 +203,5 @@ def load_yaml(path: str) -> dict[str, Any]:
         line = str(error).strip().replace("\n", " ")
         raise UsageError(f"{path} is not valid YAML: {line[:300]}") from error
     if not isinstance(content, dict):
-        raise UsageError(f"{path} holds no keys; a YAML mapping (key: value) is wanted.")
+        raise UsageError(f"{path} holds no keys; expected a YAML mapping (key: value).")
     return content

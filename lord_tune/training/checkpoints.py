@@ -13,11 +13,14 @@ import json
 import re
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
 from ..integrations.files import ADAPTER_FILE
+
+if TYPE_CHECKING:
+    from ..protocols import TrlConfig
 
 LOG_FILE = "log_state.json"  # trainers.py
 _WEIGHTS = "adapter_model.safetensors"
@@ -60,7 +63,7 @@ def _sharded(folder: Path) -> bool:
     return (folder / "optimizer.bin").is_file() or (folder / "optimizer_0").is_dir()
 
 
-def newest_complete(output: Path, arguments: Any) -> tuple[Path | None, dict[Path, str]]:
+def newest_complete(output: Path, arguments: TrlConfig) -> tuple[Path | None, dict[Path, str]]:
     """(the newest whole checkpoint of `output`, the later ones that are not with what is wrong with them)"""
     found = {
         int(m[1]): path for path in output.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-Log = list[dict[str, Any]]  # trainer_state.json's log_history
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Log = list[dict[str, float]]  # trainer_state.json's log_history
 
 _FEW = 60  # points that are shown as they are
 _INK, _MUTED, _GRID = "#1f2933", "#7b8794", "#e4e7eb"
@@ -31,7 +34,7 @@ _CROSS_ENTROPY: Lines = {
 
 def points(log: Log, key: str) -> tuple[list[int], list[float]]:
     """Steps and values of a key, in order of steps; a step logged twice (by a resumed run) counts once, the last."""
-    found = {entry["step"]: entry[key] for entry in log if key in entry}
+    found = {int(entry["step"]): entry[key] for entry in log if key in entry}
     return sorted(found), [found[step] for step in sorted(found)]
 
 
@@ -78,7 +81,7 @@ def draw(log: Log, file: Path, title: str, unit: str) -> bool:
     return True
 
 
-def _plot(axes: Any, log: Log, lines: Lines) -> None:
+def _plot(axes: Axes, log: Log, lines: Lines) -> None:
     kl, loss = points(log, "kl")[1], points(log, "loss")[1]
     same = len(kl) == len(loss) and all(abs(a - b) <= 1e-4 * abs(b) for a, b in zip(kl, loss, strict=True))
     for key, (label, colour, style) in lines.items():

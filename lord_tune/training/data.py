@@ -5,12 +5,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict, Unpack, cast
 
 import numpy as np
 
 from ..data.rows import RowFormat, load_rows, prompt_of, recognise
 from ..errors import LordError, LordWarning, UsageError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+    from ..protocols import Tokenizer, TrainerLike
 
 _CHECKED_ROWS = 64
 # ChatML, as SmolLM2, Qwen2.5 and many others speak it, with the marks that trl's assistant_only_loss needs. The end of
@@ -28,7 +34,7 @@ _CHATML = (
 _TURNS = [{"role": role, "content": f"{role} says"} for role in ("system", "user", "assistant", "user", "assistant")]
 
 
-def prepare_rows(source: str, split: str, config: str | None, tokenizer: Any) -> tuple[Any, RowFormat]:
+def prepare_rows(source: str, split: str, config: str | None, tokenizer: Tokenizer) -> tuple[Dataset, RowFormat]:
     """A dataset in trl's columns (text; messages; prompt + completion) and what was recognised."""
     rows = load_rows(source, split, config)
     form = recognise(rows.column_names)
@@ -44,20 +50,25 @@ def prepare_rows(source: str, split: str, config: str | None, tokenizer: Any) ->
     return rows.select_columns([form.kind]), form
 
 
-def marked_template(tokenizer: Any) -> str | None:
+class _Rendering(TypedDict, total=False):
+    add_generation_prompt: bool
+    chat_template: str
+
+
+def marked_template(tokenizer: Tokenizer) -> str | None:
     """The tokenizer's chat template with {% generation %} marks around what the assistant says; None if it has them, or
     if trl knows a marked variant of it. Raises UsageError for a template that is neither of these nor plain ChatML."""
     from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-    if has_generation_markers(tokenizer.chat_template):
+    if tokenizer.chat_template is None or has_generation_markers(tokenizer.chat_template):
         return None
     try:
-        get_training_chat_template(tokenizer)
+        get_training_chat_template(cast("PreTrainedTokenizerBase", tokenizer))
         return None
     except ValueError:
         pass
 
-    def render(turns: list[dict[str, str]], **options: Any) -> str:
+    def render(turns: list[dict[str, str]], **options: Unpack[_Rendering]) -> str:
         return tokenizer.apply_chat_template(turns, tokenize=False, **options)
 
     opening = render(_TURNS[1:2])
@@ -75,7 +86,7 @@ def marked_template(tokenizer: Any) -> str | None:
 
 
 @contextmanager
-def chat_template(tokenizer: Any, marked: bool) -> Iterator[None]:
+def chat_template(tokenizer: Tokenizer, marked: bool) -> Iterator[None]:
     """Within: the tokenizer with a marked template. The one that is saved with the adapter is the model's own, which
     other programs can read."""
     own = tokenizer.chat_template
@@ -88,7 +99,7 @@ def chat_template(tokenizer: Any, marked: bool) -> Iterator[None]:
             tokenizer.chat_template = own
 
 
-def check_tokenized(trainer: Any, tokenizer: Any, given: int, chats: bool) -> None:
+def check_tokenized(trainer: TrainerLike, tokenizer: Tokenizer, given: int, chats: bool) -> None:
     """Warn of rows that max_length cuts: those left out as nothing of them is trained, those whose end is lost.
 
     given: rows of the dataset. Ends are looked up in the labels; chats do not end in the end-of-text token, so of these
@@ -121,19 +132,19 @@ def _warn(message: str) -> None:
     warnings.warn(message, LordWarning, stacklevel=3)
 
 
-def _lengths(dataset: Any, packed: bool) -> np.ndarray:
+def _lengths(dataset: Dataset, packed: bool) -> np.ndarray:
     """Tokens of every document."""
     column = dataset.with_format("arrow")[:]["seq_lengths" if packed else "input_ids"].combine_chunks()
     return column.flatten().to_numpy() if packed else np.diff(column.offsets.to_numpy())
 
 
-def _last_labels(dataset: Any, packed: bool) -> np.ndarray:
+def _last_labels(dataset: Dataset, packed: bool) -> np.ndarray:
     """The label of the last token of every document."""
     labels = dataset.with_format("arrow")[:]["labels"].combine_chunks().flatten().to_numpy()
     return labels[np.cumsum(_lengths(dataset, packed)) - 1]
 
 
-def sample_spans(trainer: Any, tokenizer: Any, require_eos: bool) -> list[tuple[str, bool]]:
+def sample_spans(trainer: TrainerLike, tokenizer: Tokenizer, require_eos: bool) -> list[tuple[str, bool]]:
     """The first training sequence as text pieces, each with whether the loss counts it.
 
     Raises LordError if none of the first rows has a trained token, or no completion teaches the end of the text.
@@ -149,7 +160,7 @@ def sample_spans(trainer: Any, tokenizer: Any, require_eos: bool) -> list[tuple[
         if require_eos and not any(row[-1] == tokenizer.eos_token_id for row in heads):
             raise LordError(
                 "No completion ends with the end-of-text token, so the model would not learn to stop; raise max_length "
-                f"(all first {len(heads)} rows are truncated) or check the tokenizer's eos_token."
+                f"(the first {len(heads)} rows are all truncated) or check the tokenizer's eos_token."
             )
     spans: list[tuple[list[int], bool]] = []
     for token, label in zip(ids, labels, strict=True):

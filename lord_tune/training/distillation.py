@@ -19,17 +19,21 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from trl import SFTTrainer
 
 from ..errors import UsageError
-from .trainers import Recorded
+from ..layers import plain_model
 
-_CHUNK = 1 << 24  # logits per model that exist at a time: 64 MiB in float32
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..protocols import AutogradContext, CausalModel
+
+CHUNK = 1 << 24  # logits per model that exist at a time: 64 MiB in float32
 KlOfTokens = Callable[[slice, Tensor], Tensor]  # (which counted tokens, their float32 student logits) -> summed KL
 
 
@@ -47,7 +51,7 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) ->
     return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
 
 
-def head_of(model: Any) -> Callable[[Tensor], Tensor]:
+def head_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     """Last hidden states -> logits, with the scale and cap that some families put on them."""
     text, head = model.config.get_text_config(), model.get_output_embeddings()
     scale = next((s for n in _SCALES if (s := getattr(text, n, None)) is not None), None)
@@ -67,31 +71,28 @@ def head_of(model: Any) -> Callable[[Tensor], Tensor]:
 _SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # Cohere, Muse, Falcon-H1
 
 
-def plain_model(model: Any) -> Any:
-    """The transformers model inside a PEFT model."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 @torch.no_grad()
-def check_head(model: Any, ids: Tensor) -> None:
+def check_head(model: CausalModel, ids: Tensor) -> None:
     """UsageError if a family computes its logits in a way `head_of` does not know. ids: (1, length)"""
-    model = plain_model(model)
-    ids, training = ids.to(model.device), model.training
-    model.eval()  # dropout would differ
-    whole = model(input_ids=ids, use_cache=False).logits
-    parts = head_of(model)(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
-    model.train(training)
+    plain = plain_model(model)
+    ids, training = ids.to(plain.device), plain.training
+    plain.eval()  # dropout would differ
+    whole = plain(input_ids=ids, use_cache=False).logits
+    parts = head_of(plain)(plain.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    plain.train(training)
     if not torch.allclose(whole.float(), parts.float(), rtol=1e-2, atol=1e-2 * float(whole.abs().max())):
-        raise UsageError(f"objective: distill does not know how {type(model).__name__} makes its logits; use sft.")
+        raise UsageError(f"objective: distill does not know how {type(plain).__name__} computes its logits; use sft.")
 
 
-def hand_over_hidden_states(model: Any) -> None:
+def hand_over_hidden_states(model: PreTrainedModel) -> None:
     """Make `model(..., on_hidden=f)` return f(last hidden states), so that the loss is computed inside the forward pass
     of whatever wraps the model (DDP, FSDP). Without `on_hidden` the forward pass is what it was."""
     before = model.forward
 
     @functools.wraps(type(model).forward)  # transformers reads the signature
-    def forward(self: Any, *args: Any, on_hidden: Any = None, **kwargs: Any) -> Any:
+    def forward(
+        self: PreTrainedModel, *args: object, on_hidden: Callable[[Tensor], object] | None = None, **kwargs: object
+    ) -> object:
         if on_hidden is None:
             return before(*args, **kwargs)
         return on_hidden(self.base_model(*args, **kwargs).last_hidden_state)
@@ -102,13 +103,13 @@ def hand_over_hidden_states(model: Any) -> None:
 class LiveTeacher:
     """The teacher in memory: frozen, and run on the same inputs as the student."""
 
-    def __init__(self, model: nn.Module, temperature: float):
+    def __init__(self, model: CausalModel, temperature: float):
         self._model = plain_model(model).eval().requires_grad_(False)
         self._temperature = temperature
 
     @torch.no_grad()
     def targets(self, inputs: dict[str, Tensor], counted: Tensor) -> KlOfTokens:
-        hidden = self._model.base_model(**inputs).last_hidden_state[:, :-1][counted]
+        hidden = self._model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1][counted]
         logits = head_of(self._model)
 
         def kl(part: slice, student: Tensor) -> Tensor:
@@ -119,13 +120,13 @@ class LiveTeacher:
         return kl
 
 
-class _TokenLoss(torch.autograd.Function):
+class TokenLoss(torch.autograd.Function):
     """(summed loss, summed KL, summed CE, tokens whose label is the most likely one) of hidden states (tokens, width),
     a chunk of tokens at a time; only the first has a gradient."""
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: AutogradContext,
         hidden: Tensor,
         labels: Tensor,
         logits_of: Callable[[Tensor], Tensor],
@@ -157,67 +158,6 @@ class _TokenLoss(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, *received: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: AutogradContext, *received: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return (gradient * received[0].to(gradient.dtype), *[None] * 6)
-
-
-class DistillationTrainer(Recorded, SFTTrainer):
-    """trl's SFTTrainer with the loss above. `loss` in its logs is that loss, `kl` and `ce` are means per counted token
-    at the temperatures 'T' and 1; `eval_loss` is the plain CE of sft, `eval_kl` stands beside it."""
-
-    teacher: Teacher  # set before training. The trainer is no nn.Module: accelerate does not wrap, move or save it
-
-    def __init__(self, model: Any, arguments: Any, ce_weight: float, temperature: float, **data: Any):
-        super().__init__(model, arguments, **data)
-        self._ce_weight, self._temperature = ce_weight, temperature
-        self.sums: dict[str, list[float]] = {}  # mode -> summed KL, CE, hits and tokens since the last log
-        self._plain = plain_model(model)
-        assert not any(p.requires_grad for p in self._plain.get_output_embeddings().parameters())
-        hand_over_hidden_states(self._plain)
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        assert not return_outputs, "the logits are never made as a whole"
-        labels = inputs["labels"]
-        seen = {key: value for key, value in inputs.items() if key != "labels"} | {"use_cache": False}
-        counted = labels[:, 1:] != -100
-        kl_of = self.teacher.targets(seen, counted)
-        logits_of = head_of(self._plain)
-        chunk = max(1, _CHUNK // self._plain.config.get_text_config().vocab_size)
-
-        def on_hidden(hidden: Tensor) -> tuple[Tensor, ...]:
-            tokens = hidden[:, :-1][counted]
-            options = self._ce_weight, self._temperature, chunk
-            return _TokenLoss.apply(tokens, labels[:, 1:][counted], logits_of, kl_of, *options)
-
-        loss, kl, ce, hits = model(**seen, on_hidden=on_hidden)
-        count = counted.sum()
-        self._add_up(inputs, torch.stack([kl, ce, hits, count.float()]))
-        if not self._plain.training:
-            return ce / count.clamp(min=1)
-        loss = loss / torch.as_tensor(count if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # DDP averages the gradients
-        return loss
-
-    def _add_up(self, inputs: dict[str, Tensor], found: Tensor) -> None:
-        mode = "train" if self._plain.training else "eval"
-        tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
-        found = torch.cat([found, torch.as_tensor([float(tokens)], device=found.device)])
-        *sums, seen = self.accelerator.gather(found[None]).cpu().double().sum(0).tolist()
-        before = self.sums.get(mode, [0.0] * len(sums))
-        self.sums[mode] = [a + b for a, b in zip(before, sums, strict=True)]
-        if mode == "train":
-            self._total_train_tokens += int(seen)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self._plain.training else "eval"
-        sums = self.sums.pop(mode, None)
-        if sums is not None and sums[3] > 0:
-            prefix = "" if mode == "train" else "eval_"
-            kl, ce, accuracy = (total / sums[3] for total in sums[:3])
-            logs |= {f"{prefix}kl": kl, f"{prefix}ce": ce, f"{prefix}mean_token_accuracy": accuracy}
-            logs[f"{prefix}num_tokens"] = self._total_train_tokens
-        super().log(logs, start_time)

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -26,14 +27,24 @@ from ..console import human_bytes
 from ..errors import UsageError
 from ..integrations.checkpoint import skeleton
 from ..integrations.models import DTYPE_NAMES, model_class
-from ..integrations.running import kind_of, max_length
+from ..integrations.running import max_length
 from ..integrations.transformers_quantizer import QUANT_METHOD, LordConfig, LordQuantizer
-from ..layers import dequantize_once
+from ..layers import dequantize_once, plain_model
+from ..memory import held_bytes
 from .arguments import DISTILL, DPO, TrainOptions
+from .distillation import CHUNK, TokenLoss, head_of, kl_divergence
 from .memory import Live, Saved, gradient_bytes, held
-from .run import expose, teacher_source
+from .modes import expose, teacher_source, trained_kind
+from .pieces import fitting_pieces
 from .shapes import LossInPieces, decode_by_shapes, set_attention, without_content
-from .teacher_logits import INDEX
+from .teacher_logits import INDEX, bucketed_kl
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from trl import SFTConfig
+
+    from ..protocols import TrlConfig
 
 _BYTES_PER_NUMBER: dict[str, float] = {  # of optimizer state; transformers' names without "paged_" and "_bnb"
     "adamw_torch": 8,
@@ -77,7 +88,7 @@ class MemoryEstimate:
 def predict_memory(
     source: str,  # a factored checkpoint, or its config.json alone
     options: TrainOptions,
-    arguments: Any,  # SFTConfig or DPOConfig
+    arguments: TrlConfig,  # SFTConfig or DPOConfig
     dtype: str | None = None,  # what the weights are loaded in; None: the checkpoint's
     keep_dense: bool = False,  # packed layers are decoded once
     accelerator: bool | None = None,  # foresee a GPU; default: whether the run would use one
@@ -92,7 +103,7 @@ def predict_memory(
         exposed = expose(model, options)
     decode_by_shapes(exposed)
     notes = []
-    with without_content(exposed, arguments):
+    with without_content(exposed, arguments), fitting_pieces(on_gpu):
         if keep_dense:
             dequantize_once(exposed, model.dtype)
         weights, adapters, blocks = held(exposed)
@@ -143,10 +154,10 @@ def _held_by_libraries() -> int:
     from . import trainers
 
     assert trainers is not None
-    return psutil.Process().memory_info().rss
+    return held_bytes(torch.device("cpu"))
 
 
-def _teacher(options: TrainOptions, dtype: str | None) -> Any:
+def _teacher(options: TrainOptions, dtype: str | None) -> PreTrainedModel | None:
     """The skeleton of the model to distill from; None if its likely tokens are in a folder already."""
     if options.teacher_logits is not None and (Path(options.teacher_logits) / INDEX).is_file():
         return None
@@ -163,14 +174,14 @@ def _dtype_of(source: str) -> str:
     return next(name for name, kind in DTYPE_NAMES.items() if kind == wanted)
 
 
-def _manifest(config: Any) -> dict[str, Any] | None:
+def _manifest(config: PreTrainedConfig) -> dict[str, Any] | None:
     """What a factored checkpoint's configuration says about its layers; None for another model's."""
     found = getattr(config, "quantization_config", None)
     found = found if isinstance(found, dict) or found is None else found.to_dict()
     return found if found and found.get("quant_method") == QUANT_METHOD else None
 
 
-def factored_skeleton(name: str, dtype: str | None = None) -> Any:
+def factored_skeleton(name: str, dtype: str | None = None) -> PreTrainedModel:
     """A factored checkpoint's model on the meta device, from its config.json."""
     build, config = model_class(name)
     manifest = _manifest(config)
@@ -188,17 +199,17 @@ def factored_skeleton(name: str, dtype: str | None = None) -> Any:
     return model.requires_grad_(False)
 
 
-def _prepared(model: Any, arguments: Any, on_gpu: bool, options: TrainOptions, teacher: Any) -> tuple[Any, int]:
+def _prepared(
+    model: PeftModel, arguments: TrlConfig, on_gpu: bool, options: TrainOptions, teacher: PreTrainedModel | None
+) -> tuple[Callable[[], Tensor], int]:
     """(a function that gives the loss of one full batch, its tokens); the model is set up as the trainer would."""
-    base = model.get_base_model()
+    base = plain_model(model)
     limit = max_length(base)
-    kind = kind_of(model)
-    if kind == "bare":
-        raise UsageError("The model has no language-model head, so there is no loss to train on.")
+    kind = trained_kind(model)
     length = min(arguments.max_length or (512 if kind == "masked" else limit), limit)
     rows = arguments.per_device_train_batch_size * (2 if options.objective == DPO else 1)  # chosen and rejected
     packing = kind == "causal" and getattr(arguments, "packing", False)
-    flattened = packing and arguments.packing_strategy in ("bfd", "bfd_split")
+    flattened = packing and cast("SFTConfig", arguments).packing_strategy in ("bfd", "bfd_split")
     packed = kind == "causal" and (flattened or getattr(arguments, "padding_free", False))
     shape = (1, rows * length) if packed else (rows, length)
     ids = torch.zeros(shape, dtype=torch.long, device=next(model.parameters()).device)
@@ -222,7 +233,7 @@ def _prepared(model: Any, arguments: Any, on_gpu: bool, options: TrainOptions, t
     return lambda: _causal_loss(base, batch, on_gpu), ids.numel()
 
 
-def _causal_loss(base: Any, batch: dict[str, Tensor], on_gpu: bool) -> Tensor:
+def _causal_loss(base: PreTrainedModel, batch: dict[str, Tensor], on_gpu: bool) -> Tensor:
     """The loss of trl's SFTTrainer, which never holds whole logits."""
     given = {key: value for key, value in batch.items() if key != "labels"}
     hidden = base.base_model(**given, use_cache=False).last_hidden_state[:, :-1]
@@ -230,7 +241,7 @@ def _causal_loss(base: Any, batch: dict[str, Tensor], on_gpu: bool) -> Tensor:
     return LossInPieces.apply(hidden.reshape(-1, hidden.shape[-1]), head.weight, on_gpu).sum()
 
 
-def _with_reference(base: Any, batch: dict[str, Tensor], on_gpu: bool) -> Tensor:
+def _with_reference(base: PreTrainedModel, batch: dict[str, Tensor], on_gpu: bool) -> Tensor:
     """trl's DPOTrainer runs the reference while the graph of the trained model is there."""
     loss = _causal_loss(base, batch, on_gpu)
     with torch.no_grad():
@@ -238,11 +249,10 @@ def _with_reference(base: Any, batch: dict[str, Tensor], on_gpu: bool) -> Tensor
     return loss
 
 
-def _distillation_loss(base: Any, teacher: Any, batch: dict[str, Tensor], options: TrainOptions) -> Tensor:
+def _distillation_loss(
+    base: PreTrainedModel, teacher: PreTrainedModel | None, batch: dict[str, Tensor], options: TrainOptions
+) -> Tensor:
     """That of training/distillation.py, every token counted."""
-    from .distillation import _CHUNK, _TokenLoss, head_of, kl_divergence
-    from .teacher_logits import bucketed_kl
-
     given = {key: value for key, value in batch.items() if key != "labels"} | {"use_cache": False}
     found = None
     if teacher is not None:
@@ -250,7 +260,7 @@ def _distillation_loss(base: Any, teacher: Any, batch: dict[str, Tensor], option
             found = teacher.base_model(**given).last_hidden_state[:, :-1].flatten(0, 1)
 
     def kl(part: slice, student: Tensor) -> Tensor:
-        if found is None:
+        if found is None or teacher is None:
             kept = len(student), min(options.teacher_top_k, student.shape[1])
             stored = {
                 "values": student.new_empty(kept, dtype=torch.float16),
@@ -264,18 +274,18 @@ def _distillation_loss(base: Any, teacher: Any, batch: dict[str, Tensor], option
 
     hidden = base.base_model(**given).last_hidden_state[:, :-1].flatten(0, 1)
     labels = batch["labels"][:, 1:].flatten()
-    chunk = max(1, _CHUNK // base.config.get_text_config().vocab_size)
+    chunk = max(1, CHUNK // base.config.get_text_config().vocab_size)
     weights = options.distill_ce_weight, options.distill_temperature
-    return _TokenLoss.apply(hidden, labels, head_of(base), kl, *weights, chunk)[0]
+    return TokenLoss.apply(hidden, labels, head_of(base), kl, *weights, chunk)[0]
 
 
-def _autocast(arguments: Any) -> Any:
+def _autocast(arguments: TrlConfig) -> contextlib.AbstractContextManager[object]:
     if arguments.bf16 or arguments.fp16:
         return torch.autocast("cpu", torch.bfloat16 if arguments.bf16 else torch.float16)
     return contextlib.nullcontext()
 
 
-def _optimizer_bytes(name: Any, trained: list[Tensor]) -> int | None:
+def _optimizer_bytes(name: str | Enum, trained: Sequence[Tensor]) -> int | None:
     """State after the first step."""
     full = str(getattr(name, "value", name))
     key = full.removeprefix("paged_").replace("_bnb", "")
@@ -291,7 +301,7 @@ def _optimizer_bytes(name: Any, trained: list[Tensor]) -> int | None:
     return sum(int(p.numel() * each) + (4 if key in _COUNTED_STEPS else 0) for p in trained)
 
 
-def _update_bytes(trained: list[Tensor], on_gpu: bool) -> int:
+def _update_bytes(trained: Sequence[Tensor], on_gpu: bool) -> int:
     """Temporaries of an update: of all tensors together on a GPU (foreach), of one after the other on a CPU."""
     sizes = [p.numel() * p.element_size() for p in trained]
     return sum(sizes) if on_gpu else 2 * max(sizes, default=0)

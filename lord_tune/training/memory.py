@@ -18,9 +18,9 @@ import contextlib
 import gc
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -32,6 +32,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
 
 from ..memory import PeakMemory
+from .pieces import piece_width
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ def _plain(tensor: Tensor) -> list[Tensor]:
     return [tensor] if local is None else [local]
 
 
-def _attached(owner: Any) -> Iterator[Tensor]:
+def _attached(owner: object) -> Iterator[Tensor]:
     """Tensors in plain attributes: decoded copies, bitsandbytes' scales (quant_state, SCB)."""
     for name, value in vars(owner).items():
         if isinstance(value, Tensor):
@@ -97,7 +102,7 @@ def _adapter_parameters(model: nn.Module) -> set[int]:
     return names
 
 
-def _is_parameter(value: Any) -> bool:
+def _is_parameter(value: object) -> bool:
     return isinstance(value, nn.Parameter)
 
 
@@ -121,11 +126,11 @@ def gradient_bytes(model: nn.Module) -> int:
     return sum(blocks.add(p.grad) for p in model.parameters() if p.grad is not None)
 
 
-def optimizer_bytes(optimizer: Any) -> int:
+def optimizer_bytes(optimizer: Optimizer) -> int:
     """Of the state alone, which most optimizers make in their first step."""
     blocks, total = Storages(), 0
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-    pending: list[Any] = list(inner.state.values())
+    pending: list[object] = list(inner.state.values())
     while pending:
         entry = pending.pop()
         if isinstance(entry, Mapping):
@@ -151,7 +156,7 @@ class Saved:
         self._hooks.__enter__()
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         self._hooks.__exit__(*error)
 
     def _pack(self, tensor: Tensor) -> Tensor:
@@ -175,7 +180,13 @@ class Live(TorchDispatchMode):
         self._now = self._logits_now = 0
         self.peak = self.logits = 0
 
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        operation: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         result = operation(*args, **(kwargs or {}))
         for value in tree_leaves(result):
             if isinstance(value, Tensor):
@@ -207,19 +218,14 @@ class Live(TorchDispatchMode):
 
 
 def logit_widths(vocabulary: int) -> set[int]:
-    """Widths of whole logits, and of the pieces in which trl computes them."""
-    if not vocabulary:
-        return set()
-    try:
-        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as piece
-    except ImportError:
-        return {vocabulary}
-    return {vocabulary, piece, vocabulary % piece} - {0}
+    """Widths of whole logits, and of the pieces in which trl computes them; the last piece is narrower."""
+    return {vocabulary, piece_width()} if vocabulary else set()
 
 
-def vocabulary_of(model: Any) -> int:
+def vocabulary_of(model: nn.Module) -> int:
     """Rows of the output head; 0 without one."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find = getattr(model, "get_output_embeddings", None)
+    head = None if find is None else find()
     return 0 if head is None else int(getattr(head, "out_features", None) or head.weight.shape[0])
 
 
@@ -232,8 +238,15 @@ class FirstStep(TrainerCallback):
         self._saved: Saved | None = None
         self._live: Live | None = None
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if not self.parts:
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: object,
+    ) -> None:
+        if model is not None and not self.parts:
             weights, adapters, known = held(model)
             self.parts = {"weights": weights, "adapters": adapters}
             if not (args.torch_compile or args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"):
@@ -241,16 +254,32 @@ class FirstStep(TrainerCallback):
                 self._live.__enter__()
             self._saved = Saved(model, known).__enter__()
 
-    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         self.close()
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: object,
+    ) -> None:
         self.close()
-        if "gradients" not in self.parts:
+        if model is not None and "gradients" not in self.parts:
             self.parts["gradients"] = gradient_bytes(model)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        if "optimizer" not in self.parts:
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Optimizer | None = None,
+        **kwargs: object,
+    ) -> None:
+        if optimizer is not None and "optimizer" not in self.parts:
             self.parts["optimizer"] = optimizer_bytes(optimizer)
 
     def close(self) -> None:
@@ -275,20 +304,20 @@ class TrainingPeak:
         self._peak.__enter__()
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         self._peak.__exit__(*error)
         self.bytes = max(0, self._peak.bytes - self._held)
 
 
-def _plain_loss(model: Any, batch: Mapping[str, Any]) -> Tensor:
+def _plain_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return model(**batch).loss
 
 
 def account(
-    model: Any,  # any PEFT model, ready to train
-    batch: Mapping[str, Any],  # what the model's forward takes, labels included
-    optimizer: torch.optim.Optimizer,  # over the trained parameters
-    loss: Callable[[Any, Mapping[str, Any]], Tensor] = _plain_loss,  # e.g. a trainer's compute_loss
+    model: nn.Module,  # any PEFT model, ready to train
+    batch: Mapping[str, Tensor],  # what the model's forward takes, labels included
+    optimizer: Optimizer,  # over the trained parameters
+    loss: Callable[[nn.Module, Mapping[str, Tensor]], Tensor] = _plain_loss,  # e.g. a trainer's compute_loss
     autocast: torch.dtype | None = None,
 ) -> Account:
     """Run one training step and count. The step is a real one: the trained parameters change.
@@ -344,7 +373,7 @@ class _Allocated:
             self._before = torch.accelerator.memory_allocated(self._device)
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._profile is None:
             self.peak = torch.accelerator.max_memory_allocated(self._device) - self._before
             return

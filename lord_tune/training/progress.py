@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from transformers import TrainerCallback
 
 from ..console import duration, note
 from .curve import draw
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from ..protocols import TrainerLike
 
 CURVE = "loss_curve.png"
 
@@ -17,28 +22,42 @@ CURVE = "loss_curve.png"
 class ShowProgress(TrainerCallback):
     """In place of transformers' printed dicts. Active on the main process only."""
 
-    def __init__(self, trainer: Any, title: str, unit: str):
+    def __init__(self, trainer: TrainerLike, title: str, unit: str):
         self._trainer, self._title, self._unit = trainer, title, unit
         self._start = self._first = 0.0
         self._last_time, self._last_tokens = 0.0, 0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         self._start = self._last_time = time.monotonic()
         self._first = state.global_step
         self._last_tokens = getattr(self._trainer, "_total_train_tokens", 0)
 
     def on_evaluate(
-        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kw: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: object,
     ) -> None:
         self._last_time += (metrics or {}).get("eval_runtime", 0.0)  # not training: it counts in no tokens/s
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
         if not state.is_world_process_zero or not logs or not ({"loss", "eval_loss"} & set(logs)):
             return
         step = str(state.global_step).rjust(len(str(state.max_steps)))
         note(f"  step {step}/{state.max_steps}  " + ("  ".join(self._words(state, logs))))
 
-    def _words(self, state: Any, logs: dict[str, Any]) -> list[str]:
+    def _words(self, state: TrainerState, logs: dict[str, float]) -> list[str]:
         if "eval_loss" in logs:
             return [
                 f"{name.replace('eval_', 'eval ')} {logs[name]:.4f}"
@@ -58,9 +77,10 @@ class ShowProgress(TrainerCallback):
             words.append(f"{duration((state.max_steps - state.global_step) * (now - self._start) / done)} left")
         return words
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.draw(state, Path(args.output_dir))
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        if args.output_dir is not None:
+            self.draw(state, Path(args.output_dir))
 
-    def draw(self, state: Any, output: Path) -> None:
+    def draw(self, state: TrainerState, output: Path) -> None:
         if state.is_world_process_zero:
             draw(state.log_history, output / CURVE, self._title, self._unit)

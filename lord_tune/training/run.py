@@ -4,66 +4,70 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 from transformers import set_seed
 
-from ..adapters.attach import FACTORS, LORA, MODES, SCALES, SPLIT, add_lora, add_scales, coverage, expose_factors
+from ..adapters.attach import coverage
 from ..adapters.loading import load
 from ..console import is_main_process, note
+from ..data.rows import RowFormat
 from ..errors import LordError, UsageError
 from ..integrations.files import ADAPTER_FILE, RUN_FILE, fingerprint
 from ..integrations.models import DTYPE_NAMES, load_tokenizer, model_class
-from ..integrations.running import kind_of, max_length
-from ..integrations.sources import resolve_model
-from ..layers import expert_of, factored_layers
+from ..integrations.running import max_length
+from ..layers import expert_of, factored_layers, plain_model
+from ..memory import large_blocks_apart
 from ..storage import read_json, write_json
 from .arguments import DISTILL, DPO, TrainOptions
 from .checkpoints import defect, newest_complete
 from .data import chat_template, check_tokenized, prepare_rows, sample_spans
+from .distillation import LiveTeacher, check_head
 from .memory import FirstStep, TrainingPeak
+from .modes import expose, teacher_source, trained_kind
+from .pieces import fitting_pieces
 from .preference import prepare_pairs, sample_pair
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+    from trl import DPOConfig, SFTConfig
+
+    from ..protocols import CausalModel, Tokenizer, TrainerLike, TrlConfig
+    from .distillation import Teacher
+    from .forecast import MemoryEstimate
+    from .progress import ShowProgress
+    from .trainers import DistillationTrainer, Recorded, TrainerData
+
 _MAY_CHANGE = {"resume_from_checkpoint", "num_train_epochs", "max_steps", "dry_run", "report_to"}  # of a continued run
-Notify = Callable[[str, Any], None]  # (event, payload): "coverage", "data", "sample"
-
-
-def expose(model: nn.Module, options: TrainOptions) -> Any:
-    """The PEFT model of a mode."""
-    if options.mode in (FACTORS, SPLIT):
-        return expose_factors(model, options.targets, mode=options.mode)
-    if options.mode == LORA:
-        return add_lora(
-            model, options.lora_r, options.lora_alpha, options.lora_dropout, options.targets, on=options.lora_on
-        )
-    if options.mode == SCALES:
-        return add_scales(model, options.targets, on=options.scales_on)
-    raise UsageError(f"mode: {options.mode} is unknown; use one of {', '.join(MODES)}.")
+Notify = Callable[[str, object], None]  # (event, payload): "coverage", "data", "sample"
 
 
 def train_model(
-    model: nn.Module,
-    tokenizer: Any,
+    model: CausalModel,
+    tokenizer: Tokenizer,
     options: TrainOptions,
-    arguments: Any,  # SFTConfig or DPOConfig
-    resolved: dict[str, Any],  # stored beside the checkpoints: a changed run refuses to resume
+    arguments: TrlConfig,  # SFTConfig or DPOConfig
+    resolved: Mapping[str, object],  # stored beside the checkpoints: a changed run refuses to resume
     notify: Notify = lambda event, payload: None,
-    foreseen: Any = None,  # forecast.MemoryEstimate, from before the model was loaded
+    foreseen: MemoryEstimate | None = None,  # from before the model was loaded
 ) -> dict[str, Any]:
     """Train and write the adapter to arguments.output_dir; resumes from the newest whole checkpoint found there.
 
     Returns the trainer's metrics: train_loss, steps, the loss history, trainable_parameters.
     """
     output = Path(arguments.output_dir)
-    resolved = resolved | {"processes": arguments.world_size}  # its checkpoints hold a random state for each
+    resolved = dict(resolved) | {"processes": arguments.world_size}  # its checkpoints hold a random state for each
     checkpoint, broken = _checkpoint(output, arguments)
     _check_output(output, checkpoint, broken, resolved, arguments)
     check_experts(model, arguments)
-    if options.objective != "sft" and kind_of(model) != "causal":
+    kind = trained_kind(model)
+    if options.objective != "sft" and kind != "causal":
         raise UsageError(f"objective: {options.objective} needs a model that predicts the next token; use sft.")
     teacher = teacher_source(options) if options.objective == DISTILL else None
     rows, form = _rows(options.dataset_name, options.dataset_train_split, options, tokenizer)
@@ -75,18 +79,20 @@ def train_model(
     set_seed(arguments.seed)  # before adapters are drawn; the trainer seeds again
     exposed = expose(model, options)
     notify("coverage", coverage(exposed))
-    trainer = _make_trainer(exposed, tokenizer, arguments, rows, held, options)
+    made = _make_trainer(exposed, tokenizer, arguments, rows, held, options)
+    trainer = cast("TrainerLike", made)  # typed more narrowly than transformers' own attributes
     if options.objective == DPO:
         notify("sample", sample_pair(trainer, tokenizer))
     else:
         chats = form.kind == "messages" or form.kind == "prompt_completion" and isinstance(rows[0]["prompt"], list)
-        wrapped = arguments.packing and arguments.packing_strategy == "wrapped"  # ends of texts lie anywhere
+        supervised = cast("SFTConfig", arguments)
+        wrapped = supervised.packing and supervised.packing_strategy == "wrapped"  # ends of texts lie anywhere
         if not wrapped:
             check_tokenized(trainer, tokenizer, len(rows), chats)
         ends = form.kind == "prompt_completion" and not chats and not wrapped
         notify("sample", sample_spans(trainer, tokenizer, require_eos=ends))
     if teacher is not None:
-        trainer.teacher = _make_teacher(trainer, tokenizer, teacher, options)
+        cast("DistillationTrainer", made).teacher = _make_teacher(trainer, tokenizer, teacher, options)
     show = _show_progress(trainer, options, checkpoint)
     if is_main_process():
         output.mkdir(parents=True, exist_ok=True)
@@ -96,7 +102,12 @@ def train_model(
             shutil.rmtree(folder)
     counted = FirstStep()
     trainer.add_callback(counted)
-    with TrainingPeak(foreseen.held if foreseen else 0, trainer.args.device) as peak:
+    device = trainer.args.device
+    with (
+        TrainingPeak(foreseen.held if foreseen else 0, device) as peak,
+        large_blocks_apart(),
+        fitting_pieces(device.type != "cpu"),
+    ):
         if checkpoint is not None and _at_end(checkpoint, arguments):
             trainer.take_up(checkpoint)
         else:
@@ -126,29 +137,32 @@ def train_model(
     return metrics
 
 
-def check_experts(model: nn.Module, arguments: Any) -> None:
+def check_experts(model: nn.Module, arguments: TrlConfig) -> None:
     """An expert that no token of a batch chose has no gradient, which plain data parallelism waits for."""
     if arguments.world_size > 1 and arguments.ddp_find_unused_parameters is False:
         if any(expert_of(name) is not None for name in factored_layers(model)):
             raise UsageError(
-                "ddp_find_unused_parameters: false came with decomposed experts, some of which no token of a batch "
-                "may choose; leave it out."
+                "ddp_find_unused_parameters: false does not work with decomposed experts, some of which may get no "
+                "token of a batch; leave it out."
             )
 
 
-def _rows(source: str, split: str, options: TrainOptions, tokenizer: Any) -> tuple[Any, Any]:
+def _rows(source: str, split: str, options: TrainOptions, tokenizer: Tokenizer) -> tuple[Dataset, RowFormat]:
     config = options.dataset_config if source == options.dataset_name else None
     if options.objective == DPO:
-        return prepare_pairs(source, split, config, tokenizer), "prompt + chosen + rejected"
+        return prepare_pairs(source, split, config, tokenizer), RowFormat("prompt + chosen + rejected")
     return prepare_rows(source, split, config, tokenizer)
 
 
-def _checkpoint(output: Path, arguments: Any) -> tuple[Path | None, dict[Path, str]]:
+def _checkpoint(output: Path, arguments: TrlConfig) -> tuple[Path | None, dict[Path, str]]:
     """(where to continue from, newer checkpoints that are not whole)"""
     asked = arguments.resume_from_checkpoint
     if asked and str(asked).lower() in ("true", "false"):  # transformers' spelling of what is done anyway
         if str(asked).lower() == "false":
-            raise UsageError("resume_from_checkpoint: false came; choose another output_dir to start anew.")
+            raise UsageError(
+                "Got resume_from_checkpoint: false, but a run always continues from the checkpoints in its output_dir; "
+                "choose another output_dir to start anew."
+            )
         asked = None
     if not asked:
         return newest_complete(output, arguments) if output.is_dir() else (None, {})
@@ -160,29 +174,9 @@ def _checkpoint(output: Path, arguments: Any) -> tuple[Path | None, dict[Path, s
     return Path(asked), {}
 
 
-def teacher_source(options: TrainOptions) -> str:
-    """A folder or Hub id: the model that was named, else the one that the student was decomposed from."""
-    if options.teacher_model_name_or_path is not None:
-        return resolve_model(options.teacher_model_name_or_path)
-    record = Path(options.model_name_or_path) / "decomposition.json"
-    if not record.is_file():
-        raise UsageError(
-            f"objective: distill finds no decomposition.json in {options.model_name_or_path} that names the original "
-            "model; set teacher_model_name_or_path."
-        )
-    name = read_json(record)["base"]["name"]
-    try:
-        return resolve_model(name)
-    except UsageError as error:
-        raise UsageError(
-            f"The original model {name}, which {record} names, is not there; set teacher_model_name_or_path."
-        ) from error
-
-
-def _make_teacher(trainer: Any, tokenizer: Any, source: str, options: TrainOptions) -> Any:
+def _make_teacher(trainer: TrainerLike, tokenizer: Tokenizer, source: str, options: TrainOptions) -> Teacher:
     """The targets of distillation: a model in memory, or a folder of its most likely tokens."""
-    from .distillation import LiveTeacher, check_head, plain_model
-    from .teacher_logits import prepare, sequences_of_row
+    from .teacher_logits import Identity, prepare, sequences_of_row
 
     if load_tokenizer(source).get_vocab() != tokenizer.get_vocab():
         raise UsageError(f"The teacher {source} has another vocabulary than the student; distillation needs the same.")
@@ -191,8 +185,8 @@ def _make_teacher(trainer: Any, tokenizer: Any, source: str, options: TrainOptio
     vocabulary = plain_model(trainer.model).get_output_embeddings().weight.shape[0]
     check_head(trainer.model, probe)
 
-    def load_teacher() -> Any:
-        teacher = load(source, dtype)[0].to(trainer.accelerator.device)
+    def load_teacher() -> CausalModel:
+        teacher = load(source, dtype)[0].to(trainer.accelerator.device)  # type: ignore[arg-type]  # its decorator's type
         found = plain_model(teacher).get_output_embeddings()
         if found is None or found.weight.shape[0] != vocabulary:
             came = "no language-model head" if found is None else f"{found.weight.shape[0]:,} logits"
@@ -202,7 +196,7 @@ def _make_teacher(trainer: Any, tokenizer: Any, source: str, options: TrainOptio
 
     if options.teacher_logits is None:
         return LiveTeacher(load_teacher(), options.distill_temperature)
-    identity = {
+    identity: Identity = {
         "format": 1,
         "teacher": fingerprint(source) or f"{source} {getattr(model_class(source)[1], '_commit_hash', None)}",
         "dtype": dtype,
@@ -221,7 +215,7 @@ def _make_teacher(trainer: Any, tokenizer: Any, source: str, options: TrainOptio
     )
 
 
-def _show_progress(trainer: Any, options: TrainOptions, checkpoint: Path | None) -> Any:
+def _show_progress(trainer: TrainerLike, options: TrainOptions, checkpoint: Path | None) -> ShowProgress:
     """Our lines and our curve in place of transformers' printed dicts."""
     from transformers import PrinterCallback
 
@@ -238,7 +232,7 @@ def _show_progress(trainer: Any, options: TrainOptions, checkpoint: Path | None)
     return show
 
 
-def _check_trained(model: nn.Module, arguments: Any) -> None:
+def _check_trained(model: nn.Module, arguments: TrlConfig) -> None:
     """The trainer goes on after a NaN loss, so the weights are looked at."""
     broken = [n for n, p in model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
     if broken:
@@ -249,7 +243,7 @@ def _check_trained(model: nn.Module, arguments: Any) -> None:
 
 
 def _check_output(
-    output: Path, checkpoint: Path | None, broken: dict[Path, str], resolved: dict[str, Any], arguments: Any
+    output: Path, checkpoint: Path | None, broken: dict[Path, str], resolved: Mapping[str, object], arguments: TrlConfig
 ) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
@@ -272,10 +266,12 @@ def _check_output(
             return  # it was killed in its first checkpoint
         raise UsageError(f"{output} holds a finished run without checkpoints; choose another output_dir.")
     if _finished(output, checkpoint, arguments):
-        raise UsageError(f"{output} holds a finished run; raise max_steps or num_train_epochs, or choose another one.")
+        raise UsageError(
+            f"{output} holds a finished run; raise max_steps or num_train_epochs, or choose another output_dir."
+        )
 
 
-def _finished(output: Path, checkpoint: Path, arguments: Any) -> bool:
+def _finished(output: Path, checkpoint: Path, arguments: TrlConfig) -> bool:
     """Whether the adapter in `output` is that of the whole run."""
     results = output / "train_results.json"
     if (
@@ -286,7 +282,7 @@ def _finished(output: Path, checkpoint: Path, arguments: Any) -> bool:
     return _at_end(checkpoint, arguments)
 
 
-def _at_end(checkpoint: Path, arguments: Any) -> bool:
+def _at_end(checkpoint: Path, arguments: TrlConfig) -> bool:
     """Whether a checkpoint is that of the last step; the trainer would go on for one more."""
     state = read_json(checkpoint / "trainer_state.json")
     if arguments.max_steps > 0:
@@ -294,28 +290,39 @@ def _at_end(checkpoint: Path, arguments: Any) -> bool:
     return state["epoch"] >= arguments.num_train_epochs
 
 
-def _make_trainer(model: Any, tokenizer: Any, arguments: Any, rows: Any, held: Any, options: TrainOptions) -> Any:
-    kind = kind_of(model)
-    if kind == "bare":
-        raise UsageError("The model has no language-model head, so there is no loss to train on.")
-    if kind == "masked":
+def _make_trainer(
+    model: PeftModel,
+    tokenizer: Tokenizer,
+    arguments: TrlConfig,
+    rows: Dataset,
+    held: Dataset | None,
+    options: TrainOptions,
+) -> Recorded:
+    if trained_kind(model) == "masked":
         return _masked_trainer(model, tokenizer, arguments, rows, held)
     if getattr(tokenizer, "eos_token", None) is None and getattr(arguments, "eos_token", None) is None:
         raise UsageError("The tokenizer has no end-of-text token, so the model cannot learn to stop; set eos_token.")
-    from .trainers import PreferenceTrainer, SupervisedTrainer
+    from .trainers import DistillationTrainer, PreferenceTrainer, SupervisedTrainer
 
-    data = {"train_dataset": rows, "eval_dataset": held, "processing_class": tokenizer}
+    data: TrainerData = {
+        "train_dataset": rows,
+        "eval_dataset": held,
+        "processing_class": cast("PreTrainedTokenizerBase", tokenizer),
+    }
     if options.objective == DPO:
-        return PreferenceTrainer(model, args=arguments, **data)
-    with chat_template(tokenizer, marked=arguments.assistant_only_loss and arguments.chat_template_path is None):
+        return PreferenceTrainer(model, args=cast("DPOConfig", arguments), **data)
+    supervised = cast("SFTConfig", arguments)
+    with chat_template(tokenizer, marked=supervised.assistant_only_loss and supervised.chat_template_path is None):
         if options.objective == DISTILL:
-            from .distillation import DistillationTrainer
+            return DistillationTrainer(
+                model, supervised, options.distill_ce_weight, options.distill_temperature, **data
+            )
+        return SupervisedTrainer(model, supervised, **data)
 
-            return DistillationTrainer(model, arguments, options.distill_ce_weight, options.distill_temperature, **data)
-        return SupervisedTrainer(model, arguments, **data)
 
-
-def _masked_trainer(model: Any, tokenizer: Any, arguments: Any, rows: Any, held: Any) -> Any:
+def _masked_trainer(
+    model: PeftModel, tokenizer: Tokenizer, arguments: TrlConfig, rows: Dataset, held: Dataset | None
+) -> Recorded:
     from transformers import DataCollatorForLanguageModeling
 
     from .trainers import MaskedTrainer
@@ -324,10 +331,11 @@ def _masked_trainer(model: Any, tokenizer: Any, arguments: Any, rows: Any, held:
         raise UsageError("A masked language model trains on plain text; give a dataset with a text column.")
     limit = min(arguments.max_length or 512, max_length(model))
 
-    def tokenize(row: dict[str, Any]) -> dict[str, Any]:
+    def tokenize(row: Mapping[str, str]) -> dict[str, list[int]]:
         return {"input_ids": tokenizer(row["text"], truncation=True, max_length=limit)["input_ids"]}
 
-    collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
+    collator = DataCollatorForLanguageModeling(cast("PreTrainedTokenizerBase", tokenizer), mlm_probability=0.15)
     rows = rows.map(tokenize, remove_columns=rows.column_names)
     held = None if held is None else held.map(tokenize, remove_columns=held.column_names)
-    return MaskedTrainer(model, arguments, data_collator=collator, train_dataset=rows, eval_dataset=held)
+    given = cast("SFTConfig", arguments)
+    return MaskedTrainer(model, given, data_collator=collator, train_dataset=rows, eval_dataset=held)

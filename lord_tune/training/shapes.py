@@ -6,9 +6,9 @@ for the backward pass what the original does, in the same order. forecast.py run
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypedDict, TypeVar, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +20,42 @@ from transformers.modeling_utils import AttentionInterface
 
 from ..integrations.models import default_device
 from ..layers import QuantizedLinear
-from ..quantizers import Rotated
+from ..protocols import AutogradContext
+from ..quantizers import Quantizer, Rotated
 from ..quantizers.base import spans, tile_of
+from .pieces import piece_width
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from ..protocols import TrlConfig
+
+Further = ParamSpec("Further")
+Result = TypeVar("Result")
+
+
+class _MaskShape(TypedDict):
+    batch_size: int
+    q_length: int
+    device: torch.device
+
+
+class _ProductContext(AutogradContext, Protocol):
+    shape: tuple[int, int]
+    rows: int
+    dtype: torch.dtype
+
+
+class _LossContext(AutogradContext, Protocol):
+    dtype: torch.dtype
+    on_gpu: bool
 
 
 @dataclass(frozen=True)
 class ShapesOnly:
     """Stands for a format while shapes alone are asked for."""
 
-    inner: Any  # Quantizer
+    inner: Quantizer
 
     @property
     def name(self) -> str:
@@ -54,7 +81,7 @@ class _Product(torch.autograd.Function):
     """quantizers/base.py's product with tiles of Q, by shapes: one tile and one share of the result beside it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, codes: Tensor, shape: tuple[int, int], step: int) -> Tensor:
+    def forward(ctx: _ProductContext, x: Tensor, codes: Tensor, shape: tuple[int, int], step: int) -> Tensor:
         start, stop = next(spans(shape, step, tile_of(default_device())))
         ctx.save_for_backward(codes)
         ctx.shape, ctx.rows, ctx.dtype = shape, stop - start, x.dtype
@@ -64,7 +91,7 @@ class _Product(torch.autograd.Function):
         return product if ctx.rows == shape[0] else x.new_empty(*x.shape[:-1], shape[0])
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _ProductContext, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         gradient = gradients[0]
         tile = _decoded(ctx.rows, ctx.shape, ctx.saved_tensors[0], gradient.dtype)
         whole = gradient.new_empty(*gradient.shape[:-1], ctx.shape[1])
@@ -79,17 +106,17 @@ class _Turned(torch.autograd.Function):
     """A rotation by shapes: signs are saved, results and gradients are new tensors."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: AutogradContext, x: Tensor) -> Tensor:
         ctx.save_for_backward(torch.empty(x.shape[-1], dtype=x.dtype, device=x.device))
         return torch.empty_like(torch.empty_like(x))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+    def backward(ctx: AutogradContext, *gradients: Tensor) -> Tensor:
         return torch.empty_like(torch.empty_like(gradients[0]))
 
 
 @contextlib.contextmanager
-def without_content(model: nn.Module, arguments: Any) -> Iterator[None]:
+def without_content(model: nn.Module, arguments: TrlConfig) -> Iterator[None]:
     """Operations on the model compute shapes. torch's meta device does so at a fraction of FakeTensorMode's cost, but
     knows no autocast, and computes attention in another way than any device does."""
     if arguments.bf16 or arguments.fp16:
@@ -108,23 +135,28 @@ class Attention(TorchFunctionMode):
         super().__init__()
         self._on_gpu = on_gpu
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        function: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         given = kwargs or {}
-        if function is not nn.functional.scaled_dot_product_attention:
+        names = dict(zip(("attn_mask", "dropout_p"), args[3:], strict=False)) | given
+        product = function is nn.functional.scaled_dot_product_attention
+        if not product or (names.get("dropout_p") and not self._on_gpu):
             return function(*args, **given)
-        query, key, value, *more = args
-        names = dict(zip(("attn_mask", "dropout_p"), more, strict=False)) | given
-        if names.get("dropout_p") and not self._on_gpu:
-            return function(*args, **given)
+        query, key, value = cast(tuple[Tensor, Tensor, Tensor], args[:3])
         mask = names.get("attn_mask")
-        if mask is not None and mask.dtype == torch.bool:
+        if isinstance(mask, Tensor) and mask.dtype == torch.bool:
             mask = torch.empty_like(mask, dtype=query.dtype)
         return _FusedAttention.apply(query, key, value, mask)
 
 
 class _FusedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(ctx: AutogradContext, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         batch, heads, length, _ = query.shape
         result = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
         sums = query.new_empty(batch, length, heads, dtype=torch.float32)
@@ -132,7 +164,7 @@ class _FusedAttention(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: AutogradContext, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return (*(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3]), None)
 
 
@@ -166,32 +198,38 @@ def _materialise(model: nn.Module) -> None:
 _MASKED, _UNMASKED = "lord_tune_masked", "lord_tune_unmasked"
 
 
-def _whole_mask(*, batch_size: int, q_length: int, kv_length: int, device: Any, **more: Any) -> Tensor:
+def _whole_mask(*, batch_size: int, q_length: int, kv_length: int, device: torch.device, **more: object) -> Tensor:
     """transformers' mask for scaled dot products where rows are padded or packed, by its shape."""
     return torch.empty(batch_size, 1, q_length, kv_length, dtype=torch.bool, device=device)
 
 
-def _no_mask(*, kv_length: int, local_size: int | None = None, **more: Any) -> Tensor | None:
+def _no_mask(*, kv_length: int, local_size: int | None = None, **more: Unpack[_MaskShape]) -> Tensor | None:
     """The same where no row is: none, unless attention is to a window only."""
     return None if local_size is None or kv_length < local_size else _whole_mask(kv_length=kv_length, **more)
 
 
-def set_attention(config: Any, masked: bool, on_gpu: bool) -> None:
+def set_attention(config: PreTrainedConfig, masked: bool, on_gpu: bool) -> None:
     """transformers looks at the content of masks before it makes one; ours tell what it would find."""
     if config._attn_implementation != "sdpa":  # the others do not look, or have no mask
         return
     name, mask = (_MASKED, _whole_mask) if masked else (_UNMASKED, _no_mask)
 
-    def attention(module: nn.Module, query: Tensor, *given: Any, **more: Any) -> Any:
-        with Attention(on_gpu) if query.is_meta else contextlib.nullcontext():
-            return sdpa_attention_forward(module, query, *given, **more)
-
-    AttentionInterface.register(name, attention)
+    AttentionInterface.register(name, _by_shapes(sdpa_attention_forward, on_gpu))
     AttentionMaskInterface.register(name, mask)
     config._attn_implementation = name
 
 
-_TOKENS_AT_ONCE, _WORDS_AT_ONCE = 4096, 32768
+def _by_shapes(
+    compute: Callable[Concatenate[nn.Module, Tensor, Further], Result], on_gpu: bool
+) -> Callable[Concatenate[nn.Module, Tensor, Further], Result]:
+    def attention(module: nn.Module, query: Tensor, *given: Further.args, **more: Further.kwargs) -> Result:
+        with Attention(on_gpu) if query.is_meta else contextlib.nullcontext():
+            return compute(module, query, *given, **more)
+
+    return attention
+
+
+_TOKENS_AT_ONCE = 4096
 # bytes per logit at the worst moment of trl's torch operations on a piece, beside the piece: three float32 and one mask
 # forward, seven and one backward. On a GPU one kernel needs none.
 _FORWARD_BYTES, _BACKWARD_BYTES = 13, 29
@@ -201,7 +239,7 @@ class LossInPieces(torch.autograd.Function):
     """trl's ChunkedLogProbFunction by shapes: the hidden states, the targets and two numbers per token are saved."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, on_gpu: bool) -> Tensor:
+    def forward(ctx: _LossContext, hidden: Tensor, weight: Tensor, on_gpu: bool) -> Tensor:
         cast = torch.is_autocast_enabled("cpu")
         ctx.dtype, ctx.on_gpu = torch.get_autocast_dtype("cpu") if cast else hidden.dtype, on_gpu
         count = len(hidden)
@@ -211,16 +249,17 @@ class LossInPieces(torch.autograd.Function):
         return hidden.new_empty(count, dtype=torch.float32)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _LossContext, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, *_ = ctx.saved_tensors
         result = torch.empty_like(hidden, dtype=torch.float32)
         _piece(ctx, hidden, weight, _BACKWARD_BYTES)
         return result.to(hidden.dtype), None, None
 
 
-def _piece(ctx: Any, hidden: Tensor, weight: Tensor, bytes_per_logit: int) -> None:
-    tokens, words = min(len(hidden), _TOKENS_AT_ONCE), min(len(weight), _WORDS_AT_ONCE)
-    piece = hidden.new_empty(tokens, _WORDS_AT_ONCE, dtype=ctx.dtype)
+def _piece(ctx: _LossContext, hidden: Tensor, weight: Tensor, bytes_per_logit: int) -> None:
+    tokens, width = min(len(hidden), _TOKENS_AT_ONCE), piece_width()
+    words = min(len(weight), width)
+    piece = hidden.new_empty(tokens, width, dtype=ctx.dtype)
     cast = [
         torch.empty_like(part, dtype=ctx.dtype) for part in (weight[:words], hidden[:tokens]) if part.dtype != ctx.dtype
     ]

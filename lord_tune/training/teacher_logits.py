@@ -20,7 +20,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,14 +28,37 @@ from torch import Tensor, nn
 
 from ..console import human_bytes, is_main_process, progress, say
 from ..errors import LordError, UsageError
+from ..layers import plain_model
 from ..storage import read_json, write_json, write_tensors
-from .distillation import KlOfTokens, head_of, plain_model
+from .distillation import KlOfTokens, head_of
+
+if TYPE_CHECKING:
+    from ..protocols import CausalModel
 
 INDEX = "index.json"
 _PATIENCE = 60.0  # seconds until a folder that another machine made is visible
 SHARD_BYTES = 1 << 27
 _FORMAT = 1
 Sequence = tuple[Tensor, Tensor]  # ids (length,), counted (length - 1,): whose next token is trained
+
+
+class Identity(TypedDict):
+    """What a folder of logits was made of; one of anything else is refused."""
+
+    format: int
+    teacher: str
+    dtype: str
+    vocabulary: int
+    top_k: int
+    temperature: float
+
+
+class _Row(TypedDict):
+    """A row of a trl trainer's dataset, tokenized; seq_lengths if it is packed."""
+
+    input_ids: list[int]
+    labels: NotRequired[list[int]]
+    seq_lengths: NotRequired[list[int]]
 
 
 def key_of(ids: Tensor, counted: Tensor) -> str:
@@ -45,7 +68,7 @@ def key_of(ids: Tensor, counted: Tensor) -> str:
     return digest.hexdigest()[:32]
 
 
-def sequences_of_row(row: dict[str, Any]) -> Iterator[Sequence]:
+def sequences_of_row(row: _Row) -> Iterator[Sequence]:
     """The documents of a row of the trainer's dataset (several, if it is packed)."""
     ids, labels = torch.tensor(row["input_ids"]), torch.tensor(row.get("labels", row["input_ids"]))
     start = 0
@@ -92,7 +115,7 @@ def bucketed_kl(student: Tensor, stored: dict[str, Tensor], temperature: float) 
 class CachedTeacher:
     """Targets from a folder; no teacher is in memory."""
 
-    def __init__(self, folder: Path, identity: dict[str, Any]):
+    def __init__(self, folder: Path, identity: Identity):
         self._folder, self._identity = folder, identity
         self._temperature: float = identity["temperature"]
         self._open: dict[str, Any] = {}
@@ -182,7 +205,7 @@ class CachedTeacher:
 @torch.no_grad()
 def compute(
     cache: CachedTeacher,
-    teacher: Any,
+    teacher: CausalModel,
     missing: dict[str, Sequence],
     top_k: int,
     temperature: float,
@@ -221,9 +244,9 @@ def compute(
 
 def prepare(
     folder: Path,
-    identity: dict[str, Any],
+    identity: Identity,
     sequences: Callable[[], Iterable[Sequence]],
-    load_teacher: Callable[[], Any],
+    load_teacher: Callable[[], CausalModel],
     batch_tokens: int,
 ) -> CachedTeacher:
     """The cached teacher of these sequences. What is missing is computed by the main process, the only one that loads
@@ -246,5 +269,7 @@ def prepare(
         time.sleep(1)
         cache.read()
         if machines > 1 and not folder.is_dir() and time.monotonic() - start > _PATIENCE:
-            raise UsageError(f"teacher_logits {folder} does not appear on this machine; name a folder that all share.")
+            raise UsageError(
+                f"teacher_logits {folder} does not appear on this machine; name a folder that all machines share."
+            )
     return cache
