@@ -7,6 +7,7 @@ Heavy imports happen inside the verbs: `--help` needs neither torch nor transfor
 from __future__ import annotations
 
 import os
+import re
 import sys
 import typing
 import warnings
@@ -58,6 +59,21 @@ _MANY = ("--calibration", "--text")  # flags that take several values
 _OUTPUT_KEYS = set(DecomposeConfig.model_fields) - set(MethodConfig.model_fields)
 
 
+def _flag(record: type[RunConfig], name: str) -> str:
+    """train's flags are keys of trl's, which have underscores."""
+    key = record.model_fields[name].alias or name
+    return "--" + (key if record.model_config["extra"] == "allow" else key.replace("_", "-"))
+
+
+# key -> flag; of the verbs that share a key train comes first, and each takes both spellings
+_FLAGS = {
+    _flag(record, name)[2:].replace("-", "_"): _flag(record, name)
+    for record in sorted(RECORDS.values(), key=lambda record: record.model_config["extra"] != "allow")
+    for name in record.model_fields
+    if name not in ("model", "out")
+}
+
+
 def _flag_type(field: FieldInfo) -> tuple[Any, str]:
     """The type typer parses and the choices for the help; the record itself checks choices."""
     options = [a for a in typing.get_args(field.annotation) if a is not type(None)]
@@ -76,15 +92,14 @@ def _shown(text: str) -> str:
     return escape(text) if _RICH else text
 
 
-def _parameter(name: str, field: FieldInfo, positional: bool, trl_names: bool, group: str | None) -> Parameter:
+def _parameter(record: type[RunConfig], name: str, positional: bool, group: str | None) -> Parameter:
+    field, flag = record.model_fields[name], _flag(record, name)
     kind, choices = _flag_type(field)
     default = field.get_default(call_default_factory=True)
     shown = "" if default in (None, False, []) or field.is_required() else f" [default: {default}]"
     help_text = field.description or ""
     help_text += f" ({choices})" if choices and choices not in help_text else ""
     help_text = _shown(help_text + ("" if positional else shown))
-    flag = "--" + (field.alias or name)
-    flag = flag if trl_names else flag.replace("_", "-")
     if positional:
         value = typer.Argument(None, help=help_text, show_default=False)
     elif kind is bool:
@@ -110,9 +125,7 @@ def _add(verb: str, record: type[RunConfig], summary: str, call: Callable[[dict[
     yaml = typer.Option(None, help=text, rich_help_panel=groups.get("config"))
     from_yaml = Parameter("config", Parameter.POSITIONAL_OR_KEYWORD, default=yaml, annotation=str | None)
     parameters = [
-        from_yaml
-        if name == "config"
-        else _parameter(name, fields[name], name in positional, open_ended, groups.get(name))
+        from_yaml if name == "config" else _parameter(record, name, name in positional, groups.get(name))
         for name in ordered
     ]
     if open_ended:
@@ -146,7 +159,7 @@ def _extra_options(words: list[str]) -> dict[str, str | list[str]]:
     while position < len(words):
         word = words[position]
         if not word.startswith("--"):
-            raise UsageError(f"'{word}' came without an option; write --key value.")
+            raise UsageError(f"'{word}' does not follow an option; write --key value.")
         key, equals, value = word[2:].partition("=")
         position += 1
         values = [value] if equals else []
@@ -236,6 +249,11 @@ def _expand(words: list[str]) -> list[str]:
     return result
 
 
+def _with_flags(message: object) -> str:
+    """Messages name an option by its key, `max_tokens`, as Python and YAML have it; here it is --max-tokens."""
+    return re.sub(r"`(\w+)`", lambda found: _FLAGS.get(found[1], found[0]), str(message))
+
+
 def _show_warning(
     message: Warning | str,
     category: type[Warning],
@@ -245,7 +263,7 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     if issubclass(category, LordWarning) and is_main_process():
-        print(f"warning: {message}", file=sys.stderr)
+        print(f"warning: {_with_flags(message)}", file=sys.stderr)
 
 
 def _who() -> str:
@@ -271,7 +289,7 @@ def main(arguments: list[str] | None = None) -> None:
     except LordError as error:
         if debug:
             raise
-        print(f"{_who()}error: {error}", file=sys.stderr)
+        print(f"{_who()}error: {_with_flags(error)}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

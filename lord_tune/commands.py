@@ -28,7 +28,7 @@ from .exports.run import export_model
 from .integrations.checkpoint import Checkpoint, skeleton, write_index
 from .integrations.files import ADAPTER_FILE, base_of_adapter, fingerprint, first_line
 from .integrations.models import attention_of, default_device, launched_processes, load_tokenizer, model_class, quiet
-from .integrations.running import kind_of, task_of, window_length
+from .integrations.running import kind_of, run_model, task_of, window_length
 from .integrations.sources import resolve_model
 from .keywords import documented
 from .layers import dequantize_once
@@ -82,7 +82,8 @@ def decompose(model: str, out: str, **options: Unpack[DecomposeOptions]) -> dict
     source_name = resolve_model(config.model)
     _, base_config = model_class(source_name)
     tokenizer = load_tokenizer(source_name)
-    windows, calibration = windows_of(config, base_config, tokenizer)
+    shape = skeleton(source_name, config.dtype)
+    windows, calibration = windows_of(config, shape, tokenizer)
     base = workers.send(identity_of(config.model, source_name, base_config) if journal.writes else None, 0)
     if perhaps_finished:
         report = read_json(journal.out / "decomposition.json")
@@ -110,14 +111,13 @@ def decompose(model: str, out: str, **options: Unpack[DecomposeOptions]) -> dict
         note(f"continuing the run in {journal.folder}: {blocks} blocks are written")
     try:
         source = Checkpoint(source_name, config.dtype, journal.work / f"converted-{workers.rank}", device)
-        shape = skeleton(source_name, config.dtype)
         request = request_of(config)
-        found = survey(source.model, request.targets, request.exclude)
+        found = survey(source.model, request.targets, request.exclude, run_model)
         for text in found.notes():
             warnings.warn(text, LordWarning, stacklevel=2)
         chosen = decide(found.layers, request)
         before = sizes(source.model)
-        on_meta = survey(shape, request.targets, request.exclude)
+        on_meta = survey(shape, request.targets, request.exclude, run_model)
         size = text_size_of(windows)
         foreseen = estimate_of(shape, on_meta, request, chosen, size, None, workers.size, device)
         say(f"decomposing {config.model}: {summary(config, _backbone(chosen))}")
@@ -174,7 +174,7 @@ def plan(model: str, **options: Unpack[PlanOptions]) -> dict[str, Any]:
         assumed = {"kept_fraction": 0.9} if values.get("backbone", "none") == "none" else {"rank": 16}
         values |= assumed
         name, value = next(iter(assumed.items()))
-        say(f"no budget came: planned for --{name.replace('_', '-')} {value}")
+        say(f"no budget was given: planned for --{name.replace('_', '-')} {value}")
     config = PlanConfig.build(values)
     quiet()
     check_json_file(config.json_file)
@@ -185,7 +185,7 @@ def plan(model: str, **options: Unpack[PlanOptions]) -> dict[str, Any]:
         size = asked_text(config, window_length(config.context_length, shape))
     device = default_device()
     request = request_of(config)
-    found = survey(shape, request.targets, request.exclude)
+    found = survey(shape, request.targets, request.exclude, run_model)
     for text in found.notes():
         warnings.warn(text, LordWarning, stacklevel=2)
     chosen = decide(found.layers, request)
@@ -195,7 +195,7 @@ def plan(model: str, **options: Unpack[PlanOptions]) -> dict[str, Any]:
         if chosen is None:
             raise UsageError(
                 "The calibration text decides the ranks of this budget, so there is no plan to save yet; decompose "
-                "writes the plan that it chose into OUT/plan.json, or choose --allocation uniform."
+                "writes the plan that it chose into OUT/plan.json, or choose `allocation` uniform."
             )
         chosen.save(Path(config.save))
         say(f"wrote {config.save}: a choice for each of {len(chosen.layers)} layers; decompose MODEL OUT --plan FILE")
@@ -232,8 +232,8 @@ def train(**options: object) -> dict[str, Any]:
     source = resolve_model(config.model_name_or_path)
     if (Path(source) / ADAPTER_FILE).is_file():
         raise UsageError(
-            f"{source} is a training output; continue it by running its own config again, or export it "
-            "--format factored and train that."
+            f"{source} is the output of a training run. To continue that run, start it again with the same options; to "
+            "train on from its result, export it with `format` factored and train that."
         )
     # before any loading
     arguments = trainer_arguments(config.trainer_values(), config.mode, True, own, held, config.objective)
@@ -353,7 +353,7 @@ def export(
 def _keep_dense(model: CausalModel) -> None:
     held = dequantize_once(model, model.dtype)
     if not held:
-        raise UsageError("--dequantize-once came and the model has no quantized layers; remove it.")
+        raise UsageError("The model has no quantized layers, so `dequantize_once` has no effect; remove it.")
     say(f"quantized weights are decoded once: {human_bytes(held)} more memory")
 
 

@@ -42,9 +42,9 @@ class RunConfig(BaseModel):
             first = error.errors()[0]
             name = str(first["loc"][0]) if first["loc"] else "config"
             if first["type"] == "missing":
-                raise UsageError(f"{name} is missing; give it on the command line or in the config file.") from error
-            message = f"{name}: {first['input']!r} came; {first['msg'][0].lower()}{first['msg'][1:]}."
-            raise UsageError(message) from error
+                raise UsageError(f"`{name}` is missing; give it.") from error
+            told = first["msg"].replace("Input should", "it should", 1)
+            raise UsageError(f"Got {first['input']!r} for `{name}`; {told[0].lower()}{told[1:]}.") from error
         record.check()
         return record
 
@@ -177,12 +177,12 @@ class MethodConfig(MethodOptions, RunConfig):
     def check_budget(self) -> None:
         """Exactly one budget, and a rank beside a width only where the width chooses the format."""
         came = self.given("rank", "kept_fraction", "bits_per_weight", "plan_file")
-        flags = [f"--{name.removesuffix('_file').replace('_', '-')}" for name in came]
+        keys = [f"`{name.removesuffix('_file')}`" for name in came]
         if sorted(came) == ["bits_per_weight", "rank"] and self.backbone == "none":
             return
         if len(came) != 1:
-            what = " and ".join(flags) if came else "none"
-            raise UsageError(f"Expected one of --rank, --kept-fraction, --bits-per-weight and --plan; got {what}.")
+            what = " and ".join(keys) if came else "none"
+            raise UsageError(f"Expected one of `rank`, `kept_fraction`, `bits_per_weight` and `plan`; got {what}.")
 
     def check_method(self, calibrated: bool) -> None:
         """Refuse what cannot work and options that would be ignored."""
@@ -192,33 +192,37 @@ class MethodConfig(MethodOptions, RunConfig):
         quantized = self.backbone != "none" or self.bits_per_weight is not None
         if self.owners()[0].needs_backbone and not quantized:
             raise UsageError(
-                f"Method '{self.method}' splits W into Q + L R and needs a quantized backbone; pass --backbone nf4."
+                f"Method '{self.method}' splits W into Q + L R and needs a quantized backbone; pass `backbone` nf4."
             )
         if self.kept_fraction is not None and self.backbone != "none":
-            raise UsageError("--kept-fraction counts parameters of L and R against W; with a --backbone give --rank.")
+            raise UsageError(
+                "`kept_fraction` counts the parameters of L and R against those of W, so it needs a run without "
+                "`backbone`; give `rank` instead."
+            )
         if self.kept_fraction is not None and not 0 < self.kept_fraction < 1:
-            raise UsageError(f"--kept-fraction {self.kept_fraction} came; a number between 0 and 1 is wanted.")
+            raise UsageError(f"Got `kept_fraction` {self.kept_fraction}; expected a number between 0 and 1.")
         if self.bits_per_weight is not None and not 0 < self.bits_per_weight <= 32:
-            raise UsageError(f"--bits-per-weight {self.bits_per_weight} came; a number from 0 to 32 is wanted.")
+            raise UsageError(f"Got `bits_per_weight` {self.bits_per_weight}; expected a number above 0 and at most 32.")
         if isinstance(self.shrinkage, float) and not 0 <= self.shrinkage <= 1:
-            raise UsageError(f"--shrinkage {self.shrinkage} came; a number from 0 to 1, or auto, is wanted.")
+            raise UsageError(f"Got `shrinkage` {self.shrinkage}; expected a number from 0 to 1, or auto.")
         factors = self.factor_format in get_args(Quantized) and self.rank != 0
         if self.top_rank and not factors:
             raise UsageError(
-                "--top-rank stores components finer than the others; it needs a low-precision --factor-format."
+                "`top_rank` stores components finer than the others; it needs a low-precision `factor_format`."
             )
         if self.rank is not None and 0 < self.rank <= self.top_rank:
             raise UsageError(
-                f"--top-rank {self.top_rank} is not below --rank {self.rank}; for all of L and R set --factor-format."
+                f"Got `top_rank` {self.top_rank} with `rank` {self.rank}; expected fewer than all components. To store "
+                "all of L and R in a finer format, set `factor_format`."
             )
         if self.recover_epochs and not calibrated:
-            raise UsageError("--recover-epochs tunes L and R on text; pass --calibration FILE.")
+            raise UsageError("`recover_epochs` tunes L and R on text; pass `calibration` FILE.")
         if self.recover_epochs and self.rank == 0:
-            raise UsageError("--recover-epochs came with --rank 0: there is no L R to tune; remove one of them.")
+            raise UsageError("With `rank` 0 there is no L R that `recover_epochs` could tune; remove one of them.")
         if self.recover_epochs and factors and not self.top_rank:
             raise UsageError(
-                f"--recover-epochs tunes L and R by gradients, which --factor-format {self.factor_format} has not; use "
-                "bf16, or store the first components finer with --top-rank."
+                f"`recover_epochs` tunes L and R by gradients, which `factor_format` {self.factor_format} does not "
+                "have; use bf16, or store the first components finer with `top_rank`."
             )
         owners = self.owners()
         for key in self.given(*MethodOptions.model_fields):
@@ -245,13 +249,12 @@ class MethodConfig(MethodOptions, RunConfig):
         """Refuse what the plan says itself."""
         layerwise = ("method", "backbone", "factor_format", "top_rank", "top_format", "allocation", "incoherence")
         for key in self.given(*layerwise, *MethodOptions.model_fields):
-            raise UsageError(f"--{key.replace('_', '-')} came with --plan, which says it for every layer; remove one.")
+            raise UsageError(f"`{key}` has no effect beside `plan`, which sets it for every layer; remove one of them.")
         if self.recover_epochs and not calibrated:
-            raise UsageError("--recover-epochs tunes L and R on text; pass --calibration FILE.")
+            raise UsageError("`recover_epochs` tunes L and R on text; pass `calibration` FILE.")
 
     def _refuse_idle(self, key: str) -> None:
-        flag = "--" + key.replace("_", "-")
-        raise UsageError(f"{flag} has no effect with this method, backbone and budget; remove it.")
+        raise UsageError(f"`{key}` has no effect with this method, backbone and budget; remove it.")
 
 
 class DecomposeConfig(MethodConfig):
@@ -269,8 +272,8 @@ class DecomposeConfig(MethodConfig):
         self.check_method(bool(self.calibration))
         if not self.calibration and self.needs_text:
             raise UsageError(
-                "Calibration text is needed; pass --calibration FILE (text like what the model will be used on), or "
-                "choose a data-free method (svd or loftq, with --rank or --allocation uniform)."
+                "This run needs calibration text; pass `calibration` FILE (text like what the model will be used on), "
+                "or choose a data-free method (svd or loftq, with `rank` or `allocation` uniform)."
             )
 
 
@@ -386,7 +389,7 @@ class EvaluateConfig(RunConfig):
 
     def check(self) -> None:
         if not self.text:
-            raise UsageError("No text came; pass --text FILE with text the model was not calibrated on.")
+            raise UsageError("Got no text; pass `text` FILE with text the model was not calibrated on.")
 
 
 class ExportConfig(RunConfig):
@@ -411,7 +414,7 @@ class ExportConfig(RunConfig):
 
     def check(self) -> None:
         if self.given("dtype") and self.format != "dense":
-            raise UsageError("--dtype has no effect with this --format (stored formats are kept); remove it.")
+            raise UsageError("`dtype` has no effect with this `format` (stored formats are kept); remove it.")
 
 
 class InspectConfig(RunConfig):

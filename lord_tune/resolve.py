@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel
 
 from .allocation import ALLOCATORS
 from .calibration.corpus import token_windows
@@ -139,7 +140,7 @@ def asked_text(config: MethodConfig, length: int) -> TextSize:
 
 
 def windows_of(
-    config: DecomposeConfig, model: PreTrainedConfig, tokenizer: Tokenizer
+    config: DecomposeConfig, model: nn.Module, tokenizer: Tokenizer
 ) -> tuple[Windows | None, dict[str, object]]:
     if not config.calibration:
         return None, {"tokens": 0, "source": [], "sha256": None}

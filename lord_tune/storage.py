@@ -34,17 +34,17 @@ def check_destination(out: Path, overwrite: bool) -> None:
         raise UsageError(f"{out} is the current folder or a mount point; name a folder inside it.")
     ancestor = next(parent for parent in out.absolute().parents if parent.exists())
     if not ancestor.is_dir():
-        raise UsageError(f"{ancestor} is a file, a folder was wanted to write {out.name} into; choose another output.")
+        raise UsageError(f"{ancestor} is a file; expected a folder to write {out.name} into. Choose another output.")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         if out.is_symlink() and not out.exists():
             raise UsageError(f"{out} is a broken symbolic link; remove it or choose another folder.")
         return
     if not out.is_dir():
-        raise UsageError(f"{out} is a file, a folder was wanted; choose another output.")
+        raise UsageError(f"{out} is a file; expected a folder. Choose another output.")
     if not overwrite:
-        raise UsageError(f"{out} already holds files; choose an empty folder or pass --overwrite.")
+        raise UsageError(f"{out} already holds files; choose an empty folder or pass `overwrite`.")
     if not any((out / name).exists() for name in OWN_FILES):
-        raise UsageError(f"{out} holds files that lord_tune did not write; --overwrite will not replace it.")
+        raise UsageError(f"{out} holds files that lord_tune did not write; `overwrite` will not replace it.")
 
 
 @contextlib.contextmanager
@@ -93,7 +93,7 @@ def check_json_file(path: str | None) -> None:
     if path is None:
         return
     if Path(path).is_dir():
-        raise UsageError(f"--json {path} is a folder; name a file.")
+        raise UsageError(f"`json` {path} is a folder; name a file.")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
 
 

@@ -187,7 +187,7 @@ def _serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if request["words"][0] == "train":
-            import lord_tune.training.distillation  # noqa: F401  # trl: seconds, once
+            import lord_tune.training.trainers  # noqa: F401  # trl: seconds, once
         with tempfile.TemporaryDirectory() as folder:
             log, port = f"{folder}/log", free_port()
             children = []

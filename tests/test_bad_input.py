@@ -30,8 +30,8 @@ from transformers.modeling_outputs import CausalLMOutput
 
 import lord_tune
 from lord_tune import commands
-from lord_tune.cli import main
-from lord_tune.errors import CheckpointError, UsageError
+from lord_tune.cli import _show_warning, _with_flags, main
+from lord_tune.errors import CheckpointError, LordError, LordWarning, UsageError
 from lord_tune.integrations import sources
 
 LAYER = "model.layers.1.mlp.up_proj"
@@ -266,7 +266,7 @@ WRONG_CALLS: list[Case] = [
     ("unknown YAML key", _yaml("kept_fractoin: 0.9\n"), "did you mean 'kept_fraction'?"),
     ("config file missing", lambda w: [*w.decompose(), "--config", str(w.tmp / "no.yaml")], "check the path"),
     ("config file not YAML", _yaml("rank: [8\n"), "not valid YAML"),
-    ("config file without keys", _yaml("- rank\n- 8\n"), "a YAML mapping (key: value) is wanted"),
+    ("config file without keys", _yaml("- rank\n- 8\n"), "expected a YAML mapping (key: value)"),
     ("config file not UTF-8", _yaml(b"targets: caf\xe9\n"), "not valid YAML"),
     # options
     ("unknown option value", lambda w: w.decompose("--method", "whitend"), "'afm', 'loftq' or 'caldera'"),
@@ -274,7 +274,7 @@ WRONG_CALLS: list[Case] = [
     ("option not a number", lambda w: w.decompose("--rank", "eight"), "'--rank'"),
     ("unknown verb", lambda w: ["decompos", str(w.llama), str(w.out)], "Did you mean 'decompose'?"),
     ("out missing", lambda w: ["decompose", str(w.llama)], "OUT is missing; see lord-tune decompose --help"),
-    ("training key missing", lambda w: ["train", "--output_dir", str(w.out)], "model_name_or_path is missing"),
+    ("training key missing", lambda w: ["train", "--output_dir", str(w.out)], "--model_name_or_path is missing"),
     (
         "neither budget",
         lambda w: w.data_free("--method", "svd"),
@@ -300,7 +300,11 @@ WRONG_CALLS: list[Case] = [
         lambda w: w.decompose("--bits-per-weight", 6, "--kept-fraction", 0.5),
         "got --kept-fraction and --bits-per-weight.",
     ),
-    ("bits of 0", lambda w: w.decompose("--bits-per-weight", 0), "a number from 0 to 32 is wanted"),
+    (
+        "bits of 0",
+        lambda w: w.decompose("--bits-per-weight", 0),
+        "Got --bits-per-weight 0.0; expected a number above 0",
+    ),
     ("bits not a number", lambda w: w.decompose("--bits-per-weight", "few"), "bits-per-weight"),
     (
         "too few bits for the backbone",
@@ -330,7 +334,7 @@ WRONG_CALLS: list[Case] = [
     (
         "all components apart",
         lambda w: w.decompose("--rank", 8, "--top-rank", 8, "--factor-format", "int4"),
-        "--top-rank 8 is not below --rank 8; for all of L and R set --factor-format.",
+        "Got --top-rank 8 with --rank 8; expected fewer than all components.",
     ),
     (
         "components apart in a format without one",
@@ -342,7 +346,11 @@ WRONG_CALLS: list[Case] = [
         lambda w: w.decompose("--top-format", "int8", "--factor-format", "int4"),
         "--top-format has no effect",
     ),
-    ("negative components apart", lambda w: w.decompose("--top-rank", -1, "--factor-format", "int4"), "top_rank: -1"),
+    (
+        "negative components apart",
+        lambda w: w.decompose("--top-rank", -1, "--factor-format", "int4"),
+        "Got -1 for --top-rank",
+    ),
     (
         "gradients for no weighting",
         lambda w: w.decompose("--weighting", "fisher", "--backbone", "e8-2"),
@@ -359,8 +367,8 @@ WRONG_CALLS: list[Case] = [
         "--iterations has no effect",
     ),
     ("spqr option alone", lambda w: w.decompose("--backbone", "int3", "--spqr-bits", 4), "--spqr-bits has no effect"),
-    ("spqr of 5 bits", lambda w: w.decompose("--backbone", "spqr", "--spqr-bits", 5), "spqr_bits: 5 came"),
-    ("half of all outliers", lambda w: w.decompose("--backbone", "spqr", "--outliers", 0.5), "outliers: 0.5 came"),
+    ("spqr of 5 bits", lambda w: w.decompose("--backbone", "spqr", "--spqr-bits", 5), "Got 5 for --spqr-bits"),
+    ("half of all outliers", lambda w: w.decompose("--backbone", "spqr", "--outliers", 0.5), "Got 0.5 for --outliers"),
     ("rotation of nothing", lambda w: w.decompose("--incoherence"), "--incoherence has no effect"),
     ("caldera alone", lambda w: w.decompose("--method", "caldera"), "pass --backbone nf4"),
     (
@@ -368,7 +376,7 @@ WRONG_CALLS: list[Case] = [
         lambda w: w.data_free("--method", "caldera", "--rank", 8, "--backbone", "e8-2"),
         "pass --calibration FILE",
     ),
-    ("kept fraction above 1", lambda w: w.decompose("--kept-fraction", 1.5), "a number between 0 and 1"),
+    ("kept fraction above 1", lambda w: w.decompose("--kept-fraction", 1.5), "Got --kept-fraction 1.5; expected"),
     ("kept fraction of 0", lambda w: w.decompose("--kept-fraction", 0), "a number between 0 and 1"),
     ("rank 0 alone", lambda w: w.decompose("--rank", 0), "needs a backbone"),
     ("negative rank", lambda w: w.decompose("--rank", -1, "--backbone", "nf4"), "a rank is at least 1"),
@@ -377,8 +385,8 @@ WRONG_CALLS: list[Case] = [
     ("loftq alone", lambda w: w.data_free("--method", "loftq", "--rank", 8), "pass --backbone nf4"),
     ("no calibration text", lambda w: w.data_free("--rank", 8), "pass --calibration FILE"),
     ("bad block size", lambda w: w.decompose("--backbone", "nf4", "--block-size", 48), "use one of 32, 64"),
-    ("calibration tokens 0", lambda w: w.decompose("--calibration-tokens", 0), "calibration_tokens"),
-    ("negative sink weight", lambda w: w.decompose("--sink-weight", -1), "sink_weight"),
+    ("calibration tokens 0", lambda w: w.decompose("--calibration-tokens", 0), "Got 0 for --calibration-tokens"),
+    ("negative sink weight", lambda w: w.decompose("--sink-weight", -1), "Got -1.0 for --sink-weight"),
     ("export format unknown", lambda w: w.export("gguf"), "'dense', 'factored' or 'peft'"),
     ("export dtype without effect", lambda w: w.export("factored", "--dtype", "float16"), "--dtype has no effect"),
     ("unknown training key", lambda w: w.train("--learnin_rate", "1e-4"), "did you mean 'learning_rate'?"),
@@ -392,11 +400,15 @@ WRONG_CALLS: list[Case] = [
     ("components apart as factors", _components_apart(), "has its first 2 components stored apart; use mode: split"),
     ("components apart in int8", _components_apart("int8", "--mode", "split"), "stored as int8"),
     ("lora option for split", lambda w: w.train("--mode", "split", "--lora_r", 4), "no effect in mode: split"),
-    ("decoding once what is not packed", lambda w: w.train("--dequantize_once"), "no quantized layers; remove it"),
+    (
+        "decoding once what is not packed",
+        lambda w: w.train("--dequantize_once"),
+        "no quantized layers, so --dequantize-once has no effect; remove it",
+    ),
     (
         "decoding once for a perplexity",
         lambda w: [*w.evaluate(), "--dequantize-once"],
-        "--dequantize-once came and the model has no quantized layers",
+        "no quantized layers, so --dequantize-once has no effect",
     ),
     ("training word alone", lambda w: ["train", "stray", *w.train()[1:]], "write --key value"),
     # what the model allows
@@ -412,13 +424,13 @@ WRONG_CALLS: list[Case] = [
     ("bad targets", lambda w: w.decompose("--targets", "q_proj["), "not a regular expression"),
     ("bad exclude", lambda w: w.decompose("--exclude", "*"), "not a regular expression"),
     ("bad training targets", lambda w: w.train("--targets", "("), "not a regular expression"),
-    ("no layer to train", lambda w: w.train("--targets", "nosuchlayer"), "factored layers, like model.layers.0"),
+    ("no layer to train", lambda w: w.train("--targets", "nosuchlayer"), "they are named like model.layers.0"),
     ("decomposed already", lambda w: w.decompose(model=w.factored), "start from the original dense model"),
     ("training a dense model", lambda w: w.train(model=w.llama), "run `lord-tune decompose` first"),
-    ("training rank 0", _rank_zero, "Decompose with --rank 16"),
+    ("training rank 0", _rank_zero, "Decompose it with --rank 16"),
     ("training NF4 factors", _quantized_factors, "use mode: lora"),
     ("exporting a dense model", lambda w: w.export("dense", model=w.llama), "ordinary checkpoint already"),
-    ("peft of LoRD", lambda w: w.export("peft"), "Export --format factored or dense"),
+    ("peft of LoRD", lambda w: w.export("peft"), "Export with --format factored or dense"),
     ("evaluating a bare model", lambda w: w.evaluate(model=_bare_model(w)), "no language-model head"),
     ("inspecting a dense model", lambda w: ["inspect", str(w.llama)], "run lord-tune decompose first"),
     # files and folders
@@ -428,7 +440,7 @@ WRONG_CALLS: list[Case] = [
     ("model missing, export", lambda w: w.export("dense", model=w.tmp / "nowhere"), "check the path"),
     ("model missing, inspect", lambda w: ["inspect", str(w.tmp / "nowhere")], "check the path"),
     ("gguf missing", lambda w: w.decompose(model=w.tmp / "nowhere.gguf"), "check the path"),
-    ("model is a file", lambda w: w.decompose(model=w.rows), "a model folder, a .gguf file or a Hub id is wanted"),
+    ("model is a file", lambda w: w.decompose(model=w.rows), "expected a model folder, a .gguf file or a Hub id"),
     ("not a model, evaluate", lambda w: w.evaluate(model=_not_a_model(w)), "not a Hugging Face model folder"),
     ("not a model, inspect", lambda w: ["inspect", str(_not_a_model(w))], "pass a factored checkpoint"),
     ("calibration file missing", lambda w: w.decompose(text=w.tmp / "no.txt"), "check the path"),
@@ -458,8 +470,8 @@ WRONG_CALLS: list[Case] = [
     ("out holds other files", _occupied(), "choose an empty folder or pass --overwrite"),
     ("out holds other files, overwrite", _occupied("--overwrite"), "--overwrite will not replace it"),
     ("export over other files", _occupied_export, "--overwrite will not replace it"),
-    ("out is a file", _out_is_file, "choose another output"),
-    ("out below a file", _below_file, "a folder was wanted"),
+    ("out is a file", _out_is_file, "Choose another output"),
+    ("out below a file", _below_file, "expected a folder to write out into"),
     ("result is a folder", lambda w: [*w.evaluate(), "--json", str(w.tmp)], "--json"),
     ("training over other files", _occupied_training, "choose another output_dir"),
 ]
@@ -672,6 +684,16 @@ def test_failed_writing_leaves_what_was_there_and_can_be_resumed(error, code, sa
     lord_tune.load(str(world.out))
 
 
+def test_python_is_told_keys_and_the_command_line_flags(world, capfd):
+    options = {"calibration": [str(world.file("a.txt", "x = 1\n" * 9))], "rank": 8}
+    with pytest.raises(LordError, match="smaller `context_length`"):
+        lord_tune.decompose(str(world.llama), str(world.out), **options)
+    assert "smaller --context-length" in run(world.decompose(text=world.tmp / "a.txt"), capfd)[1]
+    assert _with_flags("`lora_r` of `the model` by `train`") == "--lora_r of `the model` by `train`"
+    _show_warning("see `max_tokens`", LordWarning, __file__, 1)
+    assert capfd.readouterr().err == "warning: see --max-tokens\n"
+
+
 def test_debug_shows_the_error_itself(world):
     with pytest.raises(UsageError, match="check the path"):
         main([*world.decompose(model=world.tmp / "nowhere"), "--debug"])
@@ -702,17 +724,16 @@ def errors_of(stderr: str) -> list[str]:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=["NaN", "Inf"])
 @pytest.mark.parametrize("budget", [("--rank", 8), ("--kept-fraction", 0.8)], ids=["known ranks", "chosen ranks"])
-def test_a_broken_weight_deep_in_the_model_is_named_and_what_is_finished_is_kept(value, budget, world, capfd):
+def test_a_broken_weight_deep_in_the_model_is_named_before_any_block_is_done(value, budget, world, capfd):
+    """The forward pass that every run is compared with reads every weight."""
+
     def spoil(state: dict[str, torch.Tensor]) -> None:
         state[f"{LAYER}.weight"][3, 5] = value
 
     code, stderr = run(world.decompose(*budget, model=_weights(world.copy(), spoil)), capfd)
     (error,) = errors_of(stderr)
     assert code == 1 and f"'{LAYER}.weight' holds 1 NaN or Inf values; repair the checkpoint" in error
-    partial = world.runs / "out.partial"
-    assert f"what is finished is kept in {partial}; continue with the same command and --resume" in stderr
-    finished = "model-00001-of-00004.safetensors" if budget[0] == "--rank" else ".work/analysis-00000.safetensors"
-    assert (partial / finished).is_file() and not world.out.exists()
+    assert "what is finished is kept" not in stderr and not [*world.runs.iterdir()]
 
 
 def test_a_float64_tensor_is_cast_to_compute_and_kept_as_stored_where_untouched(world, capfd):
@@ -801,7 +822,7 @@ def test_a_model_without_blocks_is_run_whole_with_a_warning(budget, world, capfd
     model = save_tiny(Unrolled(tiny_llama().config), world.tmp / "unrolled")
     code, stderr = run(world.decompose(*budget, model=model), capfd)
     assert code == 0, stderr
-    warned = [line for line in stderr.splitlines() if line.startswith("warning: ") and "no list of repeated" in line]
+    warned = [line for line in stderr.splitlines() if line.startswith("warning: ") and "no list of blocks" in line]
     assert len(warned) == 1
     layers = json.loads((world.out / "decomposition.json").read_text())["layers"]
     assert set(layers) == {"up", "down"} and all(0 < entry["error_calibrated"] < 1 for entry in layers.values())
@@ -810,10 +831,10 @@ def test_a_model_without_blocks_is_run_whole_with_a_warning(budget, world, capfd
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MB."""
+    """A file system of 1.2 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1000k", "tmpfs", str(folder)], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(folder)], capture_output=True)
     if mounted.returncode:
         pytest.skip("mounting a small file system needs root: " + mounted.stderr.decode().strip())
     yield folder
@@ -835,8 +856,9 @@ def fill(folder: Path, free: int) -> Path:
         (200_000, ("--rank", 8, "--calibration-tokens", 1024), "states-writing"),
         # no text, so no states: a block's shard is 53 kB, and the third does not fit beside two lines of the journal
         (150_000, ("--method", "svd", "--rank", 12), "model-00003"),
-        # one window in each of three streams is 98 kB of states; bases and curves of a block are 140 kB
-        (170_000, ("--kept-fraction", 0.8, "--targets", "layers.0", "--calibration-tokens", 64), "analysis-00000"),
+        # one window in each of three streams is 98 kB of states; the forward pass that they are compared with, one more
+        # window of states and logits, is 142 kB; bases and curves of a block are 140 kB
+        (345_000, ("--kept-fraction", 0.8, "--targets", "layers.0", "--calibration-tokens", 64), "analysis-00000"),
     ],
     ids=["hidden states", "shard", "analysis"],
 )

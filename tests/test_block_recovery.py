@@ -155,7 +155,7 @@ def test_what_does_not_help_on_held_out_text_is_not_kept(pair, llama_dir, rows_f
 
 
 def test_divergence_is_an_error_and_writes_nothing(llama_dir, rows_file, tmp_path):
-    with pytest.raises(LordError, match=r"diverged in block 0; lower --recover-learning-rate \(1e\+38\)"):
+    with pytest.raises(LordError, match=r"diverged in block 0; lower `recover_learning_rate` \(1e\+38\)"):
         lord_tune.decompose(
             str(llama_dir),
             str(tmp_path / "out"),
@@ -175,10 +175,10 @@ def test_layers_left_dense_leave_nothing_to_tune(llama_dir, rows_file, tmp_path)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 8, "method": "svd", "recover_epochs": 1}, "--calibration"),
-        ({"rank": 0, "backbone": "nf4", "recover_epochs": 1, "calibration": ["c"]}, "no L R to tune"),
+        ({"rank": 8, "method": "svd", "recover_epochs": 1}, "`calibration` FILE"),
+        ({"rank": 0, "backbone": "nf4", "recover_epochs": 1, "calibration": ["c"]}, "no L R that `recover_epochs`"),
         ({"rank": 8, "factor_format": "nf4", "recover_epochs": 1, "calibration": ["c"]}, "use bf16"),
-        ({"rank": 8, "recover_learning_rate": 1e-3, "calibration": ["c"]}, "--recover-learning-rate has no effect"),
+        ({"rank": 8, "recover_learning_rate": 1e-3, "calibration": ["c"]}, "`recover_learning_rate` has no effect"),
     ],
 )
 def test_what_cannot_be_tuned_is_refused(llama_dir, tmp_path, options, message):

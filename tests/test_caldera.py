@@ -89,7 +89,7 @@ def test_dead_inputs_and_few_tokens_stay_finite():
 
 
 def test_it_needs_a_backbone():
-    with pytest.raises(UsageError, match="--backbone e8-2"):
+    with pytest.raises(UsageError, match="`backbone` e8-2"):
         Caldera().split(W, MOMENTS, 4, None)
 
 

@@ -114,7 +114,6 @@ def test_block_walk_equals_hooks_on_a_plain_forward_pass(make, tmp_path):
         handle.remove()
     task = task_of(tiny_tokenizer())
     walk = BlockWalk(model, blocks, {"calibration": ids[:2], "heldout": ids[2:]}, task.forward, tmp_path)
-    walk.record()
     walk.start()
     seen = 0
     for index, prefix in enumerate(blocks.names()):
@@ -136,7 +135,6 @@ def test_layers_with_one_input_share_one_record(tmp_path):
     layers, _ = select_linears(model, blocks.names(), None, None)
     ids = torch.randint(4, 200, (1, 16))
     walk = BlockWalk(model, blocks, {"calibration": ids}, task_of(tiny_tokenizer()).forward, tmp_path)
-    walk.record()
     walk.start()
     first = {n: m for n, m in layers.items() if n.startswith("model.layers.0.")}
     found = {name.rpartition(".")[2]: moments for name, moments in walk.collect(0, first)["calibration"].items()}
@@ -155,9 +153,8 @@ def test_a_model_without_blocks_is_walked_whole_and_said_so(tmp_path):
 
     model = Plain()
     blocks = find_blocks(model)
-    assert any("no list of repeated blocks" in note for note in Survey(blocks, {}, {}).notes())
+    assert any("no list of blocks" in note for note in Survey(blocks, {}, {}).notes())
     walk = BlockWalk(model, blocks, {"calibration": torch.randint(0, 6, (4, 8))}, lambda m, ids: m(ids), tmp_path)
-    walk.record()
     walk.start()
     moments = walk.collect(0, {"one": model.one, "two": model.two})["calibration"]
     assert moments["one"].gram.shape == (6, 6) and moments["two"].tokens == 32
@@ -210,12 +207,11 @@ def test_sensitivity_equals_the_gradients_second_moment(make, tmp_path):
         parameter.requires_grad_(False)
     prepared = torch.cat([task.prepare(window[None]) for window in ids])
     walk = BlockWalk(model, blocks, {"s": prepared}, task.forward, tmp_path)
-    walk.record()
     walk.start()
     for index in range(len(blocks.modules)):
         walk.advance(index, "s")
     walk.windows["s"] = ids
-    walk.write_gradients("s", task.loss, torch.device("cpu"))
+    walk.write_gradients("s", task.loss)
     for index in reversed(range(len(blocks.modules))):
         members = {name: layer for name, layer in layers.items() if blocks.holds(index, name)}
         bases = {}
@@ -297,7 +293,7 @@ def test_columns_are_recognised(columns, kind):
 
 
 def test_unknown_columns_are_named():
-    with pytest.raises(UsageError, match="wanted: text"):
+    with pytest.raises(UsageError, match="expected text"):
         recognise(["code", "id"])
 
 

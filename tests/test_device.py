@@ -301,7 +301,7 @@ def test_a_process_without_windows_sums_on_the_device(source, tmp_path):
 
     with StandIn():
         model = torch.nn.Sequential(torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Linear(4, 4))])).to(DEVICE)
-        blocks = Blocks("0", tuple(model[0]))
+        blocks = Blocks(("0.0",), tuple(model[0]))
         walk = BlockWalk(model, blocks, {"calibration": IDS[:0]}, lambda model, ids: None, tmp_path, Two(1, 2))
         with StateWriter(tmp_path / "states-calibration-00000-1.bin"):
             pass

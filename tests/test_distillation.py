@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import lord_tune
 from lord_tune.errors import UsageError
 from lord_tune.integrations.models import load_dense_or_factored
-from lord_tune.training.distillation import _TokenLoss, kl_divergence
+from lord_tune.training.distillation import TokenLoss, kl_divergence
 from lord_tune.training.teacher_logits import CachedTeacher, bucketed_kl, compute, key_of, top_logits
 
 VOCABULARY = 300
@@ -97,7 +97,7 @@ def test_chunks_change_neither_loss_nor_gradient(chunk, weight, temperature):
     def kl_of(part: slice, student: torch.Tensor) -> torch.Tensor:
         return kl_divergence(student, teacher[part], temperature)
 
-    loss, kl, ce, hits = _TokenLoss.apply(hidden, labels, head, kl_of, weight, temperature, chunk)
+    loss, kl, ce, hits = TokenLoss.apply(hidden, labels, head, kl_of, weight, temperature, chunk)
     (2 * loss).backward()
     again = hidden.detach().requires_grad_()
     logits = head(again)
@@ -111,7 +111,7 @@ def test_chunks_change_neither_loss_nor_gradient(chunk, weight, temperature):
 
 def test_no_counted_token_is_no_loss_and_no_gradient():
     hidden = torch.zeros(0, 16, requires_grad=True)
-    loss, *_ = _TokenLoss.apply(
+    loss, *_ = TokenLoss.apply(
         hidden, torch.zeros(0).long(), lambda h: h, lambda part, logits: logits.sum(), 0.0, 1.0, 4
     )
     loss.backward()

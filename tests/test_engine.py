@@ -74,7 +74,7 @@ def decompose_recorded(base: Path, out: Path, **options: Any) -> Recorded:
 
     def collect(self: BlockWalk, index: int, *rest: Any, **more: Any) -> Any:
         statistics[index] = original(self, index, *rest, **more)
-        windows.update(self.windows)
+        windows.update({stream: self.windows[stream] for stream in statistics[index]})
         return statistics[index]
 
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
@@ -543,7 +543,7 @@ def test_truncated_states_are_an_error(kept, tmp_path):
         for _ in range(2):
             writer.append(torch.ones(7))
     os.truncate(path, kept)
-    with pytest.raises(CheckpointError, match=r"states\.bin.*--overwrite"):
+    with pytest.raises(CheckpointError, match=r"states\.bin.*`overwrite`"):
         StateFile(path)[1]
     with pytest.raises(CheckpointError, match="cannot be read"):
         StateFile(tmp_path / "missing.bin")

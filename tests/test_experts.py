@@ -281,8 +281,8 @@ def test_only_what_is_targeted_is_unfused(base, tmp_path):
     options = {"rank": 12, "method": "svd"}
     report = lord_tune.decompose(str(base("gpt-oss")), str(first), targets="down_proj.[01]$", **options)
     assert len(report["layers"]) == 4  # the other experts of these parameters are dense layers
-    assert report["skipped"]["model.layers.0.mlp.experts.gate_up_proj"] == "not in --targets"
-    assert report["skipped"]["model.layers.0.mlp.experts.unfused.down_proj.2"] == "not in --targets"
+    assert report["skipped"]["model.layers.0.mlp.experts.gate_up_proj"] == "not in targets"
+    assert report["skipped"]["model.layers.0.mlp.experts.unfused.down_proj.2"] == "not in targets"
     before, after = read_tensors(base("gpt-oss")), read_tensors(first)
     name = "model.layers.0.mlp.experts."
     assert torch.equal(before[name + "gate_up_proj"], after[name + "gate_up_proj"])
@@ -291,7 +291,7 @@ def test_only_what_is_targeted_is_unfused(base, tmp_path):
     assert float((logits(model) - logits(densely(base("gpt-oss"), model))).abs().max()) < 1e-4
 
     report = lord_tune.decompose(str(base("gpt-oss")), str(none), exclude="experts", **options)
-    assert report["skipped"]["model.layers.1.mlp.experts.down_proj"] == "in --exclude"
+    assert report["skipped"]["model.layers.1.mlp.experts.down_proj"] == "in exclude"
     config = json.loads((none / "config.json").read_text())["quantization_config"]
     assert "unfused" not in config and not any("unfused" in key for key in read_tensors(none))
 

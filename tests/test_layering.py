@@ -194,6 +194,22 @@ def test_numerics_do_not_import_models_or_commands():
             assert "transformers" not in path.read_text().replace("transformers loads", ""), path
 
 
+def test_only_the_command_line_speaks_of_flags():
+    """A caller from Python or YAML reads what lower files say; cli.py turns a `key` in it into a flag."""
+    upper = {"cli", "config", "commands", "tables", "demo", "cards", "checkup", "provenance"}
+    flag, found = re.compile(r"(?<!pip install )(?<!without )--[a-z]"), []
+    for name, tree in TREES.items():
+        if name == "lord_tune" or name.split(".")[1] in upper | {"plans"}:  # plans: a command that writes one
+            continue
+        documented = ast.Module | ast.ClassDef | ast.FunctionDef
+        docstrings = {ast.get_docstring(node, clean=False) for node in ast.walk(tree) if isinstance(node, documented)}
+        texts = [
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+        found += [f"{name}: {text}" for text in texts if flag.search(text) and text not in docstrings]
+    assert found == []
+
+
 def test_bitsandbytes_is_imported_in_one_file():
     files = [
         p.name
@@ -214,6 +230,21 @@ def run(code: str) -> str:
 
 def test_importing_the_package_imports_neither_torch_nor_transformers():
     assert run("import sys, lord_tune; print('torch' in sys.modules, 'transformers' in sys.modules)") == "False False"
+
+
+def test_only_training_imports_trl_and_only_a_curve_matplotlib(llama_dir, rows_file, tmp_path):
+    code = f"""
+import sys, lord_tune
+model, text, out = {str(llama_dir)!r}, {str(rows_file)!r}, {str(tmp_path)!r}
+lord_tune.plan(model, method="svd", rank=4, json=out + "/plan.json")
+lord_tune.decompose(model, out + "/lord", method="svd", rank=4, backbone="nf4")
+lord_tune.inspect(out + "/lord")
+lord_tune.evaluate(out + "/lord", [text], context_length=32, max_tokens=64)
+lord_tune.export(out + "/lord", out + "/dense", "dense")
+lord_tune.doctor(json=out + "/doctor.json")
+print("loaded:", [name for name in ("trl", "matplotlib") if name in sys.modules])
+"""
+    assert run(code).endswith("loaded: []")
 
 
 def test_help_imports_neither_torch_nor_transformers():

@@ -417,13 +417,13 @@ def case_double_quant(b: Bench) -> None:
 def case_targets(b: Bench) -> None:
     run = b.decompose(targets="q_proj$")
     assert list(run.manifest) == [f"model.layers.{i}.self_attn.q_proj" for i in range(LAYERS)]
-    assert run.report["skipped"][DOWN] == "not in --targets" and f"{DOWN}.weight" in run.tensors
+    assert run.report["skipped"][DOWN] == "not in targets" and f"{DOWN}.weight" in run.tensors
 
 
 def case_exclude(b: Bench) -> None:
     run = b.decompose(exclude=r"layers\.2\.mlp\.down_proj")
     assert DOWN not in run.manifest and set(run.manifest) | {DOWN} == set(b.decompose().manifest)
-    assert run.report["skipped"][DOWN] == "in --exclude"
+    assert run.report["skipped"][DOWN] == "in exclude"
 
 
 def case_seed(b: Bench) -> None:
@@ -470,7 +470,7 @@ def case_resume(b: Bench) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(commands, "write_index", fail)
         lord_tune.decompose(str(b.model), str(out), **command)
-    with pytest.raises(UsageError, match="--resume"):
+    with pytest.raises(UsageError, match="`resume`"):
         lord_tune.decompose(str(b.model), str(out), **command)
     report = lord_tune.decompose(str(b.model), str(out), **command, resume=True)
     whole = b.decompose()
@@ -483,7 +483,7 @@ def case_overwrite(b: Bench) -> None:
     out = b.fresh("replaced")
     lord_tune.decompose(str(b.model), str(out), method="svd", rank=8)
     (out / "stale.txt").write_text("of the earlier run")
-    with pytest.raises(UsageError, match="--overwrite"):
+    with pytest.raises(UsageError, match="`overwrite`"):
         lord_tune.decompose(str(b.model), str(out), method="svd", rank=4)
     assert Run({}, out).manifest[Q]["rank"] == 8
     lord_tune.decompose(str(b.model), str(out), method="svd", rank=4, overwrite=True)
@@ -511,7 +511,7 @@ def case_recover_epochs(b: Bench) -> None:
 def case_recover_learning_rate(b: Bench) -> None:
     slow = recovered(b, recover_learning_rate=1e-5)["0"]
     assert recovered(b)["0"]["after"] < slow["after"] < slow["before"]
-    with pytest.raises(UsageError, match="recover-learning-rate has no effect"):
+    with pytest.raises(UsageError, match="`recover_learning_rate` has no effect"):
         b.decompose(recover_learning_rate=1e-3)
 
 
@@ -940,7 +940,7 @@ def case_mode(b: Bench) -> None:
     assert metrics["trainable_parameters"] == sum(2 * sum(plan["shape"]) for plan in base.manifest.values())
     with pytest.raises(UsageError, match="mode: split"):
         b.train(model_name_or_path=str(base.folder), mode="factors")
-    with pytest.raises(UsageError, match="--top-rank"):
+    with pytest.raises(UsageError, match="`top_rank`"):
         b.train(mode="split")
     rights = {f"{name}.right.ia3_l" for name in b.decompose().manifest}
     assert trained_layers(b.train(mode="scales")[1]) == rights
@@ -1221,8 +1221,9 @@ def test_evaluate(name, bench):
 
 
 def export(b: Bench, form: str, **options: Any) -> tuple[dict[str, Any], Path]:
+    model = options.pop("model", None) or str(b.decompose().folder)
     out = b.fresh("exported")
-    return lord_tune.export(options.pop("model", str(b.decompose().folder)), str(out), form, **options), out
+    return lord_tune.export(model, str(out), form, **options), out
 
 
 def case_export_model(b: Bench) -> None:
@@ -1258,7 +1259,7 @@ def case_export_dtype(b: Bench) -> None:
 def case_export_threshold(b: Bench) -> None:
     result, _ = export(b, "dense", dtype="bfloat16", threshold=10.0)
     kl, before = result["comparison"]["kl"], sorted(b.folder.iterdir())
-    with pytest.raises(ExportMismatch, match="--threshold"):
+    with pytest.raises(ExportMismatch, match="`threshold`"):
         export(b, "dense", dtype="bfloat16", threshold=kl / 2)
     assert sorted(b.folder.iterdir()) == before
     export(b, "dense", dtype="bfloat16", threshold=kl * 2)
@@ -1273,7 +1274,7 @@ def case_export_text(b: Bench) -> None:
 
 def case_export_overwrite(b: Bench) -> None:
     _, out = export(b, "dense")
-    with pytest.raises(UsageError, match="--overwrite"):
+    with pytest.raises(UsageError, match="`overwrite`"):
         lord_tune.export(str(b.decompose().folder), str(out), "factored")
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
     lord_tune.export(str(b.decompose().folder), str(out), "factored", overwrite=True)

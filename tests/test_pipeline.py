@@ -214,7 +214,7 @@ def test_layers_without_low_rank_have_no_packed_factors(llama_dir, form, stored,
 
 
 def test_split_is_refused_where_nothing_of_it_can_train(factored):
-    with pytest.raises(UsageError, match="--top-rank"):
+    with pytest.raises(UsageError, match="`top_rank`"):
         expose_factors(load_dense_or_factored(str(factored("llama", "nf4"))), mode="split")
     with pytest.raises(UsageError, match="stored as int8.*mode: lora"):
         expose_factors(load_dense_or_factored(str(factored("llama", "int8-top"))), mode="split")

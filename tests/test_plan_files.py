@@ -11,12 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import save_tiny, tiny_llama
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 import lord_tune
-from lord_tune.errors import UsageError
+from lord_tune.allocation import Uniform
+from lord_tune.decomposition import Bits, Given, Kept, Ranks, Request
+from lord_tune.decomposition.decide import decide
+from lord_tune.errors import LordWarning, UsageError
 from lord_tune.layers import FactoredLinear, factored_layers
 from lord_tune.plans import LayerChoice, Plan
+from lord_tune.sites import Site
 
 SHORT: dict[str, Any] = {"context_length": 64, "calibration_tokens": 512}
 
@@ -134,9 +138,9 @@ def test_what_the_plan_says_is_not_said_twice(llama_dir, tmp_path):
         str(llama_dir), save=str(tmp_path / "plan.json"), json=str(tmp_path / "e.json"), method="svd", rank=4
     )
     given = {"plan": str(tmp_path / "plan.json")}
-    with pytest.raises(UsageError, match="got --rank and --plan"):
+    with pytest.raises(UsageError, match="got `rank` and `plan`"):
         lord_tune.decompose(str(llama_dir), str(tmp_path / "out"), rank=4, **given)
-    with pytest.raises(UsageError, match="--backbone came with --plan"):
+    with pytest.raises(UsageError, match="`backbone` has no effect beside `plan`"):
         lord_tune.decompose(str(llama_dir), str(tmp_path / "out"), backbone="nf4", **given)
     with pytest.raises(UsageError, match="there is no plan to save yet"):
         lord_tune.plan(str(llama_dir), kept_fraction=0.8, save=str(tmp_path / "later.json"))
@@ -167,3 +171,68 @@ def test_a_plan_is_portable_between_models_of_one_architecture(llama_dir, tmp_pa
     )
     report = lord_tune.decompose(str(other), str(tmp_path / "out"), plan=str(tmp_path / "plan.json"))
     assert {entry["rank"] for entry in report["layers"].values()} == {4}
+
+
+SMALL = {"router": (4, 64), "gate": (1, 64), "dt_proj": (96, 4)}
+LARGE = {"q_proj": (64, 64), "up_proj": (160, 64)}
+
+
+def _decided(budget: Any, shapes: dict[str, tuple[int, int]], backbone: str = "none") -> Plan:
+    layers = {name: Site(name, shape, torch.float32, False, False) for name, shape in shapes.items()}
+    found = decide(layers, Request(LayerChoice("svd", None, backbone=backbone), budget))
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(
+    ("budget", "backbone", "says"),
+    [
+        (Ranks(8), "int4", "rank 8 exceeds its smaller side 1"),
+        (Ranks(8), "none", "rank 8 is above its break-even 0"),
+        (Kept(0.8, Uniform()), "none", "its break-even is 0"),
+        (
+            Bits(16.0, tuple(LayerChoice("svd", None, backbone=n) for n in ("int2", "int4"))),
+            "none",
+            "smaller side 1 is",
+        ),
+        (Bits(20.0, (LayerChoice("svd", None, backbone="int4"),), 8), "none", "rank 8 exceeds its smaller side 1"),
+    ],
+    ids=["rank and backbone", "rank", "kept", "bits", "bits and rank"],
+)
+def test_layers_too_small_for_the_rank_stay_dense_and_are_named(budget, backbone, says):
+    alone = _decided(budget, LARGE, backbone)
+    with pytest.warns(LordWarning) as said:
+        plan = _decided(budget, LARGE | SMALL, backbone)
+    assert {name: plan.layers[name] for name in LARGE} == alone.layers  # they change nothing for the others
+    assert all(choice.rank for choice in alone.layers.values())
+    assert all(plan.layers[name].rank is None and plan.layers[name].reason for name in SMALL)
+    assert any("1 of 5 layers stay dense, gate: " in str(w.message) and says in str(w.message) for w in said)
+    assert _decided(Given(plan), LARGE | SMALL) == plan
+
+
+def test_a_rank_that_no_layer_can_take_is_refused():
+    with pytest.raises(UsageError, match=r"every layer \(that of router, 4x64, is the largest\); choose at most 4"):
+        _decided(Ranks(8), SMALL, "int4")
+
+
+def test_a_gate_with_one_output_stays_dense_and_the_others_keep_their_rank(rows_file, tmp_path):
+    """Qwen2's mixture has one; plan, decompose and decompose --plan agree."""
+    config = Qwen2MoeConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=96, moe_intermediate_size=48,
+        shared_expert_intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        num_experts=4, num_experts_per_tok=2, initializer_range=0.12,
+    )  # fmt: skip
+    model = save_tiny(Qwen2MoeForCausalLM(config), tmp_path / "model")
+    options: dict[str, Any] = {"rank": 8, "backbone": "nf4", "method": "svd"}
+    with pytest.warns(LordWarning, match="1 of 16 layers stay dense, model.layers.0.mlp.shared_expert_gate: rank 8"):
+        lord_tune.plan(str(model), save=str(tmp_path / "plan.json"), json=str(tmp_path / "e.json"), **options)
+    with pytest.warns(LordWarning) as said:
+        report = lord_tune.decompose(str(model), str(tmp_path / "direct"), **options)
+    assert sum("shared_expert_gate" in str(warning.message) for warning in said) == 1
+    lord_tune.decompose(str(model), str(tmp_path / "planned"), plan=str(tmp_path / "plan.json"))
+    assert shards(tmp_path / "direct") == shards(tmp_path / "planned")
+    left = {name: entry["warnings"] for name, entry in report["layers"].items() if entry["rank"] == "dense"}
+    gate = "model.layers.0.mlp.shared_expert_gate"
+    assert left == {gate: ["left dense: rank 8 exceeds its smaller side 1"]}
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "direct")
+    assert gate not in factored_layers(again) and len(factored_layers(again)) == 15

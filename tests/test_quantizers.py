@@ -487,11 +487,11 @@ def test_spqr_file_size_is_the_formula(form, tmp_path):
 
 
 def test_spqr_refuses_what_it_cannot_store():
-    with pytest.raises(UsageError, match="65536 came"):
+    with pytest.raises(UsageError, match="a layer of 65536 inputs"):
         SpQR().empty((1, 65536), "meta")
     with pytest.raises(UsageError, match="5 bits"):
         SpQR(bits=5)
-    with pytest.raises(UsageError, match="1.5 came"):
+    with pytest.raises(UsageError, match="outlier fraction 1.5"):
         SpQR(outlier_fraction=1.5)
     with pytest.raises(UsageError, match="group size 0"):
         SpQR(group_size=0)

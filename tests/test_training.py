@@ -411,7 +411,7 @@ def test_dpo_takes_messages(base, tmp_path):
 
 
 def test_dpo_refuses_what_it_cannot_use(base, bert_dir, rows, tmp_path):
-    with pytest.raises(UsageError, match="wants the columns prompt, chosen and rejected"):
+    with pytest.raises(UsageError, match="expects prompt, chosen and rejected"):
         train(base, rows, tmp_path / "run", objective="dpo")
     mixed = write_rows(tmp_path / "mixed.jsonl", [{"prompt": "a", "chosen": [{"role": "user", "content": "b"}],
                                                    "rejected": [{"role": "user", "content": "c"}]}])  # fmt: skip
@@ -458,7 +458,7 @@ def test_ways_of_sharding_that_cannot_work_are_refused(tmp_path, monkeypatch):
     for config in ({"version": 2}, '{"version": 2}'):
         with pytest.raises(UsageError, match="FSDP on a CPU"):
             arguments(fsdp="full_shard", fsdp_config=config)
-    with pytest.raises(UsageError, match="bf16 came with FSDP2"):
+    with pytest.raises(UsageError, match="Got bf16 with FSDP2"):
         arguments(fsdp="full_shard", fsdp_config={"version": 2}, bf16=True)
     with pytest.raises(UsageError, match="ZeRO"):
         arguments(deepspeed="zero3.json")
@@ -469,7 +469,7 @@ def test_ways_of_sharding_that_cannot_work_are_refused(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="FSDP on a CPU"):
         arguments()
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    with pytest.raises(UsageError, match="mixed_precision: bf16 came with FSDP2"):
+    with pytest.raises(UsageError, match="mixed_precision: bf16 with FSDP2"):
         arguments()
 
 

@@ -125,9 +125,9 @@ def add_lora(
     rank `rank` all the same, at a half or less of the parameters: rank (rank of the layer + its in- or outputs).
     """
     if rank < 1:
-        raise UsageError(f"lora_r {rank} came; a rank is at least 1.")
+        raise UsageError(f"Got `lora_r` {rank}; expected at least 1.")
     if on not in (BOTH, LEFT, RIGHT, SMALLER):
-        raise UsageError(f"lora_on: {on} came; use {BOTH}, {LEFT}, {RIGHT} or {SMALLER}.")
+        raise UsageError(f"Got `lora_on` {on!r}; expected {BOTH}, {LEFT}, {RIGHT} or {SMALLER}.")
     paths = [f"{name}.{s}" for name, layer in _chosen(model, targets, LORA).items() for s in _sides(layer, on)]
     return wrap_lora(model, paths, rank, 2 * rank if alpha is None else alpha, dropout, adapter_name)
 
@@ -164,7 +164,7 @@ def add_scales(
     on: "components", or "components_and_outputs" for one per output as well.
     """
     if on not in (COMPONENTS, COMPONENTS_AND_OUTPUTS):
-        raise UsageError(f"scales_on: {on} came; use {COMPONENTS} or {COMPONENTS_AND_OUTPUTS}.")
+        raise UsageError(f"Got `scales_on` {on!r}; expected {COMPONENTS} or {COMPONENTS_AND_OUTPUTS}.")
     sides = (RIGHT,) if on == COMPONENTS else (RIGHT, LEFT)
     paths = []
     for name, layer in _chosen(model, targets, SCALES).items():
@@ -192,16 +192,23 @@ def _chosen(model: CausalModel, targets: str | None, mode: str) -> dict[str, Fac
         raise UsageError("The model has no factored layers; run `lord-tune decompose` first and train its output.")
     present = mode_of(model)
     if present not in (None, mode):
-        raise UsageError(f"The model has an adapter of mode {present}, one of mode {mode} came; load the base again.")
+        raise UsageError(
+            f"The model already has an adapter of mode {present}, so one of mode {mode} cannot be added; load the base "
+            "model again."
+        )
     try:
         chosen = {name: layer for name, layer in layers.items() if targets is None or re.search(targets, name)}
     except re.error as error:
-        raise UsageError(f"targets {targets!r} is not a regular expression ({error}); correct it.") from error
+        raise UsageError(f"`targets` {targets!r} is not a regular expression ({error}); correct it.") from error
     rest = [name for name in layers if name not in chosen]
     if not chosen:
-        raise UsageError(f"targets {targets!r} matches none of the {len(layers)} factored layers, like {rest[0]}.")
+        raise UsageError(
+            f"`targets` {targets!r} matches none of the {len(layers)} factored layers; they are named like {rest[0]}."
+        )
     if any(layer.rank < 1 for layer in chosen.values()):
-        raise UsageError("The model was decomposed with rank 0: it has no L and R to train. Decompose with --rank 16.")
+        raise UsageError(
+            "The model was decomposed with rank 0, so it has no L and R to train. Decompose it with `rank` 16."
+        )
     if rest:
         shown = ", ".join(rest[:5]) + (f" and {len(rest) - 5} more" if len(rest) > 5 else "")
         warnings.warn(f"{len(rest)} of {len(layers)} factored layers do not train: {shown}.", LordWarning, stacklevel=3)
@@ -227,7 +234,7 @@ def _wrap(model: CausalModel, config: PeftConfig, adapter_name: str) -> PeftMode
     """The PEFT model with an adapter more; a first one is active, further ones are not."""
     if isinstance(model, PeftModel):
         if adapter_name in model.peft_config:
-            raise UsageError(f"The model has an adapter '{adapter_name}' already; give another adapter_name.")
+            raise UsageError(f"The model already has an adapter '{adapter_name}'; give another adapter_name.")
         model.add_adapter(adapter_name, config)
         return model
     peft_model = get_peft_model(model, config, adapter_name=adapter_name)
@@ -279,7 +286,7 @@ def _check_loaded(model: nn.Module, result: _LoadResult) -> None:
 
 def _check_trainable(name: str, layer: FactoredLinear, mode: str) -> None:
     if mode == SPLIT and layer.top_left is None:
-        raise UsageError(f"'{name}' has no components stored apart; decompose with --top-rank, or use mode: factors.")
+        raise UsageError(f"'{name}' has no components stored apart; decompose with `top_rank`, or use mode: factors.")
     if mode == FACTORS and layer.top_left is not None:
         usable = LORA if isinstance(layer.top_left, QuantizedLinear) else SPLIT
         raise UsageError(f"'{name}' has its first {layer.plan.top_rank} components stored apart; use mode: {usable}.")
@@ -319,7 +326,10 @@ def _check_realised(name: str, layer: FactoredLinear, rank: int, adapter: str) -
     host = layer.host
     realised = (host.r[adapter], host.lora_A[adapter].out_features, host.lora_B[adapter].in_features)
     if realised != (rank, rank, rank) or host.scaling[adapter] != 1.0:
-        raise LordError(f"PEFT realised '{name}' at {realised}, scaling {host.scaling[adapter]}; wanted rank {rank}.")
+        raise LordError(
+            f"PEFT gave '{name}' the ranks {realised} and the scaling {host.scaling[adapter]}; expected rank {rank} "
+            "everywhere and scaling 1. Report this model."
+        )
 
 
 def mode_of(model: nn.Module) -> str | None:

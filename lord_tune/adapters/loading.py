@@ -32,7 +32,7 @@ def load(name: str, dtype: str | None = None) -> tuple[CausalModel, Tokenizer]:
         trained_on = read_json(folder / RUN_FILE).get("base") if (folder / RUN_FILE).is_file() else None
         if trained_on is not None and trained_on != fingerprint(origin):
             raise CheckpointError(
-                f"{origin} is not the checkpoint that {folder} was trained on (written again since); its L and "
+                f"{origin} is not the checkpoint that {folder} was trained on (it was written again since); its L and "
                 "R belong to another Q; decompose as before, or train again."
             )
         base = load_dense_or_factored(origin, dtype)
@@ -59,7 +59,7 @@ def load_adapter(model: CausalModel, folder: Path | str, adapter_name: str = "de
     missing = [owner for owner in owners if owner not in layers]
     if missing or not owners:
         what = missing[0] if missing else "(no factored layer)"
-        raise CheckpointError(f"The adapter in {folder} trains {what}, which its base model does not have factored.")
+        raise CheckpointError(f"The adapter in {folder} trains {what}, which is not factored in its base model.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LordWarning)  # a partial match was reported when the adapter was trained
         peft_model = _like_saved(model, config, sorted(paths), owners, adapter_name)
@@ -91,7 +91,8 @@ def _like_saved(
     wanted = LORA if isinstance(config, LoraConfig) else SCALES
     if mode_of(model) not in (None, wanted):
         raise UsageError(
-            f"The model has an adapter of mode {mode_of(model)}, one of mode {wanted} came; load the base again."
+            f"The model already has an adapter of mode {mode_of(model)}, so one of mode {wanted} cannot be loaded; "
+            "load the base model again."
         )
     gone = [path for path in paths if getattr(layers[path.rpartition(".")[0]], path.rpartition(".")[2], None) is None]
     if gone:

@@ -51,6 +51,6 @@ def check_fraction(kept_fraction: float) -> None:
     """UsageError unless 0 < kept_fraction < 1."""
     if not 0 < kept_fraction < 1:
         raise UsageError(
-            f"--kept-fraction {kept_fraction} came; it is the fraction of the linears' parameters to keep, between 0 "
-            "and 1 (0.9 removes 10 %)."
+            f"Got `kept_fraction` {kept_fraction}; expected a number between 0 and 1, the fraction of the linear "
+            "layers' parameters to keep (0.9 removes 10 %)."
         )

@@ -35,7 +35,7 @@ class LossWeighted:
         cheapest = sum(float(costs.min()) for costs, _ in tables.values())
         if cheapest > budget:
             raise UsageError(
-                f"--kept-fraction {kept_fraction} cannot be met: rank {self.alignment} everywhere already keeps "
+                f"`kept_fraction` {kept_fraction} cannot be met: rank {self.alignment} everywhere already keeps "
                 f"{cheapest / budget * kept_fraction:.3f} of the parameters. Keep more, or decompose more layers."
             )
         choice = _spend_rest(tables, _cheapest_price(tables, budget), budget)

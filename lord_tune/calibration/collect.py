@@ -1,33 +1,37 @@
 """Run windows of text through a model block by block and collect statistics of each layer's input.
 
 Only one block's weights and Gram matrices exist at a time; the hidden states between blocks lie in files. The blocks
-are found structurally (the longest ModuleList of modules of one class), never by architecture name. Every block's own
-keyword arguments (masks, position embeddings, which may differ between blocks) are recorded once per stream, in a pass
-in which blocks hand their input on without computing.
+are found by what a forward pass runs, never by architecture name (blocks.py). A model whose blocks only hand their
+states on is walked from file to file (handed.py); any other by its own forward, which is answered with the outputs of
+earlier blocks (replay.py). `start` finds out which, on every window.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
 from ..parallel import Workers
-from .blocks import Blocks, Stop, first_input, hidden_argument, hidden_of, replaced_forward
-from .moments import InputStatistics, MomentAccumulator, SampleAccumulator
-from .states import StateFile, StateWriter
+from .blocks import Blocks, Run, first_input
+from .handed import HandedOn, NotHandedOn
+from .moments import InputStatistics, MomentAccumulator, Moments, Sample, SampleAccumulator
+from .replay import Replayed
+from .route import Ground, Loss, Route
+
+Slot = tuple[str, int]  # an input: the layer that is given it first, and which of that layer's calls it is
+Accumulator = MomentAccumulator | SampleAccumulator
 
 
 class BlockWalk:
-    """Hidden states of several streams of windows (calibration, held-out, ...), carried from block to block.
+    """Several streams of windows (calibration, held-out, ...), carried from block to block.
 
-    All windows of a stream have one shape (1, length), so the keyword arguments recorded on its first window fit every
-    window. `record` and `start` need the parts of the model outside the blocks in memory, and block 0; afterwards only
-    the block at hand is needed. Each process walks its own share of every stream.
+    All windows of a stream have one shape (1, length). `start` and `resume` need the parts of the model outside the
+    blocks in memory (but for the output head) and block 0; afterwards only the block at hand is needed, and, where
+    `whole_forward` says so, the parts outside the blocks. Each process walks its own share of every stream.
     """
 
     def __init__(
@@ -35,19 +39,19 @@ class BlockWalk:
         model: nn.Module,
         blocks: Blocks,
         streams: dict[str, Tensor],  # name -> (window, length) token ids of all processes
-        forward: Callable[[nn.Module, Tensor], Any],  # runs the model on (1, length) ids
+        forward: Run,  # runs the model on (1, length) ids
         folder: Path,
         workers: Workers | None = None,
     ):
-        self._blocks, self._model, self._forward, self._folder = blocks, model, forward, folder
+        self._blocks, self._model, self._forward = blocks, model, forward
         self._workers = workers or Workers()
         self._tokens = {name: windows.numel() for name, windows in streams.items()}
-        self._examples = {name: windows[:1] for name, windows in streams.items()}
-        self.windows: dict[str, Tensor] = {}
+        examples = {name: windows[:1] for name, windows in streams.items()}
+        self._ground = Ground(model, blocks, forward, folder, self._workers.rank, examples)
+        self._route: Route = HandedOn(self._ground)
+        self.windows = self._ground.windows
         for name, windows in streams.items():
             self.hand_out(name, windows)
-        self._calls: dict[str, list[tuple[tuple, dict]]] = {}
-        self._wrap: Callable[[Tensor], Any] = lambda hidden: hidden
 
     def share(self, stream: str, windows: Tensor) -> Tensor:
         """This process's part of a stream's windows (or of what belongs to them, one entry each)."""
@@ -64,119 +68,62 @@ class BlockWalk:
     @property
     def streamed(self) -> bool:
         """False when the model has no blocks and is run whole."""
-        return bool(self._blocks.prefix)
+        return not self._blocks.whole
 
-    @torch.no_grad()
-    def record(self) -> None:
-        """Learn every block's arguments; runs one window of each stream through everything but the blocks."""
-        if self.streamed:
-            for stream, window in self._examples.items():
-                self._calls[stream] = self._record_calls(window)
+    @property
+    def whole_forward(self) -> bool:
+        """Whether the parts outside the blocks have to stay in memory; known after `start`."""
+        return self.streamed and self._route.whole_forward
 
-    def _record_calls(self, window: Tensor) -> list[tuple[tuple, dict]]:
-        calls: dict[int, tuple[tuple, dict]] = {}
-        last = len(self._blocks.modules) - 1
-        learnt: list[Any] = []
-
-        def make(index: int, original: Callable) -> Callable:
-            def record(*args: Any, **kwargs: Any) -> Any:
-                if index in calls:
-                    raise CalibrationError(
-                        "A block of this model runs more than once in a forward pass; such models are not supported."
-                    )
-                calls[index] = (args, kwargs)
-                if not learnt:  # the first block runs for real, to learn the form of a block's output
-                    learnt.append(original(*args, **kwargs))
-                    self._learn_form(learnt[0])
-                if index == last:
-                    raise Stop
-                return self._wrap(hidden_argument(args, kwargs))
-
-            return record
-
-        with replaced_forward(dict(enumerate(self._blocks.modules)), make):
-            try:
-                self._forward(self._model, window)
-            except Stop:
-                pass
-        found = []
-        for index in range(last + 1):
-            if index not in calls:
-                raise CalibrationError(f"Block {self._blocks.names()[index]} never ran in a forward pass of the model.")
-            args, kwargs = calls[index]
-            rest = {key: value for key, value in kwargs.items() if args or key != "hidden_states"}
-            found.append((args[1:], rest))
-        return found
-
-    def _learn_form(self, output: Any) -> None:
-        if isinstance(output, tuple | list):
-            rest = tuple(output[1:])
-            self._wrap = lambda hidden: (hidden, *rest)
-
-    def _file(self, index: int, stream: str, kind: str = "states") -> Path:
-        return self._folder / f"{kind}-{stream}-{index:05d}-{self._workers.rank}.bin"
-
-    @torch.no_grad()
-    def start(self) -> None:
-        """Write the inputs of block 0."""
+    def start(self) -> str:
+        """Write what block 0 needs; returns why the model's own forward is followed, "" where blocks hand on."""
         if not self.streamed:
-            return
-        for stream, windows in self.windows.items():
-            with StateWriter(self._file(0, stream)) as target:
-                for window in windows:
-                    target.append(self._first_input(window[None]))
+            return ""
+        try:
+            self._route.start()
+            reason = ""
+        except NotHandedOn as found:
+            reason = str(found)
+        reason = next((r for r in self._workers.gather(reason) if r), "")
+        if reason:
+            self._route = Replayed(self._ground)
+        return reason
 
-    def _first_input(self, window: Tensor) -> Tensor:
-        found: list[Tensor] = []
+    def resume(self, reason: str) -> None:
+        """Take up a walk that an earlier process started; `reason` is what its `start` returned."""
+        if self.streamed:
+            self._route = Replayed(self._ground) if reason else self._route
+            self._route.resume()
 
-        def make(index: int, original: Callable) -> Callable:
-            def record(*args: Any, **kwargs: Any) -> Any:
-                found.append(hidden_argument(args, kwargs))
-                raise Stop
-
-            return record
-
-        with replaced_forward({0: self._blocks.modules[0]}, make):
-            try:
-                self._forward(self._model, window)
-            except Stop:
-                pass
-        return found[0]
-
-    def forget(self, index: int, streams: list[str], kind: str = "states") -> None:
-        """Remove the states in front of block `index`."""
+    def forget(self, index: int, streams: list[str]) -> None:
+        """Remove what only the blocks before `index` needed, the input of block `index` included."""
         for stream in streams:
-            self._file(index, stream, kind).unlink(missing_ok=True)
+            self._route.forget(index, stream)
 
-    def block(self, index: int, stream: str, hidden: Tensor) -> Tensor:
-        """The output of block `index` for the hidden states (1, length, width) in front of it."""
-        args, kwargs = self._calls[stream][index]
-        return hidden_of(self._blocks.modules[index](hidden, *args, **kwargs))
+    def forget_gradients(self, index: int, stream: str) -> None:
+        """Remove what only the way back from the blocks after `index` needed."""
+        self._route.forget_gradients(index, stream)
 
-    def state(self, index: int, stream: str, position: int) -> Tensor:
-        """The hidden states (1, length, width) of one window in front of block `index`."""
-        source = StateFile(self._file(index, stream))
-        hidden = source[position]
-        source.close()
-        return hidden
+    def output(self, index: int, stream: str, position: int) -> Tensor:
+        """The output (1, length, width) of block `index` for one window, computed from its stored input."""
+        return self._route.output(index, stream, position)
+
+    def stored_output(self, index: int, stream: str, position: int) -> Tensor:
+        """The output of block `index` for one window as `advance` wrote it."""
+        return self._route.stored_output(index, stream, position)
+
+    def result(self, stream: str, position: int) -> object:
+        """What the model returns for a window, from the stored outputs. Needs all parts outside the blocks."""
+        return self._route.result(stream, position)
 
     @torch.no_grad()
     def advance(self, index: int, stream: str, keep: bool = True) -> None:
         """Run block `index` over a stream; `keep` writes what comes out."""
-        if not self.streamed:
+        if self.streamed:
+            self._route.advance(index, stream, keep)
+        else:
             for window in self.windows[stream]:
                 self._forward(self._model, window[None])
-            return
-        device = next(iter(self._blocks.modules[index].parameters())).device
-        source = StateFile(self._file(index, stream))
-        if not keep:
-            for hidden in source.on(device):
-                self.block(index, stream, hidden)
-        else:
-            with StateWriter(self._file(index + 1, stream)) as target:
-                for hidden in source.on(device):
-                    target.append(self.block(index, stream, hidden))
-        source.close()
 
     def collect(
         self,
@@ -199,35 +146,48 @@ class BlockWalk:
     def _collect_stream(
         self, index: int, stream: str, layers: dict[str, nn.Module], keep: bool, sampled: bool
     ) -> dict[str, InputStatistics]:
-        sums: dict[str, MomentAccumulator | SampleAccumulator] = {}
-        leader: dict[str, str] = {}
-        seen: list[tuple[str, Tensor]] = []  # the distinct inputs of the window in flight
+        sums: dict[Slot, Accumulator] = {}
+        slots: dict[str, list[Slot]] = {}  # layer -> its inputs, in the order of its calls in a forward pass
+        seen: list[tuple[Slot, Tensor]] = []  # the distinct inputs of the window in flight
+        calls: dict[str, int] = {}  # layer -> how often it ran in the window in flight
 
-        def accumulator(width: int, device: torch.device) -> MomentAccumulator | SampleAccumulator:
+        def accumulator(width: int, device: torch.device) -> Accumulator:
             # rows are float32, a Gram matrix is float64
             if sampled and self._tokens[stream] <= 2 * width:
                 return SampleAccumulator(width, device)
             return MomentAccumulator(width, device)
 
-        def hook(name: str) -> Callable:
-            def observe(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        def hook(name: str) -> Callable[[nn.Module, tuple[object, ...], dict[str, object]], None]:
+            def observe(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
                 x = first_input(args, kwargs)
-                first = next((n for n, t in seen if t is x), None)
-                if first is None:
-                    seen.append((name, x))
-                if leader.setdefault(name, first or name) != (first or name):
+                number = calls.get(name, 0)
+                calls[name] = number + 1
+                slot = next((s for s, t in seen if t is x), None)
+                new = slot is None
+                slot = slot or (name, number)
+                own = slots.setdefault(name, [])
+                if number == len(own):
+                    own.append(slot)
+                elif own[number] != slot:
                     raise CalibrationError(f"The layers that share the input of '{name}' changed between windows.")
-                if first is None:
-                    if name not in sums:
-                        sums[name] = accumulator(x.shape[-1], x.device)
-                    sums[name].update(x)
+                if new:
+                    seen.append((slot, x))
+                    if slot not in sums:
+                        sums[slot] = accumulator(x.shape[-1], x.device)
+                    sums[slot].update(x)
 
             return observe
 
+        def begin(module: nn.Module, args: tuple[object, ...]) -> None:
+            # the windows of one forward pass share tensors, those of the next do not
+            seen.clear()
+            calls.clear()
+
         handles = [module.register_forward_pre_hook(hook(name), with_kwargs=True) for name, module in layers.items()]
+        handles.append(self._model.register_forward_pre_hook(begin))
         block = self._blocks.modules[index]
-        # the windows of one forward pass share tensors, those of the next do not
-        handles.append(block.register_forward_pre_hook(lambda module, args: seen.clear()))
+        if self._blocks.runs(index) == 1 and block is not self._model:
+            handles.append(block.register_forward_pre_hook(begin))
         try:
             self.advance(index, stream, keep)
         finally:
@@ -235,53 +195,42 @@ class BlockWalk:
             for handle in handles:
                 handle.remove()
         device = next(iter(block.parameters())).device
-        self._agree(sums, leader, lambda width: accumulator(width, device))
-        results = {name: sums[name].result(name, self._workers) for name in sorted(sums)}
-        return {name: results[leader[name]] for name in layers if name in leader}
+        self._agree(sums, slots, lambda width: accumulator(width, device))
+        results = {slot: sums[slot].result(slot[0], self._workers) for slot in sorted(sums)}
+        joined: dict[tuple[Slot, ...], InputStatistics] = {}
+        for own in slots.values():
+            if tuple(own) not in joined:
+                joined[tuple(own)] = _joined([results[slot] for slot in own])
+        return {name: joined[tuple(slots[name])] for name in layers if name in slots}
 
-    def _agree(self, sums: dict, leader: dict[str, str], accumulator: Callable) -> None:
+    def _agree(
+        self, sums: dict[Slot, Accumulator], slots: dict[str, list[Slot]], accumulator: Callable[[int], Accumulator]
+    ) -> None:
         """Make every process know every layer that ran on any of them, so that all add up the same sums."""
-        for other_leader, widths in self._workers.gather((leader, {name: s.width for name, s in sums.items()})):
-            for name, first in other_leader.items():
-                if leader.setdefault(name, first) != first:
+        for other_slots, widths in self._workers.gather((slots, {slot: s.width for slot, s in sums.items()})):
+            for name, theirs in other_slots.items():
+                own = slots.setdefault(name, [])
+                if any(a != b for a, b in zip(own, theirs, strict=False)):
                     raise CalibrationError(f"The layers that share the input of '{name}' differ between processes.")
-            for name, width in widths.items():
-                if name not in sums:
-                    sums[name] = accumulator(width)
+                own.extend(theirs[len(own) :])
+            for slot, width in widths.items():
+                if slot not in sums:
+                    sums[slot] = accumulator(width)
 
     # --- the way back: gradients of the loss, from the last block to the first ---
 
-    def write_gradients(self, stream: str, loss: Callable[[nn.Module, Tensor], Tensor], device: torch.device) -> None:
-        """Gradients of the loss at the output of the last block. Needs the parts outside the blocks in memory."""
-        last = len(self._blocks.modules) - 1
-        source = StateFile(self._file(last + 1, stream))
-        with StateWriter(self._file(last + 1, stream, "gradients")) as target:
-            for window, hidden in zip(self.windows[stream], source.on(device), strict=True):
-                leaf = hidden.requires_grad_(True)
-
-                def make(index: int, original: Callable, leaf: Tensor = leaf) -> Callable:
-                    def skip(*args: Any, **kwargs: Any) -> Any:
-                        return self._wrap(leaf if index == last else hidden_argument(args, kwargs))
-
-                    return skip
-
-                with replaced_forward(dict(enumerate(self._blocks.modules)), make), torch.enable_grad():
-                    loss(self._model, window[None]).backward()
-                assert leaf.grad is not None, "the loss depends on the last block"
-                target.append(leaf.grad)
-        source.close()
+    def write_gradients(self, stream: str, loss: Loss) -> None:
+        """Gradients of the loss by the blocks' outputs. Needs all parts outside the blocks in memory."""
+        self._route.write_gradients(stream, loss)
 
     def backward(self, index: int, stream: str) -> None:
         """Recompute block `index` with gradients and write those of its input; hooks on its layers see theirs."""
-        device = next(iter(self._blocks.modules[index].parameters())).device
-        states = StateFile(self._file(index, stream))
-        above = StateFile(self._file(index + 1, stream, "gradients"))
-        with StateWriter(self._file(index, stream, "gradients")) as target:
-            for hidden, gradient in zip(states.on(device), above.on(device), strict=True):
-                leaf = hidden.requires_grad_(True)
-                with torch.enable_grad():
-                    torch.autograd.backward(self.block(index, stream, leaf), gradient)
-                assert leaf.grad is not None, "a block's output depends on its input"
-                target.append(leaf.grad)
-        states.close()
-        above.close()
+        self._route.backward(index, stream)
+
+
+def _joined(parts: list[Moments | Sample]) -> InputStatistics:
+    """Of a layer with these inputs."""
+    if len(parts) == 1:
+        return parts[0]
+    moments = [part for part in parts if isinstance(part, Moments)]
+    return Moments.joined(moments) if moments else Sample.joined([p for p in parts if isinstance(p, Sample)])

@@ -48,7 +48,7 @@ def token_windows(
     if available < 2 * length:
         raise CalibrationError(
             f"The calibration text has {available} tokens; at least {2 * length} are needed (one window of {length} to "
-            "calibrate, one held out). Give more text or a smaller --context-length."
+            "calibrate, one held out). Give more text or a smaller `context_length`."
         )
     # a text that is too short for both keeps eight ninths to calibrate on
     share = windows[1] if available >= wanted else max(1, available // 9 // length)

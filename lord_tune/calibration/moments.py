@@ -11,6 +11,7 @@ the same question, `energies`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -40,6 +41,19 @@ class Moments:
     mean: Tensor  # (in,) float64, mean of x
     first: Tensor  # (windows, in) float64, the inputs at position 0
     tokens: int
+
+    @classmethod
+    def joined(cls, parts: Sequence[Moments]) -> Moments:
+        """Of a layer that runs several times in a forward pass, each time on another input."""
+        tokens = sum(part.tokens for part in parts)
+        shares = [part.tokens / max(tokens, 1) for part in parts]
+        gram = parts[0].gram * shares[0]
+        for part, share in zip(parts[1:], shares[1:], strict=True):
+            gram.add_(part.gram, alpha=share)
+        mean = sum(
+            (part.mean * share for part, share in zip(parts, shares, strict=True)), torch.zeros_like(parts[0].mean)
+        )
+        return cls(gram, mean, torch.cat([part.first for part in parts]), tokens)
 
     @property
     def sink_gram(self) -> Tensor:
@@ -85,6 +99,10 @@ class Sample:
     """The inputs themselves, for text that is only measured on."""
 
     rows: Tensor  # (token, in), float32 or float64
+
+    @classmethod
+    def joined(cls, parts: Sequence[Sample]) -> Sample:
+        return cls(torch.cat([part.rows for part in parts]))
 
     def energies(self, rows: Tensor, centre: Tensor | None = None) -> Tensor:
         directions = rows.to(self.rows.dtype)
@@ -154,7 +172,7 @@ def _rows_of(inputs: Tensor) -> Tensor:
 def _not_finite(name: str) -> CalibrationError:
     return CalibrationError(
         f"The inputs of '{name}' hold NaN or Inf on the calibration text; "
-        "check the weights before it, or run the model in float32 (--dtype float32)."
+        "check the weights before it, or run the model in float32 (`dtype` float32)."
     )
 
 

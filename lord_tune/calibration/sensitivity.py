@@ -171,5 +171,5 @@ def _means(sums: dict[str, Tensor], count: int, workers: Workers) -> dict[str, T
     for name in sorted(sums):
         workers.add_up(sums[name])
         if not torch.isfinite(sums[name]).all():
-            raise CalibrationError(f"The loss gradient at the output of '{name}' is not finite; use --dtype float32.")
+            raise CalibrationError(f"The loss gradient at the output of '{name}' is not finite; use `dtype` float32.")
     return {name: total / count for name, total in sums.items()}

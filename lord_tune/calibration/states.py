@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CalibrationError, CheckpointError
 from ..storage import named_write
 
 _HEADER = 256  # bytes
@@ -49,10 +49,18 @@ class StateWriter:
 
     def append(self, tensor: Tensor) -> None:
         assert self._stream is not None
+        if tensor.is_meta:
+            raise CalibrationError(
+                "The hidden states have no values: a part of the model that they need was not loaded."
+            )
         value = tensor.detach().cpu().contiguous()
         if self._shape is None:
             self._shape, self._dtype = tuple(value.shape), value.dtype
-        assert (tuple(value.shape), value.dtype) == (self._shape, self._dtype), "windows of a stream have one shape"
+        if (tuple(value.shape), value.dtype) != (self._shape, self._dtype):
+            raise CalibrationError(
+                f"A block returned {tuple(value.shape)} {value.dtype} for one window, {self._shape} {self._dtype} for "
+                "another of the same length; such models cannot be walked block by block."
+            )
         with named_write(self._path):
             self._stream.write(_bytes_of(value))
         self._count += 1
@@ -88,7 +96,7 @@ class StateFile:
             header = json.loads(self._stream.read(_HEADER))
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"The hidden states in {path} cannot be read ({error}); start the run again with --overwrite."
+                f"The hidden states in {path} cannot be read ({error}); start over with `overwrite`."
             ) from error
         self._count, self._shape = int(header["count"]), header["shape"]
         self._dtype = getattr(torch, header["dtype"]) if self._count else torch.float32
@@ -120,7 +128,7 @@ class StateFile:
         while done < len(target):
             step = self._stream.readinto(target[done:])
             if not step:
-                raise CheckpointError(f"The hidden states in {self._path} are cut off; start again with --overwrite.")
+                raise CheckpointError(f"The hidden states in {self._path} are cut off; start over with `overwrite`.")
             done += step
         return tensor
 

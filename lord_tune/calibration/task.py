@@ -14,4 +14,5 @@ class Task:
 
     forward: Callable[[nn.Module, Tensor], object]  # (model, (1, length) ids)
     loss: Callable[[nn.Module, Tensor], Tensor]  # the same -> scalar, summed over tokens
+    outputs: Callable[[object], list[Tensor]]  # what counts of that which `forward` returns
     prepare: Callable[[Tensor], Tensor] = lambda ids: ids  # (1, length) -> the ids that `loss` runs the model on

@@ -48,7 +48,7 @@ def recognise(columns: Iterable[str]) -> RowFormat:
     if "text" in names:
         return RowFormat("text")
     raise UsageError(
-        f"The dataset has the columns {sorted(names)}; wanted: text, or messages, or prompt + completion, "
+        f"Got a dataset with the columns {sorted(names)}; expected text, or messages, or prompt + completion, "
         "or instruction (+ input) + output. Rename the columns."
     )
 

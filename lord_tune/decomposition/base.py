@@ -11,6 +11,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+CHECKED_TOKENS = 128  # of held-out text, on which the walk is compared with an ordinary forward pass
+
 
 @dataclass(frozen=True)
 class BlockRecovery:

@@ -33,6 +33,7 @@ def calibrate(run: Passes, request: Request) -> dict[str, LayerSpectrum]:
             found = _analyse_block(run, walk, index, request)
             if request.by_loss and walk.streamed:
                 walk.advance(index, SENSITIVITY)
+            run.compare(walk, index)
         path = run.journal.work / _analysis_file(index)
         tensors = {f"{n}:{k}": t for n, a in found.items() if a is not None for k, t in a.tensors().items()}
         digest = write_tensors(path, tensors) if run.journal.writes else None
@@ -41,7 +42,9 @@ def calibrate(run: Passes, request: Request) -> dict[str, LayerSpectrum]:
         run.journal.commit(step, path, digest, layers=facts)
         run.clock.report(Phase.CALIBRATING, index)
         # one step late: another process may die before process 0 has recorded this one
-        walk.forget(index - 1, [CALIBRATION, HELDOUT])
+        if walk.streamed:
+            walk.forget(index - 1, [CALIBRATION, HELDOUT])
+    run.compare_result(walk)
     if request.by_loss:
         measure_sensitivity(run, walk, lambda index: _bases(run, index))
     return _spectra(run, request)

@@ -2,6 +2,9 @@
 
 `decide` answers from shapes alone, or with None where the budget is shared out by what the calibration text says;
 `decide_from` then takes the spectra. Both refuse what cannot be done. Nothing after them chooses a rank or a format.
+
+A layer too small for its rank (a gate with one output, a router) stays dense and is warned about by name; the run is
+refused only if no layer can take the rank.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..allocation import ALIGNMENT, Allocator, LayerSpectrum, break_even, factor_cost
+from ..allocation import ALIGNMENT, Allocator, LayerSpectrum, break_even, factor_cost, rank_grid
 from ..errors import LordWarning, UsageError
 from ..plans import LayerChoice, Plan
 from ..sites import Site
@@ -86,6 +89,13 @@ class Request:
 
 def decide(layers: Layers, request: Request) -> Plan | None:
     """The plan, or None where the calibration decides it. UsageError for what is impossible."""
+    plan = _from_shapes(layers, request)
+    if plan is not None:
+        _say_dense(plan)
+    return plan
+
+
+def _from_shapes(layers: Layers, request: Request) -> Plan | None:
     budget = request.budget
     if isinstance(budget, Given):
         return _matched(layers, budget.plan)
@@ -96,7 +106,9 @@ def decide(layers: Layers, request: Request) -> Plan | None:
     if isinstance(budget, Bits):
         return _of_bits(layers, budget)
     if request.template.backbone != "none":
-        raise UsageError("kept_fraction counts parameters of L and R against W; with a backbone give rank.")
+        raise UsageError(
+            "`kept_fraction` counts the parameters of L and R against those of W; with a `backbone` give `rank`."
+        )
     # before any calibration: whether the budget can be met at all
     empty = {name: LayerSpectrum(s, torch.zeros(min(s) + 1)) for name, s in _shapes(layers).items()}
     ranks = budget.allocator.allocate(empty, budget.fraction)
@@ -107,7 +119,24 @@ def decide_from(layers: Layers, request: Request, spectra: dict[str, LayerSpectr
     """The plan of a budget that is shared out by the layers' spectra. A layer without one never ran: it stays dense."""
     budget = request.budget
     assert isinstance(budget, Kept)
-    return _planned(layers, request, budget.allocator.allocate(spectra, budget.fraction))
+    plan = _planned(layers, request, budget.allocator.allocate(spectra, budget.fraction))
+    _say_dense(plan)
+    return plan
+
+
+def _say_dense(plan: Plan) -> None:
+    """One warning per reason why layers stay dense; those that never ran are warned about one by one, by the run."""
+    by_reason: dict[str, list[str]] = {}
+    for name, choice in plan.layers.items():
+        if choice.rank is None and choice.reason not in (None, NEVER_RAN):
+            by_reason.setdefault(str(choice.reason), []).append(name)
+    for reason, names in by_reason.items():
+        others = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        warnings.warn(
+            f"{len(names)} of {len(plan.layers)} layers stay dense, {', '.join(names[:3])}{others}: {reason}.",
+            LordWarning,
+            stacklevel=3,
+        )
 
 
 def _check_template(template: LayerChoice) -> None:
@@ -132,14 +161,22 @@ def _planned(layers: Layers, request: Request, ranks: dict[str, int | None]) -> 
     if kept > request.budget.fraction + 1e-9:
         dense = [name for name, rank in ranks.items() if rank is None]
         warnings.warn(
-            f"{kept:.3f} of the parameters are kept, {request.budget.fraction:g} were asked for: {len(dense)} layers, "
-            f"like {dense[0]}, would get less than the smallest rank and stay dense.",
+            f"{kept:.3f} of the parameters are kept, more than `kept_fraction` {request.budget.fraction:g}: "
+            f"{len(dense)} layers, like {dense[0]}, would get less than the smallest rank and stay dense.",
             LordWarning,
             stacklevel=2,
         )
-    return Plan(
-        {n: request.template.at(ranks[n]) if n in ranks else request.template.at(None, NEVER_RAN) for n in layers}
-    )
+    return Plan({n: _allocated(request.template, ranks, n, site) for n, site in layers.items()})
+
+
+def _allocated(template: LayerChoice, ranks: Mapping[str, int | None], name: str, site: Site) -> LayerChoice:
+    if name not in ranks:
+        return template.at(None, NEVER_RAN)
+    if ranks[name] is None and not rank_grid(site.shape):
+        return template.at(
+            None, f"no rank from {ALIGNMENT} on saves anything, its break-even is {break_even(site.shape)}"
+        )
+    return template.at(ranks[name])
 
 
 def _of_one_rank(layers: Layers, template: LayerChoice, rank: int) -> Plan:
@@ -148,14 +185,13 @@ def _of_one_rank(layers: Layers, template: LayerChoice, rank: int) -> Plan:
     if rank < (0 if backbone else 1):
         raise UsageError(f"Got rank {rank}; a rank is at least 1 (0 is plain rounding and needs a backbone).")
     if backbone:
-        small = {name: shape for name, shape in shapes.items() if rank > min(shape)}
-        if small:
-            name, shape = next(iter(small.items()))
+        if all(rank > min(shape) for shape in shapes.values()):
+            name, shape = max(shapes.items(), key=lambda entry: min(entry[1]))
             raise UsageError(
-                f"Rank {rank} exceeds the smaller side of {len(small)} layers (like {name}, {shape[0]}x{shape[1]}); "
-                f"choose at most {min(map(min, shapes.values()))} or exclude them."
+                f"Rank {rank} exceeds the smaller side of every layer (that of {name}, {shape[0]}x{shape[1]}, is the "
+                f"largest); choose at most {min(shape)}."
             )
-        return Plan({name: template.at(rank) for name in layers})
+        return Plan({name: _within_sides(template, rank, shape) for name, shape in shapes.items()})
     if all(rank > break_even(shape) for shape in shapes.values()):
         best = max(map(break_even, shapes.values()))
         raise UsageError(
@@ -163,6 +199,11 @@ def _of_one_rank(layers: Layers, template: LayerChoice, rank: int) -> Plan:
             f"Choose at most {best}, or add a backbone, for example nf4."
         )
     return Plan({name: _below_break_even(template, rank, shape) for name, shape in shapes.items()})
+
+
+def _within_sides(template: LayerChoice, rank: int, shape: tuple[int, int]) -> LayerChoice:
+    limit = min(shape)
+    return template.at(rank) if rank <= limit else template.at(None, f"rank {rank} exceeds its smaller side {limit}")
 
 
 def _below_break_even(template: LayerChoice, rank: int, shape: tuple[int, int]) -> LayerChoice:
@@ -174,7 +215,8 @@ def _of_bits(layers: Layers, budget: Bits) -> Plan:
     template = budget.backbones[0] if len(budget.backbones) == 1 else _widest(layers, budget)
     if budget.rank is not None:
         return _of_one_rank(layers, template, budget.rank)
-    needed = {name: bits_at(site, template.at(0)) for name, site in layers.items()}
+    able = _able(layers, ALIGNMENT)
+    needed = {name: bits_at(site, template.at(0)) for name, site in able.items()}
     name = max(needed, key=lambda n: needed[n])
     if needed[name] > budget.bits:
         raise UsageError(
@@ -182,25 +224,38 @@ def _of_bits(layers: Layers, budget: Bits) -> Plan:
             "Give more, or choose a backbone of fewer bits."
         )
     by_kind: dict[Any, int] = {}
-    for site in layers.values():
+    for site in able.values():
         key = (site.shape, site.dtype)
         if key not in by_kind:
             by_kind[key] = _rank_within(site, template, budget.bits)
-    return Plan({name: template.at(by_kind[site.shape, site.dtype]) for name, site in layers.items()})
+    return Plan(
+        {
+            name: template.at(by_kind[site.shape, site.dtype])
+            if name in able
+            else template.at(None, f"its smaller side {min(site.shape)} is below the smallest rank {ALIGNMENT}")
+            for name, site in layers.items()
+        }
+    )
+
+
+def _able(layers: Layers, rank: int) -> Layers:
+    """The layers that can take a rank; all of them where none can."""
+    return {name: site for name, site in layers.items() if min(site.shape) >= rank} or layers
 
 
 def _widest(layers: Layers, budget: Bits) -> LayerChoice:
-    """The template with the widest backbone that leaves every layer the smallest rank.
+    """The template with the widest backbone that leaves every layer that can take it the smallest rank.
 
     Width goes to Q first: at equal bits feedback rounding gains more from another bit than from a rank at widths up to
     a few thousand (the table of equal bits after each run says by how much), and L R is there to be trained.
     """
     smallest = ALIGNMENT if budget.rank is None else budget.rank
+    able = _able(layers, smallest).values()
     for template in reversed(budget.backbones):
-        if all(bits_at(site, template.at(smallest)) <= budget.bits for site in layers.values()):
+        if all(bits_at(site, template.at(smallest)) <= budget.bits for site in able):
             return template
     narrowest = budget.backbones[0]
-    needed = max(bits_at(site, narrowest.at(smallest)) for site in layers.values())
+    needed = max(bits_at(site, narrowest.at(smallest)) for site in able)
     raise UsageError(
         f"Got {budget.bits:g} bits per weight; the narrowest format, {narrowest.backbone}, takes {needed:.3f} with "
         f"rank {smallest}. Give at least that{', a coarser factor_format, or rank 0' if smallest else ''}."

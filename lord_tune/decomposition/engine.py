@@ -45,7 +45,7 @@ from ..errors import CalibrationError, LordError, LordWarning
 from ..plans import LayerPlan, Plan
 from .base import LayerRecord, Notify, Source, Windows
 from .calibrating import calibrate
-from .decide import Request, decide_from
+from .decide import NEVER_RAN, Request, decide_from
 from .gradients import measure_fisher
 from .journal import Journal
 from .passes import Passes
@@ -80,7 +80,7 @@ def decompose_checkpoint(
     needs = request.needs()
     if windows is None and request.needs_text():
         raise CalibrationError(
-            f"Method '{request.template.method}' with this budget needs calibration text; pass calibration files."
+            f"Method '{request.template.method}' with this budget needs calibration text; pass `calibration` files."
         )
     run = Passes(source, survey, windows, task, journal, _costs(request, plan), notify)
     from_analysis = False
@@ -128,6 +128,9 @@ def _outcome(run: Passes, plan: Plan) -> Outcome:
         line = run.journal.steps[REST]
         weight_map |= dict.fromkeys(line["tensors"], line["file"])
     for name, record in records.items():
+        reason = plan.layers[name].reason
+        said = None if reason == NEVER_RAN else f"left dense: {reason}"  # when the plan was made
         for text in record.warnings:
-            warnings.warn(f"{name}: {text}", LordWarning, stacklevel=2)
+            if text != said:
+                warnings.warn(f"{name}: {text}", LordWarning, stacklevel=2)
     return Outcome({name: records[name] for name in run.survey.layers}, plan, plans, weight_map, recovery)

@@ -8,6 +8,7 @@ second. Every run compares the estimated peak with the measured one and records 
 Peak memory above what the process holds already is the largest of
 
     start        weights outside the blocks without the output head + one block + one window's activations
+    check        weights outside the blocks + 3 float32 copies of a short window's logits
     calibrating  block + 8 in^2 per distinct input + held-out statistics + one window's activations
                  + the layer at hand + bases of the block's layers (float32), or factors of those that are done
     sensitivity  weights outside the blocks + 5 float32 copies of a window's logits; or
@@ -40,6 +41,7 @@ import torch
 
 from ..allocation import factor_cost
 from ..plans import LayerChoice, Plan
+from .base import CHECKED_TOKENS
 from .decide import Request
 from .layerwise import COMPARED_INPUTS
 from .sizes import added_bias_bytes, stored_bytes
@@ -140,8 +142,11 @@ def estimate_run(
     work = block_bytes[widest] + grams + at_hand
     if ranks is None:
         phases["calibrating"] = work
+    vocabulary = max((t.shape[0] for n, t in tensors.items() if t.dim() == 2 and n not in inside), default=0)
+    checked = 0 if text is None or survey.blocks.whole else min(CHECKED_TOKENS, text.length)
+    if checked:
+        phases["check"] = rest_bytes + 3 * 4 * checked * vocabulary
     if weighted and text is not None:
-        vocabulary = max((t.shape[0] for n, t in tensors.items() if t.dim() == 2 and n not in inside), default=0)
         share = text.sensitivity_length / max(text.length, 1)
         phases["sensitivity"] = max(
             rest_bytes + 5 * 4 * text.sensitivity_length * vocabulary,
@@ -162,6 +167,7 @@ def estimate_run(
         width = max(hidden, min(inputs, default=0))
         streams = 1 if request.recovery is None else 2
         scratch += 3 * streams * (text.tokens + text.heldout) * width * element
+        scratch += checked * ((count + 2) * width * element + 4 * vocabulary)
         if weighted:
             scratch += (count + 2) * text.sensitivity * width * element
             scratch += sum(4 * s[0] * min(s) if by_loss else 8 * sum(s) for s in shapes.values())

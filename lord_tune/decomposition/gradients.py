@@ -10,7 +10,6 @@ from ..calibration.collect import BlockWalk
 from ..calibration.sensitivity import fisher_means, output_sensitivity, whole_model_fisher, whole_model_sensitivity
 from ..storage import write_tensors
 from .passes import SENSITIVITY, Passes
-from .shards import Loaded
 from .steps import Phase, of_block, start_of
 
 Bases = Callable[[int], dict[str, Tensor]]  # block -> layer -> (out, k): the directions whose cost is wanted
@@ -24,8 +23,10 @@ def measure_fisher(run: Passes) -> None:
         if not run.journal.has(step):
             with run.loaded(index):
                 walk.advance(index, SENSITIVITY)
+                run.compare(walk, index)
             run.journal.commit(step)
             run.clock.report(Phase.CALIBRATING, index)
+    run.compare_result(walk)
     measure_sensitivity(run, walk, None)
 
 
@@ -34,10 +35,8 @@ def measure_sensitivity(run: Passes, walk: BlockWalk, bases: Bases | None) -> No
     if walk.streamed and not run.journal.has(start_of(Phase.SENSITIVITY)):
         # the corrupted ids of a masked model are drawn again by the loss itself: the same ones
         walk.hand_out(SENSITIVITY, run.text.sensitivity)
-        with Loaded(run.source, run.outside, run.model):
-            walk.write_gradients(
-                SENSITIVITY, run.task.loss, run.model.get_input_embeddings().get_parameter("weight").device
-            )
+        with run.outside_loaded():
+            walk.write_gradients(SENSITIVITY, run.task.loss)
         run.journal.commit(start_of(Phase.SENSITIVITY))
     for index in reversed(range(run.count)):
         step = of_block(Phase.SENSITIVITY, index)
@@ -50,8 +49,7 @@ def measure_sensitivity(run: Passes, walk: BlockWalk, bases: Bases | None) -> No
         run.journal.commit(step, path, digest)
         run.clock.report(Phase.SENSITIVITY, index)
         if walk.streamed:
-            walk.forget(index + 2, [SENSITIVITY])
-            walk.forget(index + 2, [SENSITIVITY], "gradients")
+            walk.forget_gradients(index, SENSITIVITY)
 
 
 def _block_sensitivity(run: Passes, walk: BlockWalk, index: int, bases: Bases | None) -> dict[str, Tensor]:

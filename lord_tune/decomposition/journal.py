@@ -70,7 +70,7 @@ class Journal:
             raise UsageError(f"{self.folder} holds files that lord_tune did not write; move it away.")
         if self._begun and not resume and not self._overwrite:
             raise UsageError(
-                f"{self.folder} holds an unfinished run; continue it with --resume, or start over with --overwrite."
+                f"{self.folder} holds an unfinished run; continue it with `resume`, or start over with `overwrite`."
             )
 
     @property
@@ -164,19 +164,19 @@ class Journal:
         try:
             lines = [json.loads(line) for line in whole.splitlines()]
         except json.JSONDecodeError as error:
-            raise CheckpointError(f"{self._path} is damaged ({error}); start over with --overwrite.") from error
+            raise CheckpointError(f"{self._path} is damaged ({error}); start over with `overwrite`.") from error
         if not lines or lines[0].get("format") != _FORMAT:
-            raise CheckpointError(f"{self._path} was written by another version; start over with --overwrite.")
+            raise CheckpointError(f"{self._path} was written by another version; start over with `overwrite`.")
         difference = _first_difference(lines[0]["identity"], json.loads(json.dumps(identity)))
         if difference:
             raise UsageError(
                 f"The unfinished run in {self.folder} cannot be continued: {difference}. Use the same command and "
-                "weights, or start over with --overwrite."
+                "weights, or start over with `overwrite`."
             )
         for line in lines[1:]:
             path = self.folder / line["file"] if line.get("file") else None
             if path is not None and line.get("kept", True) and not _is_intact(path, line["sha256"]):
-                raise CheckpointError(f"{path} is missing or was changed since; start over with --overwrite.")
+                raise CheckpointError(f"{path} is missing or was changed since; start over with `overwrite`.")
         return {line["step"]: line for line in lines[1:]}
 
     def has(self, step: str) -> bool:

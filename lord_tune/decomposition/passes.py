@@ -1,8 +1,14 @@
-"""What the passes over a model's blocks share: the skeleton, the text, the journal, and a block's weights in memory."""
+"""What the passes over a model's blocks share: the skeleton, the text, the journal, and a block's weights in memory.
+
+The first pass that runs the model carries one short window of held-out text more, whose blocks' outputs and logits are
+compared with those of an ordinary forward pass: the model whole, its weights loaded one block at a time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -11,18 +17,22 @@ from torch import Tensor
 
 from ..calibration.collect import BlockWalk
 from ..calibration.moments import InputStatistics
+from ..calibration.reference import Reference
 from ..calibration.task import Task
+from ..console import human_bytes
+from ..errors import CalibrationError, LordWarning
 from ..factorizations import Factorization
-from .base import Notify, Source, Windows
+from .base import CHECKED_TOKENS, Notify, Source, Windows
 from .clock import Clock
 from .exchange import Result, dealt_out
 from .journal import Journal
 from .shards import Loaded
-from .steps import Phase, start_of
+from .steps import CHECKED, Phase, start_of
 from .survey import Survey
 from .timing import layer_flops
 
 CALIBRATION, HELDOUT, SENSITIVITY = "calibration", "heldout", "sensitivity"  # streams of windows
+CHECK = "check"  # one short window, compared with an ordinary forward pass
 Statistics = Mapping[str, Mapping[str, InputStatistics]]  # stream -> layer -> of its input
 
 
@@ -42,12 +52,14 @@ class Passes:
         self.source, self.survey, self.windows, self.task, self.journal = source, survey, windows, task, journal
         self.model, self.blocks, self.workers = source.model, survey.blocks, journal.workers
         self.count = len(self.blocks.modules)
-        self.shards = self.count + (1 if self.blocks.prefix else 0)
+        self.shards = self.count + (0 if self.blocks.whole else 1)
         self.clock = Clock(self.count, costs, notify)
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
         self.tensors = [name for name in self.model.state_dict() if name not in tied]
         inside = {n for n in self.tensors if any(self.blocks.holds(i, n) for i in range(self.count))}
         self.outside = [name for name in self.tensors if name not in inside]
+        self._resident: Loaded | None = None  # the parts outside the blocks, where every block needs them
+        self._reference: Reference | None = None
 
     @property
     def text(self) -> Windows:
@@ -70,18 +82,81 @@ class Passes:
     def walk(self, streams: dict[str, Tensor], phase: Phase) -> BlockWalk:
         """A walk with its first states written, by this or an earlier process."""
         folder = self.journal.work / f"states-{phase}"
+        begun = self.journal.steps.get(start_of(phase))
+        first = not any(self.journal.has(start_of(other)) for other in Phase)
+        if first or (begun is not None and begun["checks"]):
+            streams = streams | {CHECK: self.text.heldout[:1, :CHECKED_TOKENS]}
         walk = BlockWalk(self.model, self.blocks, streams, self.task.forward, folder, self.workers)
-        if walk.streamed:
-            head = self._head()
-            with Loaded(self.source, head, self.model):
-                pass  # its values are checked now, not after hours
-            with Loaded(self.source, [n for n in self.outside if n not in head], self.model), self.loaded(0):
-                walk.record()
-                if not self.journal.has(start_of(phase)):
-                    walk.start()
-            if not self.journal.has(start_of(phase)):
-                self.journal.commit(start_of(phase))
+        if not walk.streamed:
+            return walk
+        if CHECK in streams:
+            self._reference = Reference(self.model, self.blocks, self.task, folder)
+        head = self._head()
+        rest = [name for name in self.outside if name not in head]
+        with Loaded(self.source, head, self.model):
+            pass  # its values are checked now, not after hours
+        with Loaded(self.source, rest, self.model):
+            with self.loaded(0):
+                if begun is None:
+                    reason = walk.start()
+                else:
+                    walk.resume(begun["follows"])
+            if begun is None and self._reference is not None and len(walk.windows.get(CHECK, ())):
+                with ExitStack() as held:
+
+                    def load(index: int) -> None:
+                        held.close()  # one block at a time
+                        held.enter_context(
+                            self.loaded(index) if index < self.count else Loaded(self.source, head, self.model)
+                        )
+
+                    self._reference.write(walk.windows[CHECK], load)
+        if begun is None:
+            self.journal.commit(start_of(phase), follows=reason, checks=CHECK in streams)
+        if walk.whole_forward and self._resident is None:
+            self._resident = Loaded(self.source, rest, self.model)
+            self._resident.__enter__()
+            size = sum(p.numel() * p.element_size() for p in self.model.parameters() if not p.is_meta)
+            follows = self.journal.steps[start_of(phase)]["follows"]
+            warnings.warn(
+                f"The blocks do not only hand their hidden states on ({follows}), so the model's own forward is "
+                f"followed: parts outside the blocks, {human_bytes(size)}, stay in memory beside what plan foresees.",
+                LordWarning,
+                stacklevel=2,
+            )
         return walk
+
+    @contextmanager
+    def outside_loaded(self) -> Iterator[None]:
+        """All parts outside the blocks in memory."""
+        held = [] if self._resident is None else self._resident.names
+        with Loaded(self.source, [name for name in self.outside if name not in held], self.model):
+            yield
+
+    def compare(self, walk: BlockWalk, index: int) -> None:
+        """Stop the run if block `index`, which is in memory as the checkpoint has it, differs in the walk from what it
+        does in an ordinary forward pass."""
+        if CHECK in walk.windows and walk.streamed:
+            assert self._reference is not None
+            walk.advance(index, CHECK)
+            self._agreed([self._reference.of_block(walk, index, CHECK)] if len(walk.windows[CHECK]) else [])
+
+    def compare_result(self, walk: BlockWalk) -> None:
+        """The same for what the model returns, after the last block."""
+        if CHECK in walk.windows and walk.streamed and not self.journal.has(CHECKED):
+            assert self._reference is not None
+            found = []
+            if len(walk.windows[CHECK]):
+                with self.outside_loaded():
+                    found = [self._reference.of_result(walk, CHECK)]
+            self._agreed(found)
+            self.journal.commit(CHECKED)
+
+    def _agreed(self, problems: list[str | None]) -> None:
+        for of_process in self.workers.gather(problems):
+            for problem in of_process:
+                if problem is not None:
+                    raise CalibrationError(problem)
 
     def _head(self) -> list[str]:
         """The output head's own tensors, which nothing in front of the blocks needs."""

@@ -90,7 +90,7 @@ def tune_block(
         _write(values, found)
         if not math.isfinite(now):
             raise LordError(
-                f"Block-wise recovery diverged in block {index}; lower --recover-learning-rate ({how.learning_rate:g})."
+                f"Block-wise recovery diverged in block {index}; lower `recover_learning_rate` ({how.learning_rate:g})."
             )
         if now < error:
             best, error, kept = rounded, now, epoch + 1
@@ -121,9 +121,8 @@ def _window_error(
     walk: BlockWalk, index: int, inputs: str, targets: str, position: int, device: torch.device
 ) -> tuple[Tensor, int]:
     """(mean over the window's tokens of the relative squared error, tokens)"""
-    hidden = walk.state(index, inputs, position).to(device)
-    output = walk.block(index, inputs, hidden).float()
-    target = walk.state(index + 1, targets, position).to(output)
+    output = walk.output(index, inputs, position).float()
+    target = walk.stored_output(index, targets, position).to(output)
     norms = target.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
     relative = (output - target).square().sum(-1) / norms
     return relative.mean(), relative.numel()

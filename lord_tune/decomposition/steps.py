@@ -13,6 +13,7 @@ class Phase(StrEnum):
     WRITING = "writing"
 
 
+CHECKED = "checked"  # the walk over the blocks did what the model does
 REST = "rest"  # the shard of everything outside the blocks
 
 

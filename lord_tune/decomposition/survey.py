@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..calibration.blocks import Blocks, find_blocks
+from ..calibration.blocks import Blocks, Run, find_blocks
 from ..layers import fuse_untouched, fused_parameters, select_linears, unfuse
 from ..sites import Site
 
@@ -30,10 +30,10 @@ class Survey:
     def notes(self) -> list[str]:
         """What a user should know of what is left alone."""
         notes = []
-        if not self.blocks.prefix:
+        if self.blocks.whole:
             notes.append(
-                "The model has no list of repeated blocks; all layers are calibrated in one pass, which holds every "
-                "weight and every Gram matrix in memory at once."
+                "The model has no list of blocks that run one after the other; all layers are calibrated in one pass, "
+                "which holds every weight and every Gram matrix in memory at once."
             )
         fused = [name for name, reason in self.skipped.items() if reason == FUSED]
         if fused:
@@ -43,9 +43,14 @@ class Survey:
         return notes
 
 
-def survey(model: PreTrainedModel, targets: str | None = None, exclude: str | None = None) -> Survey:
-    """Find the blocks and the layers; works on the meta device. Experts to decompose become layers of `model`."""
-    blocks = find_blocks(model)
+def survey(
+    model: PreTrainedModel, targets: str | None = None, exclude: str | None = None, run: Run | None = None
+) -> Survey:
+    """Find the blocks and the layers; works on the meta device. Experts to decompose become layers of `model`.
+
+    `run` runs the model on (1, length) ids, to see which blocks run in which order.
+    """
+    blocks = find_blocks(model, run)
     unfuse(model)
     layers, skipped = select_linears(model, blocks.names(), targets, exclude)
     skipped = fuse_untouched(model, layers, skipped)

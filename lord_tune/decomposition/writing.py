@@ -38,6 +38,8 @@ def write(run: Passes, plan: Plan, request: Request, from_analysis: bool) -> Non
             _show_plans(run, step)
             continue
         with run.loaded(index) as loaded:
+            if walk is not None:
+                run.compare(walk, index)
             statistics = _statistics(run, walk, index, request, from_analysis)
             done = _factorize(run, plan, index, statistics, from_analysis)
             del statistics
@@ -66,8 +68,10 @@ def write(run: Passes, plan: Plan, request: Request, from_analysis: bool) -> Non
                 to_meta(layer)
         run.journal.commit(step, path, digest, **content)
         run.clock.report(Phase.WRITING, index, {name: finished.record for name, finished in done.items()})
-        if walk is not None:
+        if walk is not None and walk.streamed:
             walk.forget(index - 1, list(walk.windows))
+    if walk is not None:
+        run.compare_result(walk)
 
 
 def _walk(run: Passes, request: Request, from_analysis: bool) -> BlockWalk | None:
@@ -80,7 +84,9 @@ def _walk(run: Passes, request: Request, from_analysis: bool) -> BlockWalk | Non
         streams |= {STUDENT: run.windows.calibration, STUDENT_HELDOUT: run.windows.heldout}
     walk = run.walk(streams, Phase.WRITING)
     if student and not walk.streamed:
-        raise UsageError("The model has no repeated blocks, so there is no block-wise recovery; leave it out.")
+        raise UsageError(
+            "The model has no repeated blocks that could be recovered one by one; leave `recover_epochs` out."
+        )
     return walk
 
 
@@ -155,7 +161,7 @@ def _show_plans(run: Passes, step: str) -> None:
 
 def write_rest(run: Passes) -> None:
     """The shard of everything outside the blocks."""
-    if not run.blocks.prefix or run.journal.has(REST):
+    if run.blocks.whole or run.journal.has(REST):
         return
     path = run.journal.folder / shard_name(run.count, run.shards)
     tensors: dict[str, Tensor] = {}

@@ -37,5 +37,5 @@ def perplexity(
             total, count = total + float(loss), count + tokens
             progress("measuring perplexity", index + 1, len(windows))
     if not math.isfinite(total):
-        raise LordError("The loss is NaN or Inf; the weights are broken or the dtype is too narrow (--dtype float32).")
+        raise LordError("The loss is NaN or Inf; the weights are broken or the dtype is too narrow (`dtype` float32).")
     return total / count, count

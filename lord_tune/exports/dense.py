@@ -43,6 +43,7 @@ class DenseExport:
             if getattr(reloaded.get_submodule(name), "bias", None) is None:
                 raise UsageError(
                     f"'{name}' carries a bias (method afm) and {type(reloaded).__name__} has no place for one, so a "
-                    "dense checkpoint would lose it; export --format factored, or decompose with --method whitened."
+                    "dense checkpoint would lose it; export with `format` factored, or decompose with `method` "
+                    "whitened."
                 )
         return outputs_of(reloaded, job.ids)

@@ -28,26 +28,28 @@ def check_peft_exportable(model: PreTrainedModel) -> None:
     if experts:
         raise UsageError(
             f"The experts '{experts[0]}' are decomposed, which neither bitsandbytes nor a LoRA adapter can hold one by "
-            "one; export --format factored or dense."
+            "one; export with `format` factored or dense."
         )
     for name, layer in factored_layers(model).items():
         if layer.plan.backbone != "nf4":
             raise UsageError(
-                f"--format peft needs an NF4 backbone; '{name}' has backbone {layer.plan.backbone}, whose LoRA base "
-                "would be dense zeros. Export --format factored or dense."
+                f"`format` peft needs an NF4 backbone; '{name}' has backbone {layer.plan.backbone}, whose LoRA base "
+                "would be dense zeros. Export with `format` factored or dense."
             )
         if layer.plan.backbone_options.get("incoherence"):
             raise UsageError(
-                f"'{name}' has a rotated backbone, which bitsandbytes cannot decode; export another format."
+                f"'{name}' has a rotated backbone, which bitsandbytes cannot decode; export with another `format`."
             )
         if layer.bias is not None and layer.plan.method == "afm":
-            raise UsageError(f"'{name}' has an afm bias, which a LoRA adapter cannot carry; export --format factored.")
+            raise UsageError(
+                f"'{name}' has an afm bias, which a LoRA adapter cannot carry; export with `format` factored."
+            )
         if layer.plan.backbone_options.get("block_size", 64) != 64:
-            raise UsageError("transformers loads NF4 bases of block size 64 only; export --format factored.")
+            raise UsageError("transformers loads NF4 bases of block size 64 only; export with `format` factored.")
         if layer.in_features % 64:
             raise UsageError(
                 f"'{name}' has {layer.in_features} inputs, not a multiple of 64; bitsandbytes decodes such a base "
-                "wrongly on some CPUs. Export --format factored or dense."
+                "wrongly on some CPUs. Export with `format` factored or dense."
             )
 
 

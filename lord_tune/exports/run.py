@@ -46,7 +46,7 @@ def export_model(
     if form not in EXPORTS:
         raise unknown_name("format", form, list(EXPORTS))
     if dtype not in DTYPE_NAMES:
-        raise UsageError(f"--dtype {dtype} is unknown; use one of {', '.join(DTYPE_NAMES)}.")
+        raise UsageError(f"Got `dtype` {dtype!r}; expected one of {', '.join(DTYPE_NAMES)}.")
     plain = plain_model(model)
     if not factored_layers(plain):
         raise UsageError("The model has no factored layers; it is an ordinary checkpoint already.")
@@ -63,8 +63,8 @@ def export_model(
     limit = max(THRESHOLDS.get(name, 0.0) for name in rounded) if threshold is None else threshold
     if not math.isfinite(comparison.kl) or comparison.kl > limit:
         raise ExportMismatch(
-            f"The written {form} checkpoint differs from the model: KL {comparison.kl:.3g} nats per token, at most "
-            f"{limit:.3g} wanted (largest logit difference {comparison.max_logit_difference:.3g}). Nothing was kept; "
-            "try --dtype float32, or raise --threshold if this loss is acceptable."
+            f"The written {form} checkpoint differs from the model: got a KL of {comparison.kl:.3g} nats per token, "
+            f"expected at most {limit:.3g} (largest logit difference {comparison.max_logit_difference:.3g}). Nothing "
+            "was kept; try `dtype` float32, or raise `threshold` if this loss is acceptable."
         )
     return comparison

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..integrations.running import counted_outputs, run_model
 from ..protocols import CausalModel, Tokenizer
 
 # KL in nats per token between unmerged and written model; float32 differs in the order of summation only,
@@ -50,10 +51,9 @@ def probe_ids(tokenizer: Tokenizer, text: str | None, longest: int = PROBE_TOKEN
 
 @torch.no_grad()
 def outputs_of(model: CausalModel, ids: Tensor) -> Tensor:
-    """Logits, or last hidden states of a model without a head; (length, width) float32 on the CPU."""
-    result = model.eval()(input_ids=ids.to(next(model.parameters()).device))
-    logits = result.logits if "logits" in result else result.last_hidden_state
-    return logits[0].float().cpu()
+    """Logits of a head, whatever it calls them, or last hidden states; (row, width) float32 on the CPU."""
+    found = counted_outputs(run_model(model.eval(), ids))
+    return torch.cat([x.reshape(-1, x.shape[-1]) for x in found if x.shape[-1] == found[0].shape[-1]]).cpu()
 
 
 def compare(reference: Tensor, written: Tensor) -> Comparison:

@@ -169,7 +169,7 @@ def truncate(
     """L = U_r, R = U_r^T W; with a centre mu also the bias shift (I - U_r U_r^T) W mu. float64."""
     limit = spectrum.basis.shape[1]
     if not 0 <= rank <= limit:
-        raise UsageError(f"Rank {rank} came for a {tuple(weight.shape)} matrix; choose 0 to {limit}.")
+        raise UsageError(f"Got rank {rank} for a {tuple(weight.shape)} matrix; expected 0 to {limit}.")
     w = weight.double()
     left = spectrum.basis[:, :rank].to(w.device, torch.float64, copy=True)  # a view would hold the basis
     right = left.T @ w

@@ -91,11 +91,11 @@ class Caldera(Method):
         fisher: Fisher | None = None,
     ) -> Split:
         if quantizer is None:
-            raise UsageError("CALDERA splits W into Q + L R and needs a quantized backbone; pass --backbone e8-2.")
+            raise UsageError("CALDERA splits W into Q + L R and needs a quantized backbone; pass `backbone` e8-2.")
         assert moments is not None, "the driver collects what `needs` names"
         if not 0 <= rank <= min(weight.shape):
             limit = min(weight.shape)
-            raise UsageError(f"Rank {rank} came for a {tuple(weight.shape)} matrix; choose 0 to {limit}.")
+            raise UsageError(f"Got rank {rank} for a {tuple(weight.shape)} matrix; expected 0 to {limit}.")
         assert fisher is not None or self.weighting == "activations", "the driver measures what `needs` names"
         weighting = fisher if self.weighting == "fisher" else None
         problem = _Problem(weight.double(), moments, heldout, quantizer, weighting, self.factor_form)

@@ -33,7 +33,7 @@ class LoftQ(Method):
 
     def __post_init__(self) -> None:
         if self.iterations < 1:
-            raise UsageError(f"LoftQ came with {self.iterations} iterations; at least 1 is needed.")
+            raise UsageError(f"Got {self.iterations} iterations of LoftQ; expected at least 1.")
 
     @property
     def solves(self) -> int:
@@ -49,7 +49,7 @@ class LoftQ(Method):
         fisher: Fisher | None = None,
     ) -> Split:
         if quantizer is None:
-            raise UsageError("LoftQ splits W into Q + L R and needs a quantized backbone; pass --backbone nf4.")
+            raise UsageError("LoftQ splits W into Q + L R and needs a quantized backbone; pass `backbone` nf4.")
         w, shape = weight.double(), (weight.shape[0], weight.shape[1])
         best: Split | None = None
         best_error = float("inf")

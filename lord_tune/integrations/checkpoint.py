@@ -171,12 +171,12 @@ def _check_headers(name: str, model: nn.Module, index: Mapping[str, Entry]) -> N
                 if tuple(stored.get_shape()) != tuple(wanted.shape):
                     raise CheckpointError(
                         f"The model '{name}' could not be loaded: '{stored_name}' is {tuple(stored.get_shape())} in "
-                        f"{path}, {tuple(wanted.shape)} by config.json; the two do not belong together."
+                        f"{path}, and config.json expects {tuple(wanted.shape)}; the two do not belong together."
                     )
                 if wanted.is_floating_point() and stored.get_dtype() not in _FLOATS:
                     raise CheckpointError(
                         f"The model '{name}' could not be loaded: '{stored_name}' holds {stored.get_dtype()} in "
-                        f"{path}; floating-point weights are wanted. Start from the original dense model."
+                        f"{path}; expected floating-point weights. Start from the original dense model."
                     )
 
 

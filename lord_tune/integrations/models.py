@@ -75,7 +75,7 @@ def load_dense_or_factored(name: str, dtype: str | None = None, **options: objec
     if folder.is_dir():
         check_shards(folder)
     if dtype is not None and dtype not in DTYPE_NAMES:
-        raise UsageError(f"--dtype {dtype} is unknown; use one of {', '.join(DTYPE_NAMES)}.")
+        raise UsageError(f"Got `dtype` {dtype!r}; expected one of {', '.join(DTYPE_NAMES)}.")
     build, _ = model_class(name)
     try:
         wanted = DTYPE_NAMES[dtype] if dtype else "auto"

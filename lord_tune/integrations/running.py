@@ -2,40 +2,82 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
 
+from ..calibration.blocks import AnyScalar
 from ..calibration.task import Task
 from ..errors import LordWarning, UsageError
 from ..layers import plain_model
-from ..protocols import CausalModel, Tokenizer
+from ..protocols import Tokenizer
 
 MASKED_FRACTION = 0.15  # of the tokens, for models with a masked-token head (BERT)
 
 
 def kind_of(model: nn.Module) -> str:
-    """causal, masked or bare, from what the model can be asked."""
+    """causal, masked, seq2seq (encoder and decoder) or bare, from what the model can be asked."""
     plain = plain_model(model)
     if plain.get_output_embeddings() is None:
         return "bare"
+    if getattr(plain.config, "is_encoder_decoder", False):
+        return "seq2seq"
     return "causal" if plain.can_generate() else "masked"
 
 
-def _run(model: nn.Module, ids: Tensor) -> Any:
-    ids = ids.to(next(model.parameters()).device)
-    return model(input_ids=ids, use_cache=False) if kind_of(model) == "causal" else model(input_ids=ids)
+def run_model(model: nn.Module, ids: Tensor) -> Any:
+    """A forward pass on (batch, length) ids that starts and keeps no key-value cache: a window sees itself alone. The
+    decoder of an encoder-decoder gets the same ids, shifted by one, as its own loss gives it."""
+    plain = plain_model(model)
+    ids = ids.to(_device(plain))
+    accepted = inspect.signature(type(plain).forward).parameters
+    given: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
+    if getattr(plain.config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
+        given["decoder_input_ids"] = _shifted(plain.config, ids)
+    with _no_cache(plain.config):
+        return model(input_ids=ids, **given)
+
+
+def _device(model: PreTrainedModel) -> torch.device:
+    """Of the embeddings; other parts may be on the meta device while the model is run block by block."""
+    embeddings = next(model.get_input_embeddings().parameters(), None)
+    if embeddings is not None:
+        return embeddings.device
+    return next((p for p in model.parameters() if not p.is_meta), next(model.parameters())).device
+
+
+@contextmanager
+def _no_cache(config: PreTrainedConfig) -> Iterator[None]:
+    """Models without a `use_cache` argument of their own hand their configuration's on."""
+    before = {id(c): (c, c.use_cache) for c in (config, config.get_text_config()) if getattr(c, "use_cache", False)}
+    for changed, _ in before.values():
+        changed.use_cache = False
+    try:
+        yield
+    finally:
+        for changed, value in before.values():
+            changed.use_cache = value
+
+
+def _shifted(config: PreTrainedConfig, ids: Tensor) -> Tensor:
+    """What a decoder reads to predict `ids`: its start token, then the ids but for the last."""
+    names = ("decoder_start_token_id", "bos_token_id", "pad_token_id", "eos_token_id")
+    found = [getattr(c, name, None) for c in (config, config.get_text_config(decoder=True)) for name in names]
+    start = next((n for n in found if isinstance(n, int)), 0)
+    return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
 
 
 def run_on_meta(model: nn.Module, ids: Tensor) -> Any:
-    """A forward pass of a skeleton. Decoders look for packed sequences unless they are given a mask; encoders look into
-    a mask they are given. Either look is impossible on the meta device."""
-    if kind_of(model) == "causal":
-        return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    return model(input_ids=ids)
+    """The same on a skeleton without values."""
+    with AnyScalar():
+        return run_model(model, ids)
 
 
 def masked_windows(ids: Tensor, mask_token: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -47,30 +89,39 @@ def masked_windows(ids: Tensor, mask_token: int, seed: int = 0) -> tuple[Tensor,
 
 
 def summed_loss(model: nn.Module, ids: Tensor, mask_token: int | None = None) -> tuple[Tensor, int]:
-    """(summed loss, predicted tokens) of windows (batch, length): next token, or masked tokens; float32 logits.
+    """(summed loss, predicted tokens) of windows (batch, length): next token, masked tokens, or an encoder-decoder's
+    own ids again; float32 logits.
 
-    A model without a head has no loss on text; its "loss" is a fixed random projection of the last hidden states,
-    whose squared gradient estimates, by Hutchinson's method, how much each layer's output moves these states.
+    A model without a language-model head has no loss on text: none at all, or a head for labels that are not there. Its
+    "loss" is a fixed random projection of what it outputs, whose squared gradient estimates, by Hutchinson's method,
+    how much each layer's output moves that.
     """
     kind = kind_of(model)
-    ids = ids.to(next(model.parameters()).device)
+    ids = ids.to(_device(plain_model(model)))
     if kind == "bare":
-        hidden = _run(model, ids).last_hidden_state.float()
+        outputs = counted_outputs(run_model(model, ids))
         generator = torch.Generator().manual_seed(int(ids.sum()))
-        weights = torch.randn(hidden.shape, generator=generator, device="cpu").to(hidden)
-        return (hidden * weights).sum(), ids.numel()
+        weights = [torch.randn(x.shape, generator=generator, device="cpu").to(x) for x in outputs]
+        return torch.stack([(x * w).sum() for x, w in zip(outputs, weights, strict=True)]).sum(), ids.numel()
     labels = ids
     if kind == "masked":
         if mask_token is None:
             raise UsageError("The tokenizer has no mask token, which a masked language model needs.")
         ids, labels = masked_windows(ids.cpu(), mask_token)
-        labels = labels.to(next(model.parameters()).device)
-    logits = _run(model, ids).logits.float()
+        labels = labels.to(_device(plain_model(model)))
+    logits = run_model(model, ids).logits.float()
     if kind == "causal":
         logits, labels = logits[:, :-1], labels[:, 1:]
     count = int((labels != -100).sum())
     loss = nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), reduction="sum")
     return loss, count
+
+
+def counted_outputs(result: object) -> list[Tensor]:
+    """float32: the logits of a head, whatever it calls them; else the last hidden states."""
+    assert isinstance(result, ModelOutput), "transformers' models return one unless they are told not to"
+    named = [value for key, value in result.items() if key.endswith("logits") and isinstance(value, Tensor)]
+    return [x.float() for x in named] or [result["last_hidden_state"].float()]
 
 
 def task_of(tokenizer: Tokenizer, masked: bool = False) -> Task:
@@ -80,20 +131,44 @@ def task_of(tokenizer: Tokenizer, masked: bool = False) -> Task:
     def prepare(ids: Tensor) -> Tensor:
         return masked_windows(ids, mask_token)[0] if masked and mask_token is not None else ids
 
-    return Task(_run, lambda model, ids: summed_loss(model, ids, mask_token)[0], prepare)
+    return Task(run_model, lambda model, ids: summed_loss(model, ids, mask_token)[0], counted_outputs, prepare)
 
 
-def max_length(model: CausalModel | PreTrainedConfig) -> int:
-    """The longest window the positions of a model (or of a config) allow."""
-    config = (model if isinstance(model, PreTrainedConfig) else model.config).get_text_config()
-    limits = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions")]
+_LIMITS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_target_positions",
+    "max_encoder_position_embeddings",
+    "max_decoder_position_embeddings",
+)
+
+
+def max_length(model: nn.Module) -> int:
+    """The longest window that the positions of a model, which may be a skeleton, allow."""
+    plain = plain_model(model)
+    config = plain.config.get_text_config()
+    limits = [getattr(config, key, None) for key in _LIMITS]
     limit = min((n for n in limits if isinstance(n, int) and n > 0), default=1 << 30)
-    # RoBERTa-style position ids start after the padding id
-    offset = config.pad_token_id + 1 if "roberta" in config.model_type or config.model_type == "mpnet" else 0
-    return limit - (offset or 0)
+    return limit - _first_position(plain, limit)
 
 
-def window_length(asked: int, model: CausalModel | PreTrainedConfig) -> int:
+def _first_position(model: PreTrainedModel, rows: int) -> int:
+    """Where position ids start: after the padding id, in a table of positions that has one (RoBERTa and its like)."""
+    words = model.get_input_embeddings()
+    return max((_padding_id(m, rows) + 1 for m in model.modules() if m is not words), default=0)
+
+
+def _padding_id(module: nn.Module, rows: int) -> int:
+    """The row for padding of a table of this length; -1 for any other module."""
+    weight = module._parameters.get("weight")
+    padding = getattr(module, "padding_idx", None)
+    if isinstance(padding, int) and weight is not None and weight.dim() == 2 and weight.shape[0] == rows:
+        return padding
+    return -1
+
+
+def window_length(asked: int, model: nn.Module) -> int:
     """The context length to use: what was asked for, or with a warning the most the model takes."""
     limit = max_length(model)
     if asked > limit:

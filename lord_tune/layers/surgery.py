@@ -62,7 +62,7 @@ def select_linears(
     `targets` and `exclude` are regular expressions searched in the full module name. The output head and layers that
     share a weight with another module are never taken: losses multiply by the head's weight directly.
     """
-    include, leave = _pattern("--targets", targets), _pattern("--exclude", exclude)
+    include, leave = _pattern("`targets`", targets), _pattern("`exclude`", exclude)
     prefixes = tuple(prefixes)
     embeddings = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
     chosen: dict[str, nn.Module] = {}
@@ -77,9 +77,9 @@ def select_linears(
         elif not any(prefix == "" or name.startswith(prefix + ".") for prefix in prefixes):
             skipped[name] = "outside the blocks"
         elif include is not None and not include.search(name):
-            skipped[name] = "not in --targets"
+            skipped[name] = "not in targets"
         elif leave is not None and leave.search(name):
-            skipped[name] = "in --exclude"
+            skipped[name] = "in exclude"
         elif name in shared:
             skipped[name] = f"shares its weight with {shared[name]}"
         else:
@@ -87,7 +87,7 @@ def select_linears(
     if not chosen:
         names = ", ".join(list(linears)[:4])
         raise UsageError(
-            f"No layer matches (--targets {targets!r}, --exclude {exclude!r}); the {len(linears)} linear layers "
+            f"No layer matches (`targets` {targets!r}, `exclude` {exclude!r}); the {len(linears)} linear layers "
             f"are named like {names or '(none: no nn.Linear or Conv1D)'}."
         )
     return chosen, skipped

@@ -183,7 +183,7 @@ def stored_scales(scales: Tensor, zero_is_a_code: bool = True, beside: Tensor | 
     warnings.warn(
         f"{poor:.1%} of the scales of a packed matrix are outside the range of float16 (they reach from "
         f"{float(scales.min()):.2g} to {float(scales.max()):.2g}): their weights are stored coarsely. "
-        "Use NF4 for this layer, whose scales are float32, or --exclude it.",
+        "Use NF4 for this layer, whose scales are float32, or leave it out with `exclude`.",
         LordWarning,
         stacklevel=2,
     )

@@ -32,7 +32,7 @@ class Grouped(Format):
 
     def __post_init__(self) -> None:
         if self.group_size < 1:
-            raise UsageError(f"The group size {self.group_size} came; at least 1 is wanted.")
+            raise UsageError(f"Got group size {self.group_size}; expected at least 1.")
 
     # --- what a format defines ---
 

@@ -58,7 +58,7 @@ class SpQR(Format):
         if self.bits not in _CODES:
             raise UsageError(f"SpQR has no codes of {self.bits} bits; use one of {', '.join(map(str, _CODES))}.")
         if not 0 <= self.outlier_fraction <= 0.5:
-            raise UsageError(f"The outlier fraction {self.outlier_fraction} came; a number from 0 to 0.5 is wanted.")
+            raise UsageError(f"Got outlier fraction {self.outlier_fraction}; expected a number from 0 to 0.5.")
         _CODES[self.bits](self.group_size)
 
     @property
@@ -70,8 +70,8 @@ class SpQR(Format):
         """Their number."""
         if shape[1] > _LARGEST_WIDTH:
             raise UsageError(
-                f"SpQR stores columns in 16 bits and takes at most {_LARGEST_WIDTH} inputs, {shape[1]} came; "
-                "choose another format or --exclude the layer."
+                f"Got a layer of {shape[1]} inputs; SpQR numbers them with 16 bits and takes at most {_LARGEST_WIDTH}. "
+                "Choose another format, or leave the layer out with `exclude`."
             )
         return round(self.outlier_fraction * shape[0] * shape[1])
 

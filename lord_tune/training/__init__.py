@@ -4,7 +4,8 @@ from .arguments import LEARNING_RATES, TrainOptions, load_yaml, trainer_argument
 from .data import prepare_rows, sample_spans
 from .forecast import MemoryEstimate, predict_memory
 from .memory import Account, account
-from .run import expose, train_model
+from .modes import expose
+from .run import train_model
 
 __all__ = [
     "LEARNING_RATES",

@@ -134,8 +134,8 @@ def _check_launch(given: Mapping[str, object], on_cpu: bool) -> None:
     """Refuse ways of sharing out the model that cannot work; DDP and FSDP2 do."""
     if given.get("deepspeed") or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise UsageError(
-            "DeepSpeed's ZeRO keeps a flat copy of the parameters in one dtype, which packed codes beside float32 "
-            "factors are not; use several processes without it, or FSDP2."
+            "DeepSpeed's ZeRO keeps a flat copy of the parameters in one dtype, but packed codes and float32 factors "
+            "have different ones; use several processes without it, or FSDP2."
         )
     if not _sharded(given):
         return
@@ -143,16 +143,17 @@ def _check_launch(given: Mapping[str, object], on_cpu: bool) -> None:
     version = config.get("version") or config.get("fsdp_version") or os.environ.get("FSDP_VERSION", "1")
     if str(version) != "2":
         raise UsageError(
-            "FSDP1 flattens the parameters of a block into one tensor of one dtype, which packed codes beside float32 "
-            "factors are not; name version 2 (fsdp_config: {version: 2}; in accelerate's own file fsdp_version: 2)."
+            "FSDP1 flattens the parameters of a block into one tensor of one dtype, but packed codes and float32 "
+            "factors have different ones; set version 2 (fsdp_config: {version: 2}; in accelerate's own file "
+            "fsdp_version: 2)."
         )
     mixed = [key for key in ("bf16", "fp16") if _as_bool(given.get(key))]
     if not mixed and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
         mixed = [f"accelerate's mixed_precision: {os.environ['ACCELERATE_MIXED_PRECISION']}"]
     if mixed:
         raise UsageError(
-            f"{mixed[0]} came with FSDP2, which would cast all floating parameters to it, the scales of packed codes "
-            "too; leave it out and set dtype: bfloat16, which frozen weights are then loaded in."
+            f"Got {mixed[0]} with FSDP2, which would cast all floating-point parameters to it, the scales of packed "
+            "codes too; leave it out and set dtype: bfloat16, in which frozen weights are then loaded."
         )
     if on_cpu:
         raise UsageError("FSDP on a CPU silently becomes plain data parallelism (accelerate); leave it out there.")
@@ -202,5 +203,5 @@ def load_yaml(path: str) -> dict[str, Any]:
         line = str(error).strip().replace("\n", " ")
         raise UsageError(f"{path} is not valid YAML: {line[:300]}") from error
     if not isinstance(content, dict):
-        raise UsageError(f"{path} holds no keys; a YAML mapping (key: value) is wanted.")
+        raise UsageError(f"{path} holds no keys; expected a YAML mapping (key: value).")
     return content

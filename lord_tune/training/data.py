@@ -160,7 +160,7 @@ def sample_spans(trainer: TrainerLike, tokenizer: Tokenizer, require_eos: bool) 
         if require_eos and not any(row[-1] == tokenizer.eos_token_id for row in heads):
             raise LordError(
                 "No completion ends with the end-of-text token, so the model would not learn to stop; raise max_length "
-                f"(all first {len(heads)} rows are truncated) or check the tokenizer's eos_token."
+                f"(the first {len(heads)} rows are all truncated) or check the tokenizer's eos_token."
             )
     spans: list[tuple[list[int], bool]] = []
     for token, label in zip(ids, labels, strict=True):

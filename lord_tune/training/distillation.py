@@ -19,25 +19,21 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol, Unpack
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from trl import SFTTrainer
 
 from ..errors import UsageError
 from ..layers import plain_model
-from .trainers import Recorded, TrainerData
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import PreTrainedModel
-    from trl import SFTConfig
 
     from ..protocols import AutogradContext, CausalModel
 
-_CHUNK = 1 << 24  # logits per model that exist at a time: 64 MiB in float32
+CHUNK = 1 << 24  # logits per model that exist at a time: 64 MiB in float32
 KlOfTokens = Callable[[slice, Tensor], Tensor]  # (which counted tokens, their float32 student logits) -> summed KL
 
 
@@ -85,7 +81,7 @@ def check_head(model: CausalModel, ids: Tensor) -> None:
     parts = head_of(plain)(plain.base_model(input_ids=ids, use_cache=False).last_hidden_state)
     plain.train(training)
     if not torch.allclose(whole.float(), parts.float(), rtol=1e-2, atol=1e-2 * float(whole.abs().max())):
-        raise UsageError(f"objective: distill does not know how {type(plain).__name__} makes its logits; use sft.")
+        raise UsageError(f"objective: distill does not know how {type(plain).__name__} computes its logits; use sft.")
 
 
 def hand_over_hidden_states(model: PreTrainedModel) -> None:
@@ -124,7 +120,7 @@ class LiveTeacher:
         return kl
 
 
-class _TokenLoss(torch.autograd.Function):
+class TokenLoss(torch.autograd.Function):
     """(summed loss, summed KL, summed CE, tokens whose label is the most likely one) of hidden states (tokens, width),
     a chunk of tokens at a time; only the first has a gradient."""
 
@@ -165,75 +161,3 @@ class _TokenLoss(torch.autograd.Function):
     def backward(ctx: AutogradContext, *received: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return (gradient * received[0].to(gradient.dtype), *[None] * 6)
-
-
-class DistillationTrainer(Recorded, SFTTrainer):
-    """trl's SFTTrainer with the loss above. `loss` in its logs is that loss, `kl` and `ce` are means per counted token
-    at the temperatures 'T' and 1; `eval_loss` is the plain CE of sft, `eval_kl` stands beside it."""
-
-    teacher: Teacher  # set before training. The trainer is no nn.Module: accelerate does not wrap, move or save it
-
-    def __init__(
-        self,
-        model: PeftModel,
-        arguments: SFTConfig,
-        ce_weight: float,
-        temperature: float,
-        **data: Unpack[TrainerData],
-    ):
-        super().__init__(model, arguments, **data)
-        self._ce_weight, self._temperature = ce_weight, temperature
-        self.sums: dict[str, list[float]] = {}  # mode -> summed KL, CE, hits and tokens since the last log
-        self._plain = plain_model(model)
-        assert not any(p.requires_grad for p in self._plain.get_output_embeddings().parameters())
-        hand_over_hidden_states(self._plain)
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
-        assert not return_outputs, "the logits are never made as a whole"
-        labels = inputs["labels"]
-        seen = {key: value for key, value in inputs.items() if key != "labels"}
-        counted = labels[:, 1:] != -100
-        kl_of = self.teacher.targets(seen, counted)
-        logits_of = head_of(self._plain)
-        chunk = max(1, _CHUNK // self._plain.config.get_text_config().vocab_size)
-
-        def on_hidden(hidden: Tensor) -> tuple[Tensor, ...]:
-            tokens = hidden[:, :-1][counted]
-            options = self._ce_weight, self._temperature, chunk
-            return _TokenLoss.apply(tokens, labels[:, 1:][counted], logits_of, kl_of, *options)
-
-        loss, kl, ce, hits = model(**seen, use_cache=False, on_hidden=on_hidden)
-        count = counted.sum()
-        self._add_up(inputs, torch.stack([kl, ce, hits, count.float()]))
-        if not self._plain.training:
-            return ce / count.clamp(min=1)
-        loss = loss / torch.as_tensor(count if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # DDP averages the gradients
-        return loss
-
-    def _add_up(self, inputs: dict[str, Tensor], found: Tensor) -> None:
-        mode = "train" if self._plain.training else "eval"
-        tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
-        found = torch.cat([found, torch.as_tensor([float(tokens)], device=found.device)])
-        *sums, seen = self.accelerator.gather(found[None]).cpu().double().sum(0).tolist()
-        before = self.sums.get(mode, [0.0] * len(sums))
-        self.sums[mode] = [a + b for a, b in zip(before, sums, strict=True)]
-        if mode == "train":
-            self._total_train_tokens += int(seen)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self._plain.training else "eval"
-        sums = self.sums.pop(mode, None)
-        if sums is not None and sums[3] > 0:
-            prefix = "" if mode == "train" else "eval_"
-            kl, ce, accuracy = (total / sums[3] for total in sums[:3])
-            logs |= {f"{prefix}kl": kl, f"{prefix}ce": ce, f"{prefix}mean_token_accuracy": accuracy}
-            logs[f"{prefix}num_tokens"] = self._total_train_tokens
-        super().log(logs, start_time)

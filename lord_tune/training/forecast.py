@@ -27,16 +27,17 @@ from ..console import human_bytes
 from ..errors import UsageError
 from ..integrations.checkpoint import skeleton
 from ..integrations.models import DTYPE_NAMES, model_class
-from ..integrations.running import kind_of, max_length
+from ..integrations.running import max_length
 from ..integrations.transformers_quantizer import QUANT_METHOD, LordConfig, LordQuantizer
 from ..layers import dequantize_once, plain_model
 from ..memory import held_bytes
 from .arguments import DISTILL, DPO, TrainOptions
+from .distillation import CHUNK, TokenLoss, head_of, kl_divergence
 from .memory import Live, Saved, gradient_bytes, held
+from .modes import expose, teacher_source, trained_kind
 from .pieces import fitting_pieces
-from .run import expose, teacher_source
 from .shapes import LossInPieces, decode_by_shapes, set_attention, without_content
-from .teacher_logits import INDEX
+from .teacher_logits import INDEX, bucketed_kl
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -206,9 +207,7 @@ def _prepared(
     """(a function that gives the loss of one full batch, its tokens); the model is set up as the trainer would."""
     base = plain_model(model)
     limit = max_length(base)
-    kind = kind_of(model)
-    if kind == "bare":
-        raise UsageError("The model has no language-model head, so there is no loss to train on.")
+    kind = trained_kind(model)
     length = min(arguments.max_length or (512 if kind == "masked" else limit), limit)
     rows = arguments.per_device_train_batch_size * (2 if options.objective == DPO else 1)  # chosen and rejected
     packing = kind == "causal" and getattr(arguments, "packing", False)
@@ -256,9 +255,6 @@ def _distillation_loss(
     base: PreTrainedModel, teacher: PreTrainedModel | None, batch: dict[str, Tensor], options: TrainOptions
 ) -> Tensor:
     """That of training/distillation.py, every token counted."""
-    from .distillation import _CHUNK, _TokenLoss, head_of, kl_divergence
-    from .teacher_logits import bucketed_kl
-
     given = {key: value for key, value in batch.items() if key != "labels"} | {"use_cache": False}
     found = None
     if teacher is not None:
@@ -280,9 +276,9 @@ def _distillation_loss(
 
     hidden = base.base_model(**given).last_hidden_state[:, :-1].flatten(0, 1)
     labels = batch["labels"][:, 1:].flatten()
-    chunk = max(1, _CHUNK // base.config.get_text_config().vocab_size)
+    chunk = max(1, CHUNK // base.config.get_text_config().vocab_size)
     weights = options.distill_ce_weight, options.distill_temperature
-    return _TokenLoss.apply(hidden, labels, head_of(base), kl, *weights, chunk)[0]
+    return TokenLoss.apply(hidden, labels, head_of(base), kl, *weights, chunk)[0]
 
 
 def _autocast(arguments: TrlConfig) -> contextlib.AbstractContextManager[object]:

@@ -26,8 +26,8 @@ def prepare_pairs(source: str, split: str, config: str | None, tokenizer: Tokeni
     missing = [name for name in COLUMNS if name not in rows.column_names]
     if missing:
         raise UsageError(
-            "objective: dpo wants the columns prompt, chosen and rejected; "
-            f"'{source}' has {sorted(rows.column_names)}. Rename the columns."
+            f"'{source}' has the columns {sorted(rows.column_names)}; objective: dpo expects prompt, chosen and "
+            "rejected. Rename the columns."
         )
     if len(rows) == 0:
         raise UsageError(f"The dataset '{source}' is empty; give rows to train on.")
@@ -42,7 +42,7 @@ def prepare_pairs(source: str, split: str, config: str | None, tokenizer: Tokeni
 def sample_pair(trainer: TrainerLike, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
     """The first pair as text pieces, each with whether it is an answer that the loss compares."""
     if len(trainer.train_dataset) == 0:
-        raise LordError("Every prompt fills max_length alone, so no answer is left; raise max_length.")
+        raise LordError("Every prompt alone fills max_length, so nothing of its answers is left; raise max_length.")
     row = trainer.train_dataset[0]
     prompt, chosen, rejected = (tokenizer.decode(row[f"{name}_ids"]) for name in COLUMNS)
     return [("prompt: " + prompt + "\nchosen: ", False), (chosen, True), ("\nrejected: ", False), (rejected, True)]

@@ -12,22 +12,23 @@ import torch
 from torch import nn
 from transformers import set_seed
 
-from ..adapters.attach import FACTORS, LORA, MODES, SCALES, SPLIT, add_lora, add_scales, coverage, expose_factors
+from ..adapters.attach import coverage
 from ..adapters.loading import load
 from ..console import is_main_process, note
 from ..data.rows import RowFormat
 from ..errors import LordError, UsageError
 from ..integrations.files import ADAPTER_FILE, RUN_FILE, fingerprint
 from ..integrations.models import DTYPE_NAMES, load_tokenizer, model_class
-from ..integrations.running import kind_of, max_length
-from ..integrations.sources import resolve_model
+from ..integrations.running import max_length
 from ..layers import expert_of, factored_layers, plain_model
 from ..memory import large_blocks_apart
 from ..storage import read_json, write_json
 from .arguments import DISTILL, DPO, TrainOptions
 from .checkpoints import defect, newest_complete
 from .data import chat_template, check_tokenized, prepare_rows, sample_spans
+from .distillation import LiveTeacher, check_head
 from .memory import FirstStep, TrainingPeak
+from .modes import expose, teacher_source, trained_kind
 from .pieces import fitting_pieces
 from .preference import prepare_pairs, sample_pair
 
@@ -38,26 +39,13 @@ if TYPE_CHECKING:
     from trl import DPOConfig, SFTConfig
 
     from ..protocols import CausalModel, Tokenizer, TrainerLike, TrlConfig
-    from .distillation import DistillationTrainer, Teacher
+    from .distillation import Teacher
     from .forecast import MemoryEstimate
     from .progress import ShowProgress
-    from .trainers import Recorded, TrainerData
+    from .trainers import DistillationTrainer, Recorded, TrainerData
 
 _MAY_CHANGE = {"resume_from_checkpoint", "num_train_epochs", "max_steps", "dry_run", "report_to"}  # of a continued run
 Notify = Callable[[str, object], None]  # (event, payload): "coverage", "data", "sample"
-
-
-def expose(model: CausalModel, options: TrainOptions) -> PeftModel:
-    """The PEFT model of a mode."""
-    if options.mode in (FACTORS, SPLIT):
-        return expose_factors(model, options.targets, mode=options.mode)
-    if options.mode == LORA:
-        return add_lora(
-            model, options.lora_r, options.lora_alpha, options.lora_dropout, options.targets, on=options.lora_on
-        )
-    if options.mode == SCALES:
-        return add_scales(model, options.targets, on=options.scales_on)
-    raise UsageError(f"mode: {options.mode} is unknown; use one of {', '.join(MODES)}.")
 
 
 def train_model(
@@ -78,7 +66,8 @@ def train_model(
     checkpoint, broken = _checkpoint(output, arguments)
     _check_output(output, checkpoint, broken, resolved, arguments)
     check_experts(model, arguments)
-    if options.objective != "sft" and kind_of(model) != "causal":
+    kind = trained_kind(model)
+    if options.objective != "sft" and kind != "causal":
         raise UsageError(f"objective: {options.objective} needs a model that predicts the next token; use sft.")
     teacher = teacher_source(options) if options.objective == DISTILL else None
     rows, form = _rows(options.dataset_name, options.dataset_train_split, options, tokenizer)
@@ -153,8 +142,8 @@ def check_experts(model: nn.Module, arguments: TrlConfig) -> None:
     if arguments.world_size > 1 and arguments.ddp_find_unused_parameters is False:
         if any(expert_of(name) is not None for name in factored_layers(model)):
             raise UsageError(
-                "ddp_find_unused_parameters: false came with decomposed experts, some of which no token of a batch "
-                "may choose; leave it out."
+                "ddp_find_unused_parameters: false does not work with decomposed experts, some of which may get no "
+                "token of a batch; leave it out."
             )
 
 
@@ -170,7 +159,10 @@ def _checkpoint(output: Path, arguments: TrlConfig) -> tuple[Path | None, dict[P
     asked = arguments.resume_from_checkpoint
     if asked and str(asked).lower() in ("true", "false"):  # transformers' spelling of what is done anyway
         if str(asked).lower() == "false":
-            raise UsageError("resume_from_checkpoint: false came; choose another output_dir to start anew.")
+            raise UsageError(
+                "Got resume_from_checkpoint: false, but a run always continues from the checkpoints in its output_dir; "
+                "choose another output_dir to start anew."
+            )
         asked = None
     if not asked:
         return newest_complete(output, arguments) if output.is_dir() else (None, {})
@@ -182,28 +174,8 @@ def _checkpoint(output: Path, arguments: TrlConfig) -> tuple[Path | None, dict[P
     return Path(asked), {}
 
 
-def teacher_source(options: TrainOptions) -> str:
-    """A folder or Hub id: the model that was named, else the one that the student was decomposed from."""
-    if options.teacher_model_name_or_path is not None:
-        return resolve_model(options.teacher_model_name_or_path)
-    record = Path(options.model_name_or_path) / "decomposition.json"
-    if not record.is_file():
-        raise UsageError(
-            f"objective: distill finds no decomposition.json in {options.model_name_or_path} that names the original "
-            "model; set teacher_model_name_or_path."
-        )
-    name = read_json(record)["base"]["name"]
-    try:
-        return resolve_model(name)
-    except UsageError as error:
-        raise UsageError(
-            f"The original model {name}, which {record} names, is not there; set teacher_model_name_or_path."
-        ) from error
-
-
 def _make_teacher(trainer: TrainerLike, tokenizer: Tokenizer, source: str, options: TrainOptions) -> Teacher:
     """The targets of distillation: a model in memory, or a folder of its most likely tokens."""
-    from .distillation import LiveTeacher, check_head
     from .teacher_logits import Identity, prepare, sequences_of_row
 
     if load_tokenizer(source).get_vocab() != tokenizer.get_vocab():
@@ -294,7 +266,9 @@ def _check_output(
             return  # it was killed in its first checkpoint
         raise UsageError(f"{output} holds a finished run without checkpoints; choose another output_dir.")
     if _finished(output, checkpoint, arguments):
-        raise UsageError(f"{output} holds a finished run; raise max_steps or num_train_epochs, or choose another one.")
+        raise UsageError(
+            f"{output} holds a finished run; raise max_steps or num_train_epochs, or choose another output_dir."
+        )
 
 
 def _finished(output: Path, checkpoint: Path, arguments: TrlConfig) -> bool:
@@ -324,14 +298,11 @@ def _make_trainer(
     held: Dataset | None,
     options: TrainOptions,
 ) -> Recorded:
-    kind = kind_of(model)
-    if kind == "bare":
-        raise UsageError("The model has no language-model head, so there is no loss to train on.")
-    if kind == "masked":
+    if trained_kind(model) == "masked":
         return _masked_trainer(model, tokenizer, arguments, rows, held)
     if getattr(tokenizer, "eos_token", None) is None and getattr(arguments, "eos_token", None) is None:
         raise UsageError("The tokenizer has no end-of-text token, so the model cannot learn to stop; set eos_token.")
-    from .trainers import PreferenceTrainer, SupervisedTrainer
+    from .trainers import DistillationTrainer, PreferenceTrainer, SupervisedTrainer
 
     data: TrainerData = {
         "train_dataset": rows,
@@ -343,8 +314,6 @@ def _make_trainer(
     supervised = cast("SFTConfig", arguments)
     with chat_template(tokenizer, marked=supervised.assistant_only_loss and supervised.chat_template_path is None):
         if options.objective == DISTILL:
-            from .distillation import DistillationTrainer
-
             return DistillationTrainer(
                 model, supervised, options.distill_ce_weight, options.distill_temperature, **data
             )

@@ -269,5 +269,7 @@ def prepare(
         time.sleep(1)
         cache.read()
         if machines > 1 and not folder.is_dir() and time.monotonic() - start > _PATIENCE:
-            raise UsageError(f"teacher_logits {folder} does not appear on this machine; name a folder that all share.")
+            raise UsageError(
+                f"teacher_logits {folder} does not appear on this machine; name a folder that all machines share."
+            )
     return cache

@@ -1,5 +1,8 @@
 """trl's and transformers' trainers with what all our runs share: a log that a resumed run continues exactly, no model
-card and no telemetry of trl's, an adapter that appears whole."""
+card and no telemetry of trl's, an adapter that appears whole.
+
+The one file that imports trl at its top, and nothing imports it at its own: `import lord_tune.commands` needs no trl.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import os
 import shutil
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +19,17 @@ from transformers.trainer_pt_utils import nested_gather
 from trl import DPOTrainer, SFTTrainer
 
 from ..integrations.files import ADAPTER_FILE
+from ..layers import plain_model
 from ..storage import read_json, write_json
 from .checkpoints import LOG_FILE
+from .distillation import CHUNK, Teacher, TokenLoss, hand_over_hidden_states, head_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from optuna import Trial
+    from peft import PeftModel
     from transformers import PreTrainedTokenizerBase, TrainerControl, TrainingArguments
+    from trl import SFTConfig
 
     from ..protocols import TrainerLike
 
@@ -127,6 +134,78 @@ class SupervisedTrainer(Recorded, SFTTrainer):
 
 class PreferenceTrainer(Recorded, DPOTrainer):
     """objective: dpo; the reference is the frozen copy of the adapter that trl makes before the first step."""
+
+
+class DistillationTrainer(Recorded, SFTTrainer):
+    """objective: distill. `loss` in its logs is the loss of distillation.py, `kl` and `ce` are means per counted
+    token at the temperatures T and 1; `eval_loss` is the plain CE of sft, `eval_kl` stands beside it."""
+
+    teacher: Teacher  # set before training. The trainer is no nn.Module: accelerate does not wrap, move or save it
+
+    def __init__(
+        self,
+        model: PeftModel,
+        arguments: SFTConfig,
+        ce_weight: float,
+        temperature: float,
+        **data: Unpack[TrainerData],
+    ):
+        super().__init__(model, arguments, **data)
+        self._ce_weight, self._temperature = ce_weight, temperature
+        self.sums: dict[str, list[float]] = {}  # mode -> summed KL, CE, hits and tokens since the last log
+        self._plain = plain_model(model)
+        assert not any(p.requires_grad for p in self._plain.get_output_embeddings().parameters())
+        hand_over_hidden_states(self._plain)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        assert not return_outputs, "the logits are never made as a whole"
+        labels = inputs["labels"]
+        seen = {key: value for key, value in inputs.items() if key != "labels"}
+        counted = labels[:, 1:] != -100
+        kl_of = self.teacher.targets(seen, counted)
+        logits_of = head_of(self._plain)
+        chunk = max(1, CHUNK // self._plain.config.get_text_config().vocab_size)
+
+        def on_hidden(hidden: Tensor) -> tuple[Tensor, ...]:
+            tokens = hidden[:, :-1][counted]
+            options = self._ce_weight, self._temperature, chunk
+            return TokenLoss.apply(tokens, labels[:, 1:][counted], logits_of, kl_of, *options)
+
+        loss, kl, ce, hits = model(**seen, use_cache=False, on_hidden=on_hidden)
+        count = counted.sum()
+        self._add_up(inputs, torch.stack([kl, ce, hits, count.float()]))
+        if not self._plain.training:
+            return ce / count.clamp(min=1)
+        loss = loss / torch.as_tensor(count if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP averages the gradients
+        return loss
+
+    def _add_up(self, inputs: dict[str, Tensor], found: Tensor) -> None:
+        mode = "train" if self._plain.training else "eval"
+        tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+        found = torch.cat([found, torch.as_tensor([float(tokens)], device=found.device)])
+        *sums, seen = self.accelerator.gather(found[None]).cpu().double().sum(0).tolist()
+        before = self.sums.get(mode, [0.0] * len(sums))
+        self.sums[mode] = [a + b for a, b in zip(before, sums, strict=True)]
+        if mode == "train":
+            self._total_train_tokens += int(seen)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self._plain.training else "eval"
+        sums = self.sums.pop(mode, None)
+        if sums is not None and sums[3] > 0:
+            prefix = "" if mode == "train" else "eval_"
+            kl, ce, accuracy = (total / sums[3] for total in sums[:3])
+            logs |= {f"{prefix}kl": kl, f"{prefix}ce": ce, f"{prefix}mean_token_accuracy": accuracy}
+            logs[f"{prefix}num_tokens"] = self._total_train_tokens
+        super().log(logs, start_time)
 
 
 class MaskedTrainer(Recorded):
