@@ -8,11 +8,14 @@ else the moment they are.
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 import wrapt
 
 __version__ = "0.1.0"
+
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # names an optional kernel it misses
 
 _NAMES = {
     "decompose": "commands",

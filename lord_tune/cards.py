@@ -25,12 +25,13 @@ def _config_block(config: Mapping[str, object]) -> str:
 def decomposition_card(base: str, config: Mapping[str, object], totals: Totals, command: str) -> str:
     """For a factored checkpoint."""
     head = _HEAD.format(library="transformers", base=base, tag="factored", title="Factored language model")
+    form = "W = L R" if config["backbone"] == "none" else f"W = Q + L R with Q in the format `{config['backbone']}`"
     return head + (
         f"`{base}` decomposed by lord_tune: {totals['factored_layers']} of {totals['layers']} linear "
-        f"layers are W = Q + L R (method `{config['method']}`, backbone `{config['backbone']}`), "
+        f"layers are {form} (method `{config['method']}`), "
         f"{totals['linear_bits_per_weight']:.2f} bits per weight of the linears, "
         f"{totals['parameters']:,} stored numbers (before: {totals['parameters_before']:,}).\n\n"
-        "```bash\npip install lord-tune\n```\n"
+        "It needs lord_tune (`pip install -e .` in its source folder):\n"
         "```python\nimport lord_tune  # registers the checkpoint format with transformers\n"
         "from transformers import AutoModelForCausalLM\n\n"
         'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER", dtype="auto")\n```\n\n'
@@ -48,7 +49,7 @@ def training_card(config: Mapping[str, object], metrics: Mapping[str, object], c
     return head + (
         f"Adapter (mode `{config['mode']}`) trained by lord_tune on `{config['dataset_name']}` for {metrics['steps']} "
         f"steps; mean training loss {metrics['train_loss']:.4f}; {metrics['trainable_parameters']:,} trainable "
-        "parameters. It belongs to the factored checkpoint above and loads with\n"
+        f"parameters. It belongs to the factored checkpoint `{config['model_name_or_path']}` and loads with\n"
         '```python\nimport lord_tune\n\nmodel, tokenizer = lord_tune.load("THIS_FOLDER")\n```\n'
         "or becomes a checkpoint of its own with\n"
         "```bash\nlord-tune export THIS_FOLDER OUT --format dense\n```\n\n"
@@ -71,7 +72,7 @@ def export_card(form: str, source: str, command: str) -> str:
     """For an exported checkpoint."""
     head = _HEAD.format(library="transformers", base=source, tag=form, title="Exported model")
     notes = {
-        "dense": "An ordinary checkpoint, as large as the original: every layer's W = Q + L R was multiplied out.",
+        "dense": "An ordinary checkpoint, as large as the original: L R was multiplied out in every layer.",
         "factored": "The adapter was folded back into L and R. Needs lord_tune to load.",
         "peft": "A bitsandbytes NF4 base (Q) and an ordinary LoRA adapter (L and R, lora_alpha = r); load both. "
         "The base alone is Q only. Merging the adapter into the 4-bit base would round the factors away.",

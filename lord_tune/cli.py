@@ -6,7 +6,6 @@ Heavy imports happen inside the verbs: `--help` needs neither torch nor transfor
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import sys
@@ -187,13 +186,13 @@ def _verb(name: str) -> Callable[[dict[str, object]], object]:
 
 _SUMMARIES = {
     "quickstart": "The whole story on SmolLM2-135M, offline, in minutes.",
-    "plan": "Parameters, bytes, ranks, memory and time of a decomposition, before any work.",
+    "plan": "Memory, time, size and ranks of a decomposition, foreseen.",
     "decompose": "Write a factored checkpoint: W = L R, or W = Q + L R.",
-    "train": "Train L and R (or LoRA on them); every key of trl's SFTConfig is an option too.",
+    "train": "Train L and R, or LoRA on them, with any option of trl.",
     "evaluate": "Perplexity, size, bits per weight and speed of a checkpoint.",
     "export": "Write a checkpoint as dense, factored or peft, and verify it.",
     "inspect": "Per-layer table of a factored checkpoint.",
-    "doctor": "Versions, devices, threads and optional parts; says what is missing.",
+    "doctor": "Versions, devices, threads, and what is missing.",
 }
 EXAMPLES = {
     "quickstart": ["lord-tune quickstart", "lord-tune quickstart --out first_try --steps 64"],
@@ -276,8 +275,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point; exit code 2 for a wrong call, 1 for work that failed, 130 for Ctrl-C. `--debug` shows tracebacks."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
+    words = ["version" if word == "--version" and not position else word for position, word in enumerate(words)]
     words = [word for word in words if word != "--debug"]
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # names an optional kernel it misses
     if not debug:
         warnings.showwarning = _show_warning
         warnings.simplefilter("always", LordWarning)

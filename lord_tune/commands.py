@@ -51,11 +51,11 @@ from .storage import (
 from .tables import (
     LAYER_COLUMNS,
     LAYER_WIDTHS,
-    inspect_row,
     layer_rows,
     notify_training,
     show_decomposition,
     show_estimate,
+    show_layers,
     show_memory,
     show_totals,
     summary,
@@ -366,7 +366,7 @@ def inspect(model: str, **options: Unpack[InspectOptions]) -> dict[str, Any]:
     if (folder / ADAPTER_FILE).is_file() and not (folder / "decomposition.json").is_file():
         folder = Path(base_of_adapter(folder))
     if not folder.is_dir():
-        raise UsageError(f"The folder {folder} does not exist; check the path.")
+        raise UsageError(f"The folder {folder} does not exist; pass one that lord-tune decompose or train wrote.")
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder} holds no config.json; pass a factored checkpoint.")
     if (folder / "decomposition.json").is_file():
@@ -379,9 +379,7 @@ def inspect(model: str, **options: Unpack[InspectOptions]) -> dict[str, Any]:
     if config.json_file:
         write_json(Path(config.json_file), report)
         return report
-    rows = [inspect_row(name, entry) for name, entry in report["layers"].items()]
-    columns = ["layer", "shape", "rank", "backbone", "bits/weight", "calibrated", "held-out", "plain"]
-    show_table(str(folder), columns, rows)
+    show_layers(str(folder), report["layers"])
     if report["totals"]:
         show_totals(report["totals"])
     return report

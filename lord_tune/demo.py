@@ -12,6 +12,7 @@ import json
 import shutil
 import sysconfig
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Unpack
@@ -59,7 +60,7 @@ def quickstart(**options: Unpack[QuickstartOptions]) -> dict[str, Any]:
     out = Path(config.out)
     check_destination(out, config.overwrite)
     say(f"model: {config.model} (a .gguf file is converted once and cached)")
-    dense = resolve_model(config.model)  # before anything is removed: it may be missing
+    resolve_model(config.model)  # before anything is removed: it may be missing
     if out.exists():
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -69,6 +70,7 @@ def quickstart(**options: Unpack[QuickstartOptions]) -> dict[str, Any]:
     write_rows(train_files, code)
     write_rows(held_files, held)
     say(f"text: {len(train_files)} source files of this Python to calibrate and train on, {len(held_files)} held out")
+    say("training reads the first 256 tokens of a file")
     measured: dict[str, dict[str, Any]] = {}
 
     def measure(row: str, folder: str) -> None:
@@ -91,25 +93,31 @@ def quickstart(**options: Unpack[QuickstartOptions]) -> dict[str, Any]:
         "save_strategy": "no",
         "disable_tqdm": True,
     }
+
+    def recover(base: str, trained: str) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".* training sequences are cut at max_length 256 ")
+            train(model_name_or_path=str(out / base), output_dir=str(out / trained), **recovery)
+
     _headline("dense", "the original")
-    measure("dense", dense)
+    measure("dense", config.model)
 
     _headline("story 1: LoRD", f"{1 - config.kept_fraction:.0%} of the linears' parameters removed, low rank alone")
-    decompose(dense, str(out / "lord"), kept_fraction=config.kept_fraction, **calibration)
+    decompose(config.model, str(out / "lord"), kept_fraction=config.kept_fraction, **calibration)
     measure("LoRD, decomposed", str(out / "lord"))
-    train(model_name_or_path=str(out / "lord"), output_dir=str(out / "lord_trained"), **recovery)
+    recover("lord", "lord_trained")
     measure("LoRD, recovered", str(out / "lord_trained"))
     export(str(out / "lord_trained"), str(out / "lord_dense"), "dense")
 
     _headline("story 2: NF4 + L R", f"4-bit backbone; rank {config.rank} from calibration, beside the same without")
     nf4: dict[str, Any] = {"backbone": "nf4", "factor_format": "bf16"}
-    decompose(dense, str(out / "nf4"), method="svd", rank=0, backbone="nf4")
+    decompose(config.model, str(out / "nf4"), method="svd", rank=0, backbone="nf4")
     measure("NF4 alone", str(out / "nf4"))
-    decompose(dense, str(out / "nf4_loftq"), method="loftq", rank=config.rank, **nf4)
+    decompose(config.model, str(out / "nf4_loftq"), method="loftq", rank=config.rank, **nf4)
     measure("NF4 + LoftQ", str(out / "nf4_loftq"))
-    decompose(dense, str(out / "nf4_whitened"), method="whitened", rank=config.rank, **nf4, **calibration)
+    decompose(config.model, str(out / "nf4_whitened"), method="whitened", rank=config.rank, **nf4, **calibration)
     measure("NF4 + whitened", str(out / "nf4_whitened"))
-    train(model_name_or_path=str(out / "nf4_whitened"), output_dir=str(out / "nf4_trained"), **recovery)
+    recover("nf4_whitened", "nf4_trained")
     measure("NF4 + whitened, recovered", str(out / "nf4_trained"))
     export(str(out / "nf4_trained"), str(out / "nf4_dense"), "dense")
 
@@ -149,9 +157,13 @@ def _show_report(measured: Mapping[str, Mapping[str, float]], out: Path, seconds
     if gaps["NF4 alone"] > 0:
         whitened, loftq = (gaps[f"NF4 + {name}"] / gaps["NF4 alone"] for name in ("whitened", "LoftQ"))
         say(
-            f"Of the loss that NF4 costs, {whitened:.0%} is left with calibrated L R and {loftq:.0%} with LoftQ at the "
-            "same rank: calibration is what makes L R pay."
+            f"Of the loss that NF4 costs, {whitened:.0%} is left with L R fitted to the calibration text, and "
+            f"{loftq:.0%} with L R of the same rank by LoftQ, which uses no text."
         )
+    say(
+        "Each training loss is that of other files, so a few of them tell little; perplexity on held-out files tells "
+        "what training did."
+    )
     peak = max(entry["peak_memory_bytes"] for entry in measured.values())
     say(f"{seconds / 60:.1f} minutes, peak memory {human_bytes(peak)}; everything is in {out}, figures in report.json")
     say("Fewer bytes are not more speed: NF4 is decoded for every matrix product on a CPU.")

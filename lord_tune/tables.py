@@ -34,7 +34,7 @@ def layer_rows(table: LiveTable) -> Notify:
             shape = f"{record.shape[0]}x{record.shape[1]}"
             table.row([name, shape, str(record.rank), *cells, f"{record.seconds:.2f}"])
         left = "" if step.remaining is None else f", about {duration(step.remaining)} left"
-        table.status(f"{step.phase}: block {step.done}/{step.total}{left}")
+        table.status(f"{step.phase}: block {step.done}/{step.total}{left}", step.phase, step.done, step.total)
 
     return show
 
@@ -53,7 +53,7 @@ def show_estimate(foreseen: Estimate, found: Survey, config: PlanConfig, backbon
         rows.append([kind, f"{shape[0]}x{shape[1]}", str(len(names)), rank, str(break_even(shape))])
     show_table(
         f"plan for {config.model}: {summary(config, backbone)}",
-        ["layer", "shape", "count", "rank", "break-even"],
+        ["layer", "shape", "count", "rank", "break-even rank"],
         rows,
     )
     after = "decided by the calibration"
@@ -67,19 +67,24 @@ def show_estimate(foreseen: Estimate, found: Survey, config: PlanConfig, backbon
         f"{foreseen.parameters:,} parameters, {foreseen.linear_parameters:,} of them in {foreseen.layers} layers of "
         f"{foreseen.blocks} blocks; {human_bytes(foreseen.model_bytes)} -> {after}"
     )
+    say("below the break-even rank L and R hold fewer numbers than W")
     if found.skipped:
         say(f"not decomposed: {_count_reasons(found.skipped)}")
-    parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in foreseen.phases.items())
+    phase = max(foreseen.phases, key=lambda name: foreseen.phases[name])
     say(
         f"peak memory {human_bytes(foreseen.peak_bytes)} per process: {human_bytes(foreseen.held_bytes)} for Python "
-        f"and the libraries, and the largest of: {parts}"
+        f"and the libraries, {human_bytes(foreseen.phases[phase])} for the work (most in the phase '{phase}')"
     )
     say(f"scratch files beside the output: {human_bytes(foreseen.scratch_bytes)}")
     if foreseen.seconds is not None:
         say(
-            f"time about {duration(foreseen.seconds)} on {config.processes} process(es), from rates measured just now "
-            f"with {torch.get_num_threads()} thread(s)"
+            f"time about {duration(foreseen.seconds)} with {_count(config.processes, 'process', 'processes')} of "
+            f"{_count(torch.get_num_threads(), 'thread', 'threads')}, by the speed of this machine measured just now"
         )
+
+
+def _count(number: int, one: str, several: str) -> str:
+    return f"{number} {one if number == 1 else several}"
 
 
 def _count_reasons(skipped: Mapping[str, str]) -> str:
@@ -118,7 +123,6 @@ def show_decomposition(
     for kind, records in kinds.items():
         chosen = [record for record in records if record.rank != "dense"]
         ranks = [record.rank for record in chosen if isinstance(record.rank, int)]
-        span = "-" if not ranks else f"{min(ranks)}-{max(ranks)}" if min(ranks) != max(ranks) else str(ranks[0])
         cells = [
             _mean(record.error_calibrated for record in chosen),
             _mean(record.error_heldout for record in chosen),
@@ -126,9 +130,13 @@ def show_decomposition(
             _mean(record.error_backbone for record in chosen),
         ]
         shape = "x".join(map(str, records[0].shape))
-        rows.append([kind, shape, f"{len(ranks)}/{len(records)}", span, *cells])
+        rows.append([kind, shape, f"{len(ranks)}/{len(records)}", _span(ranks), *cells])
     columns = ["layer", "shape", "factored", "rank", "calibrated", "held-out", "plain SVD", "Q alone"]
-    show_table("mean relative output error by kind of layer", columns, rows)
+    columns, rows = _without_empty(columns, rows, 4)
+    measured = len(columns) > 4
+    show_table("mean relative output error by kind of layer" if measured else "layers by kind", columns, rows)
+    if not measured:
+        say("errors of layers are measured on calibration text, and there was none")
     _show_equal_bits(layers)
     _show_recovery(recovery)
     show_totals(totals)
@@ -188,7 +196,7 @@ def _show_equal_bits(layers: Mapping[str, LayerRecord]) -> None:
     compared = {name: record for name, record in layers.items() if record.equal_bits}
     if not compared:
         return
-    rows, ratios = [], []
+    rows, ratios, above = [], [], False
     for name, record in compared.items():
         own = record.error_calibrated if record.error_heldout is None else record.error_heldout
         assert own is not None, "layers are compared where there is text"
@@ -198,6 +206,7 @@ def _show_equal_bits(layers: Mapping[str, LayerRecord]) -> None:
         ratios.append(max(own, 1e-300) / max(equal, 1e-300))  # a layer of zeros has no error
         cells = [f"{error:.4f} ({bits:.2f})" for bits, error in curve]
         beyond = "< " if record.bits_per_weight > curve[-1][0] else ""
+        above |= bool(beyond)
         rows.append([_kind(name), f"{own:.4f} ({record.bits_per_weight:.2f})", *cells, f"{beyond}{equal:.4f}"])
     block = next(iter(compared)).removesuffix("." + _kind(next(iter(compared))))
     columns = ["layer", "Q + L R", "2-bit Q", "3-bit Q", "4-bit Q", "Q at equal bits"]
@@ -207,8 +216,12 @@ def _show_equal_bits(layers: Mapping[str, LayerRecord]) -> None:
         columns,
         rows,
     )
+    if above:
+        say("<: Q + L R has more than 4 bits, so the error of the 4-bit Q is given")
     mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-    verdict = "L R pays at this width" if mean < 1 else "at this width L R pays as what trains, not as compression"
+    verdict = "L R makes the error smaller"
+    if mean >= 1:
+        verdict = "spent on a finer Q, the bits of L R would make the error smaller; L R is also what training changes"
     say(f"error of Q + L R / error of Q alone at the same bits (4 at most): {mean:.2f}; {verdict}")
 
 
@@ -236,6 +249,24 @@ def _kind(name: str) -> str:
     part = expert_of(name)
     parts = (name if part is None else part[0]).split(".")
     return next((".".join(parts[i + 1 :]) for i in range(len(parts) - 1, -1, -1) if parts[i].isdigit()), name)
+
+
+def _without_empty(columns: list[str], rows: list[list[str]], kept: int) -> tuple[list[str], list[list[str]]]:
+    """The table without the columns after the first `kept` that hold nothing but dashes."""
+    shown = [i for i in range(len(columns)) if i < kept or any(row[i] != "-" for row in rows)]
+    return [columns[i] for i in shown], [[row[i] for i in shown] for row in rows]
+
+
+def show_layers(title: str, layers: Mapping[str, _Written]) -> None:
+    """A row per layer of a factored checkpoint."""
+    columns = ["layer", "shape", "rank", "backbone", "bits/weight", "calibrated", "held-out", "plain SVD"]
+    columns, rows = _without_empty(columns, [inspect_row(name, entry) for name, entry in layers.items()], 5)
+    show_table(title, columns, rows)
+    if len(columns) > 5:
+        say("calibrated, held-out, plain SVD: relative error of the layer's output on the text it was fitted to, on")
+        say("other text, and of a truncated SVD of the same rank")
+    else:
+        say("errors of layers are measured on calibration text, and there was none")
 
 
 def _mean(errors: Iterable[float | None]) -> str:
@@ -276,11 +307,17 @@ def inspect_row(name: str, entry: _Written) -> list[str]:
     return [name, shape, str(entry["rank"]), entry["backbone"], bits, *map(shown, measured)]
 
 
+def _span(ranks: list[int]) -> str:
+    if not ranks:
+        return "-"
+    return str(ranks[0]) if min(ranks) == max(ranks) else f"{min(ranks)}-{max(ranks)}"
+
+
 def show_coverage(covered: Coverage) -> None:
     kinds: dict[str, list[int]] = {}
     for name, rank in covered.trained.items():
         kinds.setdefault(_kind(name), []).append(rank)
-    rows = [[kind, str(len(ranks)), f"{min(ranks)}-{max(ranks)}"] for kind, ranks in kinds.items()]
+    rows = [[kind, str(len(ranks)), _span(ranks)] for kind, ranks in kinds.items()]
     show_table(f"training mode {covered.mode}", ["layer", "trained", "rank"], rows)
     total = len(covered.trained) + len(covered.untouched)
     say(f"{len(covered.trained)} of {total} factored layers train: {covered.trainable_parameters:,} parameters")
@@ -307,15 +344,27 @@ def show_memory(foreseen: MemoryEstimate, measured: dict[str, int] | None = None
             continue
         size = "not known" if expected[part] is None else human_bytes(expected[part])
         rows.append([part, size, *([human_bytes(found[part]) if part in found else "-"] if measured else []), meaning])
-    rows.append(["peak", human_bytes(foreseen.peak), *([human_bytes(found["peak"])] if measured else []), "see below"])
+    rows.append(
+        ["peak", human_bytes(foreseen.peak), *([human_bytes(found["peak"])] if measured else []), "at most at once"]
+    )
     columns = ["part", "foreseen", *(["measured"] if measured else []), ""]
     show_table(f"memory of a step of {foreseen.tokens:,} tokens, per process", columns, rows)
     say(
-        "The peak is weights, adapters, optimizer, and what forward and backward hold at most; beside it "
-        f"{human_bytes(foreseen.held)} for Python and the libraries."
+        "The peak is weights, adapters, optimizer, and the most that forward and backward hold at one time, which is "
+        f"less than the sum of the parts. Python and the libraries hold {human_bytes(foreseen.held)} more."
     )
     for text in foreseen.notes:
         say(f"note: {text}")
+
+
+def _beginning(spans: list[tuple[str, bool]], length: int = 300) -> list[tuple[str, bool]]:
+    """The first characters of marked text."""
+    kept: list[tuple[str, bool]] = []
+    for text, marked in spans:
+        if length > 0 and text:
+            kept.append((text if len(text) <= length else text[:length] + " ...", marked))
+        length -= len(text)
+    return kept
 
 
 def notify_training(event: str, payload: object) -> None:
@@ -323,6 +372,6 @@ def notify_training(event: str, payload: object) -> None:
     if event == "data" and isinstance(payload, dict):
         say(f"data: {payload['rows']:,} rows of {payload['source']}, recognised as {payload['format']}")
     elif event == "sample" and isinstance(payload, list):
-        show_spans("first training sequence (trained tokens are marked):", payload)
+        show_spans("beginning of the first training sequence (trained tokens are marked):", _beginning(payload))
     elif isinstance(payload, Coverage):
         show_coverage(payload)

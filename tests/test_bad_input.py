@@ -31,7 +31,8 @@ from transformers.modeling_outputs import CausalLMOutput
 import lord_tune
 from lord_tune import commands
 from lord_tune.cli import _show_warning, _with_flags, main
-from lord_tune.errors import LordError, LordWarning, UsageError
+from lord_tune.errors import CheckpointError, LordError, LordWarning, UsageError
+from lord_tune.integrations import sources
 
 LAYER = "model.layers.1.mlp.up_proj"
 UNFORESEEN = "rerun with --debug"  # the last resort of `main`; every failure below has a message of its own
@@ -761,6 +762,25 @@ def test_a_dataset_id_may_hold_a_dot(world, capfd, monkeypatch):
     assert code == 0 and asked == ["org/data.v1"]
     code, stderr = run(world.decompose("--overwrite", text=Path("org/missing.txt")), capfd)
     assert code == 2 and "The text file org/missing.txt does not exist" in stderr and len(asked) == 1
+
+
+def test_a_missing_model_folder_is_told_from_a_hub_id_without_asking(world, capfd, monkeypatch):
+    monkeypatch.chdir(world.runs.parent)
+    monkeypatch.setattr(sources, "_check_hub", lambda name: pytest.fail(f"the Hub was asked for {name}"))
+    code, stderr = run(["evaluate", f"{world.runs.name}/nothing", "--text", str(world.rows)], capfd)
+    assert code == 2 and "nothing does not exist" in stderr
+
+
+def test_a_hub_id_without_network_is_not_asked_for_again_and_again(monkeypatch):
+    def unreachable(*address: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(sources.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(sources.socket, "getaddrinfo", unreachable)
+    for key in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(key, raising=False)
+    with pytest.raises(CheckpointError, match="nobody/nothing was not found.* cannot be reached"):
+        sources.resolve_model("nobody/nothing")
 
 
 class Unrolled(PreTrainedModel):

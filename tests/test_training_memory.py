@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import lord_tune
 from lord_tune.adapters.attach import add_lora, expose_factors
+from lord_tune.memory import PeakMemory, held_bytes
 from lord_tune.training.memory import account
 
 
@@ -38,6 +39,21 @@ def adam(model) -> torch.optim.Optimizer:
 def stored_bytes(folder) -> int:
     tensors = {n: t for path in folder.glob("*.safetensors") for n, t in load_file(path).items()}
     return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+# ---- the peak of a block ---------------------------------------------------------------------------------------------
+
+
+def test_a_peak_is_that_of_its_block_and_not_of_the_process():
+    """Pages are touched, so they are resident; what is let go of does not count for the next block."""
+    cpu, megabyte = torch.device("cpu"), 2**20
+    with PeakMemory(cpu) as outer:
+        torch.ones(400 * megabyte, dtype=torch.uint8)
+        with PeakMemory(cpu) as inner:
+            torch.ones(100 * megabyte, dtype=torch.uint8)
+    now = held_bytes(cpu)
+    assert 80 * megabyte < inner.bytes - now < 200 * megabyte
+    assert 380 * megabyte < outer.bytes - now < 500 * megabyte
 
 
 # ---- accounts of real steps ------------------------------------------------------------------------------------------

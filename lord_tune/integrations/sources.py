@@ -69,7 +69,7 @@ def _check_hub(name: str) -> None:
         except OSError:
             offline = constants.HF_HUB_OFFLINE = True  # what is in the cache is used without asking
     if offline and not isinstance(try_to_load_from_cache(name, "config.json"), str):
-        raise UsageError(
+        raise CheckpointError(
             f"The model {name} was not found: there is no folder of this name, it is not in the cache of the Hugging "
             f"Face Hub, and {constants.ENDPOINT} cannot be reached; check the name or the network."
         )

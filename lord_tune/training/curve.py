@@ -66,6 +66,8 @@ def draw(log: Log, file: Path, title: str, unit: str) -> bool:
     lower.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     lower.yaxis.get_offset_text().set_fontsize(8)
     lower.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(steps) <= 8:
+        lower.set_xticks(steps)
     if len(steps) == 1:
         lower.set_xlim(steps[0] - 1, steps[0] + 1)
     for axes in (upper, *middle, lower):

@@ -98,7 +98,7 @@ def predict_memory(
     Raises UsageError for a checkpoint without factored layers, and for a mode that it does not allow.
     """
     on_gpu = (torch.accelerator.is_available() and not arguments.use_cpu) if accelerator is None else accelerator
-    model = factored_skeleton(source, dtype)
+    model = factored_skeleton(source, dtype, options.model_name_or_path)
     with torch.device("meta"):
         exposed = expose(model, options)
     decode_by_shapes(exposed)
@@ -181,12 +181,14 @@ def _manifest(config: PreTrainedConfig) -> dict[str, Any] | None:
     return found if found and found.get("quant_method") == QUANT_METHOD else None
 
 
-def factored_skeleton(name: str, dtype: str | None = None) -> PreTrainedModel:
-    """A factored checkpoint's model on the meta device, from its config.json."""
+def factored_skeleton(name: str, dtype: str | None = None, called: str | None = None) -> PreTrainedModel:
+    """A factored checkpoint's model on the meta device, from its config.json; `called`: by whom asked for it."""
     build, config = model_class(name)
     manifest = _manifest(config)
     if manifest is None:
-        raise UsageError(f"{name} has no factored layers; run `lord-tune decompose` first and train its output.")
+        raise UsageError(
+            f"{called or name} has no factored layers; run `lord-tune decompose` first and train its output."
+        )
     config = copy.deepcopy(config)
     del config.quantization_config
     config._name_or_path = ""  # nothing is to be looked up in the checkpoint's files

@@ -44,6 +44,14 @@ class ShowProgress(TrainerCallback):
     ) -> None:
         self._last_time += (metrics or {}).get("eval_runtime", 0.0)  # not training: it counts in no tokens/s
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        if state.is_world_process_zero and state.global_step == self._first + 1 < state.max_steps:
+            seconds = time.monotonic() - self._start
+            left = duration((state.max_steps - state.global_step) * seconds)
+            note(f"  the first step took {seconds:.1f} s; about {left} for the others")
+
     def on_log(
         self,
         args: TrainingArguments,
