@@ -98,10 +98,16 @@ class Passes:
             pass  # its values are checked now, not after hours
         with Loaded(self.source, rest, self.model):
             with self.loaded(0):
-                if begun is None:
-                    reason = walk.start()
-                else:
-                    walk.resume(begun["follows"])
+                try:
+                    if begun is None:
+                        reason = walk.start()
+                    else:
+                        walk.resume(begun["follows"])
+                except NotImplementedError as error:  # torch's for computing with a tensor that has no values
+                    raise CalibrationError(
+                        f"{type(self.model).__name__} computes with a tensor that is neither a parameter nor a buffer, "
+                        f"so it cannot be loaded block by block ({error})."
+                    ) from error
             if begun is None and self._reference is not None and len(walk.windows.get(CHECK, ())):
                 with ExitStack() as held:
 
