@@ -84,6 +84,10 @@ def verdict(name: str, model: Any, folder: Path, rows: Path) -> Verdict:
 
 def _checked(model: Any, folder: Path, rows: Path) -> tuple[str, int]:
     base, out = str(save_tiny(model, folder / "base")), str(folder / "out")
+    try:
+        _logits(load_dense_or_factored(base))
+    except Exception as error:
+        raise LordError(f"transformers does not run what it has saved and loaded ({type(error).__name__})") from error
     statistics, windows, report = _decomposed(base, out, rows)
     worst = _calibration(base, statistics, windows)
     factored = load_dense_or_factored(out)

@@ -103,7 +103,9 @@ class Passes:
                         reason = walk.start()
                     else:
                         walk.resume(begun["follows"])
-                except NotImplementedError as error:  # torch's for computing with a tensor that has no values
+                except RuntimeError as error:  # NotImplementedError is one
+                    if "meta" not in str(error):  # torch's words for computing with a tensor that has no values
+                        raise
                     raise CalibrationError(
                         f"{type(self.model).__name__} computes with a tensor that is neither a parameter nor a buffer, "
                         f"so it cannot be loaded block by block ({error})."
