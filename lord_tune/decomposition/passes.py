@@ -98,20 +98,13 @@ class Passes:
             pass  # its values are checked now, not after hours
         with Loaded(self.source, rest, self.model):
             with self.loaded(0):
-                try:
+                with self._valued():
                     if begun is None:
                         reason = walk.start()
                     else:
                         walk.resume(begun["follows"])
-                except RuntimeError as error:  # NotImplementedError is one
-                    if "meta" not in str(error):  # torch's words for computing with a tensor that has no values
-                        raise
-                    raise CalibrationError(
-                        f"{type(self.model).__name__} computes with a tensor that is neither a parameter nor a buffer, "
-                        f"so it cannot be loaded block by block ({error})."
-                    ) from error
             if begun is None and self._reference is not None and len(walk.windows.get(CHECK, ())):
-                with ExitStack() as held:
+                with self._valued(), ExitStack() as held:
 
                     def load(index: int) -> None:
                         held.close()  # one block at a time
@@ -134,6 +127,19 @@ class Passes:
                 stacklevel=2,
             )
         return walk
+
+    @contextmanager
+    def _valued(self) -> Iterator[None]:
+        """Forward passes of a model that is in memory in part."""
+        try:
+            yield
+        except RuntimeError as error:  # NotImplementedError is one
+            if "meta" not in str(error):  # torch's words for computing with a tensor that has no values
+                raise
+            raise CalibrationError(
+                f"{type(self.model).__name__} computes with a tensor that is neither a parameter nor a buffer, so it "
+                f"cannot be loaded block by block ({error})."
+            ) from error
 
     @contextmanager
     def outside_loaded(self) -> Iterator[None]:
