@@ -303,7 +303,7 @@ def test_blocks_and_layers_may_be_called_in_any_way(call, tmp_path):
             x = torch.cat(inputs.pop(name))
             assert torch.allclose(found.gram, x.T @ x / len(x), rtol=1e-4, atol=1e-6), name
     assert not inputs
-    walk.write_gradients("calibration", loss, torch.device("cpu"))
+    walk.write_gradients("calibration", loss)
     for index in reversed(range(3)):
         members = {name: layer for name, layer in layers.items() if blocks.holds(index, name)}
         bases = {name: torch.eye(layer.out_features) for name, layer in members.items()}

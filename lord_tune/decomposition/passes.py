@@ -54,8 +54,8 @@ class Passes:
         self.count = len(self.blocks.modules)
         self.shards = self.count + (0 if self.blocks.whole else 1)
         self.clock = Clock(self.count, costs, notify)
-        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
-        self.tensors = [name for name in self.model.state_dict() if name not in tied]
+        self._tied: dict[str, str] = getattr(self.model, "all_tied_weights_keys", None) or {}
+        self.tensors = [name for name in self.model.state_dict() if name not in self._tied]
         inside = {n for n in self.tensors if any(self.blocks.holds(i, n) for i in range(self.count))}
         self.outside = [name for name in self.tensors if name not in inside]
         self._resident: Loaded | None = None  # the parts outside the blocks, where every block needs them
@@ -70,7 +70,9 @@ class Passes:
     def loaded(self, index: int) -> Loaded:
         """The weights of block `index` in memory, for the length of a `with`."""
         names = [n for n in self.tensors if self.blocks.holds(index, n)]
-        return Loaded(self.source, names, self.model, self.blocks.whole)
+        tied = {origin for target, origin in self._tied.items() if self.blocks.holds(index, target)}
+        elsewhere = sorted(tied - set(names) - set(self.outside))  # in another block, whose shard has it
+        return Loaded(self.source, names, self.model, self.blocks.whole, elsewhere)
 
     def modules(self, index: int) -> dict[str, Any]:
         """The block's layers that are to be decomposed, as they are now."""

@@ -15,21 +15,25 @@ from .base import Source
 
 class Loaded:
     """A block's tensors in memory for the length of a `with`; raises CheckpointError if one holds NaN or Inf. Of a
-    whole model, what its forward passes noted about them is forgotten with them."""
+    whole model, what its forward passes noted about them is forgotten with them. `names` are the block's own, `tied`
+    those of other blocks that it has a share in."""
 
-    def __init__(self, source: Source, names: list[str], model: nn.Module, whole: bool = False):
+    def __init__(
+        self, source: Source, names: list[str], model: nn.Module, whole: bool = False, tied: Iterable[str] = ()
+    ):
         self.source, self.names, self.model, self.whole = source, names, model, whole
+        self._all = [*names, *tied]
         self._held = ExitStack()
 
     def __enter__(self) -> Loaded:
         if self.whole:
             self._held.enter_context(restored_notes(self.model))
-        self.source.load(self.names)
+        self.source.load(self._all)
         check_finite(self.model)
         return self
 
     def __exit__(self, *rest: object) -> None:
-        self.source.release(self.names)
+        self.source.release(self._all)
         self._held.close()
         give_back()
 
