@@ -84,7 +84,7 @@ def decompose(model: str, out: str, **options: Unpack[DecomposeOptions]) -> dict
     tokenizer = load_tokenizer(source_name)
     shape = skeleton(source_name, config.dtype)
     windows, calibration = windows_of(config, shape, tokenizer)
-    base = workers.send(identity_of(config.model, source_name, base_config) if journal.writes else None, 0)
+    base = workers.send(identity_of(config.model, source_name) if journal.writes else None, 0)
     if perhaps_finished:
         report = read_json(journal.out / "decomposition.json")
         now = json.loads(json.dumps({"config": lasting(config), "base": base, "calibration": calibration}))

@@ -17,8 +17,8 @@ from ..adapters.loading import load
 from ..console import is_main_process, note
 from ..data.rows import RowFormat
 from ..errors import LordError, UsageError
-from ..integrations.files import ADAPTER_FILE, RUN_FILE, fingerprint
-from ..integrations.models import DTYPE_NAMES, load_tokenizer, model_class
+from ..integrations.files import ADAPTER_FILE, RUN_FILE, fingerprint, hub_revision
+from ..integrations.models import DTYPE_NAMES, load_tokenizer
 from ..integrations.running import max_length
 from ..layers import expert_of, factored_layers, plain_model
 from ..memory import large_blocks_apart
@@ -198,7 +198,7 @@ def _make_teacher(trainer: TrainerLike, tokenizer: Tokenizer, source: str, optio
         return LiveTeacher(load_teacher(), options.distill_temperature)
     identity: Identity = {
         "format": 1,
-        "teacher": fingerprint(source) or f"{source} {getattr(model_class(source)[1], '_commit_hash', None)}",
+        "teacher": fingerprint(source) or f"{source} {hub_revision(source)}",
         "dtype": dtype,
         "vocabulary": vocabulary,
         "top_k": min(options.teacher_top_k, vocabulary),
