@@ -21,6 +21,7 @@ class FactoredExport:
     """L, R and Q as they are stored; needs lord_tune to load."""
 
     name: ClassVar[str] = "factored"
+    model_folder: ClassVar[str] = "."
 
     def check(self, model: PreTrainedModel) -> None:
         """Every factored model has this form."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from ..adapters.attach import mode_of
 from ..adapters.fold import fold
 from ..errors import ExportMismatch, UsageError, unknown_name
+from ..integrations.companions import Companions
 from ..integrations.models import DTYPE_NAMES
 from ..integrations.running import max_length
 from ..layers import factored_layers, plain_model
@@ -37,6 +38,7 @@ def export_model(
     threshold: float | None = None,
     text: str | None = None,
     final: Path | None = None,  # where `folder` will be moved
+    beside: Companions | None = None,  # what belongs to the model and is not weights
     card: Callable[[str], str] | None = None,  # format -> README text
 ) -> Comparison:
     """Write `model` as `form` into `folder` and verify it; raises ExportMismatch over the threshold.
@@ -56,6 +58,8 @@ def export_model(
     reference = outputs_of(model, ids)
     job = Job(tokenizer, folder, final or folder, dtype, ids)
     written = export.write(fold(model) if mode_of(model) else plain, job)
+    if beside is not None:
+        beside.copy(folder / export.model_folder)
     if card is not None:
         (folder / "README.md").write_text(card(form))
     comparison = compare(reference, written)
