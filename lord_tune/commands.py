@@ -31,6 +31,7 @@ from .integrations.files import ADAPTER_FILE, base_of_adapter, fingerprint, firs
 from .integrations.models import attention_of, default_device, launched_processes, load_tokenizer, model_class, quiet
 from .integrations.running import kind_of, run_model, task_of, window_length
 from .integrations.sources import resolve_model
+from .integrations.vocabulary import check_vocabulary
 from .keywords import documented
 from .layers import dequantize_once
 from .layers.sizes import sizes
@@ -85,6 +86,7 @@ def decompose(model: str, out: str, **options: Unpack[DecomposeOptions]) -> dict
     tokenizer = load_tokenizer(source_name)
     shape = skeleton(source_name, config.dtype)
     windows, calibration = windows_of(config, shape, tokenizer)
+    check_vocabulary(shape, tokenizer, [] if windows is None else [windows.calibration, windows.heldout])
     beside = companions_of(source_name)
     base = workers.send(identity_of(config.model, source_name) if journal.writes else None, 0)
     if perhaps_finished:
@@ -292,6 +294,7 @@ def evaluate(model: str, text: list[str], **options: Unpack[EvaluateOptions]) ->
         _keep_dense(loaded)
     length = window_length(config.context_length, loaded)
     windows = {path: file_windows(path, tokenizer, length, config.max_tokens) for path in config.text}
+    check_vocabulary(loaded, tokenizer, windows.values())
     with progress() as update:
         result = evaluate_model(loaded, tokenizer, windows, length, update)
     if config.json_file:

@@ -18,6 +18,7 @@ from ..errors import ExportMismatch, UsageError, unknown_name
 from ..integrations.companions import Companions
 from ..integrations.models import DTYPE_NAMES
 from ..integrations.running import max_length
+from ..integrations.vocabulary import check_vocabulary
 from ..layers import factored_layers, plain_model
 from ..protocols import CausalModel, Tokenizer
 from .base import Export, Job
@@ -55,6 +56,7 @@ def export_model(
     export, model_dtype = EXPORTS[form], plain.dtype
     export.check(plain)
     ids = probe_ids(tokenizer, text, min(PROBE_TOKENS, max_length(plain)))
+    check_vocabulary(plain, tokenizer, [ids])
     reference = outputs_of(model, ids)
     job = Job(tokenizer, folder, final or folder, dtype, ids)
     written = export.write(fold(model) if mode_of(model) else plain, job)

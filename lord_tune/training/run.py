@@ -25,7 +25,7 @@ from ..memory import large_blocks_apart
 from ..storage import read_json, write_json
 from .arguments import DISTILL, DPO, TrainOptions
 from .checkpoints import defect, newest_complete
-from .data import chat_template, check_tokenized, prepare_rows, sample_spans
+from .data import chat_template, check_embedded, check_tokenized, prepare_rows, sample_spans
 from .distillation import LiveTeacher, check_head
 from .memory import FirstStep, TrainingPeak
 from .modes import expose, teacher_source, trained_kind
@@ -81,6 +81,7 @@ def train_model(
     notify("coverage", coverage(exposed))
     made = _make_trainer(exposed, tokenizer, arguments, rows, held, options)
     trainer = cast("TrainerLike", made)  # typed more narrowly than transformers' own attributes
+    check_embedded(trainer, tokenizer)
     if options.objective == DPO:
         notify("sample", sample_pair(trainer, tokenizer))
     else:
