@@ -26,10 +26,12 @@ from .errors import LordError, LordWarning, UsageError
 from .evaluation.run import evaluate_model
 from .exports.run import export_model
 from .integrations.checkpoint import Checkpoint, skeleton, write_index
+from .integrations.companions import companions_of
 from .integrations.files import ADAPTER_FILE, base_of_adapter, fingerprint, first_line
 from .integrations.models import attention_of, default_device, launched_processes, load_tokenizer, model_class, quiet
 from .integrations.running import kind_of, run_model, task_of, window_length
 from .integrations.sources import resolve_model
+from .integrations.vocabulary import check_vocabulary
 from .keywords import documented
 from .layers import dequantize_once
 from .layers.sizes import sizes
@@ -84,7 +86,9 @@ def decompose(model: str, out: str, **options: Unpack[DecomposeOptions]) -> dict
     tokenizer = load_tokenizer(source_name)
     shape = skeleton(source_name, config.dtype)
     windows, calibration = windows_of(config, shape, tokenizer)
-    base = workers.send(identity_of(config.model, source_name, base_config) if journal.writes else None, 0)
+    check_vocabulary(shape, tokenizer, [] if windows is None else [windows.calibration, windows.heldout])
+    beside = companions_of(source_name)
+    base = workers.send(identity_of(config.model, source_name) if journal.writes else None, 0)
     if perhaps_finished:
         report = read_json(journal.out / "decomposition.json")
         now = json.loads(json.dumps({"config": lasting(config), "base": base, "calibration": calibration}))
@@ -146,6 +150,7 @@ def decompose(model: str, out: str, **options: Unpack[DecomposeOptions]) -> dict
         }
         if journal.writes:
             write_index(journal.folder, source.model, tokenizer, outcome.plans, outcome.weight_map)
+            beside.copy(journal.folder)
             write_json(journal.folder / "decomposition.json", report)
             outcome.plan.save(journal.folder / "plan.json")
             card = decomposition_card(config.model, lasting(config), totals, report["command"])
@@ -289,6 +294,7 @@ def evaluate(model: str, text: list[str], **options: Unpack[EvaluateOptions]) ->
         _keep_dense(loaded)
     length = window_length(config.context_length, loaded)
     windows = {path: file_windows(path, tokenizer, length, config.max_tokens) for path in config.text}
+    check_vocabulary(loaded, tokenizer, windows.values())
     with progress() as update:
         result = evaluate_model(loaded, tokenizer, windows, length, update)
     if config.json_file:
@@ -317,6 +323,7 @@ def export(
     quiet()
     check_destination(Path(config.out), config.overwrite)
     loaded, tokenizer = load(config.model)
+    beside = companions_of(resolve_model(config.model))
     text = None if config.text is None else "\n\n".join(documents([config.text], tokenizer))
     command = command_line("export", config)
     with atomic_directory(Path(config.out), config.overwrite) as folder:
@@ -329,6 +336,7 @@ def export(
             config.threshold,
             text,
             Path(config.out),
+            beside,
             lambda form: export_card(form, config.model, command),
         )
         result: dict[str, Any] = {

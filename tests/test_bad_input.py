@@ -574,6 +574,20 @@ def _no_tokenizer(w: World) -> list[str]:
     return w.decompose(model=folder)
 
 
+def _pointer(name: str) -> Callable[[World], list[str]]:
+    """What a clone without Git LFS holds in place of a file."""
+
+    def command(w: World) -> list[str]:
+        folder = w.copy()
+        if name.endswith(".bin"):
+            (folder / "model.safetensors").unlink()
+        pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4665f3\nsize 538090408\n"
+        (folder / name).write_text(pointer)
+        return w.evaluate(model=folder / name) if name.endswith(".gguf") else w.decompose(model=folder)
+
+    return command
+
+
 def _broken_config(w: World) -> list[str]:
     folder = w.copy()
     (folder / "config.json").write_text("{not json")
@@ -608,6 +622,10 @@ FAILED_WORK: list[Case] = [
     ("tensor of another shape", _tensor(lambda t: t[:100]), f"'{LAYER}.weight' is (100, 64)"),
     ("integer weights", _tensor(lambda t: (100 * t).to(torch.int8)), f"'{LAYER}.weight' holds I8"),
     ("no weights", _no_weights, "broken"),
+    ("LFS pointer", _pointer("model.safetensors"), "model.safetensors is a Git LFS pointer"),
+    ("LFS pointer, .bin", _pointer("pytorch_model.bin"), "pytorch_model.bin is a Git LFS pointer"),
+    ("LFS pointer, tokenizer", _pointer("tokenizer.json"), "tokenizer.json is a Git LFS pointer"),
+    ("LFS pointer, .gguf", _pointer("model.gguf"), "run `git lfs pull` in its folder"),
     ("no tokenizer", _no_tokenizer, "no usable tokenizer"),
     ("config of another size", _config(lambda c: c.update(intermediate_size=96)), "could not be loaded"),
     ("config not JSON", _broken_config, "could not be loaded"),

@@ -11,7 +11,6 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -143,11 +142,10 @@ def test_the_identity_of_a_base_covers_what_decides_a_result(tmp_path, changed):
     """Weights as pickles too; not what somebody wrote beside them."""
     for name in (*SETTINGS, "README.md", "metrics.json", *(f"pytorch_model-0000{n}-of-00002.bin" for n in (1, 2))):
         (tmp_path / name).write_text("before")
-    base = SimpleNamespace(_commit_hash="abc")
-    before = identity_of("name", str(tmp_path), base)
-    assert before["name"] == "name" and before["revision"] == "abc" and [*before["files"]] == sorted(SETTINGS)
+    before = identity_of("name", str(tmp_path))
+    assert before["name"] == "name" and before["revision"] is None and [*before["files"]] == sorted(SETTINGS)
     (tmp_path / changed).write_text("after")
-    differs = {key for key, value in identity_of("name", str(tmp_path), base).items() if value != before[key]}
+    differs = {key for key, value in identity_of("name", str(tmp_path)).items() if value != before[key]}
     assert differs == ({"files"} if changed in SETTINGS else {"sha256"} if changed.endswith(".bin") else set())
 
 

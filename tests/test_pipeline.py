@@ -701,8 +701,9 @@ def test_bfloat16_models_export_although_they_compute_in_bfloat16(tmp_path, rows
     assert all(1e-4 < value < 5e-2 for value in kl)
 
 
-def test_a_checkpoint_without_checksums_is_known_by_its_weights(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"weights")
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_checkpoint_without_checksums_is_known_by_its_weights(tmp_path, name):
+    (tmp_path / name).write_bytes(b"weights")
     known = fingerprint(str(tmp_path))
     (tmp_path / "decomposition.json").write_text('{"totals": {"seconds": 1.5}}')
     assert fingerprint(str(tmp_path)) == known == hashlib.sha256(b"weights").hexdigest()

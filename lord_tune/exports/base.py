@@ -28,6 +28,7 @@ class Export(Protocol):
     """One form of a checkpoint. Its instance in EXPORTS makes it a choice of `lord-tune export --format`."""
 
     name: ClassVar[str]
+    model_folder: ClassVar[str]  # where in the folder the model lies: "." or a folder in it
 
     def check(self, model: PreTrainedModel) -> None:
         """UsageError, before any work, for a model that has no such form."""

@@ -22,6 +22,7 @@ class DenseExport:
     """Any loader takes it."""
 
     name: ClassVar[str] = "dense"
+    model_folder: ClassVar[str] = "."
 
     def check(self, model: PreTrainedModel) -> None:
         """Every factored model has this form."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..integrations.models import load_dense_or_factored, save_model
+from ..integrations.remote_code import add_remote_code
 from ..integrations.transformers_quantizer import attach
 from .base import Job
 from .verify import outputs_of
@@ -20,12 +21,14 @@ class FactoredExport:
     """L, R and Q as they are stored; needs lord_tune to load."""
 
     name: ClassVar[str] = "factored"
+    model_folder: ClassVar[str] = "."
 
     def check(self, model: PreTrainedModel) -> None:
         """Every factored model has this form."""
 
     def write(self, model: PreTrainedModel, job: Job) -> Tensor:
         attach(model)
+        add_remote_code(model.config, job.folder)
         save_model(model, job.tokenizer, job.folder)
         return outputs_of(load_dense_or_factored(str(job.folder)), job.ids)
 

@@ -164,6 +164,7 @@ class PeftExport:
     """An NF4 base and an ordinary LoRA adapter, for stock loaders."""
 
     name: ClassVar[str] = "peft"
+    model_folder: ClassVar[str] = "base"
 
     def check(self, model: PreTrainedModel) -> None:
         check_peft_exportable(model)

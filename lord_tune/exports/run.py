@@ -15,8 +15,10 @@ from pathlib import Path
 from ..adapters.attach import mode_of
 from ..adapters.fold import fold
 from ..errors import ExportMismatch, UsageError, unknown_name
+from ..integrations.companions import Companions
 from ..integrations.models import DTYPE_NAMES
 from ..integrations.running import max_length
+from ..integrations.vocabulary import check_vocabulary
 from ..layers import factored_layers, plain_model
 from ..protocols import CausalModel, Tokenizer
 from .base import Export, Job
@@ -37,6 +39,7 @@ def export_model(
     threshold: float | None = None,
     text: str | None = None,
     final: Path | None = None,  # where `folder` will be moved
+    beside: Companions | None = None,  # what belongs to the model and is not weights
     card: Callable[[str], str] | None = None,  # format -> README text
 ) -> Comparison:
     """Write `model` as `form` into `folder` and verify it; raises ExportMismatch over the threshold.
@@ -53,9 +56,12 @@ def export_model(
     export, model_dtype = EXPORTS[form], plain.dtype
     export.check(plain)
     ids = probe_ids(tokenizer, text, min(PROBE_TOKENS, max_length(plain)))
+    check_vocabulary(plain, tokenizer, [ids])
     reference = outputs_of(model, ids)
     job = Job(tokenizer, folder, final or folder, dtype, ids)
     written = export.write(fold(model) if mode_of(model) else plain, job)
+    if beside is not None:
+        beside.copy(folder / export.model_folder)
     if card is not None:
         (folder / "README.md").write_text(card(form))
     comparison = compare(reference, written)

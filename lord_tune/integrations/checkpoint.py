@@ -27,6 +27,7 @@ from ..plans import LayerPlan
 from ..protocols import Tokenizer
 from ..storage import write_json
 from .models import default_device, load_dense_or_factored, model_class
+from .remote_code import add_remote_code
 from .transformers_quantizer import LordConfig
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -203,13 +204,14 @@ def write_index(
     plans: dict[str, LayerPlan],
     weight_map: dict[str, str],  # tensor -> shard
 ) -> None:
-    """Everything of a factored checkpoint but its shards: config with the manifest, index, tokenizer, generation
-    config."""
+    """What this package writes of a factored checkpoint beside its shards: config with the manifest, index, tokenizer,
+    generation config."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = str(model.dtype).removeprefix("torch.")
     manifest = {name: plan.to_dict() for name, plan in plans.items()}
     config.quantization_config = LordConfig(manifest, unfused=unfused_parameters(model))
+    add_remote_code(config, folder)
     config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)

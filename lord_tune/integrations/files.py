@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import CheckpointError
@@ -11,10 +12,9 @@ from ..storage import read_json, sha256_files
 
 ADAPTER_FILE = "adapter_config.json"
 RUN_FILE = "train_config.json"  # beside an adapter: the resolved configuration of its run
-_SETTINGS = (
-    *("config.json", "generation_config.json", "*.index.json"),
-    *("*token*.json", "vocab*", "merges.txt", "*.model", "*.tiktoken", "*chat_template*"),
-)
+TOKENIZER_FILES = ("*token*.json", "vocab*", "merges.txt", "*.model", "*.tiktoken", "*chat_template*")
+_POINTER = b"version https://git-lfs.github.com/spec/v1"
+_SETTINGS = ("config.json", "generation_config.json", "*.index.json", *TOKENIZER_FILES)
 
 
 def first_line(error: BaseException) -> str:
@@ -23,13 +23,31 @@ def first_line(error: BaseException) -> str:
     return text.splitlines()[0][:300] if text else type(error).__name__
 
 
+def is_pointer(path: Path) -> bool:
+    """Whether a file is what Git puts in the place of a large one until Git LFS fetches it."""
+    with path.open("rb") as stream:
+        return stream.read(len(_POINTER)) == _POINTER
+
+
+def check_not_pointers(paths: Iterable[Path]) -> None:
+    """CheckpointError for the first that is a Git LFS pointer."""
+    for path in paths:
+        if path.is_file() and is_pointer(path):
+            raise CheckpointError(
+                f"{path} is a Git LFS pointer, a text of three lines in place of the file itself; run `git lfs pull` "
+                "in its folder, or download the model again with `hf download`."
+            )
+
+
 def check_shards(folder: Path) -> None:
-    """CheckpointError if a safetensors file is missing, truncated or has a broken header."""
+    """CheckpointError if a safetensors file is missing, truncated or has a broken header, or a weight file is a Git LFS
+    pointer."""
     from safetensors import SafetensorError, safe_open
 
     index = folder / "model.safetensors.index.json"
     names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else []
     names = names or sorted(path.name for path in folder.glob("*.safetensors"))
+    check_not_pointers([folder / name for name in names] or bin_weight_files(str(folder)))
     for name in names:
         path = folder / name
         if not path.is_file():
@@ -60,8 +78,16 @@ def fingerprint(name: str) -> str | None:
     shards = read_json(record).get("shards") if record.is_file() else None
     if shards:
         return hashlib.sha256(json.dumps(shards, sort_keys=True).encode()).hexdigest()
-    files = weight_files(name)
+    files = weight_files(name) or bin_weight_files(name)
     return sha256_files(files) if files else None
+
+
+def hub_revision(name: str) -> str | None:
+    """The commit of a Hub id whose configuration is in the cache; None for a local folder."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = None if Path(name).is_dir() else try_to_load_from_cache(name, "config.json")
+    return Path(path).parent.name if isinstance(path, str) else None
 
 
 def bin_weight_files(name: str) -> list[Path]:

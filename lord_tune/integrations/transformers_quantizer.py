@@ -33,6 +33,7 @@ from ..layers import (
 )
 from ..plans import FORMAT_VERSION, LayerPlan
 from ..quantizers import DTYPES
+from .remote_code import remove_remote_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel  # this file is imported while transformers is
@@ -76,6 +77,7 @@ class LordQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: object
     ) -> None:
+        remove_remote_code(model.config)
         prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
 
         def found_in(present: Container[str], name: str) -> str | None:

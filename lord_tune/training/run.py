@@ -17,15 +17,15 @@ from ..adapters.loading import load
 from ..console import is_main_process, note
 from ..data.rows import RowFormat
 from ..errors import LordError, UsageError
-from ..integrations.files import ADAPTER_FILE, RUN_FILE, fingerprint
-from ..integrations.models import DTYPE_NAMES, load_tokenizer, model_class
+from ..integrations.files import ADAPTER_FILE, RUN_FILE, fingerprint, hub_revision
+from ..integrations.models import DTYPE_NAMES, load_tokenizer
 from ..integrations.running import max_length
 from ..layers import expert_of, factored_layers, plain_model
 from ..memory import large_blocks_apart
 from ..storage import read_json, write_json
 from .arguments import DISTILL, DPO, TrainOptions
 from .checkpoints import defect, newest_complete
-from .data import chat_template, check_tokenized, prepare_rows, sample_spans
+from .data import chat_template, check_embedded, check_tokenized, prepare_rows, sample_spans
 from .distillation import LiveTeacher, check_head
 from .memory import FirstStep, TrainingPeak
 from .modes import expose, teacher_source, trained_kind
@@ -81,6 +81,7 @@ def train_model(
     notify("coverage", coverage(exposed))
     made = _make_trainer(exposed, tokenizer, arguments, rows, held, options)
     trainer = cast("TrainerLike", made)  # typed more narrowly than transformers' own attributes
+    check_embedded(trainer, tokenizer)
     if options.objective == DPO:
         notify("sample", sample_pair(trainer, tokenizer))
     else:
@@ -198,7 +199,7 @@ def _make_teacher(trainer: TrainerLike, tokenizer: Tokenizer, source: str, optio
         return LiveTeacher(load_teacher(), options.distill_temperature)
     identity: Identity = {
         "format": 1,
-        "teacher": fingerprint(source) or f"{source} {getattr(model_class(source)[1], '_commit_hash', None)}",
+        "teacher": fingerprint(source) or f"{source} {hub_revision(source)}",
         "dtype": dtype,
         "vocabulary": vocabulary,
         "top_k": min(options.teacher_top_k, vocabulary),
