@@ -129,7 +129,7 @@ def check_tokenized(trainer: TrainerLike, tokenizer: Tokenizer, given: int, chat
         _warn(f"{cut:,} of {total:,} training sequences {ends}; {way} to train on all of them.")
 
 
-def check_embedded(trainer: Any, tokenizer: Any) -> None:
+def check_embedded(trainer: object, tokenizer: object) -> None:
     """CheckpointError if a row has an id for which the model has no embedding; UsageError if padding has."""
     ids: list[np.ndarray] = []
     for dataset in (trainer.train_dataset, trainer.eval_dataset):
