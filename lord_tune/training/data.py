@@ -129,20 +129,20 @@ def check_tokenized(trainer: TrainerLike, tokenizer: Tokenizer, given: int, chat
         _warn(f"{cut:,} of {total:,} training sequences {ends}; {way} to train on all of them.")
 
 
-def check_embedded(trainer: object, tokenizer: object) -> None:
+def check_embedded(trainer: TrainerLike, tokenizer: Tokenizer) -> None:
     """CheckpointError if a row has an id for which the model has no embedding; UsageError if padding has."""
     ids: list[np.ndarray] = []
     for dataset in (trainer.train_dataset, trainer.eval_dataset):
-        for name in () if dataset is None else dataset.column_names:
-            if name in ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids"):
+        for name in [] if dataset is None else dataset.column_names:
+            if dataset is not None and name in ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids"):
                 ids.append(dataset.with_format("arrow")[:][name].combine_chunks().flatten().to_numpy())
     check_vocabulary(trainer.model, tokenizer, ids)
     rows, padding, given = embedding_rows(trainer.model), getattr(tokenizer, "pad_token_id", None), trainer.args
     packed = getattr(given, "packing", False) or getattr(given, "padding_free", False)
-    alone = max(given.per_device_train_batch_size, given.per_device_eval_batch_size) == 1
+    alone = max(given.per_device_train_batch_size, getattr(given, "per_device_eval_batch_size", 1)) == 1
     if rows is not None and padding is not None and padding >= rows and not packed and not alone:
         raise UsageError(
-            f"Batches are filled up with the token {tokenizer.pad_token!r} with id {padding}, and the embedding has "
+            f"Batches are filled up with the token {getattr(tokenizer, 'pad_token', None)!r} with id {padding}, and the embedding has "
             f"rows for the ids 0 to {rows - 1} only; set packing: true, or another pad_token in tokenizer_config.json."
         )
 
