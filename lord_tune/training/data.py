@@ -141,9 +141,10 @@ def check_embedded(trainer: TrainerLike, tokenizer: Tokenizer) -> None:
     packed = getattr(given, "packing", False) or getattr(given, "padding_free", False)
     alone = max(given.per_device_train_batch_size, getattr(given, "per_device_eval_batch_size", 1)) == 1
     if rows is not None and padding is not None and padding >= rows and not packed and not alone:
+        name = getattr(tokenizer, "pad_token", None)
         raise UsageError(
-            f"Batches are filled up with the token {getattr(tokenizer, 'pad_token', None)!r} with id {padding}, and the embedding has "
-            f"rows for the ids 0 to {rows - 1} only; set packing: true, or another pad_token in tokenizer_config.json."
+            f"Batches are filled up with the token {name!r} with id {padding}, and the embedding has rows for the ids 0 to "
+            f"{rows - 1} only; set packing: true, or another pad_token in tokenizer_config.json."
         )
 
 
