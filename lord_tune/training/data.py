@@ -143,7 +143,7 @@ def check_embedded(trainer: TrainerLike, tokenizer: Tokenizer) -> None:
     if rows is not None and padding is not None and padding >= rows and not packed and not alone:
         name = getattr(tokenizer, "pad_token", None)
         raise UsageError(
-            f"Batches are filled up with the token {name!r} with id {padding}, and the embedding has rows for the ids 0 "
+            f"Batches are filled up with the token {name!r}, id {padding}, and the embedding has rows for the ids 0 "
             f"to {rows - 1} only; set packing: true, or another pad_token in tokenizer_config.json."
         )
 
