@@ -849,10 +849,10 @@ def test_a_model_without_blocks_is_run_whole_with_a_warning(budget, world, capfd
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1.2 MB."""
+    """A file system of 1.5 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(folder)], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(folder)], capture_output=True)
     if mounted.returncode:
         pytest.skip("mounting a small file system needs root: " + mounted.stderr.decode().strip())
     yield folder
