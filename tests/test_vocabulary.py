@@ -76,7 +76,7 @@ def test_pairs_are_looked_through_too(tmp_path):
 def test_padding_without_an_embedding_matters_where_something_is_padded(tmp_path):
     decompose(smaller(tmp_path / "model", 257), tmp_path / "d")
     text = rows_of(tmp_path / "rows.jsonl")
-    with pytest.raises(UsageError, match=rf"filled up with the token '{PAD}' with id 257, .* 0 to 256 only; set pack"):
+    with pytest.raises(UsageError, match=rf"filled up with the token '{PAD}', id 257, .* 0 to 256 only; set pack"):
         train(tmp_path / "d", tmp_path / "t", text, per_device_train_batch_size=2)
     with pytest.warns(LordWarning, match="token '<pad>' with id 257 and 1 more"):
         train(tmp_path / "d", tmp_path / "t", text, packing=True)

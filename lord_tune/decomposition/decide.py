@@ -185,12 +185,7 @@ def _of_one_rank(layers: Layers, template: LayerChoice, rank: int) -> Plan:
     if rank < (0 if backbone else 1):
         raise UsageError(f"Got rank {rank}; a rank is at least 1 (0 is plain rounding and needs a backbone).")
     if backbone:
-        if all(rank > min(shape) for shape in shapes.values()):
-            name, shape = max(shapes.items(), key=lambda entry: min(entry[1]))
-            raise UsageError(
-                f"Rank {rank} exceeds the smaller side of every layer (that of {name}, {shape[0]}x{shape[1]}, is the "
-                f"largest); choose at most {min(shape)}."
-            )
+        _check_sides(shapes, rank)
         return Plan({name: _within_sides(template, rank, shape) for name, shape in shapes.items()})
     if all(rank > break_even(shape) for shape in shapes.values()):
         best = max(map(break_even, shapes.values()))
@@ -199,6 +194,16 @@ def _of_one_rank(layers: Layers, template: LayerChoice, rank: int) -> Plan:
             f"Choose at most {best}, or add a backbone, for example nf4."
         )
     return Plan({name: _below_break_even(template, rank, shape) for name, shape in shapes.items()})
+
+
+def _check_sides(shapes: Mapping[str, tuple[int, int]], rank: int) -> None:
+    """UsageError for a rank that no layer can take beside a backbone."""
+    if all(rank > min(shape) for shape in shapes.values()):
+        name, shape = max(shapes.items(), key=lambda entry: min(entry[1]))
+        raise UsageError(
+            f"Rank {rank} exceeds the smaller side of every layer (that of {name}, {shape[0]}x{shape[1]}, is the "
+            f"largest); choose at most {min(shape)}."
+        )
 
 
 def _within_sides(template: LayerChoice, rank: int, shape: tuple[int, int]) -> LayerChoice:
@@ -212,6 +217,8 @@ def _below_break_even(template: LayerChoice, rank: int, shape: tuple[int, int]) 
 
 
 def _of_bits(layers: Layers, budget: Bits) -> Plan:
+    if budget.rank is not None:
+        _check_sides(_shapes(layers), budget.rank)
     template = budget.backbones[0] if len(budget.backbones) == 1 else _widest(layers, budget)
     if budget.rank is not None:
         return _of_one_rank(layers, template, budget.rank)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import shutil
 from collections.abc import Callable, Mapping
@@ -79,7 +80,11 @@ def train_model(
     set_seed(arguments.seed)  # before adapters are drawn; the trainer seeds again
     exposed = expose(model, options)
     notify("coverage", coverage(exposed))
+    before = output.exists()
     made = _make_trainer(exposed, tokenizer, arguments, rows, held, options)
+    if not before:  # the trainer makes an empty folder; what is refused below leaves none
+        with contextlib.suppress(OSError):
+            output.rmdir()
     trainer = cast("TrainerLike", made)  # typed more narrowly than transformers' own attributes
     check_embedded(trainer, tokenizer)
     if options.objective == DPO:
