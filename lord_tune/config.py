@@ -81,7 +81,7 @@ class MethodConfig(MethodOptions, RunConfig):
         "What is decomposed": ("targets", "exclude", "dtype", "allocation"),
         "Calibration": ("context_length", "sensitivity_tokens", "propagate"),
         "Method": METHOD_KEYS,
-        "Formats": ("factor_format", "top_rank", "top_format", "incoherence", *FORMAT_KEYS),
+        "Formats": ("factor_format", "form", "top_rank", "top_format", "incoherence", *FORMAT_KEYS),
         "Recovery": ("recover_epochs", "recover_learning_rate"),
         "Running": ("...",),
     }
@@ -99,6 +99,11 @@ class MethodConfig(MethodOptions, RunConfig):
         None,
         description="storage of L and R; default: the dtype of the weights. Low-precision ones are rounded with error "
         "feedback, on the calibration text where the method uses it",
+    )
+    form: Literal["plain", "pivoted"] = Field(
+        "plain",
+        description="how the factors are stored: L and R, or pivoted: rows of the product and what makes the others of "
+        "them, the same matrix in r (out + in - r) numbers instead of r (out + in)",
     )
     top_rank: int = Field(
         0, ge=0, description="store this many of the first components of L and R in --top-format (train: mode split)"
@@ -210,6 +215,11 @@ class MethodConfig(MethodOptions, RunConfig):
             raise UsageError(
                 "`top_rank` stores components finer than the others; it needs a low-precision `factor_format`."
             )
+        if self.form == "pivoted" and factors:
+            raise UsageError(
+                f"`form` pivoted stores the factors in fp32, fp16 or bf16; `factor_format` {self.factor_format} needs "
+                "`form` plain."
+            )
         if self.rank is not None and 0 < self.rank <= self.top_rank:
             raise UsageError(
                 f"Got `top_rank` {self.top_rank} with `rank` {self.rank}; expected fewer than all components. To store "
@@ -233,6 +243,7 @@ class MethodConfig(MethodOptions, RunConfig):
         used = {
             "incoherence": len(owners) > 1,
             "top_format": self.top_rank > 0,
+            "form": self.rank != 0,
             "allocation": self.kept_fraction is not None,
             "sensitivity_tokens": bool(self.needs() & {"loss_weights", "fisher"}),
             "calibration_tokens": calibrated,
@@ -247,7 +258,16 @@ class MethodConfig(MethodOptions, RunConfig):
 
     def _check_beside_plan(self, calibrated: bool) -> None:
         """Refuse what the plan says itself."""
-        layerwise = ("method", "backbone", "factor_format", "top_rank", "top_format", "allocation", "incoherence")
+        layerwise = (
+            "method",
+            "backbone",
+            "factor_format",
+            "form",
+            "top_rank",
+            "top_format",
+            "allocation",
+            "incoherence",
+        )
         for key in self.given(*layerwise, *MethodOptions.model_fields):
             raise UsageError(f"`{key}` has no effect beside `plan`, which sets it for every layer; remove one of them.")
         if self.recover_epochs and not calibrated:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from .allocation import FORMS, PIVOTED, PLAIN
 from .declared import Options
 from .errors import CheckpointError, UsageError, unknown_name
 from .factorizations import METHODS, FactorForm, Factorization
@@ -42,6 +43,7 @@ class LayerChoice:
     top_rank: int = 0  # of the rank: the first components, stored apart
     top_format: str = "fp32"
     top_options: Options = field(default_factory=dict)
+    form: str = PLAIN  # of storing the factors: L and R, or pivoted
     reason: str | None = None  # why a layer stays dense
 
     def factorization(self) -> Factorization:
@@ -104,6 +106,7 @@ class LayerChoice:
             top_rank=top,
             top_format=self.top_format if top else "fp32",
             top_options=self.top_options if top else {},
+            form=self.form if self.rank else PLAIN,
             bias=bias or (self.rank > 0 and self.factorization().shifts_bias),
             conv1d=conv1d,
         )
@@ -124,6 +127,13 @@ class LayerChoice:
             raise UsageError(f"The plan gives layer '{name}' rank {choice.rank!r}; expected a number from 0 or null.")
         if choice.rank == 0 and choice.backbone == "none":
             raise UsageError(f"The plan gives layer '{name}' rank 0 without a backbone; nothing would be left of it.")
+        if choice.form not in FORMS:
+            raise unknown_name("form", str(choice.form), list(FORMS))
+        if choice.form == PIVOTED and (choice.rounds_factors or choice.top_rank):
+            raise UsageError(
+                f"The plan gives layer '{name}' pivoted factors in {choice.factor_format or 'parts'}; pivoted ones are "
+                f"stored in {', '.join(DTYPES)} and in one piece. Choose the form plain, or another factor_format."
+            )
         choice.factorization()
         choice.quantizer()
         choice.factor_form()
@@ -190,6 +200,7 @@ class LayerPlan:
     top_rank: int = 0  # of the rank: the first components, stored apart
     top_format: str = "fp32"
     top_options: Options = field(default_factory=dict)
+    form: str = PLAIN  # pivoted: `left` holds C and the rows of B, `right` is B (layers/pivoted.py)
     bias: bool = False
     conv1d: bool = False  # the original was a transformers Conv1D, whose weight is (in, out)
 

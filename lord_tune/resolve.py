@@ -106,6 +106,7 @@ def _template(config: MethodConfig) -> LayerChoice:
         top_rank=config.top_rank,
         top_format=top,
         top_options={} if top in DTYPES else {"group_size": 64},
+        form=config.form,
     )
     return template if config.backbone == "none" else _with_backbones(config, template, [config.backbone])[0]
 

@@ -66,6 +66,7 @@ class PlanOptions(TypedDict, total=False):
         ]
         | None
     )
+    form: Literal["plain", "pivoted"]
     top_rank: int
     top_format: Literal["fp32", "fp16", "bf16", "int8"]
     rank: int | None
@@ -130,6 +131,7 @@ class DecomposeOptions(TypedDict, total=False):
         ]
         | None
     )
+    form: Literal["plain", "pivoted"]
     top_rank: int
     top_format: Literal["fp32", "fp16", "bf16", "int8"]
     rank: int | None

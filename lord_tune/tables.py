@@ -50,7 +50,7 @@ def show_estimate(foreseen: Estimate, found: Survey, config: PlanConfig, backbon
         if foreseen.ranks is not None:
             chosen = {foreseen.ranks[name] for name in names}
             rank = ", ".join("dense" if r is None else str(r) for r in sorted(chosen, key=lambda r: r or 0))
-        rows.append([kind, f"{shape[0]}x{shape[1]}", str(len(names)), rank, str(break_even(shape))])
+        rows.append([kind, f"{shape[0]}x{shape[1]}", str(len(names)), rank, str(break_even(shape, config.form))])
     show_table(
         f"plan for {config.model}: {summary(config, backbone)}",
         ["layer", "shape", "count", "rank", "break-even rank"],
@@ -67,7 +67,7 @@ def show_estimate(foreseen: Estimate, found: Survey, config: PlanConfig, backbon
         f"{foreseen.parameters:,} parameters, {foreseen.linear_parameters:,} of them in {foreseen.layers} layers of "
         f"{foreseen.blocks} blocks; {human_bytes(foreseen.model_bytes)} -> {after}"
     )
-    say("below the break-even rank L and R hold fewer numbers than W")
+    say("up to the break-even rank the factors hold fewer numbers than W")
     if found.skipped:
         say(f"not decomposed: {_count_reasons(found.skipped)}")
     phase = max(foreseen.phases, key=lambda name: foreseen.phases[name])

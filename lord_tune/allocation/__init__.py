@@ -3,7 +3,7 @@
 from typing import Any
 
 from .base import Allocator
-from .budget import ALIGNMENT, LayerSpectrum, break_even, factor_cost, rank_grid
+from .budget import ALIGNMENT, FORMS, PIVOTED, PLAIN, LayerSpectrum, break_even, factor_cost, rank_grid, rank_within
 from .loss_weighted import LossWeighted
 from .uniform import Uniform
 
@@ -12,6 +12,9 @@ ALLOCATORS: dict[str, type[Any]] = {"uniform": Uniform, "loss_weighted": LossWei
 __all__ = [
     "ALIGNMENT",
     "ALLOCATORS",
+    "FORMS",
+    "PIVOTED",
+    "PLAIN",
     "Allocator",
     "LayerSpectrum",
     "LossWeighted",
@@ -19,4 +22,5 @@ __all__ = [
     "break_even",
     "factor_cost",
     "rank_grid",
+    "rank_within",
 ]

@@ -41,7 +41,7 @@ class LossWeighted:
         choice = _spend_rest(tables, _cheapest_price(tables, budget), budget)
         ranks: dict[str, int | None] = {}
         for name, layer in layers.items():
-            grid = rank_grid(layer.shape, self.alignment)
+            grid = rank_grid(layer.shape, self.alignment, layer.form)
             ranks[name] = grid[choice[name]] if choice[name] < len(grid) else None
         return ranks
 

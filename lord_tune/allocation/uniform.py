@@ -1,11 +1,11 @@
-"""The same kept fraction for every layer: r = F m n / (m + n), rounded down to a multiple of 8."""
+"""The same kept fraction for every layer, its rank rounded down to a multiple of 8."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .budget import ALIGNMENT, LayerSpectrum, check_fraction
+from .budget import ALIGNMENT, LayerSpectrum, check_fraction, rank_within
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,6 @@ class Uniform:
         ranks: dict[str, int | None] = {}
         for name, layer in layers.items():
             m, n = layer.shape
-            rank = int(kept_fraction * m * n / (m + n)) // self.alignment * self.alignment
+            rank = rank_within(layer.shape, kept_fraction * m * n, layer.form) // self.alignment * self.alignment
             ranks[name] = rank or None
         return ranks

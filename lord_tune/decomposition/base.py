@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Protocol, TypedDict
 
 from torch import Tensor
 
+from ..allocation import PLAIN
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -84,6 +86,7 @@ class LayerRecord:
     inputs: dict[str, float] = field(default_factory=dict)  # see Moments.describe
     equal_bits: dict[str, EqualBits] = field(default_factory=dict)  # format -> its error, for one layer of each shape
     warnings: list[str] = field(default_factory=list)
+    form: str = PLAIN  # of storing the factors
 
 
 @dataclass(frozen=True)

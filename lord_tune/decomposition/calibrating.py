@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..allocation import LayerSpectrum
+from ..allocation import LayerSpectrum, break_even
 from ..calibration.collect import BlockWalk
 from ..calibration.moments import Moments
 from ..factorizations import Projection
@@ -61,7 +61,8 @@ def _analyse_block(run: Passes, walk: BlockWalk, index: int, request: Request) -
             return None
         assert isinstance(calibration, Moments)
         weight = run.survey.layers[name].weight(run.model)
-        return analyse(weight, calibration, statistics[HELDOUT].get(name), method, whole_basis=request.by_loss)
+        limit = None if request.by_loss else break_even((weight.shape[0], weight.shape[1]), request.template.form)
+        return analyse(weight, calibration, statistics[HELDOUT].get(name), method, limit)
 
     return run.deal(index, dict.fromkeys(run.survey.members(index), method), look)
 
@@ -97,5 +98,7 @@ def _spectra(run: Passes, request: Request) -> dict[str, LayerSpectrum]:
             name = key.removesuffix(":energies")
             weight = weights.get(name)
             shape = run.survey.layers[name].shape
-            spectra[name] = LayerSpectrum(shape, energies.cpu(), None if weight is None else weight.cpu())
+            spectra[name] = LayerSpectrum(
+                shape, energies.cpu(), None if weight is None else weight.cpu(), request.template.form
+            )
     return spectra

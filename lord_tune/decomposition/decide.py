@@ -110,7 +110,8 @@ def _from_shapes(layers: Layers, request: Request) -> Plan | None:
             "`kept_fraction` counts the parameters of L and R against those of W; with a `backbone` give `rank`."
         )
     # before any calibration: whether the budget can be met at all
-    empty = {name: LayerSpectrum(s, torch.zeros(min(s) + 1)) for name, s in _shapes(layers).items()}
+    form = request.template.form
+    empty = {name: LayerSpectrum(s, torch.zeros(min(s) + 1), form=form) for name, s in _shapes(layers).items()}
     ranks = budget.allocator.allocate(empty, budget.fraction)
     return None if budget.allocator.needs else _planned(layers, request, ranks)
 
@@ -155,8 +156,8 @@ def _planned(layers: Layers, request: Request, ranks: dict[str, int | None]) -> 
     """The allocator's ranks as a plan; warns where it keeps more than was asked for."""
     assert isinstance(request.budget, Kept)
     shapes = {name: shape for name, shape in _shapes(layers).items() if name in ranks}
-    numbers = {name: shape[0] * shape[1] for name, shape in shapes.items()}
-    costs = {n: numbers[n] if ranks[n] is None else factor_cost(shapes[n], ranks[n] or 0) for n in shapes}
+    numbers, form = {name: shape[0] * shape[1] for name, shape in shapes.items()}, request.template.form
+    costs = {n: numbers[n] if ranks[n] is None else factor_cost(shapes[n], ranks[n] or 0, form) for n in shapes}
     kept = sum(costs.values()) / max(sum(numbers.values()), 1)
     if kept > request.budget.fraction + 1e-9:
         dense = [name for name, rank in ranks.items() if rank is None]
@@ -172,10 +173,9 @@ def _planned(layers: Layers, request: Request, ranks: dict[str, int | None]) -> 
 def _allocated(template: LayerChoice, ranks: Mapping[str, int | None], name: str, site: Site) -> LayerChoice:
     if name not in ranks:
         return template.at(None, NEVER_RAN)
-    if ranks[name] is None and not rank_grid(site.shape):
-        return template.at(
-            None, f"no rank from {ALIGNMENT} on saves anything, its break-even is {break_even(site.shape)}"
-        )
+    if ranks[name] is None and not rank_grid(site.shape, form=template.form):
+        limit = break_even(site.shape, template.form)
+        return template.at(None, f"no rank from {ALIGNMENT} on saves anything, its break-even is {limit}")
     return template.at(ranks[name])
 
 
@@ -187,8 +187,8 @@ def _of_one_rank(layers: Layers, template: LayerChoice, rank: int) -> Plan:
     if backbone:
         _check_sides(shapes, rank)
         return Plan({name: _within_sides(template, rank, shape) for name, shape in shapes.items()})
-    if all(rank > break_even(shape) for shape in shapes.values()):
-        best = max(map(break_even, shapes.values()))
+    limits = [break_even(shape, template.form) for shape in shapes.values()]
+    if rank > (best := max(limits)):
         raise UsageError(
             f"Rank {rank} is above break-even for every layer: L and R would hold more numbers than W. "
             f"Choose at most {best}, or add a backbone, for example nf4."
@@ -212,7 +212,7 @@ def _within_sides(template: LayerChoice, rank: int, shape: tuple[int, int]) -> L
 
 
 def _below_break_even(template: LayerChoice, rank: int, shape: tuple[int, int]) -> LayerChoice:
-    limit = break_even(shape)
+    limit = break_even(shape, template.form)
     return template.at(rank) if rank <= limit else template.at(None, f"rank {rank} is above its break-even {limit}")
 
 
@@ -291,7 +291,7 @@ def _matched(layers: Layers, plan: Plan) -> Plan:
         )
     for name, shape in _shapes(layers).items():
         choice = plan.layers[name]
-        limit = min(shape) if choice.backbone != "none" else break_even(shape)
+        limit = min(shape) if choice.backbone != "none" else break_even(shape, choice.form)
         if choice.rank is not None and choice.rank > limit:
             raise UsageError(
                 f"The plan gives layer '{name}' ({shape[0]}x{shape[1]}) rank {choice.rank}; its largest is {limit}."

@@ -42,7 +42,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..allocation import factor_cost
+from ..allocation import break_even, factor_cost
 from ..plans import LayerChoice, Plan
 from .base import CHECKED_TOKENS
 from .decide import Request
@@ -116,7 +116,7 @@ def estimate_run(
     weighted = by_loss or "fisher" in request.needs()  # there is a backward pass
     bases = sum(4 * shapes[n][0] * min(shapes[n]) for n in layers) if by_loss else 0
     factors = sum(stored.values()) if stored else block_bytes[widest]
-    kept_ranks = {n: _rank_bound(shapes[n], (ranks or {}).get(n), ranks is None) for n in layers}
+    kept_ranks = {n: _rank_bound(shapes[n], (ranks or {}).get(n), ranks is None, choices[n].form) for n in layers}
     on_cpu = device is None or device.type == "cpu"
     mapped = _MAPPED if on_cpu else 0  # an accelerator's allocator counts what is alive
     largest = _together([_working_parts(shapes[n], kept_ranks[n], text, choices[n]) for n in layers], mapped)
@@ -163,7 +163,7 @@ def estimate_run(
     phases["rest"] = rest_bytes
     if request.recovery is not None:
         # beside the block: float32 L and R, gradients, Adam's moments, the best so far; activations with gradients
-        tuned = sum(20 * factor_cost(shapes[n], kept_ranks[n]) for n in layers)
+        tuned = sum(20 * factor_cost(shapes[n], kept_ranks[n], choices[n].form) for n in layers)
         phases["recovering"] = resident + block_bytes[widest] + factors + tuned + 3 * window
 
     scratch = 0
@@ -227,9 +227,9 @@ def _together(layers: list[Parts], limit: int) -> int:
     return int(mapped + retained)
 
 
-def _rank_bound(shape: tuple[int, int], rank: int | None, chosen_later: bool) -> int:
+def _rank_bound(shape: tuple[int, int], rank: int | None, chosen_later: bool, form: str) -> int:
     """The rank, or break-even where the calibration chooses it; 0 for a dense layer."""
-    return shape[0] * shape[1] // sum(shape) if chosen_later else rank or 0
+    return break_even(shape, form) if chosen_later else rank or 0
 
 
 def _truncation_parts(shape: tuple[int, int], rank: int) -> Parts:

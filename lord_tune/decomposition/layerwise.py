@@ -15,7 +15,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from ..allocation import break_even
+from ..allocation import PLAIN, break_even
 from ..calibration.moments import InputStatistics, Moments
 from ..factorizations import (
     Factorization,
@@ -82,15 +82,14 @@ def analyse(
     calibration: Moments | None,
     heldout: InputStatistics | None,
     method: Projection,
-    whole_basis: bool,  # also the directions beyond break-even, which the loss weighs when they are dropped
+    limit: int | None,  # directions to keep; None: also those beyond break-even, which the loss weighs when dropped
 ) -> Analysis:
     """Basis and error curves at every rank."""
     start = time.perf_counter()
     chosen, solution, curves = _solve(weight, calibration, heldout, method, None)
     spectrum = solution.spectrum
-    keep = spectrum.basis.shape[1]
-    if not whole_basis:
-        keep = min(max(break_even((weight.shape[0], weight.shape[1])), 1), keep)
+    whole = spectrum.basis.shape[1]
+    keep = whole if limit is None else min(max(limit, 1), whole)
     kept = Spectrum(spectrum.basis[:, :keep].float().contiguous(), spectrum.energies, spectrum.centre)
     seconds = time.perf_counter() - start
     facts = Facts(
@@ -293,7 +292,7 @@ def _build(module: nn.Module, factors: Factors, parts: dict[str, Tensor] | None,
     dtype, bias = weight_of(module).dtype, bias_of(module)
     plan = choice.on(shape_of(module), dtype, bias is not None, is_transposed(module))
     assert factors.rank == plan.rank and (factors.bias_shift is None or plan.bias), "the method did as planned"
-    factors = balance(factors) if plan.left_format in DTYPES else factors
+    factors = balance(factors) if plan.left_format in DTYPES and plan.form == PLAIN else factors
     return build_layer(plan, factors, parts, bias, dtype)
 
 
@@ -314,4 +313,5 @@ def _record(layer: FactoredLinear, curves: dict[str, Tensor], rank: int, facts: 
         error_beyond_top=at.get("beyond_top"),
         shrinkage=facts["shrinkage"],
         inputs=facts["inputs"],
+        form=plan.form,
     )

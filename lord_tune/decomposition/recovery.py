@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..calibration.collect import BlockWalk
 from ..errors import LordError
-from ..layers import FactoredLinear, QuantizedLinear
+from ..layers import FactoredLinear, PivotedLinear, QuantizedLinear
 from ..parallel import Workers
 from .base import BlockRecovery
 
@@ -106,8 +106,9 @@ def _write(values: list[Tensor], contents: list[Tensor]) -> None:
 
 
 def _tunable(layer: FactoredLinear) -> list[nn.Linear]:
-    """The factors in a floating format; of components stored apart, these."""
-    pair = (layer.left, layer.right) if layer.top_left is None else (layer.top_left, layer.top_right)
+    """The factors in a floating format; of components stored apart, these; of pivoted ones C and B."""
+    left = layer.left.rest if isinstance(layer.left, PivotedLinear) else layer.left
+    pair = (left, layer.right) if layer.top_left is None else (layer.top_left, layer.top_right)
     return [] if not layer.rank or any(isinstance(factor, QuantizedLinear) for factor in pair) else list(pair)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import NotRequired, TypedDict
 
-from ..allocation import factor_cost
+import torch
+
+from ..allocation import PIVOTED, factor_cost
 from ..declared import Options
 from ..plans import LayerChoice
 from ..quantizers import DTYPES, make_quantizer
@@ -26,6 +28,9 @@ def stored_bytes(site: Site, choice: LayerChoice) -> int:
     backbone = choice.quantizer()
     if backbone is not None:
         total += sum(p.numel() * p.element_size() for p in backbone.empty(site.shape, "meta").values())
+    if plan.form == PIVOTED:
+        numbers = factor_cost(site.shape, plan.rank, PIVOTED) - plan.rank
+        return total + numbers * DTYPES[plan.left_format].itemsize + plan.rank * torch.int32.itemsize
     total += _factor_bytes(site.shape, plan.top_rank, plan.top_format, plan.top_options)
     return total + _factor_bytes(site.shape, plan.rank - plan.top_rank, plan.left_format, plan.factor_options)
 
@@ -70,7 +75,10 @@ def totals_of(
 ) -> Totals:
     factored = [record for record in records.values() if record.rank != "dense"]
     dense_numbers = sum(r.shape[0] * r.shape[1] for r in records.values())
-    kept = sum(r.shape[0] * r.shape[1] if isinstance(r.rank, str) else r.rank * sum(r.shape) for r in records.values())
+    kept = sum(
+        r.shape[0] * r.shape[1] if isinstance(r.rank, str) else factor_cost(r.shape, r.rank, r.form)
+        for r in records.values()
+    )
     return {
         "layers": len(records),
         "factored_layers": len(factored),

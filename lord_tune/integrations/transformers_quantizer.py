@@ -19,9 +19,11 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..allocation import PIVOTED, PLAIN
 from ..errors import CheckpointError
 from ..layers import (
     FactoredLinear,
+    PivotedLinear,
     QuantizedLinear,
     densify,
     factored_layers,
@@ -168,7 +170,8 @@ def realised_plan(layer: FactoredLinear) -> LayerPlan:
     """The plan with the rank and formats the layer's modules have now."""
     assert layer.left is not None and layer.right is not None, "factors are exposed; fold them first"
     plan = layer.plan
-    forms = [_form_of(factor) for factor in (layer.left, layer.right)]
+    left = layer.left.rest if isinstance(layer.left, PivotedLinear) else layer.left
+    forms = [_form_of(factor) for factor in (left, layer.right)]
     top_form = "fp32" if layer.top_right is None else _form_of(layer.top_right)
     top_rank = 0 if layer.top_right is None else layer.top_right.out_features
     return dataclasses.replace(
@@ -180,6 +183,7 @@ def realised_plan(layer: FactoredLinear) -> LayerPlan:
         top_rank=top_rank,
         top_format=top_form,
         top_options={} if top_form in DTYPES else plan.top_options,
+        form=PLAIN if left is layer.left else PIVOTED,
         bias=layer.bias is not None,
     )
 

@@ -2,6 +2,7 @@
 
 from .experts import expert_of, fuse, fuse_untouched, unfuse, unfused_parameters
 from .factored_linear import FactoredLinear, FrozenSum, Parts, build_layer, dense_factor
+from .pivoted import PivotedLinear, pivoted
 from .quantized_linear import CastLinear, QuantizedLinear, ZeroLinear, dequantize_once
 from .sentinels import sentinel, sentinels_of
 from .surgery import (
@@ -25,6 +26,7 @@ __all__ = [
     "FactoredLinear",
     "FrozenSum",
     "Parts",
+    "PivotedLinear",
     "QuantizedLinear",
     "ZeroLinear",
     "bias_of",
@@ -40,6 +42,7 @@ __all__ = [
     "fused_parameters",
     "is_linear",
     "is_transposed",
+    "pivoted",
     "plain_model",
     "select_linears",
     "sentinel",

@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..allocation import PIVOTED
 from ..declared import Options
 from ..errors import UsageError
 from ..factorizations import Factors
 from ..kept import Standin
 from ..plans import LayerPlan
 from ..quantizers import DTYPES, make_quantizer
+from .pivoted import PivotedLinear, pivoted
 from .quantized_linear import NO_WRITING, CastLinear, QuantizedLinear
 
 
@@ -40,6 +42,7 @@ class FactoredLinear(nn.Module):
     """A linear layer with weight W = Q + L R, children `left` (L), `right` (R) and, unless absent, `backbone` (Q).
 
     Where the first components are stored apart, `left` and `right` hold the others, `top_left` and `top_right` these.
+    Of the pivoted form, `right` is B and `left` a PivotedLinear.
     While PEFT trains the factors themselves, they live in the LoRA layer around the child `host` (which then holds the
     backbone or nothing) and `left`, `right`, `backbone` are None; see adapters/attach.py. In mode split only
     `top_left` and `top_right` move there. `route` is asked at every forward for other modules to use (of a disabled or
@@ -59,7 +62,13 @@ class FactoredLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         rest, options = plan.rank - plan.top_rank, plan.factor_options
         self.right: Any = _factor(self.in_features, rest, plan.right_format, options, device)
-        self.left: Any = _factor(rest, self.out_features, plan.left_format, options, device)
+        self.left: Any
+        if plan.form == PIVOTED:
+            self.left = PivotedLinear(
+                _factor(rest, self.out_features - rest, plan.left_format, options, device), device
+            )
+        else:
+            self.left = _factor(rest, self.out_features, plan.left_format, options, device)
         self.top_right: Any = None
         self.top_left: Any = None
         if plan.top_rank:
@@ -91,7 +100,7 @@ class FactoredLinear(nn.Module):
         """`weight`, with the adapters that are active and a gradient to what trains."""
         gradients = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(gradients):
-            own = (QuantizedLinear, CastLinear, type(None))  # not wrapped by an adapter
+            own = (QuantizedLinear, CastLinear, PivotedLinear, type(None))  # not wrapped by an adapter
             plain = self.host is None and self.route is None and all(isinstance(part, own) for part in self.parts())
             trains = gradients and any(p.requires_grad for p in self.parameters())
             if self.device.type == "meta":
@@ -149,8 +158,14 @@ class FactoredLinear(nn.Module):
         return torch.cat([dense_factor(self.top_left), left], 1), torch.cat([dense_factor(self.top_right), right])
 
     def set_factors(self, factors: Factors) -> None:
-        """Store L and R in the formats of the plan; parts that the method has rounded are taken over (rounding the
-        decoded values again may change the scales)."""
+        """Store L and R in the form and formats of the plan; parts that the method has rounded are taken over (rounding
+        the decoded values again may change the scales)."""
+        if isinstance(self.left, PivotedLinear):
+            rows, rest, chosen = pivoted(factors.left, factors.right)
+            self.left.set_rows(rows)
+            _store(self.left.rest, rest, None)
+            _store(self.right, chosen, None)
+            return
         _store(self.left, factors.left, factors.left_parts)
         _store(self.right, factors.right, factors.right_parts)
         if factors.top is not None:
@@ -195,6 +210,8 @@ def _factor(
 
 def dense_factor(factor: nn.Linear) -> Tensor:
     """The matrix a factor module stands for, float64."""
+    if isinstance(factor, PivotedLinear):
+        return factor.dense(torch.float64).detach()
     return factor.dequantize(torch.float64) if isinstance(factor, QuantizedLinear) else factor.weight.detach().double()
 
 
