@@ -26,7 +26,7 @@ def pivoted(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     left: (m, r), r <= m; right: (r, n). Where L has not the full rank r, the product is the same all the same.
     """
     rank = left.shape[1]
-    factored, swaps = torch.linalg.lu_factor(left.double())
+    factored, swaps, _ = torch.linalg.lu_factor_ex(left.double())  # a zero pivot does no harm here
     order = torch.arange(len(left), device=left.device)
     for i, j in enumerate(swaps.tolist()):  # row i was exchanged with row j - 1, one after the other
         order[[i, j - 1]] = order[[j - 1, i]]
