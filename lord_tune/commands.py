@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Unpack
 
 from .adapters.loading import load
+from .adapters.merging import needs_float32
 from .calibration.corpus import file_windows
 from .cards import decomposition_card, export_card, training_card
 from .config import DecomposeConfig, EvaluateConfig, ExportConfig, InspectConfig, PlanConfig, RunConfig, TrainConfig
@@ -323,6 +324,8 @@ def export(
     quiet()
     check_destination(Path(config.out), config.overwrite)
     loaded, tokenizer = load(config.model)
+    if needs_float32(loaded):
+        loaded, tokenizer = load(config.model, "float32")
     beside = companions_of(resolve_model(config.model))
     text = None if config.text is None else "\n\n".join(documents([config.text], tokenizer))
     command = command_line("export", config)

@@ -129,11 +129,7 @@ import sys, torch, transformers, peft
 from safetensors.torch import save_file, load_file
 base, adapter, ids, out, kind = sys.argv[1:]
 transformers.logging.disable_progress_bar()
-model = getattr(transformers, kind).from_pretrained(base, dtype=torch.float32).eval()
-for module in model.modules():
-    # on CPUs with AVX512-BF16 bitsandbytes would round the block scales to bfloat16 at the first evaluation
-    if hasattr(module, "support_avx512bf16_for_cpu"):
-        module.support_avx512bf16_for_cpu = False
+model = getattr(transformers, kind).from_pretrained(base)
 model = peft.PeftModel.from_pretrained(model, adapter).eval()
 assert "lord_tune" not in sys.modules
 with torch.no_grad():

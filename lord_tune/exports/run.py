@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from ..adapters.attach import mode_of
+from ..adapters.attach import has_adapters
 from ..adapters.fold import fold
 from ..errors import ExportMismatch, UsageError, unknown_name
 from ..integrations.companions import Companions
@@ -52,6 +52,11 @@ def export_model(
         raise UsageError(f"Got `dtype` {dtype!r}; expected one of {', '.join(DTYPE_NAMES)}.")
     plain = plain_model(model)
     if not factored_layers(plain):
+        if has_adapters(model):
+            raise UsageError(
+                f"The adapter's base model, {plain.name_or_path}, has no factored layers; fold the adapter by PEFT's "
+                "merge_and_unload, or decompose the base first and train an adapter on that."
+            )
         raise UsageError("The model has no factored layers; it is an ordinary checkpoint already.")
     export, model_dtype = EXPORTS[form], plain.dtype
     export.check(plain)
@@ -59,7 +64,7 @@ def export_model(
     check_vocabulary(plain, tokenizer, [ids])
     reference = outputs_of(model, ids)
     job = Job(tokenizer, folder, final or folder, dtype, ids)
-    written = export.write(fold(model) if mode_of(model) else plain, job)
+    written = export.write(fold(model) if has_adapters(model) else plain, job)
     if beside is not None:
         beside.copy(folder / export.model_folder)
     if card is not None:
