@@ -65,9 +65,6 @@ def prepare(tuner: BaseTuner, model: nn.Module, config: PeftConfig) -> None:
     config = tuner._prepare_adapter_config(config, tuner.get_model_config(model))
     _resolve_all_linear(model, config, layers)
     wanted = _targets(tuner, model, config)
-    whole = [name for name in wanted if name in layers]
-    if whole:
-        _check_whole(config, whole, wanted, layers)
     hosts = [name for name in wanted if name.endswith(".host") and name.removesuffix(".host") in layers]
     present = [n for n, y in layers.items() if isinstance(y.host, BaseTunerLayer)]
     if (present or hosts) and len(hosts) < len(wanted):
@@ -76,6 +73,9 @@ def prepare(tuner: BaseTuner, model: nn.Module, config: PeftConfig) -> None:
             f"The model has an adapter that is L and R of '{(present or hosts)[0]}' (mode factors or split), beside "
             f"which PEFT cannot wrap '{other}'; load the base model again for the other adapter."
         )
+    whole = [name for name in wanted if name in layers]
+    if whole:
+        _check_whole(config, whole, wanted, layers)
     if hosts:
         _check_hosts(model, config, hosts)
     for name in wanted:
