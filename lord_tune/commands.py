@@ -12,8 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
-from .adapters.loading import load
-from .adapters.merging import needs_float32
+from .adapters.loading import load, load_to_fold
 from .calibration.corpus import file_windows
 from .cards import decomposition_card, export_card, training_card
 from .config import DecomposeConfig, EvaluateConfig, ExportConfig, InspectConfig, PlanConfig, RunConfig, TrainConfig
@@ -323,9 +322,7 @@ def export(
         return show_plan(config)
     quiet()
     check_destination(Path(config.out), config.overwrite)
-    loaded, tokenizer = load(config.model)
-    if needs_float32(loaded):
-        loaded, tokenizer = load(config.model, "float32")
+    loaded, tokenizer = load_to_fold(config.model)
     beside = companions_of(resolve_model(config.model))
     text = None if config.text is None else "\n\n".join(documents([config.text], tokenizer))
     command = command_line("export", config)

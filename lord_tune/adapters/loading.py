@@ -17,6 +17,7 @@ from ..layers import FrozenSum, factored_layers, plain_model
 from ..protocols import CausalModel, Tokenizer
 from ..storage import read_json
 from .attach import FACTORS, LORA, SCALES, SPLIT, attach_factors, mode_of, wrap
+from .merging import needs_float32
 from .route import base_of
 
 _PARTS = {"left", "right", "top_left", "top_right"}
@@ -41,6 +42,12 @@ def load(name: str, dtype: str | None = None) -> tuple[CausalModel, Tokenizer]:
         tokenized = any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
         return load_adapter(base, folder), load_tokenizer(source if tokenized else origin)
     return load_dense_or_factored(source, dtype), load_tokenizer(source)
+
+
+def load_to_fold(name: str) -> tuple[CausalModel, Tokenizer]:
+    """`load`, in float32 where an adapter changes dense layers of 16 bits, which folding would round."""
+    model, tokenizer = load(name)
+    return load(name, "float32") if needs_float32(model) else (model, tokenizer)
 
 
 def load_adapter(model: CausalModel, folder: Path | str, adapter_name: str = "default") -> PeftModel:
