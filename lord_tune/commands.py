@@ -17,7 +17,7 @@ from .calibration.corpus import file_windows
 from .cards import decomposition_card, export_card, training_card
 from .config import DecomposeConfig, EvaluateConfig, ExportConfig, InspectConfig, PlanConfig, RunConfig, TrainConfig
 from .console import LiveTable, human_bytes, is_main_process, note, progress, say, show_table
-from .data.rows import documents
+from .data.texts import documents
 from .decomposition import Journal, Phase, Rates, decompose_checkpoint, is_block
 from .decomposition.decide import decide
 from .decomposition.sizes import totals_of

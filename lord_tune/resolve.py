@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from .allocation import ALLOCATORS
 from .calibration.corpus import token_windows
 from .config import DecomposeConfig, MethodConfig
-from .data.rows import documents, text_sha256
+from .data.texts import documents, text_sha256
 from .declared import Options, chosen, options_of
 from .decomposition import (
     Bits,

@@ -19,7 +19,8 @@ from lord_tune.calibration.collect import BlockWalk
 from lord_tune.calibration.corpus import file_windows, token_windows
 from lord_tune.calibration.moments import MomentAccumulator, SampleAccumulator, add_gram
 from lord_tune.calibration.sensitivity import output_sensitivity, whole_model_sensitivity
-from lord_tune.data.rows import documents, recognise
+from lord_tune.data.rows import recognise
+from lord_tune.data.texts import documents
 from lord_tune.decomposition import Survey
 from lord_tune.errors import CalibrationError, LordWarning, UsageError
 from lord_tune.factorizations import Core

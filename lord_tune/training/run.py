@@ -26,7 +26,7 @@ from ..memory import large_blocks_apart
 from ..storage import read_json, write_json
 from .arguments import DISTILL, DPO, TrainOptions
 from .checkpoints import defect, newest_complete
-from .data import chat_template, check_embedded, check_tokenized, prepare_rows, sample_spans
+from .data import chat_template, check_embedded, check_tokenized, other_template, prepare_rows, sample_spans
 from .distillation import LiveTeacher, check_head
 from .memory import FirstStep, TrainingPeak
 from .modes import expose, teacher_source, trained_kind
@@ -71,12 +71,12 @@ def train_model(
     if options.objective != "sft" and kind != "causal":
         raise UsageError(f"objective: {options.objective} needs a model that predicts the next token; use sft.")
     teacher = teacher_source(options) if options.objective == DISTILL else None
-    rows, form = _rows(options.dataset_name, options.dataset_train_split, options, tokenizer)
+    rows, form = _rows(options.dataset_name, options.dataset_train_split, options, arguments, tokenizer)
     notify("data", {"rows": len(rows), "format": str(form), "source": options.dataset_name})
     held = None
     if options.eval_dataset_name or options.dataset_test_split:
         name = options.eval_dataset_name or options.dataset_name
-        held, _ = _rows(name, options.dataset_test_split or "train", options, tokenizer)
+        held, _ = _rows(name, options.dataset_test_split or "train", options, arguments, tokenizer)
     set_seed(arguments.seed)  # before adapters are drawn; the trainer seeds again
     exposed = expose(model, options)
     notify("coverage", coverage(exposed))
@@ -153,11 +153,16 @@ def check_experts(model: nn.Module, arguments: TrlConfig) -> None:
             )
 
 
-def _rows(source: str, split: str, options: TrainOptions, tokenizer: Tokenizer) -> tuple[Dataset, RowFormat]:
+def _rows(
+    source: str, split: str, options: TrainOptions, arguments: TrlConfig, tokenizer: Tokenizer
+) -> tuple[Dataset, RowFormat]:
     config = options.dataset_config if source == options.dataset_name else None
     if options.objective == DPO:
-        return prepare_pairs(source, split, config, tokenizer), RowFormat("prompt + chosen + rejected")
-    return prepare_rows(source, split, config, tokenizer)
+        return prepare_pairs(source, split, config, tokenizer), RowFormat("pairs", "prompt")
+    text = getattr(arguments, "dataset_text_field", "text")
+    template = other_template(getattr(arguments, "chat_template_path", None))
+    assistant_only = getattr(arguments, "assistant_only_loss", False)
+    return prepare_rows(source, split, config, tokenizer, text, template, assistant_only)
 
 
 def _checkpoint(output: Path, arguments: TrlConfig) -> tuple[Path | None, dict[Path, str]]:
