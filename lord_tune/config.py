@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .declared import chosen, options_of
 from .errors import UsageError, unknown_name
 from .options import FORMAT_KEYS, METHOD_KEYS, Allocation, Export, Method, MethodOptions, Quantized
+from .yaml_files import expand_home
 
 
 class RunConfig(BaseModel):
@@ -37,7 +38,7 @@ class RunConfig(BaseModel):
                 if key not in known and key not in cls.model_fields:
                     raise unknown_name("key", key, known)
         try:
-            record = cls(**values)
+            record = cls(**expand_home(dict(values)))
         except ValidationError as error:
             first = error.errors()[0]
             name = str(first["loc"][0]) if first["loc"] else "config"

@@ -103,7 +103,7 @@ def usable(
     """
     chat: bool | None = None  # as the first usable row is; trl asks this row alone
     left_out, first = 0, ""
-    for index, row in enumerate(_iterate(rows)):
+    for index, row in enumerate(_iterate(rows, source)):
         try:
             values = in_columns_of_trl(row, form)
             kind = isinstance(values[form.columns[-1]], list)
@@ -147,11 +147,28 @@ def in_trl_columns(rows: Dataset, form: RowFormat, kept: list[int]) -> Dataset:
     return taken.map(in_columns_of_trl, fn_kwargs={"form": form}, **options)
 
 
-def _iterate(rows: Dataset) -> Iterator[Row]:
-    for batch in rows.iter(_BATCH):
-        names = list(batch)
-        for values in zip(*batch.values(), strict=True):
-            yield dict(zip(names, values, strict=True))
+def _iterate(rows: Dataset, source: str) -> Iterator[Row]:
+    """All rows; UsageError for one whose bytes are no text: pyarrow's reader of JSON looks at them here only."""
+    start = 0
+    try:
+        for batch in rows.iter(_BATCH):
+            names = list(batch)
+            for values in zip(*batch.values(), strict=True):
+                yield dict(zip(names, values, strict=True))
+                start += 1
+    except UnicodeDecodeError as error:
+        while _decodes(rows, start):
+            start += 1
+        raise UsageError(
+            f"Row {start + 1} of '{source}' is not UTF-8 text; convert it (for example with iconv)."
+        ) from error
+
+
+def _decodes(rows: Dataset, index: int) -> bool:
+    try:
+        return rows[index] is not None
+    except UnicodeDecodeError:
+        return False
 
 
 def in_columns_of_trl(row: Row, form: RowFormat) -> Row:
