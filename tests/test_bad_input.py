@@ -457,7 +457,7 @@ WRONG_CALLS: list[Case] = [
     ("quantized already", _config(_quantized), "is quantized (bitsandbytes); start from the original dense model"),
     ("partial folder of others", _occupied_partial, "move it away"),
     ("calibration text empty", lambda w: w.decompose(text=w.file("a.txt", "")), "give files with text in them"),
-    ("calibration rows blank", lambda w: w.decompose(text=_bad_rows({"text": " \n"})(w)), "row 1: `text` is blank"),
+    ("calibration rows blank", lambda w: w.decompose(text=_bad_rows({"text": " \n"})(w)), "row 1: 'text' is blank"),
     ("calibration on chat", lambda w: w.decompose(text=chat(w)), "give plain text"),
     ("dataset of other columns", lambda w: w.train(rows=unknown_columns(w)), "Rename the columns"),
     ("calibration of other columns", lambda w: w.decompose(text=unknown_columns(w)), "Rename the columns"),

@@ -392,7 +392,7 @@ def test_documents_of_every_kind_of_file(tmp_path):
     import datasets
 
     datasets.Dataset.from_list([{"prompt": "p", "completion": "c"}]).to_parquet(tmp_path / "d.parquet")
-    with pytest.warns(LordWarning, match="row 2: `text` is blank"):
+    with pytest.warns(LordWarning, match="row 2: 'text' is blank"):
         found = documents([str(tmp_path / name) for name in ("a.txt", "b.jsonl", "c.json", "d.parquet")])
     assert found[0] == "plain" and "### Input:\n1 2" in found[1] and found[1].endswith("3")
     assert found[2:] == ["row", "pc"]  # the blank row is left out

@@ -62,56 +62,56 @@ LATIN = "café ".encode("latin-1") * 99
 # warning says of rows or files that are left out
 CASES: dict[str, tuple[str, Content, list[str] | str, str]] = {
     "null": ("a.jsonl", jsonl(GOOD, {"text": None}), [WHOLE], "1 of 2 rows of"),
-    "null, named": ("a.jsonl", jsonl(GOOD, {"text": None}), [WHOLE], "row 2: `text` is null, expected text"),
-    "number": ("a.jsonl", jsonl(GOOD, {"text": 7}), [WHOLE], "row 2: `text` is a number"),
+    "null, named": ("a.jsonl", jsonl(GOOD, {"text": None}), [WHOLE], "row 2: 'text' is null, expected text"),
+    "number": ("a.jsonl", jsonl(GOOD, {"text": 7}), [WHOLE], "row 2: 'text' is a number"),
     "numbers alone": ("a.jsonl", jsonl({"text": 1}, {"text": 2.5}), "None of the 2 rows of", ""),
-    "text that is a number": ("a.jsonl", jsonl({"text": "7" * 90}, {"text": 7}), ["7" * 90], "row 2: `text`"),
-    "list": ("a.jsonl", jsonl(GOOD, {"text": ["a"]}), [WHOLE], "row 2: `text` is a list"),
-    "empty text": ("a.jsonl", jsonl({"text": ""}, GOOD), [WHOLE], "row 1: `text` is empty"),
-    "blank text": ("a.jsonl", jsonl({"text": " \n"}, GOOD), [WHOLE], "row 1: `text` is blank"),
-    "key missing": ("a.jsonl", jsonl(GOOD, {"id": 1}), [WHOLE], "row 2: `text` is null"),
-    "null in Parquet": ("a.parquet", parquet, [WHOLE], "row 1: `text` is null"),
+    "text that is a number": ("a.jsonl", jsonl({"text": "7" * 90}, {"text": 7}), ["7" * 90], "row 2: 'text'"),
+    "list": ("a.jsonl", jsonl(GOOD, {"text": ["a"]}), [WHOLE], "row 2: 'text' is a list"),
+    "empty text": ("a.jsonl", jsonl({"text": ""}, GOOD), [WHOLE], "row 1: 'text' is empty"),
+    "blank text": ("a.jsonl", jsonl({"text": " \n"}, GOOD), [WHOLE], "row 1: 'text' is blank"),
+    "key missing": ("a.jsonl", jsonl(GOOD, {"id": 1}), [WHOLE], "row 2: 'text' is null"),
+    "null in Parquet": ("a.parquet", parquet, [WHOLE], "row 1: 'text' is null"),
     "empty answer": (
         "a.jsonl",
         jsonl({"prompt": "p", "completion": ""}, {"prompt": "", "completion": WHOLE}),
         [WHOLE],
-        "row 1: `completion` is empty",
+        "row 1: 'completion' is empty",
     ),
     "number as input": (
         "a.jsonl",
         jsonl({"instruction": "i", "input": 1, "output": WHOLE}, {"instruction": "i", "input": None, "output": WHOLE}),
         [f"### Instruction:\ni\n\n### Response:\n{WHOLE}"],
-        "row 1: `input` is a number",
+        "row 1: 'input' is a number",
     ),
     "prompt text, answer list": (
         "a.jsonl",
         jsonl({"prompt": "p", "completion": [user("x")]}, {"prompt": "p", "completion": WHOLE}),
         ["p" + WHOLE],
-        "row 1: `prompt` is text and `completion` is a list",
+        "row 1: 'prompt' is text and 'completion' is a list",
     ),
     "chats among texts": (
         "a.jsonl",
         jsonl({"prompt": "p", "completion": WHOLE}, {"prompt": [user("a")], "completion": [user("b")]}),
         ["p" + WHOLE],
-        "row 2: `completion` holds messages, and that of earlier rows text",
+        "row 2: 'completion' holds messages, and that of earlier rows text",
     ),
-    "empty conversation": ("a.jsonl", jsonl(CHAT, said()), [CHAT_TEXT], "row 2: `messages` is empty"),
-    "conversation as text": ("a.jsonl", jsonl(CHAT, {"messages": "hi"}), [CHAT_TEXT], "row 2: `messages` is text"),
-    "turn as text": ("a.jsonl", jsonl(CHAT, said("hi")), [CHAT_TEXT], "row 2: message 1 of `messages` is text"),
+    "empty conversation": ("a.jsonl", jsonl(CHAT, said()), [CHAT_TEXT], "row 2: 'messages' is empty"),
+    "conversation as text": ("a.jsonl", jsonl(CHAT, {"messages": "hi"}), [CHAT_TEXT], "row 2: 'messages' is text"),
+    "turn as text": ("a.jsonl", jsonl(CHAT, said("hi")), [CHAT_TEXT], "row 2: message 1 of 'messages' is text"),
     "turn without content": (
         "a.jsonl",
         jsonl(CHAT, said({"role": "user"})),
         [CHAT_TEXT],
-        "message 1 of `messages` has no",
+        "message 1 of 'messages' has no",
     ),
-    "turn without role": ("a.jsonl", jsonl(CHAT, said({"content": "x"})), [CHAT_TEXT], "of `messages` has no role"),
+    "turn without role": ("a.jsonl", jsonl(CHAT, said({"content": "x"})), [CHAT_TEXT], "of 'messages' has no role"),
     "content a number": ("a.jsonl", jsonl(CHAT, said(user(5))), [CHAT_TEXT], "has a number as its content"),
-    "nobody says anything": ("a.jsonl", jsonl(CHAT, said(user(""))), [CHAT_TEXT], "no message of `messages` says"),
+    "nobody says anything": ("a.jsonl", jsonl(CHAT, said(user(""))), [CHAT_TEXT], "no message of 'messages' says"),
     "image": (
         "a.jsonl",
         jsonl(CHAT, said(user([{"type": "image"}, {"type": "text", "text": "what?"}]))),
         [CHAT_TEXT],
-        "row 2: message 1 of `messages` holds a part of type image, but only text is read",
+        "row 2: message 1 of 'messages' holds a part of type image, but only text is read",
     ),
     "images alone": (
         "a.jsonl",
@@ -132,8 +132,8 @@ CASES: dict[str, tuple[str, Content, list[str] | str, str]] = {
         [CHAT_TEXT],
         "row 2: the chat template does not take it: no narrators",
     ),
-    "tools that are not JSON": ("a.jsonl", jsonl(CHAT | {"tools": "[x"}), "`tools` is text but not JSON", ""),
-    "tools a mapping": ("a.jsonl", jsonl(CHAT | {"tools": {"a": 1}}), "`tools` is a mapping, expected a list", ""),
+    "tools that are not JSON": ("a.jsonl", jsonl(CHAT | {"tools": "[x"}), "'tools' is text but not JSON", ""),
+    "tools a mapping": ("a.jsonl", jsonl(CHAT | {"tools": {"a": 1}}), "'tools' is a mapping, expected a list", ""),
     "no options of the template": (
         "a.jsonl",
         jsonl(CHAT | {"chat_template_kwargs": {"a": 1}}, CHAT | {"chat_template_kwargs": None}),
@@ -156,7 +156,7 @@ CASES: dict[str, tuple[str, Content, list[str] | str, str]] = {
     "gzip cut off": ("a.jsonl.gz", gzip.compress(jsonl(*[GOOD] * 99))[:-20], "could not be unpacked", ""),
     "gzip that is none": ("a.txt.gz", WHOLE.encode(), "could not be unpacked", ""),
     "CSV keeps text": ("a.csv", b'text,n\n0012,1\nNA,2\n"a\nb",3\n', ["0012", "NA", "a\nb"], ""),
-    "CSV empty field": ("a.csv", b"text,n\nabc,1\n,2\n", ["abc"], "row 2: `text` is empty"),
+    "CSV empty field": ("a.csv", b"text,n\nabc,1\n,2\n", ["abc"], "row 2: 'text' is empty"),
     "CSV with a field too many": ("a.csv", b"text,n\na,1\nb,2,3\n", "line 3", ""),
     "CSV with two columns of a name": ("a.csv", b"text,text\na,b\n", "two columns named 'text'", ""),
     "TSV": ("a.tsv", b"prompt\tcompletion\np, \tc\n", ["p, c"], ""),
@@ -274,10 +274,10 @@ def test_odd_rows_are_taken_told_of_or_refused_everywhere_alike(case, tmp_path, 
 A, B = [{"role": "assistant", "content": "a"}], [{"role": "assistant", "content": "b"}]
 PAIR = {"prompt": "p", "chosen": "good", "rejected": "bad"}
 PAIRS: dict[str, tuple[list[dict[str, Any]], int | str, str]] = {
-    "null": ([PAIR, PAIR | {"rejected": None}], 1, "row 2: `rejected` is null"),
-    "empty": ([PAIR, PAIR | {"chosen": ""}], 1, "row 2: `chosen` is empty"),
-    "the same": ([PAIR, PAIR | {"rejected": "good"}], 1, "row 2: `chosen` and `rejected` are the same"),
-    "kinds": ([PAIR | {"chosen": A, "rejected": B}], "row 1: `prompt` is text and `chosen` is a list", ""),
+    "null": ([PAIR, PAIR | {"rejected": None}], 1, "row 2: 'rejected' is null"),
+    "empty": ([PAIR, PAIR | {"chosen": ""}], 1, "row 2: 'chosen' is empty"),
+    "the same": ([PAIR, PAIR | {"rejected": "good"}], 1, "row 2: 'chosen' and 'rejected' are the same"),
+    "kinds": ([PAIR | {"chosen": A, "rejected": B}], "row 1: 'prompt' is text and 'chosen' is a list", ""),
     "prompt inside": ([{"chosen": [user("q"), *A], "rejected": [user("q"), *B]}], 1, ""),
     "no prompt": ([{"chosen": A, "rejected": B}], "begin differently", ""),
     "image": ([{"prompt": [user([{"type": "image"}])], "chosen": A, "rejected": B}], "part of type image", ""),
@@ -304,7 +304,7 @@ def test_rows_that_sft_cannot_use_are_refused_or_left_out(tmp_path):
     )
     with pytest.raises(UsageError, match="set objective: dpo"):
         prepare_rows(pairs, "train", None, tokenizer)
-    with pytest.warns(LordWarning, match="row 1: no message of `messages` is an assistant's"):
+    with pytest.warns(LordWarning, match="row 1: no message of 'messages' is an assistant's"):
         rows, _ = prepare_rows(chats, "train", None, tokenizer, assistant_only=True)
     assert len(rows) == 1
     with pytest.raises(UsageError, match="assistant_only_loss needs chats"):

@@ -415,7 +415,7 @@ def test_dpo_refuses_what_it_cannot_use(base, bert_dir, rows, tmp_path):
         train(base, rows, tmp_path / "run", objective="dpo")
     mixed = write_rows(tmp_path / "mixed.jsonl", [{"prompt": "a", "chosen": [{"role": "user", "content": "b"}],
                                                    "rejected": [{"role": "user", "content": "c"}]}])  # fmt: skip
-    with pytest.raises(UsageError, match="row 1: `prompt` is text and `chosen` is a list"):
+    with pytest.raises(UsageError, match="row 1: 'prompt' is text and 'chosen' is a list"):
         train(base, mixed, tmp_path / "run", objective="dpo")
     lord_tune.decompose(str(bert_dir), str(tmp_path / "bert"), rank=4, method="svd")
     for objective in ("dpo", "distill"):

@@ -51,7 +51,7 @@ class RowFormat:
 
 
 class Unusable(Exception):
-    """Why a row is left out, with its column in backquotes."""
+    """Why a row is left out, with its column in quotes; backquotes are for options."""
 
 
 def recognise(columns: Iterable[str], text: str = "text") -> RowFormat:
@@ -109,7 +109,7 @@ def usable(
             kind = isinstance(values[form.columns[-1]], list)
             if chat is not None and kind != chat:
                 here, there = ("messages", "text") if kind else ("text", "messages")
-                raise Unusable(f"`{form.columns[-1]}` holds {here}, and that of earlier rows {there}")
+                raise Unusable(f"'{form.columns[-1]}' holds {here}, and that of earlier rows {there}")
             found = check(values, kind)
         except Unusable as reason:
             left_out, first = left_out + 1, first or f"row {index + 1}: {reason}"
@@ -191,7 +191,7 @@ def _answered(row: Row, form: RowFormat) -> Row:
     if form.prompt == "instruction":
         extra = row.get("input")
         if extra is not None and not isinstance(extra, str):
-            raise Unusable(f"`input` is {_kind(extra)}, expected text")
+            raise Unusable(f"'input' is {_kind(extra)}, expected text")
         instruction, answer = _words(prompt, "instruction"), _words(completion, form.completion)
         return {"prompt": alpaca_prompt(instruction, extra), "completion": answer}
     _same_kind({form.prompt: prompt, form.completion: completion})
@@ -209,13 +209,13 @@ def _pair(row: Row, form: RowFormat) -> Row:
         elif name != "prompt":
             _words(value, name)
     if values["chosen"] == values["rejected"]:
-        raise Unusable("`chosen` and `rejected` are the same")
+        raise Unusable("'chosen' and 'rejected' are the same")
     if not form.prompt and isinstance(values["chosen"], list) and values["chosen"][0] != values["rejected"][0]:
-        raise Unusable("`chosen` and `rejected` begin differently, so there is no prompt")
+        raise Unusable("'chosen' and 'rejected' begin differently, so there is no prompt")
     if not form.prompt and isinstance(values["chosen"], list):
         short, long = sorted((values["chosen"], values["rejected"]), key=len)
         if long[: len(short)] == short:
-            raise Unusable("one of `chosen` and `rejected` begins with all of the other")
+            raise Unusable("one of 'chosen' and 'rejected' begins with all of the other")
     return values
 
 
@@ -223,34 +223,34 @@ def _same_kind(values: Row) -> None:
     """Text all, or lists of messages all."""
     for name, value in values.items():
         if not isinstance(value, str | list):
-            raise Unusable(f"`{name}` is {_kind(value)}, expected text or a list of messages")
+            raise Unusable(f"'{name}' is {_kind(value)}, expected text or a list of messages")
     if len({isinstance(value, list) for value in values.values()}) > 1:
-        raise Unusable(" and ".join(f"`{name}` is {_kind(value)}" for name, value in values.items()))
+        raise Unusable(" and ".join(f"'{name}' is {_kind(value)}" for name, value in values.items()))
 
 
 def _words(value: object, column: str) -> str:
     """Text with something in it."""
     if not isinstance(value, str):
-        raise Unusable(f"`{column}` is {_kind(value)}, expected text")
+        raise Unusable(f"'{column}' is {_kind(value)}, expected text")
     if not value.strip():
-        raise Unusable(f"`{column}` is {'blank' if value else 'empty'}")
+        raise Unusable(f"'{column}' is {'blank' if value else 'empty'}")
     return value
 
 
 def _messages(value: object, column: str) -> list[Row]:
     """A conversation in which somebody says something; ShareGPT's keys become `role` and `content`, as trl does it."""
     if not isinstance(value, list):
-        raise Unusable(f"`{column}` is {_kind(value)}, expected a list of messages")
+        raise Unusable(f"'{column}' is {_kind(value)}, expected a list of messages")
     if not value:
-        raise Unusable(f"`{column}` is empty")
+        raise Unusable(f"'{column}' is empty")
     found = [_message(turn, column, number) for number, turn in enumerate(value, 1)]
     if not any(_says_something(turn) for turn in found):
-        raise Unusable(f"no message of `{column}` says anything")
+        raise Unusable(f"no message of '{column}' says anything")
     return found
 
 
 def _message(turn: object, column: str, number: int) -> Row:
-    where = f"message {number} of `{column}`"
+    where = f"message {number} of '{column}'"
     if not isinstance(turn, dict):
         raise Unusable(f"{where} is {_kind(turn)}, expected role and content")
     if column == "conversations":
@@ -289,16 +289,16 @@ def _beside(value: object, column: str) -> object:
     """`tools`: a list of them, or its JSON; `chat_template_kwargs`: a mapping. null is none of them."""
     if column == "chat_template_kwargs":
         if value is not None and not isinstance(value, dict):
-            raise Unusable(f"`{column}` is {_kind(value)}, expected a mapping")
+            raise Unusable(f"'{column}' is {_kind(value)}, expected a mapping")
         return value or {}
     tools = value
     if isinstance(value, str):
         try:
             tools = json.loads(value)
         except ValueError:
-            raise Unusable(f"`{column}` is text but not JSON") from None
+            raise Unusable(f"'{column}' is text but not JSON") from None
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise Unusable(f"`{column}` is {_kind(tools)}, expected a list of tools")
+        raise Unusable(f"'{column}' is {_kind(tools)}, expected a list of tools")
     return value
 
 

@@ -65,7 +65,7 @@ def prepare_rows(
             raise UsageError(f"assistant_only_loss needs chats, and '{source}' holds {form} as text; remove it.")
         turns = [turn for name in form.columns for turn in row[name]] if chat else []
         if assistant_only and not any(turn["role"] == "assistant" for turn in turns):
-            raise Unusable(f"no message of `{form.columns[-1]}` is an assistant's")
+            raise Unusable(f"no message of '{form.columns[-1]}' is an assistant's")
         return text_of(row, chat)
 
     kept = [index for index, _, _ in usable(rows, form, source, check)]
