@@ -3,6 +3,7 @@ every run makes of its own walk."""
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from lord_tune.calibration import handed
 from lord_tune.calibration.blocks import Blocks, first_input
 from lord_tune.calibration.collect import BlockWalk
 from lord_tune.calibration.sensitivity import output_sensitivity
+from lord_tune.decomposition import survey as surveying
 from lord_tune.decomposition.survey import survey
 from lord_tune.errors import CalibrationError, LordWarning, UsageError
+from lord_tune.integrations.checkpoint import skeleton
 from lord_tune.integrations.models import load_dense_or_factored
 from lord_tune.integrations.running import run_model, task_of
 
@@ -252,3 +255,32 @@ def test_a_model_whose_end_uses_more_than_the_last_block_is_stopped(llama_dir, r
         lord_tune.decompose(
             str(llama_dir), str(tmp_path / "out"), calibration=[str(rows_file)], backbone="nf4", rank=4, **TEXT
         )
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "Switch" not in name and "DeepseekV4" not in name])
+def test_a_skeleton_without_values_tells_what_will_be_followed(name):
+    model = build(name)
+    with torch.device("meta"):
+        shape = type(model)(model.config).eval()
+    needs = {n: p.requires_grad for n, p in shape.named_parameters()}
+    found = survey(shape, None, None, run_model)
+    reason = CASES[name][0]  # not of the two whose routing of experts needs values
+    assert (reason in found.follows) if reason else found.follows == ON
+    assert {n: p.requires_grad for n, p in shape.named_parameters() if n in needs} == needs
+    assert any("stay in memory" in note for note in found.notes()) == bool(reason)
+
+
+def test_plan_counts_the_parts_that_stay_in_memory(tmp_path, monkeypatch):
+    save_tiny(build("Gemma4ForCausalLM"), tmp_path / "m")
+    phases, said = [], []
+    for follows in (True, False):
+        if not follows:
+            monkeypatch.setattr(surveying, "foreseen", lambda *given: "")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            phases.append(lord_tune.plan(str(tmp_path / "m"), rank=4)["phases"])
+        said.append(any("stay in memory" in str(one.message) for one in caught))
+    shape = skeleton(str(tmp_path / "m"))
+    outside = [p for name, p in shape.named_parameters() if "layers." not in name]  # its head is tied to the embedding
+    assert phases[0]["writing"] - phases[1]["writing"] == sum(p.numel() * p.element_size() for p in outside)
+    assert said == [True, False]

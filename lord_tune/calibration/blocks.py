@@ -106,6 +106,9 @@ def _text_lists(model: nn.Module) -> list[tuple[str, dict[str, nn.Module]]]:
 class AnyScalar(TorchDispatchMode):
     """A number for whoever asks a tensor without values for one: masks and packed sequences are looked for by value."""
 
+    def __init__(self) -> None:  # torch's has no types
+        super().__init__()
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return True if args[0].dtype == torch.bool else 1

@@ -11,18 +11,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import LordError
 from ..kept import Kept
-from .blocks import Forward, Stop, hidden_argument, hidden_of, replaced_forward
+from .blocks import AnyScalar, Blocks, Forward, Run, Stop, hidden_argument, hidden_of, replaced_forward
 from .route import Ground, Loss
 from .states import StateFile, StateWriter
 from .trees import mapped, same, tensors
 
 Call = tuple[tuple[object, ...], dict[str, object]]  # arguments without the hidden states
+
+
+_REPEATED = "a block runs more than once"
+_DIFFERENT = "arguments of its blocks differ between windows"
 
 
 class NotHandedOn(Exception):
@@ -54,23 +59,23 @@ class HandedOn:
     @torch.no_grad()
     def resume(self) -> None:
         for stream, window in self._ground.examples.items():
-            self._calls[stream] = self._watched(window, learn=True).calls
+            self._calls[stream] = self.watched(window, learn=True).calls
 
     @torch.no_grad()
     def start(self) -> None:
         if any(self._blocks.runs(index) > 1 for index in range(len(self._blocks.modules))):
-            raise NotHandedOn("a block runs more than once")
+            raise NotHandedOn(_REPEATED)
         self.resume()
         for stream, windows in self._ground.windows.items():
             with StateWriter(self._ground.file("states", stream, 0)) as target:
                 for window in windows:
-                    found = self._watched(window[None])
+                    found = self.watched(window[None])
                     if not same(found.calls, self._calls[stream]):
-                        raise NotHandedOn("arguments of its blocks differ between windows")
+                        raise NotHandedOn(_DIFFERENT)
                     assert found.first is not None
                     target.append(found.first)
 
-    def _watched(self, window: Tensor, learn: bool = False) -> _Watch:
+    def watched(self, window: Tensor, learn: bool = False) -> _Watch:
         """With `learn`, block 0 runs for real, to know the form of a block's output."""
         watch = _Watch()
         last = len(self._blocks.modules) - 1
@@ -230,3 +235,35 @@ def _filled(args: Sequence[object], hidden: Tensor) -> list[object]:
 
 def _filled_names(kwargs: Mapping[str, object], hidden: Tensor) -> dict[str, object]:
     return {key: hidden if value is _HIDDEN else value for key, value in kwargs.items()}
+
+
+def foreseen(model: nn.Module, blocks: Blocks, run: Run) -> str:
+    """What HandedOn will refuse of a model, as far as a pass tells in which tensors may have no values (a skeleton on
+    the meta device); "" where nothing is seen."""
+    if any(blocks.runs(index) > 1 for index in range(len(blocks.modules))):
+        return _REPEATED
+    route = HandedOn(Ground(model, blocks, run, Path(), 0, {}))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ids = torch.ones(1, 8, dtype=torch.long, device=next(model.parameters()).device)
+
+    def follow(module: nn.Module, args: tuple[object, ...], output: Tensor) -> Tensor:  # the text, by its gradient
+        given = args[0] if args else None
+        told = isinstance(given, Tensor) and given.shape == ids.shape
+        return output.detach().requires_grad_(True) if told else output
+
+    hooks = [m.register_forward_hook(follow) for m in model.modules() if isinstance(m, nn.Embedding)]
+    try:
+        model.requires_grad_(False)
+        with torch.enable_grad(), AnyScalar():
+            calls = route.watched(ids, learn=True).calls
+    except NotHandedOn as found:
+        return "" if found.__cause__ is not None else str(found)  # computing without values may fail in any way
+    except Exception:  # in block 0
+        return ""
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter in trained:
+            parameter.requires_grad_(True)
+    told = any(tensor.requires_grad or tensor is ids for _, tensor in tensors(calls))
+    return _DIFFERENT if told else ""

@@ -16,6 +16,9 @@ Peak memory above what the process holds already is the largest of
     writing      block + bases + factors + one layer's truncation (and what calibrating needs, if it happens here)
     recovering   block + factors + 20 bytes per number of L and R + three times one window's activations
 
+Where the blocks do not only hand their hidden states on (calibration/replay.py), the weights outside the blocks without
+the output head stay in memory from calibrating on.
+
 The layer at hand, in float64 matrices that live together; m = out in, k = min(out, in), f = rank (out + in):
 
     solution     (wide: out <= in) W, then rows of its curves, 2.5 m + 6 k^2;  (tall) rotation and basis, 2 m + 8.5 k^2
@@ -122,6 +125,7 @@ def estimate_run(
         grams = sum(8 * width * width + min(4 * text.heldout * width, 8 * width * width) for width in inputs)
         window = text.length * (sum(shapes[n][0] for n in layers) + 4 * max(inputs, default=0)) * max(element, 4)
     phases = {}
+    resident = 0  # of the parts outside the blocks, while blocks are calibrated
     if calibrated:
         head = model.get_output_embeddings()
         own = (
@@ -130,6 +134,7 @@ def estimate_run(
             else {id(p) for p in head.parameters()} - {id(p) for p in model.get_input_embeddings().parameters()}
         )
         head_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) in own)
+        resident = rest_bytes - head_bytes if survey.follows else 0
         phases["start"] = rest_bytes - head_bytes + block_bytes[widest] + window
         if on_cpu:  # a page map while it is read
             phases["start"] += max((s for n, s in size.items() if n not in inside), default=0)
@@ -139,7 +144,7 @@ def estimate_run(
         at_hand = max(window, at_hand)  # the activations are gone by then
     else:
         at_hand += window
-    work = block_bytes[widest] + grams + at_hand
+    work = resident + block_bytes[widest] + grams + at_hand
     if ranks is None:
         phases["calibrating"] = work
     vocabulary = max((t.shape[0] for n, t in tensors.items() if t.dim() == 2 and n not in inside), default=0)
@@ -150,16 +155,16 @@ def estimate_run(
         share = text.sensitivity_length / max(text.length, 1)
         phases["sensitivity"] = max(
             rest_bytes + 5 * 4 * text.sensitivity_length * vocabulary,
-            block_bytes[widest] + bases + int(3 * share * window),
+            resident + block_bytes[widest] + bases + int(3 * share * window),
         )
     cut = _together([_truncation_parts(shapes[n], kept_ranks[n]) for n in layers], mapped)
     again = ranks is not None or sequential or rounds  # the writing pass calibrates
-    phases["writing"] = work if again else block_bytes[widest] + bases + factors + cut
+    phases["writing"] = work if again else resident + block_bytes[widest] + bases + factors + cut
     phases["rest"] = rest_bytes
     if request.recovery is not None:
         # beside the block: float32 L and R, gradients, Adam's moments, the best so far; activations with gradients
         tuned = sum(20 * factor_cost(shapes[n], kept_ranks[n]) for n in layers)
-        phases["recovering"] = block_bytes[widest] + factors + tuned + 3 * window
+        phases["recovering"] = resident + block_bytes[widest] + factors + tuned + 3 * window
 
     scratch = 0
     hidden = min((min(shapes[n]) for n in layers), default=0)

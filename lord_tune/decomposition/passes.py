@@ -120,14 +120,16 @@ class Passes:
         if walk.whole_forward and self._resident is None:
             self._resident = Loaded(self.source, rest, self.model)
             self._resident.__enter__()
-            size = sum(p.numel() * p.element_size() for p in self.model.parameters() if not p.is_meta)
-            follows = self.journal.steps[start_of(phase)]["follows"]
-            warnings.warn(
-                f"The blocks do not only hand their hidden states on ({follows}), so the model's own forward is "
-                f"followed: parts outside the blocks, {human_bytes(size)}, stay in memory beside what plan foresees.",
-                LordWarning,
-                stacklevel=2,
-            )
+            if not self.survey.follows:
+                size = sum(p.numel() * p.element_size() for p in self.model.parameters() if not p.is_meta)
+                follows = self.journal.steps[start_of(phase)]["follows"]
+                warnings.warn(
+                    f"The blocks do not only hand their hidden states on ({follows}), so the model's own forward is "
+                    f"followed: parts outside the blocks, {human_bytes(size)}, stay in memory beside what plan "
+                    "foresees.",
+                    LordWarning,
+                    stacklevel=2,
+                )
         return walk
 
     @contextmanager

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..calibration.blocks import Blocks, Run, find_blocks, observe, whole_model
+from ..calibration.handed import foreseen
 from ..calibration.reads import OutsideReads
 from ..layers import SHARED, fuse_untouched, fused_parameters, is_linear, select_linears, unfuse
 from ..sites import Site
@@ -23,6 +24,7 @@ class Survey:
     blocks: Blocks
     layers: dict[str, Site]  # to decompose, by name
     skipped: dict[str, str]  # every other linear layer or fused parameter -> why
+    follows: str = ""  # why the parts outside the blocks stay in memory for calibration; "" where they do not
 
     def members(self, index: int) -> dict[str, Site]:
         """The layers of one block."""
@@ -35,6 +37,11 @@ class Survey:
             notes.append(
                 "The model has no list of blocks that run one after the other, or it writes into its weights; all "
                 "layers are calibrated in one pass, which holds every weight and every Gram matrix in memory at once."
+            )
+        if self.follows:
+            notes.append(
+                f"The blocks do not only hand their hidden states on ({self.follows}), so calibration follows the "
+                "model's own forward, and the parts outside the blocks stay in memory."
             )
         fused = [name for name, reason in self.skipped.items() if reason == FUSED]
         if fused:
@@ -62,6 +69,7 @@ def survey(
     reads = OutsideReads(model, {name: module for name, module in model.named_modules() if is_linear(module)})
     watched = None if run is None else reads.watching(run)
     blocks = find_blocks(model, watched)
+    follows = "" if run is None or blocks.whole else foreseen(model, blocks, run)
     if watched is not None and not reads.ran:
         observe(model, watched)
     if reads.writes:  # to weights that a walk would load again at every block
@@ -70,4 +78,5 @@ def survey(
     layers, skipped = select_linears(model, blocks.names(), targets, exclude, reads.names)
     skipped = fuse_untouched(model, layers, skipped)
     skipped |= {name: FUSED for name in fused_parameters(model) if name not in skipped}
-    return Survey(blocks, {name: Site.of(name, module) for name, module in layers.items()}, skipped)
+    sites = {name: Site.of(name, module) for name, module in layers.items()}
+    return Survey(blocks, sites, skipped, "" if blocks.whole else follows)
