@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, Unpack, cast
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from ..data.rows import RowFormat, load_rows, prompt_of, recognise
 from ..errors import LordError, LordWarning, UsageError
 from ..integrations.vocabulary import check_vocabulary, embedding_rows
+from ..storage import sha256_files
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -189,3 +191,11 @@ def sample_spans(trainer: TrainerLike, tokenizer: Tokenizer, require_eos: bool) 
             spans.append(([], marked))
         spans[-1][0].append(token)
     return [(tokenizer.decode(tokens), marked) for tokens, marked in spans]
+
+
+def rows_sha256(source: str | None) -> str | None:
+    """Of the bytes of a local data file or of a folder saved by `datasets`; None for a Hub dataset."""
+    if source is None:
+        return None
+    files = [Path(source)] if Path(source).is_file() else sorted(Path(source).rglob("*.arrow"))
+    return sha256_files(files) if files else None
