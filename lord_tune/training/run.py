@@ -46,7 +46,9 @@ if TYPE_CHECKING:
     from .progress import ShowProgress
     from .trainers import DistillationTrainer, Recorded, TrainerData
 
-_MAY_CHANGE = {"resume_from_checkpoint", "num_train_epochs", "max_steps", "dry_run", "report_to"}  # of a continued run
+_MAY_CHANGE = {  # of a continued run, whose folder may have another name now
+    *("resume_from_checkpoint", "num_train_epochs", "max_steps", "dry_run", "report_to", "output_dir"),
+}
 # a name or path -> what it stands for: only the latter has to stay, so that a run may be moved with what it reads
 _STANDS_FOR = {
     "model_name_or_path": "base",
