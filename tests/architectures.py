@@ -9,6 +9,7 @@ import torch
 import transformers
 from transformers.models.auto import modeling_auto
 
+_NO_TEXT = {"MusicgenForCausalLM", "MusicgenMelodyForCausalLM"}  # their ids are those of sounds, several a step
 _TOO_LARGE = 4_000_000  # numbers; some architectures have widths that no common setting reaches
 SPREAD = 0.12  # of random weights; transformers' 0.02 leaves outputs nearly constant
 
@@ -110,7 +111,7 @@ def names() -> list[str]:
         modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     )
     found = {name for mapping in mappings for entry in mapping.values() for name in _all(entry)}
-    return sorted(found | set(_SPECIAL))
+    return sorted((found | set(_SPECIAL)) - _NO_TEXT)
 
 
 def _all(entry: Any) -> list[str]:

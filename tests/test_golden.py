@@ -38,6 +38,16 @@ def test_structure(recorded, bench, run):
 
 
 @pytest.mark.parametrize("run", RUNS)
+def test_config(recorded, bench, run):
+    """Of a checkpoint: no rounding reaches it, so it is the same on any machine with these libraries."""
+    if "config.json" not in recorded["runs"][run]["bytes"]:
+        pytest.skip("no checkpoint")
+    if any(golden.fingerprint()[name] != recorded["fingerprint"][name] for name in golden.LIBRARIES):
+        pytest.skip("recorded with other libraries")
+    assert bench.record(run)["bytes"]["config.json"] == recorded["runs"][run]["bytes"]["config.json"]
+
+
+@pytest.mark.parametrize("run", RUNS)
 def test_bytes(recorded, bench, run):
     now, then = golden.fingerprint(), recorded["fingerprint"]
     unlike = sorted(key for key in {*now, *then} if now.get(key) != then.get(key))

@@ -73,15 +73,35 @@ class Checkpoint:
         self._weights = _index_of(self.model)
         self._present = set(self._weights)  # asking the mapping itself reads the tensor
         _check_headers(name, self.model, getattr(self._weights, "index", {}))
+        self._tied: dict[str, list[str]] = {}
+        for target, origin in (getattr(self.model, "all_tied_weights_keys", None) or {}).items():
+            self._tied.setdefault(origin, []).append(target)
+        self._computed = self._compute_unstored()
         remove_hook_from_submodules(self.model)
+        self.release(self._computed)
         self.model.__dict__.pop("hf_device_map", None)
         self.model.requires_grad_(False)
         for name, buffer in self.model.named_buffers():  # those that no checkpoint stores (rotary frequencies)
             if not buffer.is_meta:
                 _put(self.model, name, buffer.to(self._device))
-        self._tied: dict[str, list[str]] = {}
-        for target, origin in (getattr(self.model, "all_tied_weights_keys", None) or {}).items():
-            self._tied.setdefault(origin, []).append(target)
+
+    def _compute_unstored(self) -> dict[str, Tensor]:
+        """Parameters that no checkpoint stores because the model's code computes them (sinusoidal positions), which
+        offloading drops; left in the model. CheckpointError for one whose values the code draws at random."""
+        stored = self._present | {tied for name, all_tied in self._tied.items() for tied in (name, *all_tied)}
+        names = [name for name, p in self.model.named_parameters() if p.is_meta and name not in stored]
+        found: list[dict[str, Tensor]] = []
+        for _ in range(2):
+            for name in names:
+                parameter = self.model.get_parameter(name)
+                _put(self.model, name, torch.full_like(parameter, float("nan"), device="cpu"))
+            for owner in {name.rpartition(".")[0] for name in names}:
+                self.model._init_weights(self.model.get_submodule(owner))
+            found.append({name: self.model.get_parameter(name).detach() for name in names})
+        for name in names:
+            if not torch.equal(found[0][name], found[1][name]):
+                raise CheckpointError(f"The checkpoint lacks the tensor '{name}'; download or write it again.")
+        return found[1]
 
     def load(self, names: Iterable[str]) -> None:
         """Fill parameters and persistent buffers; tied ones follow. Each gets memory of its own, never a map of the
@@ -124,6 +144,8 @@ class Checkpoint:
         return self._weights[fused][expert]
 
     def _read(self, name: str) -> Tensor:
+        if name in self._computed:
+            return self._computed[name]
         part = expert_of(name)
         if part is not None and part[0] in self._present:
             return self._read_expert(*part)
