@@ -35,6 +35,7 @@ import dataclasses
 import functools
 import re
 import warnings
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -238,6 +239,9 @@ def _wrap(model: CausalModel, config: PeftConfig, adapter_name: str) -> PeftMode
         model.add_adapter(adapter_name, config)
         return model
     peft_model = get_peft_model(model, config, adapter_name=adapter_name)
+    base = config.base_model_name_or_path
+    if base and Path(base).is_dir():  # the adapter may be loaded from elsewhere, where the name is another model's
+        config.base_model_name_or_path = str(Path(base).resolve())
     assert isinstance(peft_model, PeftModel)
     tuner = peft_model.base_model
     assert isinstance(tuner, BaseTuner)

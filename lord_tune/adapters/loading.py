@@ -10,12 +10,11 @@ from typing import Any
 from peft import LoraConfig, PeftConfig, PeftModel
 
 from ..errors import CheckpointError, LordWarning, UsageError
-from ..integrations.files import ADAPTER_FILE, RUN_FILE, base_of_adapter, fingerprint
+from ..integrations.files import ADAPTER_FILE
 from ..integrations.models import load_dense_or_factored, load_tokenizer
-from ..integrations.sources import resolve_model
+from ..integrations.sources import base_of_adapter, resolve_model
 from ..layers import FrozenSum, factored_layers, plain_model
 from ..protocols import CausalModel, Tokenizer
-from ..storage import read_json
 from .attach import FACTORS, LORA, SCALES, SPLIT, expose_factors, mode_of, wrap_lora, wrap_scales
 from .route import base_of
 
@@ -28,14 +27,7 @@ def load(name: str, dtype: str | None = None) -> tuple[CausalModel, Tokenizer]:
     source = resolve_model(name)
     folder = Path(source)
     if (folder / ADAPTER_FILE).is_file():
-        origin = resolve_model(base_of_adapter(folder))
-        trained_on = read_json(folder / RUN_FILE).get("base") if (folder / RUN_FILE).is_file() else None
-        if trained_on is not None and trained_on != fingerprint(origin):
-            raise CheckpointError(
-                f"{origin} is not the checkpoint that {folder} was trained on (it was written again since); its L and "
-                "R belong to another Q; decompose as before, or train again."
-            )
-        base = load_dense_or_factored(origin, dtype)
+        base = load_dense_or_factored(base_of_adapter(folder), dtype)
         return load_adapter(base, folder), load_tokenizer(source)
     return load_dense_or_factored(source, dtype), load_tokenizer(source)
 

@@ -17,6 +17,7 @@ from ..errors import LordError, LordWarning, UsageError
 from ..integrations.files import first_line
 from ..integrations.models import load_tokenizer
 from ..integrations.vocabulary import check_vocabulary, embedding_rows
+from ..storage import sha256_files
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -222,3 +223,12 @@ def sample_spans(trainer: TrainerLike, tokenizer: Tokenizer, require_eos: bool) 
             spans.append(([], marked))
         spans[-1][0].append(token)
     return [(tokenizer.decode(tokens), marked) for tokens, marked in spans]
+
+
+def rows_sha256(source: str | None) -> str | None:
+    """Of the bytes of a local data file, or of all files of a folder; None for a Hub dataset."""
+    if source is None:
+        return None
+    path = Path(source)
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return sha256_files(files) if files else None
