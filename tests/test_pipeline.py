@@ -600,7 +600,7 @@ def test_perplexity_is_the_definition(llama_dir, tmp_path):
 
 
 def test_write_rows_helper_gives_enough_text(tmp_path):
-    from lord_tune.data.rows import documents
+    from lord_tune.data.texts import documents
 
     assert sum(map(len, documents([str(write_code_rows(tmp_path / "x.jsonl"))]))) > 4000
 

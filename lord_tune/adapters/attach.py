@@ -35,6 +35,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -267,6 +268,9 @@ def wrap(model: CausalModel, config: PeftConfig, adapter_name: str) -> PeftModel
         return model
     config.base_model_name_or_path = model.name_or_path
     peft_model = get_peft_model(model, config, adapter_name=adapter_name)
+    base = config.base_model_name_or_path
+    if base and Path(base).is_dir():  # the adapter may be loaded from elsewhere, where the name is another model's
+        config.base_model_name_or_path = str(Path(base).resolve())
     assert isinstance(peft_model, PeftModel)
     return peft_model
 

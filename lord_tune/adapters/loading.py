@@ -10,12 +10,11 @@ from peft import IA3Config, LoraConfig, PeftConfig, PeftModel
 from torch import Tensor
 
 from ..errors import CheckpointError, LordWarning, UsageError
-from ..integrations.files import ADAPTER_FILE, RUN_FILE, base_of_adapter, fingerprint, first_line
+from ..integrations.files import ADAPTER_FILE, first_line
 from ..integrations.models import load_dense_or_factored, load_tokenizer
-from ..integrations.sources import resolve_model
+from ..integrations.sources import base_of_adapter, resolve_model
 from ..layers import FrozenSum, factored_layers, plain_model
 from ..protocols import CausalModel, Tokenizer
-from ..storage import read_json
 from .attach import FACTORS, LORA, SCALES, SPLIT, attach_factors, mode_of, wrap
 from .merging import needs_float32
 from .route import base_of
@@ -31,13 +30,7 @@ def load(name: str, dtype: str | None = None) -> tuple[CausalModel, Tokenizer]:
     source = resolve_model(name)
     folder = Path(source)
     if (folder / ADAPTER_FILE).is_file():
-        origin = resolve_model(base_of_adapter(folder))
-        trained_on = read_json(folder / RUN_FILE).get("base") if (folder / RUN_FILE).is_file() else None
-        if trained_on is not None and trained_on != fingerprint(origin):
-            raise CheckpointError(
-                f"{origin} is not the checkpoint that {folder} was trained on (it was written again since); its L and "
-                "R belong to another Q; decompose as before, or train again."
-            )
+        origin = base_of_adapter(folder)
         base = load_dense_or_factored(origin, dtype)
         tokenized = any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
         return load_adapter(base, folder), load_tokenizer(source if tokenized else origin)

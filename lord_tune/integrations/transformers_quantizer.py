@@ -33,7 +33,7 @@ from ..layers import (
 )
 from ..plans import FORMAT_VERSION, LayerPlan
 from ..quantizers import DTYPES
-from .remote_code import remove_remote_code
+from .remote_code import remove_remote_code, saves_remote_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel  # this file is imported while transformers is
@@ -78,6 +78,7 @@ class LordQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: object
     ) -> None:
         remove_remote_code(model.config)
+        saves_remote_code(model)
         prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
 
         def found_in(present: Container[str], name: str) -> str | None:
