@@ -18,6 +18,8 @@ import types
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..layers import check_plain
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -50,6 +52,8 @@ def saves_remote_code(model: PreTrainedModel) -> None:
 
 
 def _save(model: PreTrainedModel, save_directory: str | os.PathLike[str], *given: Any, **options: Any) -> Any:
+    if getattr(model, "hf_quantizer", None) is not None and not getattr(model, "_hf_peft_config_loaded", False):
+        check_plain(model)
     before = getattr(model.config, "auto_map", None)
     is_main = options.get("is_main_process", given[0] if given else True)
     try:

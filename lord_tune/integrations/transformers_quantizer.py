@@ -19,10 +19,11 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..errors import CheckpointError, UsageError
+from ..errors import CheckpointError
 from ..layers import (
     FactoredLinear,
     QuantizedLinear,
+    check_plain,
     densify,
     factored_layers,
     is_linear,
@@ -126,7 +127,7 @@ class LordQuantizer(HfQuantizer):
         """The tensors of the file. Refreshes the manifest: ranks and formats may have changed since loading (merged
         adapters)."""
         if not getattr(model, "_hf_peft_config_loaded", False):  # with it transformers saves the adapter alone
-            _check_plain(model)
+            check_plain(model)
         self.quantization_config.layers = manifest_of(model)
         return model.state_dict() | sentinels_of(model), {}
 
@@ -140,17 +141,6 @@ class LordQuantizer(HfQuantizer):
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         densify(model, dtype)
         return model
-
-
-def _check_plain(model: nn.Module) -> None:
-    """Whether the keys of a model with an adapter on it would be found again."""
-    for name, module in model.named_modules():
-        inside = type(module).__module__.startswith(("peft.", "lord_tune.adapters."))
-        if inside or (isinstance(module, FactoredLinear) and module.host is not None):
-            raise UsageError(
-                f"'{name}' has an adapter on it, so the base model alone would be saved under keys that cannot be "
-                "loaded; save the PEFT model (its adapter), or what lord_tune.fold or its unload returns."
-            )
 
 
 def _ignore_sentinels(model: PreTrainedModel, config: LordConfig) -> None:
