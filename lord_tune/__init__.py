@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import sys
 from typing import TYPE_CHECKING, Any
 
 import wrapt
@@ -77,6 +78,18 @@ __all__ = [
 @wrapt.when_imported("transformers.quantizers.auto")
 def _register(module: object) -> None:
     importlib.import_module("lord_tune.integrations.transformers_quantizer")
+
+
+@wrapt.when_imported("peft.tuners.tuners_utils")
+def _translate_targets(module: Any) -> None:
+    """See adapters/injection.py, which is imported at the first adapter on a decomposed model."""
+
+    def injected(inject: Any, tuner: Any, args: Any, kwargs: Any) -> None:
+        if "lord_tune.layers" not in sys.modules:  # so that no model has decomposed layers
+            return inject(*args, **kwargs)
+        importlib.import_module("lord_tune.adapters.injection").injected(inject, tuner, args, kwargs)
+
+    wrapt.wrap_function_wrapper(module, "BaseTuner.inject_adapter", injected)
 
 
 def __getattr__(name: str) -> Any:

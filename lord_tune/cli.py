@@ -136,7 +136,7 @@ def _add(verb: str, record: type[RunConfig], summary: str, call: Callable[[dict[
         if ctx is not None:
             given |= _extra_options(ctx.args)
         if config is not None:
-            from .training import load_yaml
+            from .yaml_files import load_yaml
 
             found = load_yaml(config)
             if record is PlanConfig:  # a recipe of `decompose`: where it would write is of no interest to a plan

@@ -12,34 +12,44 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
-from .adapters.loading import load
+from .adapters.loading import load, load_to_fold
 from .calibration.corpus import file_windows
 from .cards import decomposition_card, export_card, training_card
-from .config import DecomposeConfig, EvaluateConfig, ExportConfig, InspectConfig, PlanConfig, RunConfig, TrainConfig
+from .config import DecomposeConfig, EvaluateConfig, ExportConfig, InspectConfig, PlanConfig, TrainConfig
 from .console import LiveTable, human_bytes, is_main_process, note, progress, say, show_table
-from .data.rows import documents
+from .data.texts import documents
 from .decomposition import Journal, Phase, Rates, decompose_checkpoint, is_block
 from .decomposition.decide import decide
 from .decomposition.sizes import totals_of
 from .decomposition.survey import survey
-from .errors import LordError, LordWarning, UsageError
+from .errors import LordWarning, UsageError
 from .evaluation.run import evaluate_model
 from .exports.run import export_model
 from .integrations.checkpoint import Checkpoint, skeleton, write_index
 from .integrations.companions import companions_of
-from .integrations.files import ADAPTER_FILE, base_of_adapter, fingerprint, first_line
+from .integrations.files import ADAPTER_FILE, relative_folder
 from .integrations.models import attention_of, default_device, launched_processes, load_tokenizer, model_class, quiet
 from .integrations.running import kind_of, run_model, task_of, window_length
-from .integrations.sources import resolve_model
+from .integrations.sources import base_of_adapter, resolve_model, weights_identity
 from .integrations.vocabulary import check_vocabulary
 from .keywords import documented
 from .layers import dequantize_once
 from .layers.sizes import sizes
 from .memory import PeakMemory
+from .parallel import Workers
 from .plans import FORMAT_VERSION, Plan
 from .protocols import CausalModel, TrlConfig
 from .provenance import architecture_of, command_line, identity_of, lasting, versions
-from .resolve import asked_text, check_formats, estimate_of, request_of, text_size_of, windows_of
+from .resolve import (
+    asked_text,
+    check_formats,
+    estimate_of,
+    foresee,
+    request_of,
+    text_size_of,
+    training_dtype,
+    windows_of,
+)
 from .signatures import DecomposeOptions, EvaluateOptions, ExportOptions, InspectOptions, PlanOptions
 from .storage import (
     atomic_directory,
@@ -47,6 +57,7 @@ from .storage import (
     check_json_file,
     read_json,
     sha256_files,
+    sole_writer,
     write_json,
     write_text,
 )
@@ -59,10 +70,11 @@ from .tables import (
     show_estimate,
     show_layers,
     show_memory,
+    show_plan,
     show_totals,
     summary,
 )
-from .training import MemoryEstimate, TrainOptions, predict_memory, train_model, trainer_arguments
+from .training import TrainOptions, train_model, trainer_arguments
 
 
 @documented(DecomposeConfig)
@@ -137,6 +149,7 @@ def decompose(model: str, out: str, **options: Unpack[DecomposeOptions]) -> dict
         report = {
             "format_version": FORMAT_VERSION,
             "base": base,
+            "base_folder": relative_folder(config.model, journal.out),
             "command": command_line("decompose", config),
             "config": lasting(config),
             "versions": versions(),
@@ -219,7 +232,6 @@ def train(**options: object) -> dict[str, Any]:
     Besides the options below, every argument of trl's SFTConfig is a keyword (with objective="dpo": of DPOConfig).
     """
     config = TrainConfig.build(options)
-    resolved = config.model_dump()
     quiet()
     own = [name for name in TrainConfig.model_fields if name != "dry_run"]
     held = bool(config.eval_dataset_name or config.dataset_test_split)
@@ -228,7 +240,7 @@ def train(**options: object) -> dict[str, Any]:
         shown = show_plan(config)
         foreseen = None
         if Path(config.model_name_or_path).is_dir():
-            foreseen = _foresee(config, resolve_model(config.model_name_or_path), arguments)
+            foreseen = foresee(config, resolve_model(config.model_name_or_path), arguments)
         else:
             note(f"{config.model_name_or_path} is not on this machine, so its memory is not foreseen")
         if foreseen is not None:
@@ -242,13 +254,20 @@ def train(**options: object) -> dict[str, Any]:
         )
     # before any loading
     arguments = trainer_arguments(config.trainer_values(), config.mode, True, own, held, config.objective)
-    foreseen = _foresee(config, source, arguments)
-    model, tokenizer = load(source, _training_dtype(config))
+    with sole_writer(Path(config.output_dir), Workers.launched()):
+        return _train(config, source, arguments, own, held)
+
+
+def _train(config: TrainConfig, source: str, arguments: TrlConfig, own: list[str], held: bool) -> dict[str, Any]:
+    """The run itself, whose output is written by nobody else. own: names of options that are not trl's."""
+    resolved = config.model_dump()
+    foreseen = foresee(config, source, arguments)
+    model, tokenizer = load(source, training_dtype(config))
     if config.dequantize_once:
         _keep_dense(model)
     causal = kind_of(model) == "causal"
     arguments = trainer_arguments(config.trainer_values(), config.mode, causal, own, held, config.objective)
-    resolved["base"] = fingerprint(source)
+    resolved |= {"base": weights_identity(source), "base_folder": relative_folder(source, Path(config.output_dir))}
     names = TrainOptions.__dataclass_fields__
     chosen = TrainOptions(**{key: value for key, value in resolved.items() if key in names})
     command = command_line("train", config)
@@ -261,24 +280,6 @@ def train(**options: object) -> dict[str, Any]:
             show_memory(foreseen, metrics["memory"]["measured"])
         say(f"next: lord-tune export {config.output_dir} OUT --format dense")
     return metrics
-
-
-def _training_dtype(config: TrainConfig) -> str | None:
-    """bfloat16 gradients are up to 134 times slower than float32 on CPUs without AVX512; L and R train in float32."""
-    return config.dtype or ("float32" if default_device().type == "cpu" else None)
-
-
-def _foresee(config: TrainConfig, source: str, arguments: TrlConfig) -> MemoryEstimate | None:
-    """What a run of `config` will hold; None, with a warning, for a model that cannot be run on shapes alone."""
-    values = config.model_dump()
-    options = TrainOptions(**{key: values[key] for key in TrainOptions.__dataclass_fields__ if key in values})
-    try:
-        return predict_memory(source, options, arguments, _training_dtype(config), config.dequantize_once)
-    except LordError:
-        raise
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
-        note(f"the memory of this run cannot be foreseen: {first_line(error)}")
-        return None
 
 
 @documented(EvaluateConfig)
@@ -322,7 +323,13 @@ def export(
         return show_plan(config)
     quiet()
     check_destination(Path(config.out), config.overwrite)
-    loaded, tokenizer = load(config.model)
+    with sole_writer(Path(config.out)):
+        return _export(config)
+
+
+def _export(config: ExportConfig) -> dict[str, Any]:
+    """The export itself, whose output is written by nobody else."""
+    loaded, tokenizer = load_to_fold(config.model)
     beside = companions_of(resolve_model(config.model))
     text = None if config.text is None else "\n\n".join(documents([config.text], tokenizer))
     command = command_line("export", config)
@@ -350,11 +357,8 @@ def export(
             "versions": versions(),
         }
         write_json(folder / "export.json", result)
-    say(
-        f"wrote {config.out} ({config.format}, {human_bytes(result['bytes'])}); reloaded and compared on "
-        f"{comparison.tokens} tokens: KL {comparison.kl:.2g} nats per token, largest logit difference "
-        f"{comparison.max_logit_difference:.2g}, top-1 agreement {comparison.top1_agreement:.3f}"
-    )
+    size = human_bytes(result["bytes"])
+    say(f"wrote {config.out} ({config.format}, {size}); reloaded and compared on {comparison}")
     return result
 
 
@@ -391,10 +395,3 @@ def inspect(model: str, **options: Unpack[InspectOptions]) -> dict[str, Any]:
     if report["totals"]:
         show_totals(report["totals"])
     return report
-
-
-def show_plan(config: RunConfig) -> dict[str, Any]:
-    """What `--dry-run` prints; returned as a dict."""
-    resolved = config.model_dump()
-    show_table("resolved configuration", ["key", "value"], [[key, str(value)] for key, value in resolved.items()])
-    return resolved

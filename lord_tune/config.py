@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .declared import chosen, options_of
 from .errors import UsageError, unknown_name
 from .options import FORMAT_KEYS, METHOD_KEYS, Allocation, Export, Method, MethodOptions, Quantized
+from .yaml_files import expand_home
 
 
 class RunConfig(BaseModel):
@@ -37,7 +38,7 @@ class RunConfig(BaseModel):
                 if key not in known and key not in cls.model_fields:
                     raise unknown_name("key", key, known)
         try:
-            record = cls(**values)
+            record = cls(**expand_home(dict(values)))
         except ValidationError as error:
             first = error.errors()[0]
             name = str(first["loc"][0]) if first["loc"] else "config"
@@ -128,7 +129,8 @@ class MethodConfig(MethodOptions, RunConfig):
     )
     allocation: Allocation = Field("loss_weighted", description="how --kept-fraction is shared out over the layers")
     calibration: list[str] = Field(
-        default_factory=list, description="text, .jsonl, .json or .parquet files, or a Hub dataset"
+        default_factory=list,
+        description="files or folders of text or rows (.jsonl, .parquet, .csv, ...), or a Hub dataset",
     )
     calibration_tokens: int = Field(16384, gt=0, description="tokens to calibrate on; a sixteenth more is held out")
     context_length: int = Field(1024, gt=1, description="tokens per calibration window")
@@ -331,11 +333,15 @@ class TrainConfig(RunConfig):
 
     model_name_or_path: str = Field(description="factored checkpoint written by decompose")
     output_dir: str = Field(description="folder for the adapter, checkpoints and logs")
-    dataset_name: str = Field(description=".jsonl, .json or .parquet file, or a Hub dataset")
+    dataset_name: str = Field(
+        description="file or folder of rows (.jsonl, .parquet, .csv, ...) or text, or a Hub dataset"
+    )
     dataset_config: str | None = Field(None, description="configuration name of a Hub dataset")
     dataset_train_split: str = Field("train", description="split to train on")
     dataset_test_split: str | None = Field(None, description="split to evaluate on during training")
-    eval_dataset_name: str | None = Field(None, description="file or Hub dataset to evaluate on during training")
+    eval_dataset_name: str | None = Field(
+        None, description="file, folder or Hub dataset to evaluate on during training"
+    )
     mode: Literal["factors", "split", "lora", "scales"] = Field(
         "factors",
         description="factors: L and R train; split: the components stored apart (--top-rank); lora: LoRA on L and R; "
@@ -399,7 +405,7 @@ class EvaluateConfig(RunConfig):
     positional: ClassVar[tuple[str, ...]] = ("model", "text")
 
     model: str = Field(description="dense or factored checkpoint, output of train, Hub id or .gguf file")
-    text: list[str] = Field(description="text, .jsonl, .json or .parquet files to measure perplexity on")
+    text: list[str] = Field(description="files or folders of text or rows, or Hub datasets, to measure perplexity on")
     context_length: int = Field(1024, gt=1, description="tokens per window")
     max_tokens: int | None = Field(None, gt=1, description="at most this many tokens of each text")
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(None, description="load the model in this dtype")
@@ -426,7 +432,10 @@ class ExportConfig(RunConfig):
         None, description="dense: dtype of the written weights; default float32"
     )
     threshold: float | None = Field(
-        None, ge=0, description="largest KL to the unmerged model, nats per token; default 1e-4, more for 16 bits"
+        None,
+        ge=0,
+        description="largest KL to the unmerged model, nats per token; default 1e-4, more for 16 bits. Without a "
+        "language-model head: relative difference of the outputs; default 1e-3",
     )
     text: str | None = Field(None, description="file whose first 256 tokens the logits are compared on")
     overwrite: bool = Field(False, description="replace OUT if an earlier run of lord-tune wrote it")

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Unpack
 
-from .commands import decompose, evaluate, export, show_plan, train
+from .commands import decompose, evaluate, export, train
 from .config import QuickstartConfig
 from .console import human_bytes, say, show_table
 from .integrations.models import quiet
@@ -25,7 +25,8 @@ from .integrations.sources import resolve_model
 from .keywords import documented
 from .provenance import command_line, versions
 from .signatures import QuickstartOptions
-from .storage import check_destination, write_json
+from .storage import check_destination, sole_writer, write_json
+from .tables import show_plan
 
 _HELD_OUT_SHARE = 5  # one file in five is held out
 _MIN_FILE, _MAX_FILE = 4_000, 120_000  # characters: no stubs, no tables of data
@@ -56,9 +57,15 @@ def quickstart(**options: Unpack[QuickstartOptions]) -> dict[str, Any]:
     if config.dry_run:
         return show_plan(config)
     quiet()
-    start = time.perf_counter()
     out = Path(config.out)
-    check_destination(out, config.overwrite)
+    with sole_writer(out):
+        check_destination(out, config.overwrite)
+        return _stories(config, out)
+
+
+def _stories(config: QuickstartConfig, out: Path) -> dict[str, Any]:
+    """All of it, into a folder that nobody else writes."""
+    start = time.perf_counter()
     say(f"model: {config.model} (a .gguf file is converted once and cached)")
     resolve_model(config.model)  # before anything is removed: it may be missing
     if out.exists():

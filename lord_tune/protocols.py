@@ -27,7 +27,13 @@ class Tokenizer(Protocol):
     chat_template: str | None
 
     def __call__(
-        self, text: str, *, truncation: bool = ..., max_length: int | None = ..., verbose: bool = ...
+        self,
+        text: str,
+        *,
+        truncation: bool = ...,
+        max_length: int | None = ...,
+        verbose: bool = ...,
+        add_special_tokens: bool = ...,
     ) -> Mapping[str, list[int]]: ...
 
     def decode(self, token_ids: list[int]) -> str: ...
@@ -36,11 +42,13 @@ class Tokenizer(Protocol):
 
     def apply_chat_template(
         self,
-        conversation: Sequence[Mapping[str, str]],
+        conversation: Sequence[Mapping[str, object]],
         *,
         tokenize: Literal[False],
         chat_template: str | None = ...,
         add_generation_prompt: bool = ...,
+        tools: list[dict[str, object]] | None = ...,
+        **read_by_the_template: object,
     ) -> str: ...
 
     def save_pretrained(self, save_directory: str | Path) -> object: ...

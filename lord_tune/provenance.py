@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .config import RunConfig
-from .integrations.files import bin_weight_files, hub_revision, settings_files, weight_files
+from .integrations.files import hub_revision, settings_files, weights_sha256
 from .storage import sha256_files
 
 if TYPE_CHECKING:
@@ -55,10 +55,9 @@ def versions() -> dict[str, str]:
 def identity_of(name: str, source: str) -> dict[str, object]:
     """Which model this was: the sha256 of its weights and of each file beside them that decides a result, if it is a
     local folder; the revision of a Hub model."""
-    files = weight_files(source) or bin_weight_files(source)
     return {
         "name": name,
-        "sha256": sha256_files(files) if files else None,
+        "sha256": weights_sha256(source),
         "revision": hub_revision(source),
         "files": {path.name: sha256_files([path]) for path in settings_files(source)},
     }

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from .allocation import ALLOCATORS
 from .calibration.corpus import token_windows
-from .config import DecomposeConfig, MethodConfig
-from .data.rows import documents, text_sha256
+from .config import DecomposeConfig, MethodConfig, TrainConfig
+from .console import note
+from .data.texts import documents, text_sha256
 from .declared import Options, chosen, options_of
 from .decomposition import (
     Bits,
@@ -30,12 +31,16 @@ from .decomposition import (
     estimate_run,
     trace,
 )
+from .errors import LordError
 from .factorizations import METHODS
+from .integrations.files import first_line
+from .integrations.models import default_device
 from .integrations.running import max_length, run_on_meta, window_length
 from .memory import held_bytes
 from .plans import LayerChoice, Plan
-from .protocols import Tokenizer
+from .protocols import Tokenizer, TrlConfig
 from .quantizers import DTYPES, QUANTIZERS, make_quantizer
+from .training import MemoryEstimate, TrainOptions, predict_memory
 
 SENSITIVITY_LENGTH = 256  # tokens per window of the backward pass: its activations are what peaks
 
@@ -161,3 +166,21 @@ def windows_of(
         "sha256": text_sha256(texts),
     }
     return Windows(calibration, heldout, sensitivity), described
+
+
+def training_dtype(config: TrainConfig) -> str | None:
+    """bfloat16 gradients are up to 134 times slower than float32 on CPUs without AVX512; L and R train in float32."""
+    return config.dtype or ("float32" if default_device().type == "cpu" else None)
+
+
+def foresee(config: TrainConfig, source: str, arguments: TrlConfig) -> MemoryEstimate | None:
+    """What a run of `config` will hold; None, with a warning, for a model that cannot be run on shapes alone."""
+    values = config.model_dump()
+    options = TrainOptions(**{key: values[key] for key in TrainOptions.__dataclass_fields__ if key in values})
+    try:
+        return predict_memory(source, options, arguments, training_dtype(config), config.dequantize_once)
+    except LordError:
+        raise
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
+        note(f"the memory of this run cannot be foreseen: {first_line(error)}")
+        return None

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ except ImportError:  # not on Windows
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .parallel import Workers
+
 # An output folder may be replaced (`--overwrite`) only if one of these says that lord_tune wrote it.
 OWN_FILES = ("decomposition.json", "export.json", "train_config.json", "report.json")
 
@@ -32,9 +35,7 @@ def check_destination(out: Path, overwrite: bool) -> None:
     """Refuse a destination that holds something; called before any work, so that a refusal costs nothing."""
     if out.is_dir() and (out.resolve() == Path.cwd() or os.path.ismount(out)):  # cannot be renamed over
         raise UsageError(f"{out} is the current folder or a mount point; name a folder inside it.")
-    ancestor = next(parent for parent in out.absolute().parents if parent.exists())
-    if not ancestor.is_dir():
-        raise UsageError(f"{ancestor} is a file; expected a folder to write {out.name} into. Choose another output.")
+    _check_parents(out)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         if out.is_symlink() and not out.exists():
             raise UsageError(f"{out} is a broken symbolic link; remove it or choose another folder.")
@@ -45,6 +46,14 @@ def check_destination(out: Path, overwrite: bool) -> None:
         raise UsageError(f"{out} already holds files; choose an empty folder or pass `overwrite`.")
     if not any((out / name).exists() for name in OWN_FILES):
         raise UsageError(f"{out} holds files that lord_tune did not write; `overwrite` will not replace it.")
+    for path in out.rglob(".*.lock"):  # of runs whose outputs lie inside
+        OutputLock(path.with_name(path.name[1:].removesuffix(".lock"))).check()
+
+
+def _check_parents(out: Path) -> None:
+    ancestor = next(parent for parent in out.absolute().parents if parent.exists())
+    if not ancestor.is_dir():
+        raise UsageError(f"{ancestor} is a file; expected a folder to write {out.name} into. Choose another output.")
 
 
 @contextlib.contextmanager
@@ -86,6 +95,86 @@ def lock(stream: IO[bytes] | IO[str], wait: bool = False) -> bool:
             stacklevel=2,
         )
     return True
+
+
+class OutputLock:
+    """The right to write an output folder, which one living process has at a time, whatever it writes there.
+
+    It is a lock on the file `.NAME.lock` beside the folder, which names the process and is removed with the lock. A
+    process that is killed leaves the file and no lock.
+    """
+
+    def __init__(self, out: Path):
+        where = out.resolve()
+        self._out, self._path = out, where.parent / f".{where.name}.lock"
+        self._stream: IO[str] | None = None
+        self._made: list[Path] = []  # folders above `out`, the innermost first
+
+    def take(self) -> None:
+        """UsageError, naming the process, if another one has it."""
+        _check_parents(self._path)
+        made = [parent for parent in self._path.parents if not parent.exists()]
+        while self._stream is None:
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                stream = self._path.open("a+")
+            except OSError as error:
+                reason = f"{self._path} cannot be made ({error.strerror or error})"
+                warnings.warn(f"{reason}; let only one run at a time write {self._out}.", LordWarning, stacklevel=3)
+                return
+            try:
+                self._lock(stream)
+            except UsageError:
+                stream.close()
+                raise
+            if self._path.is_file() and os.path.samestat(os.fstat(stream.fileno()), self._path.stat()):
+                self._stream, self._made = stream, made
+            else:  # the process that had it removed the file meanwhile
+                stream.close()
+        self._stream.truncate(0)
+        self._stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._stream.flush()
+
+    def check(self) -> None:
+        """UsageError if another process has it; nothing is made or changed."""
+        if self._path.is_file():
+            with self._path.open() as stream:
+                self._lock(stream)
+
+    def _lock(self, stream: IO[str]) -> None:
+        if not lock(stream):
+            stream.seek(0)
+            owner = stream.read().strip() or "another process"
+            raise UsageError(f"{self._out} is being written by {owner}; wait for it, end it, or name another output.")
+
+    def release(self) -> None:
+        """Nothing, if it was not taken. Folders that were made for it and stayed empty go."""
+        if self._stream is None:
+            return
+        self._path.unlink(missing_ok=True)  # before the lock: whoever opened it meanwhile sees that it is gone
+        self._stream.close()
+        self._stream = None
+        with contextlib.suppress(OSError):
+            for folder in self._made:
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def sole_writer(out: Path, workers: Workers | None = None) -> Iterator[None]:
+    """Hold the OutputLock of a folder. Of several processes the first holds it, and all of them hear of a refusal."""
+    held, problem = OutputLock(out), None
+    try:
+        if workers is None or workers.rank == 0:
+            held.take()
+    except Exception as error:  # of any kind: the others would wait for ever
+        problem = error
+    problem = problem if workers is None else workers.send(problem, 0)
+    if problem is not None:
+        raise problem
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def check_json_file(path: str | None) -> None:

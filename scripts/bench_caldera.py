@@ -33,7 +33,7 @@ from lord_tune.adapters.loading import load
 from lord_tune.calibration.corpus import token_windows
 from lord_tune.calibration.moments import MomentAccumulator, Moments
 from lord_tune.console import say, show_table
-from lord_tune.data.rows import documents
+from lord_tune.data.texts import documents
 from lord_tune.factorizations import Caldera, FactorForm, LoftQ, PlainSVD, Split, Whitened, relative_error
 from lord_tune.integrations.models import quiet
 from lord_tune.quantizers import E8P2, E8P3, E8P4, Int2, Int8, Lloyd2, Lloyd4, Rotated

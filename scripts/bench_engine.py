@@ -33,7 +33,7 @@ from lord_tune.adapters.loading import load
 from lord_tune.calibration.corpus import token_windows
 from lord_tune.calibration.moments import add_gram
 from lord_tune.console import say, show_table
-from lord_tune.data.rows import documents
+from lord_tune.data.texts import documents
 from lord_tune.demo import standard_library_files, write_rows
 from lord_tune.integrations.models import quiet
 from lord_tune.integrations.sources import resolve_model

@@ -19,7 +19,8 @@ from lord_tune.calibration.collect import BlockWalk
 from lord_tune.calibration.corpus import file_windows, token_windows
 from lord_tune.calibration.moments import MomentAccumulator, SampleAccumulator, add_gram
 from lord_tune.calibration.sensitivity import output_sensitivity, whole_model_sensitivity
-from lord_tune.data.rows import documents, recognise
+from lord_tune.data.rows import recognise
+from lord_tune.data.texts import documents
 from lord_tune.decomposition import Survey
 from lord_tune.errors import CalibrationError, LordWarning, UsageError
 from lord_tune.factorizations import Core
@@ -391,9 +392,10 @@ def test_documents_of_every_kind_of_file(tmp_path):
     import datasets
 
     datasets.Dataset.from_list([{"prompt": "p", "completion": "c"}]).to_parquet(tmp_path / "d.parquet")
-    found = documents([str(tmp_path / name) for name in ("a.txt", "b.jsonl", "c.json", "d.parquet")])
+    with pytest.warns(LordWarning, match="row 2: 'text' is blank"):
+        found = documents([str(tmp_path / name) for name in ("a.txt", "b.jsonl", "c.json", "d.parquet")])
     assert found[0] == "plain" and "### Input:\n1 2" in found[1] and found[1].endswith("3")
-    assert found[2:] == ["row", "pc"]  # the blank row is dropped
+    assert found[2:] == ["row", "pc"]  # the blank row is left out
 
 
 def test_evaluation_windows_do_not_overlap_and_honour_the_limit(tmp_path):

@@ -297,7 +297,9 @@ def test_models_that_do_not_fit_are_refused(base, llama_dir, rows, tmp_path):
     moved.mkdir()
     for file in base.iterdir():
         (moved / file.name).write_bytes(file.read_bytes())
-    (moved / "decomposition.json").write_text(json.dumps(record | {"base": record["base"] | {"name": "/not/there"}}))
+    (moved / "decomposition.json").write_text(
+        json.dumps(record | {"base": record["base"] | {"name": "/not/there"}, "base_folder": None})
+    )
     with pytest.raises(UsageError, match="/not/there.*is not there; set teacher_model_name_or_path"):
         distil(moved, rows, tmp_path / "run")
     (moved / "decomposition.json").unlink()

@@ -62,7 +62,7 @@ def test_a_second_process_is_refused_while_the_first_lives(tmp_path):
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "holds\n"
         before = files_of(tmp_path)
-        says = rf"out\.partial is being written by process {holder.pid} on \S+; wait for it"
+        says = rf"out is being written by process {holder.pid} on \S+; wait for it"
         for resume, overwrite in ((True, False), (False, True), (True, True), (False, False)):
             with pytest.raises(UsageError, match=says):
                 Journal(out).check(resume, overwrite)
@@ -77,14 +77,10 @@ def test_a_second_process_is_refused_while_the_first_lives(tmp_path):
     assert journal.open(IDENTITY, resume=True) and journal.has("writing/0")
 
 
-def test_starting_over_keeps_the_lock(tmp_path):
-    """The file that is locked is not replaced, so there is no moment at which another process finds it free."""
-    first = begun(tmp_path / "out", "writing/0")
-    first.abandon()
-    number = (tmp_path / "out.partial" / ".work" / "progress.jsonl").stat().st_ino
+def test_starting_over_clears_the_folder_and_the_end_lets_go(tmp_path):
+    begun(tmp_path / "out", "writing/0").abandon()
     (tmp_path / "out.partial" / "model.safetensors").write_text("a shard")
     second = begun(tmp_path / "out")
-    assert (tmp_path / "out.partial" / ".work" / "progress.jsonl").stat().st_ino == number
     assert not (tmp_path / "out.partial" / "model.safetensors").exists()
     with pytest.raises(UsageError, match=f"process {os.getpid()} "):
         Journal(tmp_path / "out").check(False, True)
@@ -108,15 +104,13 @@ def test_without_locks_there_is_a_warning_and_a_run(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(storage.fcntl, "flock", flock)
-    with pytest.warns(LordWarning, match=r"progress\.jsonl cannot be locked \(No locks available\)"):
+    with pytest.warns(LordWarning, match=r"\.out\.lock cannot be locked \(No locks available\)"):
         journal = begun(tmp_path / "out", "writing/0")
     assert journal.has("writing/0")
 
 
 def test_a_refused_run_changes_nothing(tmp_path):
     begun(tmp_path / "out", "writing/0").abandon()
-    owner = tmp_path / "out.partial" / ".work" / "owner"
-    owner.write_text("process 1 on elsewhere\n")
     before = files_of(tmp_path)
     with pytest.raises(UsageError, match=r"config\.rank was 8, now it is 9"):
         Journal(tmp_path / "out").open({"config": {"rank": 9}}, resume=True)
@@ -213,7 +207,7 @@ def test_what_overwrite_took_away_comes_back_or_goes(tmp_path, begins_anew):
         patch.setattr(os, "replace", dying)
         with pytest.raises(KeyboardInterrupt):
             first.finish()
-    first._let_go()
+    first._lock.release()
     assert not out.exists() and len([*tmp_path.iterdir()]) == 2
     second = Journal(out)
     if begins_anew:

@@ -262,8 +262,9 @@ def test_stock_lora_attaches_to_the_packed_backbone(factored, family, store, tmp
     peft.save_pretrained(tmp_path / "adapter")
     again = PeftModel.from_pretrained(load_dense_or_factored(folder), tmp_path / "adapter").eval()
     assert torch.equal(logits(again), after)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(UsageError, match="lord_tune.fold"):
         peft.merge_and_unload()
+    assert torch.allclose(logits(lord_tune.fold(peft)), after, atol=1e-4)
 
 
 def test_exposed_factors_are_moved_not_copied(factored):
@@ -599,7 +600,7 @@ def test_perplexity_is_the_definition(llama_dir, tmp_path):
 
 
 def test_write_rows_helper_gives_enough_text(tmp_path):
-    from lord_tune.data.rows import documents
+    from lord_tune.data.texts import documents
 
     assert sum(map(len, documents([str(write_code_rows(tmp_path / "x.jsonl"))]))) > 4000
 

@@ -26,7 +26,7 @@ from lord_tune.cli import main
 from lord_tune.decomposition import Rates, TextSize
 from lord_tune.layers import FactoredLinear
 from lord_tune.plans import LayerPlan
-from lord_tune.training import load_yaml
+from lord_tune.yaml_files import load_yaml
 
 SHORT = {"context_length": 64, "calibration_tokens": 512}
 

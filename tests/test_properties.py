@@ -113,10 +113,10 @@ def test_a_journal_cut_anywhere_resumes_to_its_first_steps(count, where):
         path = journal.work / "progress.jsonl"
         content = path.read_bytes()
         path.write_bytes(content[: round(where * len(content))])
-        journal._let_go()
+        journal._lock.release()
         again = Journal(Path(folder) / "out")
         again.open({"seed": 1}, True)
-        again._let_go()
+        again._lock.release()
         assert list(again.steps) == steps[: len(again.steps)]
         assert len(again.steps) == max(0, content[: round(where * len(content))].count(b"\n") - 1)
 

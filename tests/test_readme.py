@@ -15,7 +15,7 @@ import lord_tune
 from lord_tune.cli import main
 from lord_tune.config import RECORDS
 from lord_tune.integrations import sources
-from lord_tune.training import load_yaml
+from lord_tune.yaml_files import load_yaml
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "recipes/README.md", "scripts/RESULTS.md")

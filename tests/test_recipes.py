@@ -17,7 +17,8 @@ from tiny import tiny_family, tiny_tokenizer
 
 import lord_tune
 from lord_tune.config import DecomposeConfig, TrainConfig
-from lord_tune.training import load_yaml, trainer_arguments
+from lord_tune.training import trainer_arguments
+from lord_tune.yaml_files import load_yaml
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))

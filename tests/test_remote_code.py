@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import torch
+from safetensors.torch import load_file
+
 import lord_tune
+from lord_tune.integrations.models import load_dense_or_factored
 from lord_tune.integrations.remote_code import add_remote_code, remove_remote_code
+from lord_tune.integrations.transformers_quantizer import detach
+from lord_tune.layers import densify
 
 
 def test_entries_of_the_original_for_other_classes_stay(tmp_path):
@@ -23,6 +30,26 @@ def test_entries_of_the_original_for_other_classes_stay(tmp_path):
     untouched = SimpleNamespace(auto_map=dict(original))
     remove_remote_code(untouched)
     assert untouched.auto_map == original
+
+
+def test_a_model_that_is_saved_again_keeps_the_entry_and_a_dense_one_has_none(llama_dir, tmp_path):
+    lord_tune.decompose(str(llama_dir), str(tmp_path / "out"), method="svd", rank=4, backbone="int8")
+    model = load_dense_or_factored(str(tmp_path / "out"))
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.model.norm.weight.mul_(2)
+    for name, saved in (("again", model), ("twin", twin)):
+        saved.save_pretrained(tmp_path / name)
+        settings = json.loads((tmp_path / name / "config.json").read_text())
+        assert settings["auto_map"] == {"AutoConfig": "configuration_lord_tune.LordTuneConfig"}
+        assert (tmp_path / name / "configuration_lord_tune.py").is_file() and not hasattr(saved.config, "auto_map")
+    norms = [load_file(tmp_path / name / "model.safetensors")["model.norm.weight"] for name in ("again", "twin")]
+    assert torch.equal(norms[1], 2 * norms[0])
+    densify(model)
+    detach(model)
+    model.save_pretrained(tmp_path / "dense")
+    assert "auto_map" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert not (tmp_path / "dense" / "configuration_lord_tune.py").exists()
 
 
 _LOADING = """
@@ -42,6 +69,8 @@ CASES = {
     "config": auto("AutoConfig", causal, **trust),
     "model": auto("AutoModel", causal, **trust),
     "causal": auto("AutoModelForCausalLM", causal, **trust),
+    "saved again": lambda: auto("AutoModelForCausalLM", causal, **trust)().save_pretrained(causal + "-again"),
+    "loaded again": auto("AutoModelForCausalLM", causal + "-again", **trust),
     "masked": auto("AutoModelForMaskedLM", masked, **trust),
     "trl": lambda: create_model_from_path(causal, **trust),
     "not asked": auto("AutoModelForCausalLM", causal),
@@ -55,6 +84,8 @@ for case, load in CASES.items():
     if not child:  # each starts from a process that never saw lord_tune
         try:
             found = load()
+            if found is None:
+                os._exit(0)
             modules = found.modules() if hasattr(found, "modules") else ()
             layers = sum(type(module).__name__ == "FactoredLinear" for module in modules)
             said = [type(found).__name__, layers, "auto_map" in found.to_dict() if not layers else
@@ -80,6 +111,7 @@ def test_programs_that_do_not_import_lord_tune_load_with_trust_remote_code(llama
         "config": ["LlamaConfig", 0, True],
         "model": ["LlamaModel", 21, False],
         "causal": ["LlamaForCausalLM", 21, False],
+        "loaded again": ["LlamaForCausalLM", 21, False],
         "masked": ["BertForMaskedLM", 18, False],
         "trl": ["LlamaForCausalLM", 21, False],
     }

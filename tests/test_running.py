@@ -10,6 +10,8 @@ import transformers
 from tiny import CLASSIFIERS, save_tiny, tiny_head
 
 import lord_tune
+from lord_tune.calibration.corpus import file_windows
+from lord_tune.errors import UsageError
 from lord_tune.integrations.running import max_length, run_model, summed_loss
 from lord_tune.layers import factored_layers
 
@@ -112,3 +114,79 @@ def test_heads_without_a_language_models_loss_are_decomposed_and_loaded_again(na
     for key in expected:
         if key.endswith("logits"):
             assert torch.allclose(found[key], expected[key], atol=1e-4), key
+
+
+# ---- what `evaluate` measures --------------------------------------------------------------------------------------
+
+_WORDS: dict[str, Any] = {"vocab_size": 300, "pad_token_id": 257, "bos_token_id": 256, "eos_token_id": 256}
+_STACKS: dict[str, Any] = {
+    "d_model": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 96,
+    "decoder_ffn_dim": 96,
+    "max_position_embeddings": 64,
+    "decoder_start_token_id": 257,
+    "init_std": 0.12,
+}
+_T5: dict[str, Any] = {"d_model": 64, "d_kv": 16, "d_ff": 160, "num_layers": 2, "num_heads": 4}
+_XLNET: dict[str, Any] = {"d_model": 64, "n_layer": 2, "n_head": 4, "d_inner": 96, "vocab_size": 300}
+MEASURED: dict[str, tuple[str, dict[str, Any]]] = {
+    "masked": ("BertForMaskedLM", _SMALL | {"hidden_size": 64, "initializer_range": 0.12}),
+    "masked, offset": ("RobertaForMaskedLM", _SMALL | {"initializer_range": 0.12}),
+    "decoder, scaled": ("T5ForConditionalGeneration", _WORDS | _T5 | {"decoder_start_token_id": 257}),
+    "decoder": ("BartForConditionalGeneration", _WORDS | _STACKS),
+}
+
+
+def built(kind: str, options: dict[str, Any]) -> Any:
+    torch.manual_seed(0)
+    build = getattr(transformers, kind)
+    return build(build.config_class(**options)).eval()
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_evaluate_measures_the_loss_that_the_model_computes(name, rows_file, tmp_path):
+    """Of a decomposed model, against its own forward pass with labels, window by window, and against the definition."""
+    base, out = save_tiny(built(*MEASURED[name]), tmp_path / "base"), tmp_path / "out"
+    lord_tune.decompose(str(base), str(out), method="svd", rank=6, backbone="int4")
+    found = lord_tune.evaluate(str(out), text=[str(rows_file)], context_length=48, max_tokens=48 * 6)
+    model, tokenizer = lord_tune.load(str(out))
+    assert factored_layers(model)
+    own = scores = count = 0.0
+    for window in file_windows(str(rows_file), tokenizer, 48, 48 * 6):
+        ids = labels = window[None]
+        if name.startswith("masked"):
+            chosen = torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) < 0.15
+            chosen[:, 24] = True
+            ids, labels = ids.clone(), torch.where(chosen, ids, -100)
+            ids[chosen] = tokenizer.mask_token_id
+        with torch.no_grad():
+            output = model(input_ids=ids, labels=labels)
+        counted = labels[0] != -100
+        log_p = output.logits[0, counted].log_softmax(-1)
+        scores -= float(log_p.gather(1, labels[0, counted][:, None]).sum())
+        own, count = own + float(output.loss) * int(counted.sum()), count + int(counted.sum())
+    assert found["tokens"] == count
+    # the same sums in another order
+    assert found["loss"] == pytest.approx(own / count, rel=1e-5) == pytest.approx(scores / count, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "says"),
+    [
+        ("XLNetLMHeadModel", _XLNET, r"computes a loss of \S+ where the cross-entropy of the next token is"),
+        ("BertLMHeadModel", _SMALL | {"initializer_range": 0.12}, "predicts a token from later ones as well"),
+        (
+            "T5ForConditionalGeneration",
+            _WORDS | _T5 | {"decoder_start_token_id": None, "pad_token_id": None},
+            "computes no loss of the same text in the decoder",
+        ),
+    ],
+)
+def test_a_model_whose_loss_is_another_one_is_refused(kind, options, says, rows_file, tmp_path):
+    base = save_tiny(built(kind, options), tmp_path / "base")
+    with pytest.raises(UsageError, match=says):
+        lord_tune.evaluate(str(base), text=[str(rows_file)], context_length=48, max_tokens=96)

@@ -212,9 +212,9 @@ def test_the_configuration_of_the_training_set_is_not_that_of_another(base, rows
     asked = []
     real = run.prepare_rows
 
-    def prepare(source: str, split: str, config: str | None, tokenizer: Any) -> Any:
+    def prepare(source: str, split: str, config: str | None, *more: Any) -> Any:
         asked.append((source, config))
-        return real(str(rows), split, None, tokenizer)
+        return real(str(rows), split, None, *more)
 
     monkeypatch.setattr(run, "prepare_rows", prepare)
     train(base, Path("org/set"), tmp_path / "run", dataset_config="part", eval_dataset_name=str(rows))
@@ -415,7 +415,7 @@ def test_dpo_refuses_what_it_cannot_use(base, bert_dir, rows, tmp_path):
         train(base, rows, tmp_path / "run", objective="dpo")
     mixed = write_rows(tmp_path / "mixed.jsonl", [{"prompt": "a", "chosen": [{"role": "user", "content": "b"}],
                                                    "rejected": [{"role": "user", "content": "c"}]}])  # fmt: skip
-    with pytest.raises(UsageError, match="all be strings, or all lists"):
+    with pytest.raises(UsageError, match="row 1: 'prompt' is text and 'chosen' is a list"):
         train(base, mixed, tmp_path / "run", objective="dpo")
     lord_tune.decompose(str(bert_dir), str(tmp_path / "bert"), rank=4, method="svd")
     for objective in ("dpo", "distill"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from tiny import save_tiny, tiny_family
 from transformers import MambaConfig, MambaForCausalLM, RwkvConfig, RwkvForCausalLM, T5Config, T5EncoderModel
 
 import lord_tune
-from lord_tune.adapters.attach import add_lora, expose_factors
+from lord_tune.adapters.attach import add_lora, add_scales, expose_factors
+from lord_tune.adapters.fold import fold
 from lord_tune.errors import UsageError
 from lord_tune.integrations.models import load_dense_or_factored
 from lord_tune.layers import QuantizedLinear, ZeroLinear, densify, factored_layers, sentinels_of, unfuse
@@ -210,6 +212,53 @@ def test_accelerate_saves_and_loads_the_state(mode, llama_dir, tmp_path):
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
     twin = copy.deepcopy(prepared)
     assert torch.equal(logits(twin), logits(prepared))
+
+
+@pytest.mark.parametrize("mode", ["plain", "factors", "split", "lora", "scales"])
+def test_training_goes_on_from_the_state_that_accelerate_saved(mode, llama_dir, tmp_path):
+    """In a model that was loaded anew, whose adapter was drawn anew: weights, optimizer and schedule, to the bit."""
+    out = tmp_path / "out"
+    packed = {"factor_format": "int4", "top_rank": 2} if mode == "split" else {}
+    lord_tune.decompose(str(llama_dir), str(out), method="svd", rank=4, backbone="int4", **packed)
+    wrap = {"plain": whole_trained, "factors": expose_factors, "lora": add_lora, "scales": add_scales}
+    wrap["split"] = functools.partial(expose_factors, mode="split")
+
+    def begun(seed: int) -> tuple[Accelerator, Any, Any, Any]:
+        torch.manual_seed(seed)
+        model = wrap[mode](load_dense_or_factored(str(out)))
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.7)
+        accelerator = Accelerator(cpu=True)
+        return accelerator, *accelerator.prepare(model, optimizer, schedule)
+
+    def losses(accelerator: Accelerator, model: Any, optimizer: Any, schedule: Any) -> list[float]:
+        found = []
+        for _ in range(3):
+            loss = model(input_ids=IDS, labels=IDS).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            found.append(float(loss.detach()))
+        return found
+
+    first = begun(0)
+    before = losses(*first)
+    first[0].save_state(str(tmp_path / "state"))
+    trained, expected = logits(first[1]), losses(*first)
+    second = begun(1)
+    assert not torch.allclose(logits(second[1]), trained, atol=1e-3)
+    second[0].load_state(str(tmp_path / "state"))
+    assert torch.equal(logits(second[1]), trained)
+    assert losses(*second) == expected and expected[0] < before[0]
+    if mode not in ("plain", "scales"):
+        folded = fold(second[0].unwrap_model(second[1]))
+        torch.testing.assert_close(logits(folded), logits(second[1]), atol=1e-4, rtol=0)
+
+
+def whole_trained(model: Any) -> Any:
+    """Without an adapter: L, R and all that is dense train."""
+    return model.requires_grad_(True)
 
 
 def test_all_parameters_may_be_asked_to_train(factored_dir):

@@ -19,11 +19,12 @@ on the `left` ones too if asked: W = Q + D_out L D R (Bolaco's diagonal post-tra
 2405.10616). Components apart get numbers of their own. Q is not scaled.
 
 `disable_adapter()`, an adapter that trains other layers only, and a deleted or unloaded one all give the decomposed
-model: in the first two modes a layer then computes with the factors it started from (`Route`), which are read from
+model: in the first two modes a layer then computes with the factors it started from (wrappers.py), which are read from
 its checkpoint. (In a 16-bit model they compute in 16 bits then, those that train in float32.) Several adapters are
-PEFT's (`load_adapter`, `set_adapter`, `delete_adapter`). One trap: PEFT's own `add_adapter` starts a further factors or
-split adapter from random numbers, unless it is filled afterwards (as `load_adapter` and trl's reference copy do);
-`expose_factors(peft_model, adapter_name=...)` starts it from L and R.
+PEFT's (`load_adapter`, `set_adapter`, `delete_adapter`), one per row of a batch too (`adapter_names`); one of the
+first two modes is a difference to what the layer started from, so several add up, and a scale of 0 is the base.
+
+PEFT's own configurations work as well (`get_peft_model`, trl's `peft_config`): injection.py translates their targets.
 
 Merging is ours in all modes: A and B are folded back into R and L, exactly. PEFT's merge rounds into 16-bit factors and
 fails on packed ones with a message about tensor sizes; it is refused unless every weight it would change is float32.
@@ -32,22 +33,24 @@ fails on packed ones with a message about tensor sizes; it is refused unless eve
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 import warnings
-from typing import Protocol
+from pathlib import Path
+from typing import Any
 
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, LordError, LordWarning, UsageError
-from ..layers import CastLinear, FactoredLinear, FrozenSum, QuantizedLinear, ZeroLinear, factored_layers, plain_model
+from ..errors import LordError, LordWarning, UsageError, unknown_name
+from ..layers import FactoredLinear, FrozenSum, QuantizedLinear, ZeroLinear, factored_layers, plain_model
 from ..protocols import CausalModel
-from .route import Route, adapters_of, wrappers_of
+from .injection import check_host_config
+from .route import Route, names_in, wrappers_of
 from .stored_tensors import StoredTensors, value_of
 
 FACTORS, SPLIT, LORA, SCALES = "factors", "split", "lora", "scales"
@@ -56,6 +59,15 @@ BOTH, LEFT, RIGHT, SMALLER = "both", "left", "right", "smaller"
 COMPONENTS, COMPONENTS_AND_OUTPUTS = "components", "components_and_outputs"
 _WRAPPED = r"(.*\.)?({})"
 _OWN_PATTERNS = 256
+_HEADS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+_DECIDED = frozenset(  # by the arguments of add_lora
+    "r lora_alpha lora_dropout target_modules exclude_modules layers_to_transform layers_pattern target_parameters "
+    "layer_replication task_type peft_type inference_mode fan_in_fan_out".split()
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,26 +90,23 @@ def expose_factors(
 
     A model that has an adapter of this mode gets a further one, a copy of the factors the first one started from.
     """
+    return attach_factors(model, targets, adapter_name, mode, None)
+
+
+def attach_factors(
+    model: CausalModel, targets: str | None, adapter_name: str, mode: str, config: LoraConfig | None
+) -> PeftModel:
+    """`expose_factors` with the configuration of a saved adapter, whose tensors are still to be loaded."""
     chosen = _chosen(model, targets, mode)
     for name, layer in chosen.items():
         if layer.host is None:
             _check_trainable(name, layer, mode)
+    if config is not None:
+        check_host_config(config, {f"{name}.host": layer.plan.top_rank or layer.rank for name, layer in chosen.items()})
     stored = StoredTensors(plain_model(model))
     factors = {name: _host_factors(name, layer, mode, stored) for name, layer in chosen.items()}
     ranks = {name: right.shape[0] for name, (_, right) in factors.items()}
-    patterns = _patterns({f"{name}.host": rank for name, rank in ranks.items()})
-    config = LoraConfig(
-        r=max(ranks.values()),
-        lora_alpha=max(ranks.values()),
-        target_modules=_exactly([f"{name}.host" for name in chosen]),
-        rank_pattern=patterns,
-        alpha_pattern=dict(patterns),
-        lora_dropout=0.0,
-        bias="none",
-        init_lora_weights=False,
-        task_type=_task_type(model),
-    )
-    peft_model = _wrap(model, config, adapter_name)
+    peft_model = wrap(model, config or _host_config(ranks, task_type_of(model)), adapter_name)
     trains = adapter_name in peft_model.active_adapters
     for name, layer in chosen.items():
         left, right = factors.pop(name)
@@ -105,8 +114,24 @@ def expose_factors(
             value = value if value.dtype == torch.float32 else value.detach().float()
             value = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
             matrices[adapter_name].weight = value.requires_grad_(trains)
-        _check_realised(name, layer, ranks[name], adapter_name)
+        if config is None:
+            _check_realised(name, layer, ranks[name], adapter_name)
     return peft_model
+
+
+def _host_config(ranks: dict[str, int], task_type: str | None) -> LoraConfig:
+    patterns = _patterns({f"{name}.host": rank for name, rank in ranks.items()})
+    return LoraConfig(
+        r=max(ranks.values()),
+        lora_alpha=max(ranks.values()),
+        target_modules=_exactly([f"{name}.host" for name in ranks]),
+        rank_pattern=patterns,
+        alpha_pattern=dict(patterns),
+        lora_dropout=0.0,
+        bias="none",
+        init_lora_weights=False,
+        task_type=task_type,
+    )
 
 
 def add_lora(
@@ -117,43 +142,46 @@ def add_lora(
     targets: str | None = None,
     adapter_name: str = "default",
     on: str = BOTH,
+    **options: object,
 ) -> PeftModel:
     """LoRA of rank `rank` on L and R of the factored layers, which stay frozen (and may be quantized).
 
     alpha: LoRA's scaling is alpha / rank; default 2 rank. on: "both"; "left" or "right", L or R alone; "smaller",
     the one of the two with fewer rows or columns beside the rank, per layer. With one of the two, the update of L R has
     rank `rank` all the same, at a half or less of the parameters: rank (rank of the layer + its in- or outputs).
+    options: others of peft.LoraConfig (`use_rslora`, `use_dora` and PiSSA where L and R are not packed, `bias`,
+    `modules_to_save`, ...); UsageError for those that say where or how strong, which are arguments of this function.
     """
     if rank < 1:
         raise UsageError(f"Got `lora_r` {rank}; expected at least 1.")
     if on not in (BOTH, LEFT, RIGHT, SMALLER):
         raise UsageError(f"Got `lora_on` {on!r}; expected {BOTH}, {LEFT}, {RIGHT} or {SMALLER}.")
+    known = {field.name for field in dataclasses.fields(LoraConfig)} - _DECIDED
+    for name in options:
+        if name in _DECIDED:
+            raise UsageError(f"add_lora decides `{name}` by its rank, alpha, dropout, targets and on; leave it out.")
+        if name not in known:
+            raise unknown_name("option of add_lora", name, known)
     paths = [f"{name}.{s}" for name, layer in _chosen(model, targets, LORA).items() for s in _sides(layer, on)]
-    return wrap_lora(model, paths, rank, 2 * rank if alpha is None else alpha, dropout, adapter_name)
+    given: dict[str, Any] = {"bias": "none", "task_type": task_type_of(model), **options}
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]  # PEFT divides it, a float is fine
+        target_modules=_exactly(paths),
+        lora_dropout=dropout,
+        **given,
+    )
+    peft_model = wrap(model, config, adapter_name)
+    for path in paths:
+        factor = plain_model(peft_model).get_submodule(path)
+        if not isinstance(factor, LoraLayer) or adapter_name not in factor.r:
+            raise LordError(f"PEFT did not wrap '{path}'; report this model.")
+    return peft_model
 
 
 def _sides(layer: FactoredLinear, on: str) -> list[str]:
     smaller = RIGHT if layer.in_features <= layer.out_features else LEFT
     return [LEFT, RIGHT] if on == BOTH else [smaller if on == SMALLER else on]
-
-
-def wrap_lora(
-    model: CausalModel, paths: list[str], rank: int, alpha: float, dropout: float, adapter_name: str
-) -> PeftModel:
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides it, a float is fine
-        target_modules=_exactly(paths),
-        lora_dropout=dropout,
-        bias="none",
-        task_type=_task_type(model),
-    )
-    peft_model = _wrap(model, config, adapter_name)
-    for path in paths:
-        factor = plain_model(peft_model).get_submodule(path)
-        if not isinstance(factor, LoraLayer) or factor.r[adapter_name] != rank:
-            raise LordError(f"PEFT did not wrap '{path}' at rank {rank}; report this model.")
-    return peft_model
 
 
 def add_scales(
@@ -170,12 +198,8 @@ def add_scales(
     for name, layer in _chosen(model, targets, SCALES).items():
         for prefix in ("", "top_") if layer.top_left is not None else ("",):
             paths += [f"{name}.{prefix}{side}" for side in sides]
-    return wrap_scales(model, paths, adapter_name)
-
-
-def wrap_scales(model: CausalModel, paths: list[str], adapter_name: str) -> PeftModel:
-    config = IA3Config(target_modules=_exactly(paths), feedforward_modules=[], task_type=_task_type(model))
-    peft_model = _wrap(model, config, adapter_name)
+    config = IA3Config(target_modules=_exactly(paths), feedforward_modules=[], task_type=task_type_of(model))
+    peft_model = wrap(model, config, adapter_name)
     for path in paths:
         factor = plain_model(peft_model).get_submodule(path)
         if not isinstance(factor, IA3Layer) or factor.is_feedforward:
@@ -191,6 +215,11 @@ def _chosen(model: CausalModel, targets: str | None, mode: str) -> dict[str, Fac
     if not layers:
         raise UsageError("The model has no factored layers; run `lord-tune decompose` first and train its output.")
     present = mode_of(model)
+    if present is None and has_adapters(model):
+        raise UsageError(
+            f"The model already has adapters, none of mode {mode}, so one of that mode cannot be added; fold or unload "
+            "them, or load the base model again."
+        )
     if present not in (None, mode):
         raise UsageError(
             f"The model already has an adapter of mode {present}, so one of mode {mode} cannot be added; load the base "
@@ -230,58 +259,20 @@ def _exactly(paths: list[str]) -> str:
     return _WRAPPED.format("|".join(re.escape(path) for path in paths))
 
 
-def _wrap(model: CausalModel, config: PeftConfig, adapter_name: str) -> PeftModel:
+def wrap(model: CausalModel, config: PeftConfig, adapter_name: str) -> PeftModel:
     """The PEFT model with an adapter more; a first one is active, further ones are not."""
     if isinstance(model, PeftModel):
         if adapter_name in model.peft_config:
             raise UsageError(f"The model already has an adapter '{adapter_name}'; give another adapter_name.")
         model.add_adapter(adapter_name, config)
         return model
+    config.base_model_name_or_path = model.name_or_path
     peft_model = get_peft_model(model, config, adapter_name=adapter_name)
+    base = config.base_model_name_or_path
+    if base and Path(base).is_dir():  # the adapter may be loaded from elsewhere, where the name is another model's
+        config.base_model_name_or_path = str(Path(base).resolve())
     assert isinstance(peft_model, PeftModel)
-    tuner = peft_model.base_model
-    assert isinstance(tuner, BaseTuner)
-    tuner._check_merge_allowed = functools.partial(_check_stock_merge, tuner)  # type: ignore[method-assign]
-    peft_model.register_load_state_dict_post_hook(_check_loaded)
     return peft_model
-
-
-def _check_stock_merge(tuner: BaseTuner) -> None:
-    """PEFT asks this before it merges. It adds to (LoRA) or multiplies (IA3) the stored tensor in its own dtype, be it
-    codes; right in float32 alone."""
-    for name, module in tuner.model.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            base = module.get_base_layer()
-            if not isinstance(base, CastLinear) or base.weight.dtype != torch.float32:
-                raise UsageError(
-                    f"PEFT's merge would round the adapter into '{name}', whose weights are not float32; "
-                    "use lord_tune.merge or lord_tune.fold, which are exact."
-                )
-    type(tuner)._check_merge_allowed(tuner)
-
-
-class _LoadResult(Protocol):
-    """What `load_state_dict` returns."""
-
-    unexpected_keys: list[str]
-
-
-def _check_loaded(model: nn.Module, result: _LoadResult) -> None:
-    """After tensors were loaded into a PEFT model, which drops those that have no place."""
-    stray = [key for key in result.unexpected_keys if "lora_" in key or "ia3_" in key]
-    if stray:
-        raise CheckpointError(
-            f"The adapter holds {stray[0]}, which has no place in this model; load it with lord_tune.load_adapter, on "
-            "the checkpoint it was trained on."
-        )
-    for name, layer in factored_layers(model).items():
-        if isinstance(layer.host, LoraLayer) and isinstance(layer.route, Route):
-            for adapter, rank in layer.host.r.items():
-                if rank != layer.route.rank:
-                    raise CheckpointError(
-                        f"The adapter '{adapter}' does not fit its base model: it has rank {rank} in '{name}', whose "
-                        f"factors have rank {layer.route.rank}; load it on the checkpoint it was trained on."
-                    )
 
 
 def _check_trainable(name: str, layer: FactoredLinear, mode: str) -> None:
@@ -316,9 +307,16 @@ def _host_factors(name: str, layer: FactoredLinear, mode: str, stored: StoredTen
     return left, right
 
 
-def _task_type(model: CausalModel) -> str | None:
+def task_type_of(model: CausalModel) -> str | None:
+    """PEFT's name for the model's kind of head, by which it also trains and saves a new classification head."""
     plain = plain_model(model)
-    return "CAUSAL_LM" if hasattr(plain, "can_generate") and plain.can_generate() else None
+    kind = type(plain).__name__
+    for ending, task in _HEADS.items():
+        if ending in kind:
+            return task
+    if not plain.can_generate():
+        return None
+    return "SEQ_2_SEQ_LM" if getattr(plain.config, "is_encoder_decoder", False) else "CAUSAL_LM"
 
 
 def _check_realised(name: str, layer: FactoredLinear, rank: int, adapter: str) -> None:
@@ -333,21 +331,26 @@ def _check_realised(name: str, layer: FactoredLinear, rank: int, adapter: str) -
 
 
 def mode_of(model: nn.Module) -> str | None:
-    """factors, split, lora, scales, or None for a model without our adapters."""
+    """factors, split, lora, scales, or None for a model without an adapter inside its decomposed layers."""
     for layer in factored_layers(model).values():
         if isinstance(layer.host, LoraLayer):
             return SPLIT if isinstance(layer.host.get_base_layer(), FrozenSum) else FACTORS
-        for factor in (layer.left, layer.right):
-            if isinstance(factor, BaseTunerLayer):
-                return SCALES if isinstance(factor, IA3Layer) else LORA
+        for wrapper in wrappers_of(layer):
+            if isinstance(wrapper, IA3Layer | LoraLayer):
+                return SCALES if isinstance(wrapper, IA3Layer) else LORA
     return None
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether PEFT has put something into the model, or around it."""
+    return any(isinstance(m, PeftModel | BaseTunerLayer | AuxiliaryTrainingWrapper) for m in model.modules())
 
 
 def coverage(model: CausalModel, adapter_name: str = "default") -> Coverage:
     """Which factored layers of an exposed model train, and how many parameters."""
     trained, untouched = {}, []
     for name, layer in factored_layers(plain_model(model)).items():
-        wrappers = [wrapper for wrapper in wrappers_of(layer) if adapter_name in adapters_of(wrapper)]
+        wrappers = [wrapper for wrapper in wrappers_of(layer) if adapter_name in names_in(wrapper)]
         if not wrappers:
             untouched.append(name)
         else:

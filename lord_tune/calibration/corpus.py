@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from ..data.rows import documents
+from ..data.texts import documents, token_ids
 from ..errors import CalibrationError, LordWarning, UsageError
 from ..protocols import Tokenizer
 
@@ -32,18 +31,17 @@ def token_windows(
         raise CalibrationError("The calibration text is empty; give files with text in them.")
     order = list(texts)
     random.Random(seed).shuffle(order)
-    separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     windows = -(-tokens // length), -(-heldout_tokens // length)
     wanted = sum(windows) * length
     encoded: list[list[int]] = []
     available = 0
-    for text in _encode(order, tokenizer, separator, 2 * length):
-        encoded.append(text)
-        available += len(text)
+    for text in order:
+        encoded.append(token_ids(text, tokenizer, 2 * length))
+        available += len(encoded[-1])
         if available >= wanted + 2 * length * 2 and len(encoded) > 1:
             break
     if available < wanted:
-        encoded = list(_encode(order, tokenizer, separator, None))
+        encoded = [token_ids(text, tokenizer) for text in order]
         available = sum(map(len, encoded))
     if available < 2 * length:
         raise CalibrationError(
@@ -66,14 +64,6 @@ def token_windows(
             stacklevel=2,
         )
     return (torch.tensor(flat[: count * length]).view(count, length), torch.tensor(heldout).view(-1, length))
-
-
-def _encode(texts: list[str], tokenizer: Tokenizer, separator: list[int], limit: int | None) -> Iterator[list[int]]:
-    for text in texts:
-        # a token is at least one character and rarely more than 8: cut before tokenizing megabytes for 2k tokens
-        piece = text if limit is None else text[: 8 * limit]
-        ids = tokenizer(piece, verbose=False)["input_ids"][:limit]
-        yield [*ids, *separator]
 
 
 def _take_heldout(encoded: list[list[int]], available: int, wanted: int, length: int) -> list[int]:
@@ -101,10 +91,9 @@ def file_windows(path: str, tokenizer: Tokenizer, length: int, limit: int | None
 
     Text shorter than a window gives one shorter window of at least two tokens.
     """
-    separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     ids: list[int] = []
     for text in documents([path], tokenizer):
-        ids.extend(tokenizer(text, verbose=False)["input_ids"] + separator)
+        ids.extend(token_ids(text, tokenizer))
         if limit is not None and len(ids) >= limit:
             ids = ids[:limit]
             break

@@ -6,9 +6,7 @@ progress.jsonl says what the run is (configuration, base weights, text, versions
 finished step with the sha256 of the file it wrote, appended and synced only after that file. So whatever moment a
 process dies at, the lines are true, and a step without a line is done again: same inputs, same bytes.
 
-Process 0 holds a lock on progress.jsonl while it runs, which ends with it however it ends, and says in `.work/owner`
-which process it is. The file is never replaced, also not by a run that starts over: a lock belongs to a file, not to
-its name.
+Process 0 holds the lock of the output while it runs (storage.py), which ends with it however it ends.
 """
 
 from __future__ import annotations
@@ -16,14 +14,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from ..errors import CheckpointError, UsageError
 from ..parallel import Workers
-from ..storage import check_destination, lock, named_write, sha256_files, write_text
+from ..storage import OutputLock, check_destination, named_write, sha256_files, sole_writer
 
 _FORMAT = 1
 
@@ -39,8 +36,7 @@ class Journal:
         self.steps: dict[str, dict[str, Any]] = {}
         self._path = self.work / "progress.jsonl"
         self._replaced = self.out.with_name(f".{self.out.name}.lord_tune_replaced")  # what --overwrite takes away
-        self._owner = self.work / "owner"
-        self._lock: BinaryIO | None = None
+        self._lock = OutputLock(self.out)
         self._overwrite = False
 
     @property
@@ -53,10 +49,8 @@ class Journal:
         problem, self._overwrite = None, overwrite
         if self.writes:  # the others look no earlier than this one is through: it makes the folder soon
             try:
-                if self._path.is_file():
-                    with self._path.open("ab") as stream:
-                        self._take(stream)  # and let go: it is a while until `open`
-                self._check(resume)
+                with sole_writer(self.out):  # and let go: it is a while until `open`
+                    self._check(resume)
             except Exception as error:  # of any kind: the others would wait for ever
                 problem = error
         problem = self.workers.send(problem, 0)
@@ -85,11 +79,6 @@ class Journal:
         elif not (resume and self._begun):
             os.replace(self._replaced, self.out)
 
-    def _take(self, stream: BinaryIO) -> None:
-        if not lock(stream):
-            owner = self._owner.read_text().strip() if self._owner.is_file() else "another process"
-            raise UsageError(f"{self.folder} is being written by {owner}; wait for it, end it, or name another output.")
-
     def open(self, identity: Mapping[str, object], resume: bool) -> bool:
         """Begin a run, or continue the one that is there; returns whether it continues. `identity` is compared key by
         key: UsageError names the first difference."""
@@ -99,7 +88,7 @@ class Journal:
             try:
                 continued, steps = self._open(identity, resume)
             except Exception as error:  # of any kind: the others would wait for ever
-                self._let_go()
+                self._lock.release()
                 problem = error
         continued, self.steps, problem = self.workers.send((continued, steps, problem), 0)
         if problem is not None:
@@ -107,48 +96,24 @@ class Journal:
         return continued
 
     def _open(self, identity: Mapping[str, object], resume: bool) -> tuple[bool, dict[str, dict[str, Any]]]:
-        self._acquire()
+        self._lock.take()
         self._check(resume)  # again: another process may have come and gone
-        before = self._owner.read_text() if self._owner.is_file() else None
-        write_text(self._owner, f"process {os.getpid()} on {socket.gethostname()}\n")
         if not (resume and self._begun):
             self._clear()
             self._append({"format": _FORMAT, "identity": identity})
             return False, {}
-        try:
-            steps = self._read(identity)
-        except (UsageError, CheckpointError):
-            if before is not None:  # a refusal leaves everything as it was
-                write_text(self._owner, before)
-            else:
-                self._owner.unlink()
-            raise
+        steps = self._read(identity)
         for path in self.folder.glob(".*"):  # temporary files of a process that died
             if path.is_file():
                 path.unlink()
         return True, steps
 
-    def _acquire(self) -> None:
-        """Make the folder and lock progress.jsonl, which another process may move away meanwhile by finishing."""
-        while True:
-            self.work.mkdir(parents=True, exist_ok=True)
-            stream = self._path.open("ab")
-            self._lock = stream
-            self._take(stream)
-            if self._path.is_file() and os.path.samestat(os.fstat(stream.fileno()), self._path.stat()):
-                return
-            self._let_go()
-
-    def _let_go(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
-
     def _clear(self) -> None:
-        """Everything but the lock and its owner. The journal goes first: its lines are true at every moment."""
-        os.truncate(self._path, 0)
+        """Everything but the journal, which is emptied first: its lines are true at every moment."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        self._path.write_bytes(b"")
         for path in [*self.folder.iterdir(), *self.work.iterdir()]:
-            if path in (self.work, self._path, self._owner):
+            if path in (self.work, self._path):
                 continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
@@ -213,7 +178,7 @@ class Journal:
             os.replace(self.out, self._replaced)
         os.replace(self.folder, self.out)
         self.remove_work()
-        self._let_go()
+        self._lock.release()
 
     def remove_work(self) -> None:
         """What a finished OUT needs no more; a process that died in its last steps leaves some of it."""
@@ -226,12 +191,12 @@ class Journal:
         self.steps = {}
         if self.writes:
             shutil.rmtree(self.folder, ignore_errors=True)
-            self._let_go()
+            self._lock.release()
 
     def abandon(self) -> bool:
         """Leave nothing behind if no block is finished; returns whether that was so."""
         if any("/" in step for step in self.steps):
-            self._let_go()
+            self._lock.release()
             return not self.folder.is_dir()
         self.discard()
         return True

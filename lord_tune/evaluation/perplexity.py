@@ -1,7 +1,8 @@
 """Perplexity: non-overlapping windows of `context_length` tokens, each predicting its tokens 2..n, float32 logits.
 
 A model with a masked-token head is measured on a fixed random 15 % of the tokens, masked; the number is then exp(loss
-per masked token) and not comparable with a causal model's.
+per masked token) and not comparable with a causal model's. An encoder-decoder reads a window and predicts it again.
+What is measured is compared once with the loss that the model itself computes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LordError, UsageError
-from ..integrations.running import kind_of, summed_loss
+from ..integrations.running import check_loss, kind_of, summed_loss
 from ..protocols import CausalModel, Tokenizer
 
 
@@ -30,6 +31,7 @@ def perplexity(
             "decomposition.json (`lord-tune inspect`)."
         )
     mask_token = getattr(tokenizer, "mask_token_id", None)
+    check_loss(model, windows[:1], mask_token)
     total, count = 0.0, 0
     with torch.no_grad():
         for index, window in enumerate(windows):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from ..integrations.running import kind_of
+from ..integrations.running import kind_of, run_model
 from ..memory import synchronize
 from ..protocols import CausalModel
 
@@ -38,7 +38,7 @@ def speed(model: CausalModel, window: Tensor) -> float:
                 generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), pad_token_id=0, **options)
                 done = _GENERATED
             else:
-                model(input_ids=window)
+                run_model(model, window)
                 done = window.shape[1]
             synchronize(window.device)
             times.append((time.perf_counter() - start) / done)

@@ -21,7 +21,7 @@ class Job:
     folder: Path  # empty, exists
     final: Path  # where `folder` will be moved
     dtype: str  # that was asked for; a key of DTYPE_NAMES
-    ids: Tensor  # (1, length) of the comparison
+    ids: Tensor  # (window, length) of the comparison
 
 
 class Export(Protocol):

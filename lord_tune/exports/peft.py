@@ -129,17 +129,18 @@ import sys, torch, transformers, peft
 from safetensors.torch import save_file, load_file
 base, adapter, ids, out, kind = sys.argv[1:]
 transformers.logging.disable_progress_bar()
-model = getattr(transformers, kind).from_pretrained(base, dtype=torch.float32).eval()
-for module in model.modules():
-    # on CPUs with AVX512-BF16 bitsandbytes would round the block scales to bfloat16 at the first evaluation
-    if hasattr(module, "support_avx512bf16_for_cpu"):
-        module.support_avx512bf16_for_cpu = False
+model = getattr(transformers, kind).from_pretrained(base)
 model = peft.PeftModel.from_pretrained(model, adapter).eval()
 assert "lord_tune" not in sys.modules
+windows = load_file(ids)["ids"].to(next(model.parameters()).device)
+found = []
 with torch.no_grad():
-    result = model(input_ids=load_file(ids)["ids"].to(next(model.parameters()).device))
-logits = result.logits if "logits" in result else result.last_hidden_state
-save_file({"logits": logits[0].float().cpu().contiguous()}, out)
+    for window in windows:
+        result = model(input_ids=window[None])
+        named = [value for key, value in result.items() if key.endswith("logits")] or [result.last_hidden_state]
+        found += [value.float().reshape(-1, value.shape[-1]) for value in named]
+logits = torch.cat([value for value in found if value.shape[-1] == found[0].shape[-1]])
+save_file({"logits": logits.cpu().contiguous()}, out)
 """
 
 

@@ -12,12 +12,12 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from ..adapters.attach import mode_of
+from ..adapters.attach import has_adapters
 from ..adapters.fold import fold
 from ..errors import ExportMismatch, UsageError, unknown_name
 from ..integrations.companions import Companions
 from ..integrations.models import DTYPE_NAMES
-from ..integrations.running import max_length
+from ..integrations.running import kind_of, max_length
 from ..integrations.vocabulary import check_vocabulary
 from ..layers import factored_layers, plain_model
 from ..protocols import CausalModel, Tokenizer
@@ -25,7 +25,7 @@ from .base import Export, Job
 from .dense import DenseExport
 from .factored import FactoredExport
 from .peft import PeftExport
-from .verify import PROBE_TOKENS, THRESHOLDS, Comparison, compare, outputs_of, probe_ids
+from .verify import PROBE_TOKENS, Comparison, compare, outputs_of, probe_ids, probe_windows
 
 EXPORTS: dict[str, Export] = {form.name: form for form in (DenseExport(), FactoredExport(), PeftExport())}
 
@@ -52,25 +52,33 @@ def export_model(
         raise UsageError(f"Got `dtype` {dtype!r}; expected one of {', '.join(DTYPE_NAMES)}.")
     plain = plain_model(model)
     if not factored_layers(plain):
+        if has_adapters(model):
+            raise UsageError(
+                f"The adapter's base model, {plain.name_or_path}, has no factored layers; fold the adapter by PEFT's "
+                "merge_and_unload, or decompose the base first and train an adapter on that."
+            )
         raise UsageError("The model has no factored layers; it is an ordinary checkpoint already.")
     export, model_dtype = EXPORTS[form], plain.dtype
     export.check(plain)
     ids = probe_ids(tokenizer, text, min(PROBE_TOKENS, max_length(plain)))
     check_vocabulary(plain, tokenizer, [ids])
+    ids, tokens = probe_windows(plain, ids), kind_of(plain) != "bare"
     reference = outputs_of(model, ids)
     job = Job(tokenizer, folder, final or folder, dtype, ids)
-    written = export.write(fold(model) if mode_of(model) else plain, job)
+    written = export.write(fold(model) if has_adapters(model) else plain, job)
     if beside is not None:
         beside.copy(folder / export.model_folder)
     if card is not None:
         (folder / "README.md").write_text(card(form))
-    comparison = compare(reference, written)
-    rounded = ["float32", *export.rounds_to(model_dtype, job)]
-    limit = max(THRESHOLDS.get(name, 0.0) for name in rounded) if threshold is None else threshold
-    if not math.isfinite(comparison.kl) or comparison.kl > limit:
+    comparison = compare(reference, written, tokens)
+    limit = threshold
+    if limit is None:
+        limit = comparison.limit(["float32", *export.rounds_to(model_dtype, job)])
+    what, deviation = comparison.deviation()
+    if not math.isfinite(deviation) or deviation > limit:
         raise ExportMismatch(
-            f"The written {form} checkpoint differs from the model: got a KL of {comparison.kl:.3g} nats per token, "
-            f"expected at most {limit:.3g} (largest logit difference {comparison.max_logit_difference:.3g}). Nothing "
-            "was kept; try `dtype` float32, or raise `threshold` if this loss is acceptable."
+            f"The written {form} checkpoint differs from the model: got a {what} of {deviation:.3g}, expected at most "
+            f"{limit:.3g} (largest difference of an output {comparison.max_logit_difference:.3g}). Nothing was kept; "
+            "try `dtype` float32, or raise `threshold` if this loss is acceptable."
         )
     return comparison

@@ -8,12 +8,16 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..integrations.running import counted_outputs, run_model
+from ..integrations.running import counted_outputs, kind_of, run_model
 from ..protocols import CausalModel, Tokenizer
 
 # KL in nats per token between unmerged and written model; float32 differs in the order of summation only,
 # 16-bit weights by their rounding (relative 2^-9 for bfloat16 on every weight)
 THRESHOLDS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+# ||written - unmerged|| / ||unmerged|| of outputs that are not the logits of tokens: softmax would not see what moves
+# all of them, and of a single one nothing. The rounding of weights adds up over some tens of layers
+DIFFERENCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 1e-1}
+WINDOWS = 8  # that a head with one output per text is compared on
 PROBE_TOKENS = 256
 PROBE_TEXT = '''def moving_average(values, width):
     """Return the mean of each window of `width` consecutive values."""
@@ -35,10 +39,27 @@ a book that nobody had asked him to keep. In winter the wind came from the north
 class Comparison:
     """Unmerged against written model on the probe text."""
 
-    kl: float  # mean KL(unmerged || written), nats per token
+    kl: float | None  # mean KL(unmerged || written), nats per token; None without a language-model head
+    relative_difference: float  # ||written - unmerged|| / ||unmerged||
     max_logit_difference: float
-    top1_agreement: float
+    top1_agreement: float | None  # None without a language-model head
     tokens: int
+
+    def __str__(self) -> str:
+        what, deviation = self.deviation()
+        rows = f"{self.tokens} rows: {what} {deviation:.2g}, largest difference {self.max_logit_difference:.2g}"
+        return rows if self.top1_agreement is None else f"{rows}, top-1 agreement {self.top1_agreement:.3f}"
+
+    def deviation(self) -> tuple[str, float]:
+        """What must stay under the threshold, in words and as a number."""
+        if self.kl is not None:
+            return "KL in nats per token", self.kl
+        return "relative difference of the outputs", self.relative_difference
+
+    def limit(self, dtypes: list[str]) -> float:
+        """The threshold where the written model rounds to these."""
+        table = DIFFERENCES if self.kl is None else THRESHOLDS
+        return max(table.get(name, 0.0) for name in dtypes)
 
 
 def probe_ids(tokenizer: Tokenizer, text: str | None, longest: int = PROBE_TOKENS) -> Tensor:
@@ -49,16 +70,27 @@ def probe_ids(tokenizer: Tokenizer, text: str | None, longest: int = PROBE_TOKEN
     return torch.tensor([ids])
 
 
+def probe_windows(model: CausalModel, ids: Tensor) -> Tensor:
+    """The text (1, length) in several windows where the model has no language-model head: it may answer once each."""
+    length = ids.shape[1] // WINDOWS
+    return ids if kind_of(model) != "bare" or length < 2 else ids[:, : length * WINDOWS].reshape(WINDOWS, length)
+
+
 @torch.no_grad()
 def outputs_of(model: CausalModel, ids: Tensor) -> Tensor:
-    """Logits of a head, whatever it calls them, or last hidden states; (row, width) float32 on the CPU."""
-    found = counted_outputs(run_model(model.eval(), ids))
+    """Logits of a head, whatever it calls them, or last hidden states; (row, width) float32 on the CPU. ids: (window,
+    length), run one by one."""
+    found = [x for window in ids for x in counted_outputs(run_model(model.eval(), window[None]))]
     return torch.cat([x.reshape(-1, x.shape[-1]) for x in found if x.shape[-1] == found[0].shape[-1]]).cpu()
 
 
-def compare(reference: Tensor, written: Tensor) -> Comparison:
-    """Both (token, vocabulary)."""
-    p, q = reference.double().log_softmax(-1), written.double().log_softmax(-1)
-    kl = float((p.exp() * (p - q)).sum(-1).mean().clamp_min(0))
-    agreement = float((reference.argmax(-1) == written.argmax(-1)).double().mean())
-    return Comparison(kl, float((reference - written).abs().max()), agreement, reference.shape[0])
+def compare(reference: Tensor, written: Tensor, tokens: bool = True) -> Comparison:
+    """Both (row, width); tokens: whether they are logits of a vocabulary, whose softmax is what counts."""
+    difference = (reference.double() - written.double()).norm() / reference.double().norm().clamp_min(1e-30)
+    kl = agreement = None
+    if tokens:
+        p, q = reference.double().log_softmax(-1), written.double().log_softmax(-1)
+        kl = float((p.exp() * (p - q)).sum(-1).mean().clamp_min(0))
+        agreement = float((reference.argmax(-1) == written.argmax(-1)).double().mean())
+    largest = float((reference - written).abs().max())
+    return Comparison(kl, float(difference), largest, agreement, reference.shape[0])

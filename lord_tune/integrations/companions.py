@@ -20,9 +20,9 @@ from typing import Any
 from ..console import note
 from ..errors import CheckpointError
 from ..storage import OWN_FILES, read_json
-from .files import ADAPTER_FILE, TOKENIZER_FILES, base_of_adapter, check_not_pointers, first_line, is_pointer
+from .files import ADAPTER_FILE, TOKENIZER_FILES, check_not_pointers, first_line, is_pointer
 from .remote_code import REMOTE_FILE
-from .sources import resolve_model
+from .sources import base_of_adapter
 
 MODULES = "modules.json"  # of sentence-transformers: its modules and their folders
 LARGEST = 64 << 20  # bytes of one file
@@ -73,7 +73,7 @@ def companions_of(source: str) -> Companions:
     the tokenizer's, which lie beside the adapter and are written anew."""
     trained = (Path(source) / ADAPTER_FILE).is_file()
     if trained:
-        source = resolve_model(base_of_adapter(Path(source)))
+        source = base_of_adapter(Path(source))
     root = Path(source) if Path(source).is_dir() else hub_folder(source)
     modules = module_folders(root)
     files: dict[str, Path] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -61,25 +62,33 @@ def check_shards(folder: Path) -> None:
             ) from error
 
 
-def base_of_adapter(folder: Path) -> str:
-    """The factored checkpoint an adapter folder was trained on."""
-    base = read_json(folder / ADAPTER_FILE).get("base_model_name_or_path")
-    if not base:
-        raise CheckpointError(f"{folder / ADAPTER_FILE} names no base model; pass the folder that `train` wrote.")
-    if not Path(base).is_dir() and (folder / base).is_dir():
-        base = str(folder / base)
-    return base
-
-
 def fingerprint(name: str) -> str | None:
     """Which weights a local folder holds, the same for two runs of one command: from the checksums of the shards in
-    decomposition.json (cheap for any size), else from the files themselves."""
-    record = Path(name) / "decomposition.json"
+    decomposition.json, cheap for any size, where the shards are those and not newer; else from the files themselves."""
+    record, files = Path(name) / "decomposition.json", stored_weights(name)
     shards = read_json(record).get("shards") if record.is_file() else None
-    if shards:
-        return hashlib.sha256(json.dumps(shards, sort_keys=True).encode()).hexdigest()
-    files = weight_files(name) or bin_weight_files(name)
+    if not shards:
+        return sha256_files(files) if files else None
+    written = record.stat().st_mtime_ns
+    if {path.name for path in files} != set(shards) or any(path.stat().st_mtime_ns > written for path in files):
+        shards = {path.name: sha256_files([path]) for path in files}
+    return hashlib.sha256(json.dumps(shards, sort_keys=True).encode()).hexdigest()
+
+
+def weights_sha256(name: str) -> str | None:
+    """One sha256 over the weight files of a local folder; None for a Hub id."""
+    files = stored_weights(name)
     return sha256_files(files) if files else None
+
+
+def relative_folder(source: str, beside: Path) -> str | None:
+    """The way from one folder to another, by which it is found again when both were moved; None for a Hub id."""
+    if not Path(source).is_dir():
+        return None
+    try:
+        return os.path.relpath(Path(source).resolve(), beside.resolve())
+    except ValueError:  # on another drive
+        return None
 
 
 def hub_revision(name: str) -> str | None:
@@ -101,6 +110,12 @@ def settings_files(name: str) -> list[Path]:
     if not Path(name).is_dir():
         return []
     return sorted({path for pattern in _SETTINGS for path in Path(name).glob(pattern) if path.is_file()})
+
+
+def stored_weights(name: str) -> list[Path]:
+    """The weight files of a local model folder that transformers reads: .bin files only without model*.safetensors."""
+    found = weight_files(name)
+    return found if any(path.name.startswith("model") for path in found) else bin_weight_files(name) or found
 
 
 def weight_files(name: str) -> list[Path]:

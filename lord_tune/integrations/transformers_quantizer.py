@@ -25,6 +25,7 @@ from ..layers import (
     FactoredLinear,
     PivotedLinear,
     QuantizedLinear,
+    check_plain,
     densify,
     factored_layers,
     is_linear,
@@ -35,7 +36,7 @@ from ..layers import (
 )
 from ..plans import FORMAT_VERSION, LayerPlan
 from ..quantizers import DTYPES
-from .remote_code import remove_remote_code
+from .remote_code import remove_remote_code, saves_remote_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel  # this file is imported while transformers is
@@ -80,6 +81,7 @@ class LordQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: object
     ) -> None:
         remove_remote_code(model.config)
+        saves_remote_code(model)
         prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
 
         def found_in(present: Container[str], name: str) -> str | None:
@@ -126,6 +128,8 @@ class LordQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The tensors of the file. Refreshes the manifest: ranks and formats may have changed since loading (merged
         adapters)."""
+        if not getattr(model, "_hf_peft_config_loaded", False):  # with it transformers saves the adapter alone
+            check_plain(model)
         self.quantization_config.layers = manifest_of(model)
         return model.state_dict() | sentinels_of(model), {}
 

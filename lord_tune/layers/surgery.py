@@ -32,6 +32,17 @@ def plain_model(model: nn.Module) -> PreTrainedModel:
     return cast("PreTrainedModel", model if base is None else base())
 
 
+def check_plain(model: nn.Module) -> None:
+    """Whether the keys of a model with an adapter on it would be found again."""
+    for name, module in model.named_modules():
+        inside = type(module).__module__.startswith(("peft.", "lord_tune.adapters."))
+        if inside or (isinstance(module, FactoredLinear) and module.host is not None):
+            raise UsageError(
+                f"'{name}' has an adapter on it, so the base model alone would be saved under keys that cannot be "
+                "loaded; save the PEFT model (its adapter), or what lord_tune.fold or its unload returns."
+            )
+
+
 def is_linear(module: nn.Module) -> bool:
     """A plain dense linear layer: `nn.Linear`, a subclass that computes the same from weight and bias, or Conv1D."""
     if type(module) is nn.Linear or isinstance(module, Conv1D):

@@ -18,7 +18,10 @@ from typing import ClassVar, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._guards import active_fake_mode
 from torch.autograd.function import FunctionCtx
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..declared import Options
@@ -147,15 +150,24 @@ class Decoder(Protocol):
 
 def constant(build: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Cache by arguments, for tensors on a named device: whoever calls first, under inference mode or a default device,
-    leaves an ordinary tensor for all."""
+    leaves an ordinary tensor for all. Nothing of a mode that makes other tensors (fake ones, of torch.export) is kept:
+    it gets its own copies."""
 
     @cache
     @wraps(build)
     def built(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+        with _disable_current_modes(), torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
             return build(*args, **kwargs)
 
-    return cast(Callable[Arguments, Result], built)
+    @wraps(build)
+    def found(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        result = cast(Callable[Arguments, Result], built)(*args, **kwargs)
+        fake = None if torch.compiler.is_compiling() else active_fake_mode()
+        if fake is None or fake.allow_non_fake_inputs:
+            return result
+        return cast(Result, tree_map_only(Tensor, fake.from_tensor, result))
+
+    return found
 
 
 _LARGEST_HALF = 65504.0
@@ -200,7 +212,7 @@ def on_host(tensor: Tensor) -> Tensor:
     again if it was written to."""
     if tensor.device.type == "cpu":
         return tensor
-    if tensor.is_inference():  # has no version that would tell of a write
+    if tensor.is_inference() or active_fake_mode() is not None:  # has no version that would tell of a write; no values
         return tensor.cpu()
     known = _read.get(tensor)
     if known is None or known[0] != tensor._version:

@@ -1,6 +1,6 @@
 """Recovery of a decomposed model: its factors, or adapters on them, are trained with trl."""
 
-from .arguments import LEARNING_RATES, TrainOptions, load_yaml, trainer_arguments
+from .arguments import LEARNING_RATES, TrainOptions, trainer_arguments
 from .data import prepare_rows, sample_spans
 from .forecast import MemoryEstimate, predict_memory
 from .memory import Account, account
@@ -14,7 +14,6 @@ __all__ = [
     "TrainOptions",
     "account",
     "expose",
-    "load_yaml",
     "predict_memory",
     "prepare_rows",
     "sample_spans",

@@ -13,12 +13,12 @@ import difflib
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 
 from ..adapters.attach import FACTORS, LORA, SCALES, SPLIT
 from ..errors import UsageError
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 LEARNING_RATES = {FACTORS: 1e-4, SPLIT: 1e-4, LORA: 2e-4, SCALES: 1e-2}
 SFT, DISTILL, DPO = "sft", "distill", "dpo"
 _TRACKERS = ("tensorboard", "trackio")
+_SWITCHED = {"on": "true", "off": "false"}  # words of YAML that transformers' parser does not know
 _UNUSED = {DISTILL: ("loss_type", "label_smoothing_factor", "router_aux_loss_coef")}  # parts of the loss of sft
 
 
@@ -116,7 +117,10 @@ def trainer_arguments(
     values = defaults | {k: v for k, v in given.items() if v is not None}
     trackers = values.pop("report_to")  # may be a list, which the parser below takes one word of
     values["report_to"] = trackers if isinstance(trackers, str) else "none"
+    switches = {f.name for f in dataclasses.fields(wanted) if re.search(r"\bbool\b", str(f.type))}
     for key, value in values.items():
+        if key in switches and str(value).lower() in _SWITCHED:
+            value = _SWITCHED[str(value).lower()]
         words.append(f"--{key}")
         words.extend(_words(value))
     try:
@@ -183,25 +187,10 @@ def _words(value: object) -> list[str]:
 
 
 def _as_bool(value: object) -> bool:
-    return value is True or str(value).lower() in ("true", "1", "yes")
+    return value is True or str(value).lower() in ("true", "1", "yes", "on", "y", "t")
 
 
 def _bf16_works() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.accelerator.is_available()
-
-
-def load_yaml(path: str) -> dict[str, Any]:
-    """A mapping from a YAML file."""
-    file = Path(path)
-    if not file.is_file():
-        raise UsageError(f"The config file {path} does not exist; check the path.")
-    try:
-        content = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        line = str(error).strip().replace("\n", " ")
-        raise UsageError(f"{path} is not valid YAML: {line[:300]}") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} holds no keys; expected a YAML mapping (key: value).")
-    return content

@@ -5,13 +5,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, Unpack, cast
 
 import numpy as np
 
-from ..data.rows import RowFormat, load_rows, prompt_of, recognise
+from ..data.files import load_rows
+from ..data.rows import Row, RowFormat, Unusable, in_trl_columns, recognise, usable
+from ..data.texts import renderer
 from ..errors import LordError, LordWarning, UsageError
+from ..integrations.files import first_line
+from ..integrations.models import load_tokenizer
 from ..integrations.vocabulary import check_vocabulary, embedding_rows
+from ..storage import sha256_files
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,20 +41,48 @@ _CHATML = (
 _TURNS = [{"role": role, "content": f"{role} says"} for role in ("system", "user", "assistant", "user", "assistant")]
 
 
-def prepare_rows(source: str, split: str, config: str | None, tokenizer: Tokenizer) -> tuple[Dataset, RowFormat]:
-    """A dataset in trl's columns (text; messages; prompt + completion) and what was recognised."""
+def prepare_rows(
+    source: str,
+    split: str,
+    config: str | None,
+    tokenizer: Tokenizer,
+    text: str = "text",
+    template: str | None = None,
+    assistant_only: bool = False,
+) -> tuple[Dataset, RowFormat]:
+    """A dataset in trl's columns (text; messages; prompt + completion; tools) and what was recognised.
+
+    text: trl's dataset_text_field. template: a chat template other than the tokenizer's. assistant_only: leave out
+    chats in which no assistant speaks. Raises UsageError for rows that trl could not train on.
+    """
     rows = load_rows(source, split, config)
-    form = recognise(rows.column_names)
-    if len(rows) == 0:
-        raise UsageError(f"The dataset '{source}' is empty; give rows to train on.")
-    if form.kind == "messages" and not getattr(tokenizer, "chat_template", None):
-        raise UsageError(f"'{source}' holds chat messages and the model has no chat template; give text or prompts.")
-    if form.kind == "prompt_completion":
-        columns = list(rows.column_names)
-        return rows.map(
-            lambda row: {"prompt": prompt_of(row, form), "completion": row[form.completion]}, remove_columns=columns
-        ), form
-    return rows.select_columns([form.kind]), form
+    form = recognise(rows.column_names, text)
+    if form.kind == "pairs":
+        raise UsageError(f"'{source}' holds pairs of answers, {form}; set objective: dpo, or give other rows.")
+    text_of = renderer(tokenizer, template, form, source)
+
+    def check(row: Row, chat: bool) -> str:
+        if assistant_only and not chat:
+            raise UsageError(f"assistant_only_loss needs chats, and '{source}' holds {form} as text; remove it.")
+        turns = [turn for name in form.columns for turn in row[name]] if chat else []
+        if assistant_only and not any(turn["role"] == "assistant" for turn in turns):
+            raise Unusable(f"no message of '{form.columns[-1]}' is an assistant's")
+        return text_of(row, chat)
+
+    kept = [index for index, _, _ in usable(rows, form, source, check)]
+    return in_trl_columns(rows, form, kept), form
+
+
+def other_template(path: str | None) -> str | None:
+    """The chat template of trl's chat_template_path: a .jinja file, or a model whose template is taken over."""
+    if path is None:
+        return None
+    if not path.endswith((".jinja", ".j2")):
+        return load_tokenizer(path).chat_template
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"chat_template_path {path} could not be read: {first_line(error)}") from error
 
 
 class _Rendering(TypedDict, total=False):
@@ -189,3 +223,12 @@ def sample_spans(trainer: TrainerLike, tokenizer: Tokenizer, require_eos: bool) 
             spans.append(([], marked))
         spans[-1][0].append(token)
     return [(tokenizer.decode(tokens), marked) for tokens, marked in spans]
+
+
+def rows_sha256(source: str | None) -> str | None:
+    """Of the bytes of a local data file, or of all files of a folder; None for a Hub dataset."""
+    if source is None:
+        return None
+    path = Path(source)
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return sha256_files(files) if files else None

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 from ..adapters.attach import FACTORS, LORA, MODES, SCALES, SPLIT, add_lora, add_scales, expose_factors
 from ..errors import UsageError
 from ..integrations.running import kind_of
-from ..integrations.sources import resolve_model
+from ..integrations.sources import original_of, resolve_model
 from ..layers import plain_model
-from ..storage import read_json
 from .arguments import TrainOptions
 
 if TYPE_CHECKING:
@@ -55,10 +54,4 @@ def teacher_source(options: TrainOptions) -> str:
             f"objective: distill finds no decomposition.json in {options.model_name_or_path} that names the original "
             "model; set teacher_model_name_or_path."
         )
-    name = read_json(record)["base"]["name"]
-    try:
-        return resolve_model(name)
-    except UsageError as error:
-        raise UsageError(
-            f"The original model {name}, which {record} names, is not there; set teacher_model_name_or_path."
-        ) from error
+    return original_of(record.parent, "set teacher_model_name_or_path")

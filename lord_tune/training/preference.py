@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..data.rows import load_rows
-from ..errors import LordError, UsageError
+from ..data.files import load_rows
+from ..data.rows import in_trl_columns, recognise_pairs, usable
+from ..data.texts import renderer
+from ..errors import LordError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -21,22 +23,12 @@ COLUMNS = ("prompt", "chosen", "rejected")
 
 
 def prepare_pairs(source: str, split: str, config: str | None, tokenizer: Tokenizer) -> Dataset:
-    """A dataset with the columns prompt, chosen and rejected: strings, or lists of messages."""
+    """A dataset with the columns prompt, chosen and rejected (and tools): strings, or lists of messages. Without a
+    prompt, it is what both answers begin with; trl takes it out of them."""
     rows = load_rows(source, split, config)
-    missing = [name for name in COLUMNS if name not in rows.column_names]
-    if missing:
-        raise UsageError(
-            f"'{source}' has the columns {sorted(rows.column_names)}; objective: dpo expects prompt, chosen and "
-            "rejected. Rename the columns."
-        )
-    if len(rows) == 0:
-        raise UsageError(f"The dataset '{source}' is empty; give rows to train on.")
-    kinds = {type(rows[0][name]) for name in COLUMNS}
-    if kinds != {str} and kinds != {list}:
-        raise UsageError(f"prompt, chosen and rejected of '{source}' must all be strings, or all lists of messages.")
-    if kinds == {list} and not getattr(tokenizer, "chat_template", None):
-        raise UsageError(f"'{source}' holds chat messages and the model has no chat template; give strings.")
-    return rows.select_columns(list(COLUMNS))
+    form = recognise_pairs(rows.column_names, source)
+    kept = [index for index, _, _ in usable(rows, form, source, renderer(tokenizer, None, form, source))]
+    return in_trl_columns(rows, form, kept)
 
 
 def sample_pair(trainer: TrainerLike, tokenizer: Tokenizer) -> list[tuple[str, bool]]:

@@ -18,15 +18,24 @@ from ..adapters.loading import load
 from ..console import is_main_process, note
 from ..data.rows import RowFormat
 from ..errors import LordError, UsageError
-from ..integrations.files import ADAPTER_FILE, RUN_FILE, fingerprint, hub_revision
+from ..integrations.files import ADAPTER_FILE, RUN_FILE
 from ..integrations.models import DTYPE_NAMES, load_tokenizer
 from ..integrations.running import max_length
+from ..integrations.sources import weights_identity
 from ..layers import expert_of, factored_layers, plain_model
 from ..memory import large_blocks_apart
 from ..storage import read_json, write_json
 from .arguments import DISTILL, DPO, TrainOptions
 from .checkpoints import defect, newest_complete
-from .data import chat_template, check_embedded, check_tokenized, prepare_rows, sample_spans
+from .data import (
+    chat_template,
+    check_embedded,
+    check_tokenized,
+    other_template,
+    prepare_rows,
+    rows_sha256,
+    sample_spans,
+)
 from .distillation import LiveTeacher, check_head
 from .memory import FirstStep, TrainingPeak
 from .modes import expose, teacher_source, trained_kind
@@ -45,7 +54,17 @@ if TYPE_CHECKING:
     from .progress import ShowProgress
     from .trainers import DistillationTrainer, Recorded, TrainerData
 
-_MAY_CHANGE = {"resume_from_checkpoint", "num_train_epochs", "max_steps", "dry_run", "report_to"}  # of a continued run
+_MAY_CHANGE = {  # of a continued run, whose folder may have another name now
+    *("resume_from_checkpoint", "num_train_epochs", "max_steps", "dry_run", "report_to", "output_dir"),
+}
+# a name or path -> what it stands for: only the latter has to stay, so that a run may be moved with what it reads
+_STANDS_FOR = {
+    "model_name_or_path": "base",
+    "base_folder": "base",
+    "teacher_model_name_or_path": "teacher",
+    "dataset_name": "rows",
+    "eval_dataset_name": "eval_rows",
+}
 Notify = Callable[[str, object], None]  # (event, payload): "coverage", "data", "sample"
 
 
@@ -64,19 +83,24 @@ def train_model(
     """
     output = Path(arguments.output_dir)
     resolved = dict(resolved) | {"processes": arguments.world_size}  # its checkpoints hold a random state for each
+    teacher = teacher_source(options) if options.objective == DISTILL else None
+    resolved |= {
+        "teacher": None if teacher is None else weights_identity(teacher),
+        "rows": rows_sha256(options.dataset_name),
+        "eval_rows": rows_sha256(options.eval_dataset_name),
+    }
     checkpoint, broken = _checkpoint(output, arguments)
     _check_output(output, checkpoint, broken, resolved, arguments)
     check_experts(model, arguments)
     kind = trained_kind(model)
     if options.objective != "sft" and kind != "causal":
         raise UsageError(f"objective: {options.objective} needs a model that predicts the next token; use sft.")
-    teacher = teacher_source(options) if options.objective == DISTILL else None
-    rows, form = _rows(options.dataset_name, options.dataset_train_split, options, tokenizer)
+    rows, form = _rows(options.dataset_name, options.dataset_train_split, options, arguments, tokenizer)
     notify("data", {"rows": len(rows), "format": str(form), "source": options.dataset_name})
     held = None
     if options.eval_dataset_name or options.dataset_test_split:
         name = options.eval_dataset_name or options.dataset_name
-        held, _ = _rows(name, options.dataset_test_split or "train", options, tokenizer)
+        held, _ = _rows(name, options.dataset_test_split or "train", options, arguments, tokenizer)
     set_seed(arguments.seed)  # before adapters are drawn; the trainer seeds again
     exposed = expose(model, options)
     notify("coverage", coverage(exposed))
@@ -98,7 +122,9 @@ def train_model(
         ends = form.kind == "prompt_completion" and not chats and not wrapped
         notify("sample", sample_spans(trainer, tokenizer, require_eos=ends))
     if teacher is not None:
-        cast("DistillationTrainer", made).teacher = _make_teacher(trainer, tokenizer, teacher, options)
+        cast("DistillationTrainer", made).teacher = _make_teacher(
+            trainer, tokenizer, teacher, str(resolved["teacher"]), options
+        )
     show = _show_progress(trainer, options, checkpoint)
     if is_main_process():
         output.mkdir(parents=True, exist_ok=True)
@@ -153,11 +179,16 @@ def check_experts(model: nn.Module, arguments: TrlConfig) -> None:
             )
 
 
-def _rows(source: str, split: str, options: TrainOptions, tokenizer: Tokenizer) -> tuple[Dataset, RowFormat]:
+def _rows(
+    source: str, split: str, options: TrainOptions, arguments: TrlConfig, tokenizer: Tokenizer
+) -> tuple[Dataset, RowFormat]:
     config = options.dataset_config if source == options.dataset_name else None
     if options.objective == DPO:
-        return prepare_pairs(source, split, config, tokenizer), RowFormat("prompt + chosen + rejected")
-    return prepare_rows(source, split, config, tokenizer)
+        return prepare_pairs(source, split, config, tokenizer), RowFormat("pairs", "prompt")
+    text = getattr(arguments, "dataset_text_field", "text")
+    template = other_template(getattr(arguments, "chat_template_path", None))
+    assistant_only = getattr(arguments, "assistant_only_loss", False)
+    return prepare_rows(source, split, config, tokenizer, text, template, assistant_only)
 
 
 def _checkpoint(output: Path, arguments: TrlConfig) -> tuple[Path | None, dict[Path, str]]:
@@ -180,8 +211,11 @@ def _checkpoint(output: Path, arguments: TrlConfig) -> tuple[Path | None, dict[P
     return Path(asked), {}
 
 
-def _make_teacher(trainer: TrainerLike, tokenizer: Tokenizer, source: str, options: TrainOptions) -> Teacher:
-    """The targets of distillation: a model in memory, or a folder of its most likely tokens."""
+def _make_teacher(
+    trainer: TrainerLike, tokenizer: Tokenizer, source: str, weights: str, options: TrainOptions
+) -> Teacher:
+    """The targets of distillation: a model in memory, or a folder of its most likely tokens. weights: which the source
+    holds (weights_identity)."""
     from .teacher_logits import Identity, prepare, sequences_of_row
 
     if load_tokenizer(source).get_vocab() != tokenizer.get_vocab():
@@ -204,7 +238,7 @@ def _make_teacher(trainer: TrainerLike, tokenizer: Tokenizer, source: str, optio
         return LiveTeacher(load_teacher(), options.distill_temperature)
     identity: Identity = {
         "format": 1,
-        "teacher": fingerprint(source) or f"{source} {hub_revision(source)}",
+        "teacher": weights,
         "dtype": dtype,
         "vocabulary": vocabulary,
         "top_k": min(options.teacher_top_k, vocabulary),
@@ -260,7 +294,8 @@ def _check_output(
         return  # a run that stopped before its first checkpoint: nothing to continue, nothing to lose
     before = read_json(run)
     # as text: the command line gives "64" where YAML gives 64
-    keys = {*before, *resolved} - _MAY_CHANGE
+    same = {name for name, what in _STANDS_FOR.items() if resolved.get(what) and resolved[what] == before.get(what)}
+    keys = {*before, *resolved} - _MAY_CHANGE - same
     changed = sorted(key for key in keys if str(before.get(key)).lower() != str(resolved.get(key)).lower())
     if changed:
         raise UsageError(

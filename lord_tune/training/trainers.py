@@ -72,6 +72,7 @@ class Recorded(Trainer):
     def continue_log(self, checkpoint: Path) -> None:
         """Take up the sums that a checkpoint holds; called when training begins."""
         summed = read_json(checkpoint / LOG_FILE)
+        self.state.best_model_checkpoint = _moved(self.state.best_model_checkpoint, checkpoint.parent)
         self._tr_loss += torch.tensor(summed["loss"], dtype=self._tr_loss.dtype, device=self._tr_loss.device)
         self._total_loss_scalar, self._globalstep_last_logged = summed["total"], summed["logged_step"]
         if hasattr(self, "_metrics"):
@@ -85,7 +86,7 @@ class Recorded(Trainer):
     def take_up(self, checkpoint: Path) -> None:
         """Become what training was when it wrote its last checkpoint; only the adapter was not written any more."""
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        best = _moved(self.state.best_model_checkpoint, checkpoint.parent) if self.args.load_best_model_at_end else None
         self._load_from_checkpoint(best or str(checkpoint))
         self._tr_loss, self._total_loss_scalar = torch.tensor(0.0, device=self.args.device), 0.0
         self.continue_log(checkpoint)
@@ -114,6 +115,13 @@ class Recorded(Trainer):
 
     def _send_telemetry(self) -> None:
         """Nothing goes to the network that was not asked for."""
+
+
+def _moved(checkpoint: str | None, output: Path) -> str | None:
+    """A checkpoint of a run that now lies in `output`. transformers keeps its path of then, and where that is gone, or
+    is now a copy's, would keep the last weights instead of the best, or take the copy's."""
+    here = None if checkpoint is None else output / Path(checkpoint).name
+    return str(here) if here is not None and here.is_dir() else checkpoint
 
 
 class ContinueLog(TrainerCallback):
