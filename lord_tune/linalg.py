@@ -80,3 +80,16 @@ def balanced(
     usable = (norms_left > 0) & (norms_right > 0)
     scale = torch.where(usable, (norms_right / norms_left.clamp_min(1e-300)).sqrt(), torch.ones_like(norms_right))
     return left * scale, right / scale[:, None]
+
+
+def principal(
+    left: Tensor,  # (out, rank)
+    right: Tensor,  # (rank, in)
+) -> tuple[Tensor, Tensor]:
+    """The same product as sqrt(S)-scaled singular vectors, most important first: orthogonal components of equal norm in
+    both factors, whatever the condition of those given. float64."""
+    outer, inner = torch.linalg.qr(left.double())
+    rows, other = torch.linalg.qr(right.double().T)
+    u, s, vt = torch.linalg.svd(inner @ other.T)
+    root = s.sqrt()
+    return outer @ (u * root), (root[:, None] * vt) @ rows.T

@@ -163,7 +163,7 @@ def test_beside_a_backbone_and_with_bits(runs):
         _, report = runs("llama", form, bits_per_weight=13.5, backbone="int4", factor_format="fp16")
         assert report["totals"]["linear_bits_per_weight"] <= 13.5
         ranks[form] = sum(entry["rank"] for entry in report["layers"].values())
-    assert ranks[PIVOTED] > ranks[PLAIN]
+    assert ranks[PIVOTED] >= ranks[PLAIN] > 0
 
 
 def test_saved_again_cast_and_exported(runs, tmp_path):
@@ -205,3 +205,94 @@ def test_a_plan_carries_the_form(runs, rows_file, tmp_path):
     (tmp_path / "bad.json").write_text(json.dumps(content))
     with pytest.raises(UsageError, match="'pivotal'.*pivoted"):
         lord_tune.decompose(str(out.parent / "llama"), str(tmp_path / "x"), plan=str(tmp_path / "bad.json"))
+
+
+def trained(model, mode, seed=0):
+    """The model with an adapter whose parameters moved, as training moves them."""
+    if mode == "factors":
+        exposed = lord_tune.expose_factors(model)
+    elif mode == "lora":
+        exposed = lord_tune.add_lora(model, rank=2)
+    else:
+        exposed = lord_tune.add_scales(model, on="components_and_outputs")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in exposed.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return exposed.eval()
+
+
+@torch.no_grad()
+def outputs(model) -> torch.Tensor:
+    return model(IDS).logits.double()
+
+
+@pytest.mark.parametrize("mode", ["factors", "lora", "scales"])
+def test_an_adapter_trains_and_folds_into_pivoted_factors_again(mode, runs, tmp_path):
+    out, report = runs("llama", PIVOTED, rank=8)
+    model = load_dense_or_factored(str(out))
+    before = outputs(model)
+    exposed = trained(model, mode)
+    after = outputs(exposed)
+    assert (after - before).norm() > 1e-3 * before.norm()
+    with exposed.disable_adapter():
+        near(outputs(exposed), before)
+    exposed.save_pretrained(tmp_path / "adapter")
+    loaded = lord_tune.load_adapter(load_dense_or_factored(str(out)), str(tmp_path / "adapter"))
+    near(outputs(loaded.eval()), after)
+    lord_tune.merge(exposed)
+    near(outputs(exposed), after)
+    lord_tune.unmerge(exposed)
+    folded = lord_tune.fold(exposed)
+    near(outputs(folded), after)
+    layers = factored_layers(folded)
+    assert all(isinstance(layer.left, PivotedLinear) and layer.plan.form == PIVOTED for layer in layers.values())
+    folded.save_pretrained(tmp_path / "folded")
+    assert torch.equal(logits(tmp_path / "folded"), outputs(folded))
+    assert sizes(folded)["model_bytes"] == report["totals"]["model_bytes"]
+
+
+def test_gradients_reach_l_and_r(runs):
+    exposed = lord_tune.expose_factors(load_dense_or_factored(str(runs("llama", PIVOTED, rank=8)[0])))
+    exposed(IDS, labels=IDS).loss.backward()
+    trains = [p for p in exposed.parameters() if p.requires_grad]
+    assert len(trains) == 42 and all(p.grad is not None and p.grad.abs().sum() > 0 for p in trains)
+    host = exposed.base_model.model.model.layers[0].mlp.down_proj.host
+    left, right = (found["default"].weight.detach().double() for found in (host.lora_B, host.lora_A))
+    for gram in (left.T @ left, right @ right.T):  # orthogonal components of equal norm
+        assert (gram - gram.diag().diag()).norm() <= 1e-5 * gram.norm()
+    assert torch.allclose(left.norm(dim=0), right.norm(dim=1), rtol=1e-5)
+
+
+def test_several_adapters_are_differences(runs, tmp_path):
+    out, _ = runs("llama", PIVOTED, rank=8)
+    model = load_dense_or_factored(str(out))
+    base = outputs(model)
+    exposed = trained(model, "factors")
+    one = outputs(exposed)
+    again = lord_tune.expose_factors(exposed, adapter_name="other")
+    again.set_adapter("other")
+    near(outputs(again), base)
+    again.set_adapter("default")
+    near(outputs(again), one)
+
+
+@pytest.mark.parametrize("options", [{"init_lora_weights": "pissa"}, {"use_dora": True}])
+def test_what_reads_or_writes_a_stored_weight_is_refused(options, runs):
+    with pytest.raises(UsageError, match="stored as pivoted factors"):
+        lord_tune.add_lora(load_dense_or_factored(str(runs("llama", PIVOTED, rank=8)[0])), rank=2, **options)
+
+
+def test_trained_by_the_command_foreseen_to_the_byte_and_exported(runs, rows_file, tmp_path):
+    out, _ = runs("llama", PIVOTED, rank=8)
+    given = {"model_name_or_path": str(out), "dataset_name": str(rows_file), "max_length": 64, "max_steps": 2}
+    given |= {"per_device_train_batch_size": 2, "learning_rate": 1e-3, "report_to": "none", "logging_steps": 1}
+    metrics = lord_tune.train(output_dir=str(tmp_path / "run"), **given)
+    predicted, measured = metrics["memory"]["predicted"], metrics["memory"]["measured"]
+    for part in ("weights", "adapters", "gradients", "optimizer"):
+        assert predicted[part] == measured[part], part
+    report = lord_tune.export(str(tmp_path / "run"), str(tmp_path / "f"), "factored", text=str(rows_file))
+    assert report
+    model = load_dense_or_factored(str(tmp_path / "f"))
+    assert all(isinstance(layer.left, PivotedLinear) for layer in factored_layers(model).values())

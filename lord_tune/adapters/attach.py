@@ -47,11 +47,12 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..errors import LordError, LordWarning, UsageError, unknown_name
-from ..layers import FactoredLinear, FrozenSum, QuantizedLinear, ZeroLinear, factored_layers, plain_model
+from ..layers import FactoredLinear, FrozenSum, PivotedLinear, QuantizedLinear, ZeroLinear, factored_layers, plain_model
+from ..linalg import principal
 from ..protocols import CausalModel
 from .injection import check_host_config
-from .route import Route, names_in, wrappers_of
-from .stored_tensors import StoredTensors, value_of
+from .route import Route, names_in, trained_start, wrappers_of
+from .stored_tensors import StoredPivot, StoredTensors
 
 FACTORS, SPLIT, LORA, SCALES = "factors", "split", "lora", "scales"
 MODES = (FACTORS, SPLIT, LORA, SCALES)
@@ -293,8 +294,9 @@ def _host_factors(name: str, layer: FactoredLinear, mode: str, stored: StoredTen
     """L and R to train: the parameters themselves, moved out of the layer, or for a further adapter copies."""
     if layer.host is not None:
         assert isinstance(layer.route, Route) and layer.route.start is not None
-        left, right = (value_of(kept).to(layer.weight.device, torch.float32, copy=True) for kept in layer.route.start)
-        return left, right
+        return trained_start(layer.route.start, layer.device)
+    if isinstance(layer.left, PivotedLinear) and mode == FACTORS:
+        return _unpivoted(name, layer, stored)
     top = "top_" if mode == SPLIT else ""
     left, right = (getattr(layer, f"{top}{side}").weight for side in (LEFT, RIGHT))
     kept = stored.keep(f"{name}.{top}left.weight", left), stored.keep(f"{name}.{top}right.weight", right)
@@ -305,6 +307,18 @@ def _host_factors(name: str, layer: FactoredLinear, mode: str, stored: StoredTen
         layer.host = layer.backbone or ZeroLinear(layer.in_features, layer.out_features, left.device)
     layer.left = layer.right = layer.backbone = layer.top_left = layer.top_right = None
     return left, right
+
+
+def _unpivoted(name: str, layer: FactoredLinear, stored: StoredTensors) -> tuple[Tensor, Tensor]:
+    """L and R to train of pivoted factors, which `fold` makes of them again."""
+    rest, right, rows = layer.left.rest.weight, layer.right.weight, layer.left.rows.data
+    kept = stored.keep(f"{name}.left.rest.weight", rest), stored.keep(f"{name}.right.weight", right)
+    start = StoredPivot(kept[0], rows, kept[1])
+    layer.route = Route(start, right.shape[0])
+    layer.host = layer.backbone or ZeroLinear(layer.in_features, layer.out_features, right.device)
+    left, right = principal(layer.left.dense(torch.float64), right.detach())
+    layer.left = layer.right = layer.backbone = None
+    return left.float(), right.float()
 
 
 def task_type_of(model: CausalModel) -> str | None:

@@ -105,6 +105,7 @@ def fold(model: CausalModel, adapter_name: str | None = None) -> PreTrainedModel
     for name, (layer, parts, bias) in factored.items():
         layer.host = layer.route = None
         layer.left, layer.right, layer.backbone, layer.top_left, layer.top_right = parts
+        layer.pivot()
         if bias is not None:
             dtype = layer.dtype if layer.bias is None else torch.float32
             old = 0.0 if layer.bias is None else layer.bias.double()

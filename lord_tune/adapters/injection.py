@@ -27,6 +27,7 @@ from ..layers import (
     CastLinear,
     FactoredLinear,
     FrozenSum,
+    PivotedLinear,
     QuantizedLinear,
     ZeroLinear,
     factored_layers,
@@ -80,7 +81,7 @@ def prepare(tuner: BaseTuner, model: nn.Module, config: PeftConfig) -> None:
         _check_hosts(model, config, hosts)
     for name in wanted:
         base = _base(model.get_submodule(name))
-        if isinstance(base, QuantizedLinear) and name not in hosts:
+        if isinstance(base, QuantizedLinear | PivotedLinear) and name not in hosts:
             _check_packed(config, name, base)
     if isinstance(config, LoraConfig):
         kinds: tuple[type[nn.Module], ...] = (QuantizedLinear, ZeroLinear, FrozenSum) if hosts else ()
@@ -112,7 +113,7 @@ def _resolve_all_linear(model: nn.Module, config: PeftConfig, layers: dict[str, 
     if isinstance(config, LoraConfig):
         names = (names - parts) | set(layers)
     else:  # which wraps L and R, as a backbone has no place for its product
-        names -= {name for name in parts if name.rpartition(".")[2] in ("backbone", "host")}
+        names -= {name for name in parts if name.rpartition(".")[2] in ("backbone", "host", "rest")}
     config.target_modules = names  # type: ignore[attr-defined]
 
 
@@ -187,12 +188,13 @@ def check_host_config(config: LoraConfig, ranks: dict[str, int]) -> None:
             )
 
 
-def _check_packed(config: PeftConfig, name: str, base: QuantizedLinear) -> None:
+def _check_packed(config: PeftConfig, name: str, base: QuantizedLinear | PivotedLinear) -> None:
     variant = variant_of(config) if isinstance(config, LoraConfig) else None
     if _kind(config) not in _BLIND or variant is not None:
+        stored = "pivoted factors" if isinstance(base, PivotedLinear) else f"{base.quantizer.name} codes"
         raise UsageError(
-            f"`{variant or _kind(config)}` reads the weight of '{name}', which is stored as {base.quantizer.name} "
-            "codes; use plain LoRA, or a model whose factors are float32 (`factor_format`)."
+            f"`{variant or _kind(config)}` reads the weight of '{name}', which is stored as {stored}; use plain LoRA, "
+            "or a model whose factors are plain float32 (`form`, `factor_format`)."
         )
 
 
@@ -235,7 +237,9 @@ def _check_stock_merge(tuner: BaseTuner) -> None:
     for name, module in tuner.model.named_modules():
         if isinstance(module, BaseTunerLayer):
             base = module.get_base_layer()
-            own = isinstance(base, CastLinear | QuantizedLinear | ZeroLinear | FrozenSum | FactoredLinear)
+            own = isinstance(
+                base, CastLinear | QuantizedLinear | PivotedLinear | ZeroLinear | FrozenSum | FactoredLinear
+            )
             if own and not (isinstance(base, CastLinear) and base.weight.dtype == torch.float32):
                 raise UsageError(
                     f"PEFT's merge would round the adapter into '{name}', whose weights are not float32; "

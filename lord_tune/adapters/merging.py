@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UsageError
-from ..layers import CastLinear, FactoredLinear, FrozenSum, QuantizedLinear, ZeroLinear, dense_factor
+from ..layers import CastLinear, FactoredLinear, FrozenSum, PivotedLinear, QuantizedLinear, ZeroLinear, dense_factor
 from .route import linear_of
 from .wrappers import HostLora, LayerLora
 
@@ -85,7 +85,7 @@ def trained_module(name: str, wrapper: AuxiliaryTrainingWrapper, adapters: tuple
 def needs_float32(model: nn.Module) -> bool:
     """Whether an adapter changes a dense layer that is stored in 16 bits, so that folding would round."""
     bases = [module.get_base_layer() for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    own = (CastLinear, QuantizedLinear, ZeroLinear, FrozenSum, FactoredLinear)
+    own = (CastLinear, QuantizedLinear, PivotedLinear, ZeroLinear, FrozenSum, FactoredLinear)
     dense = [base for base in bases if not isinstance(base, own)]
     return any(p.dtype in (torch.float16, torch.bfloat16) for base in dense for p in base.parameters())
 
@@ -119,7 +119,7 @@ def _merged(name: str, wrapper: BaseTunerLayer, adapters: tuple[str, ...]) -> nn
 
 
 def _dense(base: nn.Module) -> nn.Module:
-    if not isinstance(base, CastLinear | QuantizedLinear):
+    if not isinstance(base, CastLinear | QuantizedLinear | PivotedLinear):
         return copy.deepcopy(base).double()
     weight = dense_factor(base)
     dense = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..layers import CastLinear, FactoredLinear, FrozenSum, Parts, ZeroLinear
-from .stored_tensors import StoredTensor, value_of
+from ..linalg import principal
+from .stored_tensors import StoredPivot, StoredTensor, value_of
 
-Start: TypeAlias = tuple[StoredTensor | Tensor, StoredTensor | Tensor]  # (L, R) that a host started from
+Start: TypeAlias = tuple[StoredTensor | Tensor, StoredTensor | Tensor] | StoredPivot  # L, R that a host started from
 State: TypeAlias = tuple[tuple[str, tuple[float, ...]], ...]  # active adapter, its scaling in each wrapper of a layer
 
 
@@ -100,8 +101,16 @@ def around(base: nn.Linear, left: Tensor, right: Tensor) -> Parts:
 
 def start_of(start: Start, device: torch.device) -> tuple[Tensor, Tensor]:
     """(L, R) as the decomposed model has them."""
-    left, right = (value_of(kept).to(device) for kept in start)
-    return left, right
+    left, right = start.pair() if isinstance(start, StoredPivot) else (value_of(kept) for kept in start)
+    return left.to(device), right.to(device)
+
+
+def trained_start(start: Start, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(L, R) float32 that a further adapter starts with: the same product."""
+    left, right = start_of(start, device)
+    if isinstance(start, StoredPivot):  # whose components are far from orthogonal
+        left, right = principal(left, right)
+    return left.to(torch.float32, copy=True), right.to(torch.float32, copy=True)
 
 
 def start_parts(layer: FactoredLinear) -> Parts:

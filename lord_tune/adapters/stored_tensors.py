@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..integrations.files import weight_files
+from ..layers import pivoted_left
 
 Stamp = tuple[int, int]  # nanoseconds of the last change, bytes
 
@@ -69,3 +70,17 @@ class StoredTensors:
 
 def value_of(kept: StoredTensor | Tensor) -> Tensor:
     return kept if isinstance(kept, Tensor) else kept.read()
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredPivot:
+    """L R in pivoted form (layers/pivoted.py)."""
+
+    rest: StoredTensor | Tensor  # C
+    rows: Tensor  # of L R that B holds
+    right: StoredTensor | Tensor  # B
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """P [I; C] (out, rank) and B (rank, in)."""
+        rest, right = value_of(self.rest), value_of(self.right)
+        return pivoted_left(rest, self.rows.to(rest.device)), right

@@ -22,7 +22,7 @@ from torch.nn.functional import linear
 
 from ..errors import UsageError
 from ..layers import FactoredLinear
-from .route import Start, active_in, around, base_of, start_of
+from .route import Start, active_in, around, base_of, start_of, trained_start
 
 NOT_MERGED = "PEFT's merge would write into stored parts; use lord_tune.merge or lord_tune.fold, which are exact."
 
@@ -44,10 +44,10 @@ class HostLora(lora.Linear):
         """No difference: B A = L0 R0."""
         if self.start is None or adapter_name not in self.lora_A or self.lora_A[adapter_name].weight.is_meta:
             return
-        left, right = start_of(self.start, _matrix(self.lora_A[adapter_name]).device)
+        left, right = trained_start(self.start, _matrix(self.lora_A[adapter_name]).device)
         for matrices, value in ((self.lora_A, right), (self.lora_B, left)):
             trains = _matrix(matrices[adapter_name]).requires_grad
-            matrices[adapter_name].weight = nn.Parameter(value.float(), requires_grad=trains)
+            matrices[adapter_name].weight = nn.Parameter(value, requires_grad=trains)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # (..., in) -> (..., out)
         self._check_forward_args(x, *args, **kwargs)

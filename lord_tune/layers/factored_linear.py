@@ -172,6 +172,20 @@ class FactoredLinear(nn.Module):
             _store(self.top_left, factors.top.left, factors.top.left_parts)
             _store(self.top_right, factors.top.right, factors.top.right_parts)
 
+    def pivot(self) -> None:
+        """Bring plain L and R, after an adapter was folded into them, into the form of the plan; more components than
+        outputs stay plain."""
+        pair = self.left, self.right
+        if self.plan.form != PIVOTED or self.top_left is not None or not all(type(f) is CastLinear for f in pair):
+            return
+        rank, dtype = self.left.in_features, self.left.weight.dtype
+        if rank < self.out_features:
+            rows, rest, chosen = pivoted(*self.dense_factors())
+            self.left = PivotedLinear(CastLinear(rank, self.out_features - rank, dtype, device="meta"), device="meta")
+            self.left.set_rows(rows)
+            _store(self.left.rest, rest, None)
+            _store(self.right, chosen, None)
+
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.rank} -> {self.out_features}, backbone={self.plan.backbone}"
 

@@ -38,6 +38,19 @@ def pivoted(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return rows.to(torch.int32), rest[others][:, by_row].contiguous(), chosen
 
 
+def places_of(rows: Tensor, count: int) -> Tensor:
+    """(count,) int64: which entry of [z; C z] each output is."""
+    chosen = torch.zeros(count, dtype=torch.bool, device=rows.device)
+    chosen[rows.long()] = True
+    return torch.where(chosen, chosen.cumsum(0) - 1, len(rows) + (~chosen).cumsum(0) - 1)
+
+
+def pivoted_left(rest: Tensor, rows: Tensor) -> Tensor:
+    """P [I; C] (out, rank) of C (out - rank, rank)."""
+    identity = torch.eye(len(rows), dtype=rest.dtype, device=rest.device)
+    return torch.cat([identity, rest])[places_of(rows, len(rows) + len(rest))]
+
+
 class PivotedLinear(nn.Linear):
     """z -> L z with L = P [I; C] (out, rank): `rest` is C; `rows` (rank,) int32, increasing, the outputs that are z."""
 
@@ -77,16 +90,13 @@ class PivotedLinear(nn.Linear):
         """(out,) int64: which entry of [z; C z] each output is."""
         if self._places is None or self._places.device != self.rows.device:
             with torch.inference_mode(False):
-                chosen = torch.zeros(self.out_features, dtype=torch.bool, device=self.rows.device)
-                chosen[self.rows.long()] = True
-                self._places = torch.where(chosen, chosen.cumsum(0) - 1, self.in_features + (~chosen).cumsum(0) - 1)
+                self._places = places_of(self.rows, self.out_features)
         return self._places
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """L (out, rank)."""
         rest = self.rest.dequantize(dtype) if isinstance(self.rest, QuantizedLinear) else self.rest.weight.to(dtype)
-        identity = torch.eye(self.in_features, dtype=dtype, device=rest.device)
-        return torch.cat([identity, rest])[self.places()]
+        return pivoted_left(rest, self.rows)
 
     def forward(self, z: Tensor) -> Tensor:  # (..., rank) -> (..., out)
         return torch.cat([z, self.rest(z)], -1).index_select(-1, self.places())
