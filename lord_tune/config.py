@@ -434,8 +434,8 @@ class ExportConfig(RunConfig):
     threshold: float | None = Field(
         None,
         ge=0,
-        description="largest KL to the unmerged model, nats per token; default 1e-4, more for 16 bits. Without a "
-        "language-model head: relative difference of the outputs; default 1e-3",
+        description="largest KL to the unmerged model, nats per token; default 1e-4, more for 16 bits; without "
+        "a language head the relative difference of the outputs, default 1e-3",
     )
     text: str | None = Field(None, description="file whose first 256 tokens the logits are compared on")
     overwrite: bool = Field(False, description="replace OUT if an earlier run of lord-tune wrote it")
