@@ -43,6 +43,7 @@ from lord_tune.decomposition import Rates
 from lord_tune.errors import ExportMismatch, UsageError
 from lord_tune.factorizations import METHODS
 from lord_tune.factorizations.whitened import SHRINKAGES
+from lord_tune.layers import pivoted_left
 from lord_tune.plans import Plan
 from lord_tune.quantizers import QUANTIZERS
 from lord_tune.training import trainer_arguments
@@ -192,6 +193,17 @@ def case_factor_format(b: Bench) -> None:
     assert packed.manifest[Q]["left_format"] == "nf4" and packed.tensors[f"{Q}.left.weight"].dtype == torch.uint8
     bits = [b.decompose(factor_format=form).report["totals"]["linear_bits_per_weight"] for form in ("fp32", "fp16")]
     assert bits[1] == bits[0] / 2
+
+
+def case_form(b: Bench) -> None:
+    plain, pivoted = b.decompose(form="plain"), b.decompose(form="pivoted")
+    assert plain.manifest == b.decompose().manifest and plain.manifest[Q]["form"] == "plain"
+    assert pivoted.manifest[Q]["form"] == pivoted.report["layers"][Q]["form"] == "pivoted"
+    shapes = {name: tuple(pivoted.tensors[f"{Q}.{name}"].shape) for name in ("left.rest.weight", "left.rows")}
+    assert shapes == {"left.rest.weight": (56, 8), "left.rows": (8,)}
+    rest, rows = pivoted.tensors[f"{Q}.left.rest.weight"], pivoted.tensors[f"{Q}.left.rows"]
+    product = pivoted_left(rest.double(), rows) @ pivoted.tensors[f"{Q}.right.weight"].double()
+    torch.testing.assert_close(product, plain.product(), rtol=0, atol=1e-6)
 
 
 def case_top_rank(b: Bench) -> None:
@@ -529,6 +541,7 @@ DECOMPOSE: dict[str, Case] = {
     "method": case_method,
     "backbone": case_backbone,
     "factor_format": case_factor_format,
+    "form": case_form,
     "top_rank": case_top_rank,
     "top_format": case_top_format,
     "rank": case_rank,
@@ -599,6 +612,13 @@ def case_plan_factor_format(b: Bench) -> None:
     found = {form: b.plan(factor_format=form) for form in ("fp32", "fp16", "nf4")}
     assert found["fp32"]["linear_bits_per_weight"] == 2 * found["fp16"]["linear_bits_per_weight"]
     assert found["nf4"]["model_bytes_after"] < found["fp16"]["model_bytes_after"] < found["fp32"]["model_bytes_after"]
+
+
+def case_plan_form(b: Bench) -> None:
+    plain, pivoted = b.plan(), b.plan(form="pivoted")
+    assert plain == b.plan(form="plain") and plain["ranks"] == pivoted["ranks"]
+    # 8 x 8 numbers fewer in each of 21 layers, and 8 indices more, 4 bytes each
+    assert plain["model_bytes_after"] - pivoted["model_bytes_after"] == 21 * 4 * (8 * 8 - 8)
 
 
 def case_plan_top_rank(b: Bench) -> None:
@@ -794,6 +814,7 @@ PLAN: dict[str, Case] = {
     "method": case_plan_method,
     "backbone": case_plan_backbone,
     "factor_format": case_plan_factor_format,
+    "form": case_plan_form,
     "top_rank": case_plan_top_rank,
     "top_format": case_plan_top_format,
     "rank": case_plan_rank,
@@ -1368,7 +1389,7 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
         (
             DecomposeConfig,
             "m o --method afm --no-centred --kept-fraction 0.7 --allocation loss_weighted --sensitivity-tokens 5 "
-            "--calibration=a.txt --dry_run",
+            "--form pivoted --calibration=a.txt --dry_run",
         ),
         (DecomposeConfig, "m o --method loftq --backbone nf4 --rank 3 --iterations 2 --dry-run"),
         (DecomposeConfig, "m o --plan p.json --calibration a.txt"),
@@ -1395,7 +1416,7 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
             "--context-length 9 --sink-weight 0.5 --shrinkage auto --block-size 128 --double-quant --targets q "
             "--exclude k --seed 7 --dtype float16 --propagate sequential --processes 2 --json j",
         ),
-        (PlanConfig, "m --method afm --no-centred --kept-fraction 0.7 --allocation uniform"),
+        (PlanConfig, "m --method afm --no-centred --kept-fraction 0.7 --allocation uniform --form pivoted"),
         (PlanConfig, "m --method loftq --backbone nf4 --rank 3 --iterations 2 --save s"),
         (PlanConfig, "m --plan p.json"),
         (
