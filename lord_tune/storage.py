@@ -112,7 +112,7 @@ class OutputLock:
 
     def take(self) -> None:
         """UsageError, naming the process, if another one has it."""
-        _check_parents(self._path)
+        _check_parents(self._out)
         made = [parent for parent in self._path.parents if not parent.exists()]
         while self._stream is None:
             try:
