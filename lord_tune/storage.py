@@ -141,6 +141,13 @@ class OutputLock:
             with self._path.open() as stream:
                 self._lock(stream)
 
+    def sweep(self) -> None:
+        """Remove the file that a killed process left."""
+        if self._stream is None and self._path.is_file():
+            with self._path.open("a+") as stream:
+                if lock(stream):
+                    self._path.unlink(missing_ok=True)
+
     def _lock(self, stream: IO[str]) -> None:
         if not lock(stream):
             stream.seek(0)

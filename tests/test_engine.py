@@ -599,7 +599,8 @@ def words(base: Path, rows: Path, kind: str, *more: str) -> list[str]:
 
 
 def written(folder: Path) -> dict[str, Any]:
-    """Every file below a folder -> its bytes; of decomposition.json, what does not depend on the clock and memory."""
+    """Every file below a folder -> its bytes; of decomposition.json, what does not depend on the clock and memory. Not
+    the lock beside an output, which a killed process leaves and the next one takes."""
 
     def lasting(value: Any) -> Any:
         if isinstance(value, dict):
@@ -608,6 +609,7 @@ def written(folder: Path) -> dict[str, Any]:
 
     assert folder.is_dir()
     found: dict[str, Any] = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    found.pop(".out.lock", None)
     if "decomposition.json" in found:
         found["decomposition.json"] = lasting(json.loads(found["decomposition.json"]))
     return found

@@ -630,7 +630,10 @@ def test_a_model_without_a_head_is_decomposed_and_has_no_perplexity(tmp_path, ro
         lord_tune.train(
             model_name_or_path=str(tmp_path / "out"), dataset_name=str(rows_file), output_dir=str(tmp_path / "r")
         )
-    assert lord_tune.export(str(tmp_path / "out"), str(tmp_path / "dense"), "dense")["comparison"]["relative_difference"] < 1e-5
+    assert (
+        lord_tune.export(str(tmp_path / "out"), str(tmp_path / "dense"), "dense")["comparison"]["relative_difference"]
+        < 1e-5
+    )
 
 
 def test_bfloat16_checkpoints_keep_their_dtype_and_train_in_float32(tmp_path, rows_file):

@@ -185,6 +185,7 @@ class Journal:
         if self.writes:
             shutil.rmtree(self._replaced, ignore_errors=True)
             shutil.rmtree(self.out / self.work.name, ignore_errors=True)
+            self._lock.sweep()
 
     def discard(self) -> None:
         """Remove everything: nothing of it is worth resuming."""
