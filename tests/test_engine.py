@@ -649,7 +649,12 @@ def test_two_runs_write_the_same_bytes(server, uninterrupted, llama_dir, rows_fi
     assert changed(written(tmp_path / "b" / "out"), written(uninterrupted("weighted")))
 
 
-@pytest.mark.parametrize(("kind", "moment"), MOMENTS_OF_DEATH, ids=moment_id)
+@pytest.mark.parametrize(
+    ("kind", "moment"),
+    # every second one is a slow test
+    [pytest.param(*died, marks=[pytest.mark.slow] * (number % 2)) for number, died in enumerate(MOMENTS_OF_DEATH)],
+    ids=moment_id,
+)
 def test_a_killed_run_resumes_to_the_same_bytes(server, uninterrupted, llama_dir, rows_file, tmp_path, kind, moment):
     assert server.run(tmp_path, words(llama_dir, rows_file, kind), die=moment).killed
     ended = server.run(tmp_path, words(llama_dir, rows_file, kind, "--resume"))

@@ -580,7 +580,10 @@ DECOMPOSE: dict[str, Case] = {
 }
 
 
-@pytest.mark.parametrize("name", DECOMPOSE)
+LONG = ("downdate", "order", "iterations", "group_size")  # CALDERA, several times
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in DECOMPOSE])
 def test_decompose(name, bench):
     DECOMPOSE[name](bench)
 
