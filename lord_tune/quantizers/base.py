@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import nullcontext
 from functools import cache, wraps
 from typing import ClassVar, ParamSpec, Protocol, TypeVar, cast
 
@@ -156,7 +157,8 @@ def constant(build: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     @cache
     @wraps(build)
     def built(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        with _disable_current_modes(), torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+        plain = _disable_current_modes() if active_fake_mode() is not None else nullcontext()
+        with plain, torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
             return build(*args, **kwargs)
 
     @wraps(build)
