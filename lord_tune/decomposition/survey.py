@@ -69,14 +69,14 @@ def survey(
     reads = OutsideReads(model, {name: module for name, module in model.named_modules() if is_linear(module)})
     watched = None if run is None else reads.watching(run)
     blocks = find_blocks(model, watched)
-    follows = "" if run is None or blocks.whole else foreseen(model, blocks, run)
     if watched is not None and not reads.ran:
         observe(model, watched)
     if reads.writes:  # to weights that a walk would load again at every block
         blocks = whole_model(model)
+    follows = "" if run is None or blocks.whole else foreseen(model, blocks, run)
     unfuse(model)
     layers, skipped = select_linears(model, blocks.names(), targets, exclude, reads.names)
     skipped = fuse_untouched(model, layers, skipped)
     skipped |= {name: FUSED for name in fused_parameters(model) if name not in skipped}
     sites = {name: Site.of(name, module) for name, module in layers.items()}
-    return Survey(blocks, sites, skipped, "" if blocks.whole else follows)
+    return Survey(blocks, sites, skipped, follows)
