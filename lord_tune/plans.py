@@ -17,8 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from .allocation import FORMS, PIVOTED, PLAIN
-from .declared import Options
+from .declared import FORMS, PIVOTED, PLAIN, Options
 from .errors import CheckpointError, UsageError, unknown_name
 from .factorizations import METHODS, FactorForm, Factorization
 from .quantizers import DTYPES, Quantizer, make_quantizer
@@ -200,7 +199,7 @@ class LayerPlan:
     top_rank: int = 0  # of the rank: the first components, stored apart
     top_format: str = "fp32"
     top_options: Options = field(default_factory=dict)
-    form: str = PLAIN  # pivoted: `left` holds C and the rows of B, `right` is B (layers/pivoted.py)
+    form: str = PLAIN  # pivoted: `left` holds C and the rows of B, `right` is B (layers/pivoted_linear.py)
     bias: bool = False
     conv1d: bool = False  # the original was a transformers Conv1D, whose weight is (in, out)
 

@@ -74,7 +74,7 @@ def value_of(kept: StoredTensor | Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class StoredPivot:
-    """L R in pivoted form (layers/pivoted.py)."""
+    """L R in pivoted form (layers/pivoted_linear.py)."""
 
     rest: StoredTensor | Tensor  # C
     rows: Tensor  # of L R that B holds

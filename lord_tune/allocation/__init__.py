@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from ..declared import FORMS, PIVOTED, PLAIN
 from .base import Allocator
-from .budget import ALIGNMENT, FORMS, PIVOTED, PLAIN, LayerSpectrum, break_even, factor_cost, rank_grid, rank_within
+from .budget import ALIGNMENT, LayerSpectrum, break_even, factor_cost, rank_grid, rank_within
 from .loss_weighted import LossWeighted
 from .uniform import Uniform
 

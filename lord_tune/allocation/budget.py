@@ -8,16 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..declared import PLAIN
 from ..errors import UsageError
 
-PLAIN, PIVOTED = "plain", "pivoted"
-FORMS = (PLAIN, PIVOTED)
 ALIGNMENT = 8  # ranks are multiples of this: tensor cores and SIMD rows want it
 
 
 def factor_cost(shape: tuple[int, int], rank: int, form: str = PLAIN) -> int:
     """Numbers that the factors of an (m, n) layer hold: r (m + n) in L and R, or r (m + n - r) in C and B, and the r
-    indices of B's rows (layers/pivoted.py)."""
+    indices of B's rows (layers/pivoted_linear.py)."""
     m, n = shape
     return rank * (m + n) if form == PLAIN else rank * (m + n - rank + 1)
 

@@ -19,7 +19,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..allocation import PIVOTED, PLAIN
+from ..declared import PIVOTED, PLAIN
 from ..errors import CheckpointError
 from ..layers import (
     FactoredLinear,

@@ -8,14 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..allocation import PIVOTED
-from ..declared import Options
+from ..declared import PIVOTED, Options
 from ..errors import UsageError
 from ..factorizations import Factors
 from ..kept import Standin
 from ..plans import LayerPlan
 from ..quantizers import DTYPES, make_quantizer
-from .pivoted import PivotedLinear, pivoted
+from .pivoted_linear import PivotedLinear, pivoted
 from .quantized_linear import NO_WRITING, CastLinear, QuantizedLinear
 
 
