@@ -260,17 +260,8 @@ class MethodConfig(MethodOptions, RunConfig):
 
     def _check_beside_plan(self, calibrated: bool) -> None:
         """Refuse what the plan says itself."""
-        layerwise = (
-            "method",
-            "backbone",
-            "factor_format",
-            "form",
-            "top_rank",
-            "top_format",
-            "allocation",
-            "incoherence",
-        )
-        for key in self.given(*layerwise, *MethodOptions.model_fields):
+        formats = ("factor_format", "form", "top_rank", "top_format", "incoherence")
+        for key in self.given("method", "backbone", "allocation", *formats, *MethodOptions.model_fields):
             raise UsageError(f"`{key}` has no effect beside `plan`, which sets it for every layer; remove one of them.")
         if self.recover_epochs and not calibrated:
             raise UsageError("`recover_epochs` tunes L and R on text; pass `calibration` FILE.")

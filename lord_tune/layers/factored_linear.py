@@ -15,7 +15,7 @@ from ..kept import Standin
 from ..plans import LayerPlan
 from ..quantizers import DTYPES, make_quantizer
 from .pivoted_linear import PivotedLinear, pivoted
-from .quantized_linear import NO_WRITING, CastLinear, QuantizedLinear
+from .quantized_linear import NO_WRITING, CastLinear, QuantizedLinear, Stored
 
 
 class Parts(NamedTuple):
@@ -161,7 +161,7 @@ class FactoredLinear(nn.Module):
         the decoded values again may change the scales)."""
         if isinstance(self.left, PivotedLinear):
             rows, rest, chosen = pivoted(factors.left, factors.right)
-            self.left.set_rows(rows)
+            self.left.rows = Stored(rows)
             _store(self.left.rest, rest, None)
             _store(self.right, chosen, None)
             return
@@ -179,11 +179,9 @@ class FactoredLinear(nn.Module):
             return
         rank, dtype = self.left.in_features, self.left.weight.dtype
         if rank < self.out_features:
-            rows, rest, chosen = pivoted(*self.dense_factors())
+            factors = Factors(*self.dense_factors())
             self.left = PivotedLinear(CastLinear(rank, self.out_features - rank, dtype, device="meta"), device="meta")
-            self.left.set_rows(rows)
-            _store(self.left.rest, rest, None)
-            _store(self.right, chosen, None)
+            self.set_factors(factors)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.rank} -> {self.out_features}, backbone={self.plan.backbone}"

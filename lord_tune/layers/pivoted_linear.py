@@ -6,7 +6,8 @@ the r^2 numbers of this freedom are spent on the identity. Nothing is lost, and 
 z = B x are r of the outputs, C z the others.
 
 The rows are found on L alone, by LU with partial pivoting: L = P [L1; L2] U gives B = L1 U R and C = L2 L1^-1. No entry
-of L1 and L2 is above 1, and those of C stay small. In float64 the product is that of L and R to 1e-15.
+of L1 and L2 is above 1, and those of C stay small (at most 1.8 in random matrices). In float64 the product is that of L
+and R to 1e-14.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from ..kept import Standin
-from .quantized_linear import NO_WRITING, QuantizedLinear, Stored
+from .quantized_linear import NO_WRITING, CastLinear, Stored
 
 
 def pivoted(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,11 +29,13 @@ def pivoted(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     rank = left.shape[1]
     factored, swaps, _ = torch.linalg.lu_factor_ex(left.double())  # a zero pivot does no harm here
-    order = torch.arange(len(left), device=left.device)
+    swapped = list(range(len(left)))
     for i, j in enumerate(swaps.tolist()):  # row i was exchanged with row j - 1, one after the other
-        order[[i, j - 1]] = order[[j - 1, i]]
-    lower = factored.tril(-1)
-    rest = torch.linalg.solve_triangular(lower[:rank], lower[rank:], upper=False, left=False, unitriangular=True)
+        swapped[i], swapped[j - 1] = swapped[j - 1], swapped[i]
+    order = torch.tensor(swapped, device=left.device)
+    rest = torch.linalg.solve_triangular(  # which reads below the diagonal alone
+        factored[:rank], factored[rank:], upper=False, left=False, unitriangular=True
+    )
     rows, by_row = order[:rank].sort()
     others = order[rank:].argsort()
     chosen = left.double()[rows] @ right.double()
@@ -54,7 +58,7 @@ def pivoted_left(rest: Tensor, rows: Tensor) -> Tensor:
 class PivotedLinear(nn.Linear):
     """z -> L z with L = P [I; C] (out, rank): `rest` is C; `rows` (rank,) int32, increasing, the outputs that are z."""
 
-    def __init__(self, rest: nn.Linear, device: torch.device | str | None = None):
+    def __init__(self, rest: CastLinear, device: torch.device | str | None = None):
         nn.Module.__init__(self)
         self.in_features, self.out_features = rest.in_features, rest.in_features + rest.out_features
         self._is_hf_initialized = True
@@ -65,8 +69,7 @@ class PivotedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        dtype = torch.float32 if isinstance(self.rest, QuantizedLinear) else self.rest.weight.dtype
-        shape = (self.out_features, self.in_features)
+        shape, dtype = (self.out_features, self.in_features), self.rest.weight.dtype
         return Standin(shape, dtype, self.rows.device, lambda: self.dense(dtype), NO_WRITING)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -88,21 +91,20 @@ class PivotedLinear(nn.Linear):
 
     def places(self) -> Tensor:
         """(out,) int64: which entry of [z; C z] each output is."""
-        if self._places is None or self._places.device != self.rows.device:
-            with torch.inference_mode(False):
-                self._places = places_of(self.rows, self.out_features)
-        return self._places
+        if self._places is not None and not is_fake(self.rows):
+            return self._places
+        with torch.inference_mode(False):
+            found = places_of(self.rows, self.out_features)
+        if not is_fake(found):  # as torch.export makes them, which leaves this module in use
+            self._places = found
+        return found
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """L (out, rank)."""
-        rest = self.rest.dequantize(dtype) if isinstance(self.rest, QuantizedLinear) else self.rest.weight.to(dtype)
-        return pivoted_left(rest, self.rows)
+        return pivoted_left(self.rest.weight.to(dtype), self.rows)
 
     def forward(self, z: Tensor) -> Tensor:  # (..., rank) -> (..., out)
         return torch.cat([z, self.rest(z)], -1).index_select(-1, self.places())
-
-    def set_rows(self, rows: Tensor) -> None:
-        self.rows = Stored(rows)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
