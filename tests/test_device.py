@@ -39,6 +39,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "afm-sequential": {"method": "afm", "kept_fraction": 0.7, "propagate": "sequential"},
     "whitened": {"rank": 8, "shrinkage": "auto", "recover_epochs": 1},
     "svd": {"method": "svd", "kept_fraction": 0.7, "allocation": "uniform"},
+    "pivoted": {"rank": 8, "form": "pivoted"},
     "int8-factors": {"rank": 12, "factor_format": "int8"},
     "nf4": {"method": "loftq", "backbone": "nf4", "rank": 8, "double_quant": True},
     "spqr": {"method": "svd", "backbone": "spqr", "rank": 8},
@@ -236,9 +237,12 @@ def test_a_forward_and_a_backward_pass_of_a_layer_wait_for_nothing(name, made):
             assert not seen, key
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_adapters_train_merge_fold_and_save(mode, made, tmp_path):
-    folder = made("int4" if mode == "split" else "nf4")
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [*((mode, "int4" if mode == "split" else "nf4") for mode in MODES), ("factors", "pivoted"), ("lora", "pivoted")],
+)
+def test_adapters_train_merge_fold_and_save(mode, name, made, tmp_path):
+    folder = made(name)
     with StandIn() as device:
         model = MODES[mode](load_dense_or_factored(str(folder)))
         ids = IDS.to(DEVICE)

@@ -15,7 +15,6 @@ from lord_tune.allocation import PIVOTED, PLAIN, break_even, factor_cost, rank_g
 from lord_tune.errors import UsageError
 from lord_tune.integrations.models import load_dense_or_factored
 from lord_tune.layers import CastLinear, PivotedLinear, factored_layers, pivoted
-from lord_tune.layers.quantized_linear import Stored
 from lord_tune.layers.sizes import sizes
 
 IDS = torch.arange(1, 60)[None]
@@ -31,7 +30,7 @@ def matrices(m: int, n: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
 def filled(left: torch.Tensor, right: torch.Tensor) -> tuple[PivotedLinear, torch.Tensor]:
     rows, rest, chosen = pivoted(left, right)
     layer = PivotedLinear(CastLinear(left.shape[1], len(left) - left.shape[1], torch.float64))
-    layer.rows = Stored(rows)
+    layer.rows = torch.nn.Parameter(rows, requires_grad=False)
     layer.rest.weight = torch.nn.Parameter(rest, requires_grad=False)
     return layer, chosen
 

@@ -15,7 +15,7 @@ from ..kept import Standin
 from ..plans import LayerPlan
 from ..quantizers import DTYPES, make_quantizer
 from .pivoted_linear import PivotedLinear, pivoted
-from .quantized_linear import NO_WRITING, CastLinear, QuantizedLinear, Stored
+from .quantized_linear import NO_WRITING, CastLinear, QuantizedLinear
 
 
 class Parts(NamedTuple):
@@ -161,7 +161,7 @@ class FactoredLinear(nn.Module):
         the decoded values again may change the scales)."""
         if isinstance(self.left, PivotedLinear):
             rows, rest, chosen = pivoted(factors.left, factors.right)
-            self.left.rows = Stored(rows)
+            self.left.rows = nn.Parameter(rows, requires_grad=False)
             _store(self.left.rest, rest, None)
             _store(self.right, chosen, None)
             return
