@@ -46,9 +46,13 @@ class Comparison:
     tokens: int
 
     def __str__(self) -> str:
-        what, deviation = self.deviation()
-        rows = f"{self.tokens} rows: {what} {deviation:.2g}, largest difference {self.max_logit_difference:.2g}"
-        return rows if self.top1_agreement is None else f"{rows}, top-1 agreement {self.top1_agreement:.3f}"
+        if self.kl is None or self.top1_agreement is None:
+            largest = f"largest {self.max_logit_difference:.2g}"
+            return f"{self.tokens} outputs: relative difference {self.relative_difference:.2g}, {largest}"
+        return (
+            f"{self.tokens} tokens: KL {self.kl:.2g} nats per token, largest logit difference "
+            f"{self.max_logit_difference:.2g}, top-1 agreement {self.top1_agreement:.3f}"
+        )
 
     def deviation(self) -> tuple[str, float]:
         """What must stay under the threshold, in words and as a number."""
