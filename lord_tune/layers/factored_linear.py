@@ -63,9 +63,8 @@ class FactoredLinear(nn.Module):
         self.right: Any = _factor(self.in_features, rest, plan.right_format, options, device)
         self.left: Any
         if plan.form == PIVOTED:
-            self.left = PivotedLinear(
-                _factor(rest, self.out_features - rest, plan.left_format, options, device), device
-            )
+            left = CastLinear(rest, self.out_features - rest, DTYPES[plan.left_format], device)
+            self.left = PivotedLinear(left, device)
         else:
             self.left = _factor(rest, self.out_features, plan.left_format, options, device)
         self.top_right: Any = None

@@ -65,7 +65,7 @@ class PivotedLinear(nn.Linear):
         self._places: Tensor | None = None
         self.register_parameter("bias", None)
         self.rest = rest
-        self.rows = Stored(torch.empty(self.in_features, dtype=torch.int32, device=device))
+        self.rows: nn.Parameter = Stored(torch.empty(self.in_features, dtype=torch.int32, device=device))
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
