@@ -46,6 +46,7 @@ from .resolve import (
     estimate_of,
     foresee,
     request_of,
+    rest_of,
     text_size_of,
     training_dtype,
     windows_of,
@@ -131,8 +132,9 @@ def decompose(model: str, out: str, **options: Unpack[DecomposeOptions]) -> dict
         found = survey(source.model, request.targets, request.exclude, run_model)
         for text in found.notes():
             warnings.warn(text, LordWarning, stacklevel=2)
-        chosen = decide(found.layers, request)
         before = sizes(source.model)
+        rest = rest_of(before, found)
+        chosen = decide(found.layers, request, rest)
         on_meta = survey(shape, request.targets, request.exclude, run_model)
         size = text_size_of(windows)
         foreseen = estimate_of(shape, on_meta, request, chosen, size, None, workers.size, device)
@@ -143,7 +145,8 @@ def decompose(model: str, out: str, **options: Unpack[DecomposeOptions]) -> dict
         )
         task = task_of(tokenizer, kind_of(source.model) == "masked")
         with PeakMemory(device) as peak, LiveTable(LAYER_COLUMNS, LAYER_WIDTHS) as table:
-            outcome = decompose_checkpoint(source, found, request, chosen, windows, task, journal, layer_rows(table))
+            show = layer_rows(table)
+            outcome = decompose_checkpoint(source, found, request, chosen, windows, task, journal, show, rest)
         totals = totals_of(outcome.records, before, sizes(source.model), time.perf_counter() - start)
         totals |= {"peak_memory_bytes": peak.bytes, "estimated_peak_memory_bytes": foreseen.peak_bytes}
         report = {
@@ -206,7 +209,7 @@ def plan(model: str, **options: Unpack[PlanOptions]) -> dict[str, Any]:
     found = survey(shape, request.targets, request.exclude, run_model)
     for text in found.notes():
         warnings.warn(text, LordWarning, stacklevel=2)
-    chosen = decide(found.layers, request)
+    chosen = decide(found.layers, request, rest_of(sizes(shape), found))
     rates = Rates.measure(next(shape.parameters()).dtype, device)
     foreseen = estimate_of(shape, found, request, chosen, size, rates, config.processes, device)
     if config.save is not None:

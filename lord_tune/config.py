@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from .console import size_of
 from .declared import chosen, options_of
 from .errors import UsageError, unknown_name
 from .options import FORMAT_KEYS, METHOD_KEYS, Allocation, Export, Method, MethodOptions, Quantized
@@ -68,6 +69,7 @@ class RunConfig(BaseModel):
 
 
 FORMATS = ("none", *get_args(Quantized))
+MIX = ("int2", "e8-2", "int3", "e8-3", "int4", "nf4", "e8-4", "int8")  # what mixed chooses from
 FACTOR_FORMATS = ("fp32", "fp16", "bf16", *get_args(Quantized))
 
 
@@ -76,10 +78,11 @@ class MethodConfig(MethodOptions, RunConfig):
 
     groups: ClassVar[dict[str, tuple[str, ...]]] = {
         "Common": (
-            *("rank", "kept_fraction", "bits_per_weight", "method", "backbone", "calibration", "calibration_tokens"),
-            *("config", "resume", "overwrite"),
+            *("rank", "kept_fraction", "bits_per_weight", "max_bytes", "method", "backbone", "calibration"),
+            *("calibration_tokens", "config", "resume", "overwrite"),
         ),
-        "What is decomposed": ("targets", "exclude", "dtype", "allocation"),
+        "What is decomposed": ("targets", "exclude", "dtype"),
+        "Sharing a size out": ("allocation", "mix"),
         "Calibration": ("context_length", "sensitivity_tokens", "propagate"),
         "Method": METHOD_KEYS,
         "Formats": ("factor_format", "form", "top_rank", "top_format", "incoherence", *FORMAT_KEYS),
@@ -114,12 +117,18 @@ class MethodConfig(MethodOptions, RunConfig):
         None, description="the same rank for every layer; 0 with a backbone is rounding alone, the baseline"
     )
     kept_fraction: float | None = Field(
-        None, description="fraction of the selected linears' parameters to keep (0.9 removes 10 %); no backbone"
+        None,
+        description="fraction of the selected linears' parameters to keep (0.9 removes 10 %); beside a backbone, and "
+        "with --allocation mixed, of their bytes",
     )
     bits_per_weight: float | None = Field(
         None,
         description="stored bits per weight of the decomposed layers, Q and L R together: with --backbone the rank "
-        "that fits, with --rank the widest format that fits, with neither the widest format that leaves rank 8",
+        "that fits, with --rank the widest format that fits, with neither the widest format that leaves rank 8; with "
+        "--allocation these bits are shared out over the layers",
+    )
+    max_bytes: int | str | None = Field(
+        None, description="size of the whole checkpoint's tensors, embeddings included: 80MB, 1.5GB, or a number"
     )
     plan_file: str | None = Field(
         None,
@@ -127,7 +136,15 @@ class MethodConfig(MethodOptions, RunConfig):
         description="carry out this plan (JSON: a choice per layer, from lord-tune plan --save or an earlier run's "
         "plan.json) instead of a method and a budget",
     )
-    allocation: Allocation = Field("loss_weighted", description="how --kept-fraction is shared out over the layers")
+    allocation: Allocation = Field(
+        "loss_weighted",
+        description="how a size is shared out over the layers: loss_weighted (what costs the loss least), mixed (the "
+        "same over dense, L R, and Q + L R of several formats and ranks), uniform, energy (one relative error), "
+        "typed (fixed shares by the layers' roles)",
+    )
+    mix: list[Literal[Quantized]] | None = Field(
+        None, description=f"the backbones that --allocation mixed chooses from; default: {', '.join(MIX)}"
+    )
     calibration: list[str] = Field(
         default_factory=list,
         description="files or folders of text or rows (.jsonl, .parquet, .csv, ...), or a Hub dataset",
@@ -160,7 +177,9 @@ class MethodConfig(MethodOptions, RunConfig):
         from .quantizers import QUANTIZERS
 
         formats = {self.backbone, self.factor_format}
-        if self.bits_per_weight is not None and self.backbone == "none":
+        if self.mixes:
+            formats |= set(self.mix or MIX)
+        elif self.bits_per_weight is not None and self.backbone == "none" and not self.sized:
             formats |= set(METHODS[self.method].widths)
         return [METHODS[self.method], *(form for name, form in QUANTIZERS.items() if name in formats)]
 
@@ -174,7 +193,27 @@ class MethodConfig(MethodOptions, RunConfig):
         owner = self.owners()[0]
         method: Any = owner(**chosen(owner, self))
         own: frozenset[str] = method.needs
-        return own | (ALLOCATORS[self.allocation].needs if self.kept_fraction is not None else frozenset())
+        return own | (ALLOCATORS[self.allocation].needs if self.sized else frozenset())
+
+    @property
+    def sized(self) -> bool:
+        """Whether an allocator shares a size out over the layers."""
+        chosen = self.kept_fraction is not None or self.max_bytes is not None
+        return chosen or (self.bits_per_weight is not None and bool(self.given("allocation")))
+
+    @property
+    def mixes(self) -> bool:
+        """Whether it does so over several formats."""
+        return self.sized and self.allocation == "mixed"
+
+    def bytes_asked(self) -> int | None:
+        """`max_bytes` as a number; UsageError for what is none."""
+        if self.max_bytes is None:
+            return None
+        found = size_of(self.max_bytes)
+        if found is None:
+            raise UsageError(f"Got `max_bytes` {self.max_bytes}; expected a size like 80MB, 1.5GB, 700MiB or a number.")
+        return found
 
     @property
     def needs_text(self) -> bool:
@@ -183,29 +222,34 @@ class MethodConfig(MethodOptions, RunConfig):
 
     def check_budget(self) -> None:
         """Exactly one budget, and a rank beside a width only where the width chooses the format."""
-        came = self.given("rank", "kept_fraction", "bits_per_weight", "plan_file")
+        came = self.given("rank", "kept_fraction", "bits_per_weight", "max_bytes", "plan_file")
         keys = [f"`{name.removesuffix('_file')}`" for name in came]
-        if sorted(came) == ["bits_per_weight", "rank"] and self.backbone == "none":
+        if sorted(came) == ["bits_per_weight", "rank"] and self.backbone == "none" and not self.sized:
+            return
+        if len(came) == 2 and came[0] == "rank" and self.sized and (self.mixes or self.backbone != "none"):
             return
         if len(came) != 1:
             what = " and ".join(keys) if came else "none"
-            raise UsageError(f"Expected one of `rank`, `kept_fraction`, `bits_per_weight` and `plan`; got {what}.")
+            raise UsageError(
+                f"Expected one of `rank`, `kept_fraction`, `bits_per_weight`, `max_bytes` and `plan`; got {what}."
+            )
 
     def check_method(self, calibrated: bool) -> None:
         """Refuse what cannot work and options that would be ignored."""
         if self.plan_file is not None:
             self._check_beside_plan(calibrated)
             return
-        quantized = self.backbone != "none" or self.bits_per_weight is not None
+        quantized = self.backbone != "none" or self.mixes or (self.bits_per_weight is not None and not self.sized)
         if self.owners()[0].needs_backbone and not quantized:
             raise UsageError(
                 f"Method '{self.method}' splits W into Q + L R and needs a quantized backbone; pass `backbone` nf4."
             )
-        if self.kept_fraction is not None and self.backbone != "none":
+        if self.mixes and self.backbone != "none":
             raise UsageError(
-                "`kept_fraction` counts the parameters of L and R against those of W, so it needs a run without "
-                "`backbone`; give `rank` instead."
+                f"`allocation` mixed chooses the backbones itself; instead of `backbone` {self.backbone} give `mix`, "
+                "the formats that it may choose from."
             )
+        self.bytes_asked()
         if self.kept_fraction is not None and not 0 < self.kept_fraction < 1:
             raise UsageError(f"Got `kept_fraction` {self.kept_fraction}; expected a number between 0 and 1.")
         if self.bits_per_weight is not None and not 0 < self.bits_per_weight <= 32:
@@ -246,7 +290,8 @@ class MethodConfig(MethodOptions, RunConfig):
             "incoherence": len(owners) > 1,
             "top_format": self.top_rank > 0,
             "form": self.rank != 0,
-            "allocation": self.kept_fraction is not None,
+            "allocation": self.sized,
+            "mix": self.mixes,
             "sensitivity_tokens": bool(self.needs() & {"loss_weights", "fisher"}),
             "calibration_tokens": calibrated,
             "context_length": calibrated,
@@ -260,7 +305,7 @@ class MethodConfig(MethodOptions, RunConfig):
 
     def _check_beside_plan(self, calibrated: bool) -> None:
         """Refuse what the plan says itself."""
-        formats = ("factor_format", "form", "top_rank", "top_format", "incoherence")
+        formats = ("factor_format", "form", "top_rank", "top_format", "incoherence", "mix")
         for key in self.given("method", "backbone", "allocation", *formats, *MethodOptions.model_fields):
             raise UsageError(f"`{key}` has no effect beside `plan`, which sets it for every layer; remove one of them.")
         if self.recover_epochs and not calibrated:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections import deque
@@ -155,3 +156,15 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     raise AssertionError("unreachable")
+
+
+_SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
+
+
+def size_of(text: int | str) -> int | None:
+    """'80MB' -> 80,000,000 and '80MiB' -> 83,886,080 bytes; None for what is no size above 0."""
+    found = _SIZE.fullmatch(str(text))
+    if found is None or (found[3] and not found[2]):
+        return None
+    base, power = (1024 if found[3] else 1000), " kmgt".index(found[2].lower() or " ")
+    return int(float(found[1]) * base**power) or None

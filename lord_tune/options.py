@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 
 Method = Literal["whitened", "svd", "afm", "loftq", "caldera"]
 Quantized = Literal["nf4", "int2", "int3", "int4", "int8", "lloyd2", "lloyd3", "lloyd4", "e8-2", "e8-3", "e8-4", "spqr"]
-Allocation = Literal["uniform", "loss_weighted"]
+Allocation = Literal["uniform", "loss_weighted", "mixed", "energy", "typed"]
 Export = Literal["dense", "factored", "peft"]
 
 

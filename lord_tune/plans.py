@@ -44,6 +44,8 @@ class LayerChoice:
     top_options: Options = field(default_factory=dict)
     form: str = PLAIN  # of storing the factors: L and R, or pivoted
     reason: str | None = None  # why a layer stays dense
+    shape: tuple[int, int] | None = None  # (out, in) of the layer that it was made for
+    predicted_loss: float | None = None  # increase, nats per token, where the calibration text said so
 
     def factorization(self) -> Factorization:
         """The method with its hyperparameters; UsageError if there is no such method or option."""
@@ -117,8 +119,9 @@ class LayerChoice:
     def from_dict(cls, name: str, content: Mapping[str, object]) -> LayerChoice:
         """UsageError, naming the layer, for anything that a decomposition could not carry out."""
         try:
-            choice = _filled(cls, content)
-        except TypeError as error:
+            shape = content.get("shape")
+            choice = _filled(cls, {**content, "shape": tuple(shape) if isinstance(shape, list) else shape})
+        except (TypeError, AttributeError) as error:
             raise UsageError(
                 f"The plan's entry of layer '{name}' is not readable ({error}); it may come from a newer lord_tune."
             ) from error

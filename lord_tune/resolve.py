@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from .allocation import ALLOCATORS
 from .calibration.corpus import token_windows
-from .config import DecomposeConfig, MethodConfig, TrainConfig
+from .config import MIX, DecomposeConfig, MethodConfig, TrainConfig
 from .console import note
 from .data.texts import documents, text_sha256
 from .declared import Options, chosen, options_of
@@ -21,12 +21,13 @@ from .decomposition import (
     Budget,
     Estimate,
     Given,
-    Kept,
     Ranks,
     Rates,
     Request,
+    Sized,
     Survey,
     TextSize,
+    Unit,
     Windows,
     estimate_run,
     trace,
@@ -84,9 +85,14 @@ def _format_options(config: MethodConfig, form: str) -> Options:
     return found
 
 
+def rest_of(whole: dict[str, float], found: Survey) -> int:
+    """Bytes of everything in the checkpoint but the weights to decompose. whole: `sizes` of the model as it is."""
+    return int(whole["model_bytes"]) - sum(site.dense_bytes for site in found.layers.values())
+
+
 def check_formats(config: MethodConfig) -> None:
     """Refuse bad hyperparameters of the formats before any work."""
-    for form in (config.backbone, config.factor_format):
+    for form in (config.backbone, config.factor_format, *(_mix(config) if config.mixes else ())):
         if form is not None and form != "none" and form not in DTYPES:
             make_quantizer(form, _format_options(config, form))
 
@@ -101,7 +107,7 @@ def request_of(config: MethodConfig) -> Request:
 
 def _template(config: MethodConfig) -> LayerChoice:
     """Everything of a layer's choice but its rank."""
-    form, top = config.factor_format, config.top_format
+    form, top = config.factor_format or ("bf16" if config.mixes else None), config.top_format
     template = LayerChoice(
         config.method,
         None,
@@ -125,15 +131,41 @@ def _with_backbones(config: MethodConfig, template: LayerChoice, names: list[str
 def _budget(config: MethodConfig, template: LayerChoice) -> Budget:
     if config.plan_file is not None:
         return Given(Plan.read(Path(config.plan_file)))
+    if config.sized:
+        return _sized(config, template)
     if config.bits_per_weight is not None:
         widths: tuple[LayerChoice, ...] = (template,)
         if config.backbone == "none":
             widths = _with_backbones(config, template, list(METHODS[config.method].widths))
         return Bits(config.bits_per_weight, widths, config.rank)
-    if config.rank is not None:
-        return Ranks(config.rank)
-    assert config.kept_fraction is not None, "the record asks for a budget"
-    return Kept(config.kept_fraction, ALLOCATORS[config.allocation]())
+    assert config.rank is not None, "the record asks for a budget"
+    return Ranks(config.rank)
+
+
+MIXED_RANKS = (0, 8, 16, 32, 64)  # beside the backbones that mixed chooses from
+
+
+def _sized(config: MethodConfig, template: LayerChoice) -> Sized:
+    """The size that is asked for, and what layers may become."""
+    unit: Unit = "kept_fraction"
+    limit = config.kept_fraction
+    if config.max_bytes is not None:
+        unit, limit = "max_bytes", config.bytes_asked()
+    elif config.bits_per_weight is not None:
+        unit, limit = "bits_per_weight", config.bits_per_weight
+    assert limit is not None, "the record asks for a budget"
+    backbones: tuple[LayerChoice, ...] = ()
+    ranks: tuple[int, ...] | None = None if config.rank is None else (config.rank,)
+    if config.mixes:
+        backbones, ranks = _with_backbones(config, template, _mix(config)), ranks or MIXED_RANKS
+    elif config.backbone != "none":
+        backbones = (template,)
+    low_rank = config.backbone == "none" and config.rank is None
+    return Sized(limit, ALLOCATORS[config.allocation](), unit, backbones, low_rank, ranks)
+
+
+def _mix(config: MethodConfig) -> list[str]:
+    return list(config.mix or MIX)
 
 
 def asked_text(config: MethodConfig, length: int) -> TextSize:

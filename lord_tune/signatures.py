@@ -72,8 +72,15 @@ class PlanOptions(TypedDict, total=False):
     rank: int | None
     kept_fraction: float | None
     bits_per_weight: float | None
+    max_bytes: int | str | None
     plan: str | None
-    allocation: Literal["uniform", "loss_weighted"]
+    allocation: Literal["uniform", "loss_weighted", "mixed", "energy", "typed"]
+    mix: (
+        list[
+            Literal["nf4", "int2", "int3", "int4", "int8", "lloyd2", "lloyd3", "lloyd4", "e8-2", "e8-3", "e8-4", "spqr"]
+        ]
+        | None
+    )
     calibration: list[str]
     calibration_tokens: int
     context_length: int
@@ -137,8 +144,15 @@ class DecomposeOptions(TypedDict, total=False):
     rank: int | None
     kept_fraction: float | None
     bits_per_weight: float | None
+    max_bytes: int | str | None
     plan: str | None
-    allocation: Literal["uniform", "loss_weighted"]
+    allocation: Literal["uniform", "loss_weighted", "mixed", "energy", "typed"]
+    mix: (
+        list[
+            Literal["nf4", "int2", "int3", "int4", "int8", "lloyd2", "lloyd3", "lloyd4", "e8-2", "e8-3", "e8-4", "spqr"]
+        ]
+        | None
+    )
     calibration: list[str]
     calibration_tokens: int
     context_length: int

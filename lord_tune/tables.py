@@ -10,7 +10,7 @@ import torch
 
 from .adapters.attach import Coverage
 from .allocation import break_even
-from .config import MethodConfig, PlanConfig, RunConfig
+from .config import MIX, MethodConfig, PlanConfig, RunConfig
 from .console import LiveTable, duration, human_bytes, say, show_spans, show_table
 from .decomposition import Estimate, LayerRecord, Notify, Progress, Survey
 from .decomposition.recovery import Recovered
@@ -101,11 +101,17 @@ def summary(config: MethodConfig, backbone: str) -> str:
     if config.bits_per_weight is not None:
         budget = f"{config.bits_per_weight:g} bits per weight"
         budget += "" if config.rank is None else f" with rank {config.rank}"
-    elif config.rank is not None:
-        budget = f"rank {config.rank}"
+    elif config.max_bytes is not None:
+        budget = f"at most {human_bytes(config.bytes_asked() or 0)}"
+    elif config.kept_fraction is not None:
+        budget = f"{config.kept_fraction:g} kept"
     else:
-        budget = f"{config.kept_fraction:g} kept, {config.allocation}"
+        budget = f"rank {config.rank}"
+    if config.sized:
+        budget += f", {config.allocation}"
     parts = "L R only" if backbone == "none" else f"{backbone} + L R"
+    if config.mixes:
+        parts = "dense, L R and " + ", ".join(config.mix or MIX)
     return f"{parts}, method {config.method}, {budget}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from tiny import code_document
 from torch import Tensor
 
 import lord_tune
-from lord_tune.allocation import ALLOCATORS, LayerSpectrum, factor_cost
+from lord_tune.allocation import ALLOCATORS, Choices
 from lord_tune.calibration.moments import Moments
 from lord_tune.declared import option, options_of
 from lord_tune.exports.base import Job
@@ -29,7 +30,7 @@ from lord_tune.quantizers import QUANTIZERS
 from lord_tune.quantizers.grouped import Grouped
 
 TEXT = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
-NEEDED = (Any, ClassVar, Core, DenseExport, Grouped, Job, LayerSpectrum, Moments, Projection, Tensor)
+NEEDED = (Any, Choices, ClassVar, Core, DenseExport, Grouped, Job, Mapping, Moments, Projection, Tensor)
 SHORT: dict[str, Any] = {"context_length": 64, "calibration_tokens": 512}
 
 
@@ -37,7 +38,7 @@ def example(marker: str) -> Any:
     """The class that the example below a marker defines."""
     code = re.search(rf"<!-- {marker} -->.*?```python\n(.*?)```", TEXT, flags=re.S)
     assert code is not None, marker
-    functions = (dataclass, factor_cost, option, principal_axes, replace)
+    functions = (dataclass, option, principal_axes, replace)
     names: dict[str, Any] = {getattr(thing, "__name__", str(thing)): thing for thing in (*NEEDED, *functions)}
     names |= {"Any": Any, "ClassVar": ClassVar, "torch": torch, "__name__": __name__}
     before = set(names)
@@ -82,12 +83,11 @@ def test_the_format_passes_the_laws(monkeypatch, tmp_path):
 def test_the_allocator_meets_its_budget(monkeypatch):
     allocator = example("add-allocator")
     monkeypatch.setitem(ALLOCATORS, allocator.name, allocator)
-    layers = {f"layer{i}": LayerSpectrum((64, 64 + 8 * i), torch.ones(65)) for i in range(6)}
-    for fraction in (0.4, 0.7, 0.9):
-        ranks = allocator().allocate(layers, fraction)
-        sizes = {name: layer.shape[0] * layer.shape[1] for name, layer in layers.items()}
-        kept = sum(sizes[n] if r is None else factor_cost(layers[n].shape, r) for n, r in ranks.items())
-        assert kept <= fraction * sum(sizes.values()) and None in ranks.values()
+    layers = {f"layer{i}": Choices(torch.tensor([8.0, 20.0 + i, 64.0 + i]), 64.0 + i) for i in range(6)}
+    for share in (0.4, 0.7, 0.9):
+        budget = share * sum(layer.dense for layer in layers.values())
+        chosen = allocator().allocate(layers, budget)
+        assert sum(float(layers[n].costs[i]) for n, i in chosen.items()) <= budget and 2 in chosen.values()
 
 
 def test_the_export_is_written_and_compared(llama_dir, tmp_path, monkeypatch):

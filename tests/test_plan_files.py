@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausal
 
 import lord_tune
 from lord_tune.allocation import Uniform
-from lord_tune.decomposition import Bits, Given, Kept, Ranks, Request
+from lord_tune.decomposition import Bits, Given, Ranks, Request, Sized
 from lord_tune.decomposition.decide import decide
 from lord_tune.errors import LordWarning, UsageError
 from lord_tune.layers import FactoredLinear, factored_layers
@@ -189,7 +189,7 @@ def _decided(budget: Any, shapes: dict[str, tuple[int, int]], backbone: str = "n
     [
         (Ranks(8), "int4", "rank 8 exceeds its smaller side 1"),
         (Ranks(8), "none", "rank 8 is above its break-even 0"),
-        (Kept(0.8, Uniform()), "none", "its break-even is 0"),
+        (Sized(0.8, Uniform()), "none", "its break-even is 0"),
         (
             Bits(16.0, tuple(LayerChoice("svd", None, backbone=n) for n in ("int2", "int4"))),
             "none",

@@ -1,14 +1,24 @@
-"""Rank allocation, one rule per file; `ALLOCATORS` lists them by name."""
+"""Allocation, one rule per file; `ALLOCATORS` lists them by name."""
 
 from typing import Any
 
 from ..declared import FORMS, PIVOTED, PLAIN
-from .base import Allocator
-from .budget import ALIGNMENT, LayerSpectrum, break_even, factor_cost, rank_grid, rank_within
+from .base import Allocator, Choices, Infeasible
+from .budget import ALIGNMENT, break_even, factor_cost, rank_grid, rank_within
+from .energy import Energy
 from .loss_weighted import LossWeighted
+from .mixed import Mixed
+from .roles import role_of
+from .typed import Typed
 from .uniform import Uniform
 
-ALLOCATORS: dict[str, type[Any]] = {"uniform": Uniform, "loss_weighted": LossWeighted}
+ALLOCATORS: dict[str, type[Any]] = {
+    "uniform": Uniform,
+    "loss_weighted": LossWeighted,
+    "mixed": Mixed,
+    "energy": Energy,
+    "typed": Typed,
+}
 
 __all__ = [
     "ALIGNMENT",
@@ -17,11 +27,13 @@ __all__ = [
     "PIVOTED",
     "PLAIN",
     "Allocator",
-    "LayerSpectrum",
+    "Choices",
+    "Infeasible",
     "LossWeighted",
     "Uniform",
     "break_even",
     "factor_cost",
     "rank_grid",
     "rank_within",
+    "role_of",
 ]

@@ -1,26 +1,30 @@
-"""The same kept fraction for every layer, its rank rounded down to a multiple of 8."""
+"""The same share of its cost for every layer, rounded down to one of its choices."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .budget import ALIGNMENT, LayerSpectrum, check_fraction, rank_within
+from .base import Choices
 
 
 @dataclass(frozen=True)
 class Uniform:
-    """A layer too small for rank 8 below its break-even stays dense."""
+    """A layer without a choice that is small enough stays dense, or is given its cheapest."""
 
     name: ClassVar[str] = "uniform"
     needs: ClassVar[frozenset[str]] = frozenset()
-    alignment: int = ALIGNMENT
 
-    def allocate(self, layers: dict[str, LayerSpectrum], kept_fraction: float) -> dict[str, int | None]:
-        check_fraction(kept_fraction)
-        ranks: dict[str, int | None] = {}
+    def allocate(self, layers: Mapping[str, Choices], budget: float) -> dict[str, int]:
+        share = budget / max(sum(layer.dense for layer in layers.values()), 1)
+        chosen = {}
         for name, layer in layers.items():
-            m, n = layer.shape
-            rank = rank_within(layer.shape, kept_fraction * m * n, layer.form) // self.alignment * self.alignment
-            ranks[name] = rank or None
-        return ranks
+            fits = layer.within(share * layer.dense)
+            chosen[name] = _dense(layer) if fits is None else fits
+        return chosen
+
+
+def _dense(layer: Choices) -> int:
+    """The choice that leaves the layer as it is, or the nearest to it."""
+    return int((layer.costs - layer.dense).abs().argmin())

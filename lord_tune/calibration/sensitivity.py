@@ -39,7 +39,7 @@ def output_sensitivity(
     tokens: int,  # of the stream, over all processes
     workers: Workers | None = None,
 ) -> dict[str, Tensor]:
-    """name -> (k,) float64 mean of (u_j^T g)^2 per token, over all processes."""
+    """name -> (k,) float64 mean of (u_j^T g)^2 per token, name:total -> (1,) of |g|^2; over all processes."""
     with _observed(layers, bases) as sums:
         walk.backward(index, stream)
     return _means(sums, tokens, workers or Workers())
@@ -107,17 +107,19 @@ def _device_of(layer: nn.Module) -> torch.device:
 
 @contextmanager
 def _observed(layers: dict[str, nn.Module], bases: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Sums of (U^T g)^2 while the body runs backward passes. The layers' parameters require no gradients."""
+    """Sums of (U^T g)^2 and |g|^2 while the body runs backward passes. The layers' parameters require no gradients."""
     sums: dict[str, Tensor] = {}
     placed = {name: basis.to(_device_of(layers[name]), torch.float32) for name, basis in bases.items()}
     for name, basis in placed.items():
         sums[name] = torch.zeros(basis.shape[1], dtype=torch.float64, device=basis.device)
+        sums[f"{name}:total"] = torch.zeros(1, dtype=torch.float64, device=basis.device)
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def forward_hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             def add(gradient: Tensor) -> None:
                 rows = gradient.detach().reshape(-1, gradient.shape[-1]).float()
                 sums[name] += ((rows @ placed[name]) ** 2).sum(0).double()
+                sums[f"{name}:total"] += rows.square().sum().double()
 
             if output.requires_grad:
                 output.register_hook(add)

@@ -2,7 +2,8 @@
 
 from ..calibration.task import Task
 from .base import BlockRecovery, LayerRecord, Notify, Progress, Source, Windows
-from .decide import Bits, Budget, Given, Kept, Ranks, Request
+from .choices import Sized, Unit
+from .decide import Bits, Budget, Given, Ranks, Request
 from .engine import Outcome, decompose_checkpoint
 from .estimate import Estimate, estimate_run
 from .journal import Journal
@@ -17,7 +18,6 @@ __all__ = [
     "Estimate",
     "Given",
     "Journal",
-    "Kept",
     "LayerRecord",
     "Notify",
     "Outcome",
@@ -26,10 +26,12 @@ __all__ = [
     "Ranks",
     "Rates",
     "Request",
+    "Sized",
     "Source",
     "Survey",
     "Task",
     "TextSize",
+    "Unit",
     "Windows",
     "decompose_checkpoint",
     "estimate_run",

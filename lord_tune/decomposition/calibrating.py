@@ -6,20 +6,21 @@ from typing import Any
 
 from torch import Tensor
 
-from ..allocation import LayerSpectrum, break_even
+from ..allocation import break_even
 from ..calibration.collect import BlockWalk
 from ..calibration.moments import Moments
 from ..factorizations import Projection
 from ..storage import write_tensors
+from .choices import Measured, Sized
 from .decide import Request
 from .gradients import measure_sensitivity, sensitivity_file
-from .layerwise import Analysis, analyse
+from .layerwise import Analysis, analyse, noise_of
 from .passes import CALIBRATION, HELDOUT, SENSITIVITY, Passes, Statistics
 from .steps import Phase, of_block
 
 
-def calibrate(run: Passes, request: Request) -> dict[str, LayerSpectrum]:
-    """Analyse every block, keeping what the sensitivity pass needs on the way; returns the spectra of the layers that
+def calibrate(run: Passes, request: Request) -> dict[str, Measured]:
+    """Analyse every block, keeping what the sensitivity pass needs on the way; returns what is known of the layers that
     ran."""
     streams = {CALIBRATION: run.text.calibration, HELDOUT: run.text.heldout}
     if request.by_loss:
@@ -47,13 +48,16 @@ def calibrate(run: Passes, request: Request) -> dict[str, LayerSpectrum]:
     run.compare_result(walk)
     if request.by_loss:
         measure_sensitivity(run, walk, lambda index: _bases(run, index))
-    return _spectra(run, request)
+    return _measured(run, request)
 
 
 def _analyse_block(run: Passes, walk: BlockWalk, index: int, request: Request) -> dict[str, Analysis | None]:
     statistics = collect(run, walk, index, keep=index + 1 < run.count)
     method = request.template.factorization()
-    assert isinstance(method, Projection), "decide refuses methods without nested ranks"
+    budget = request.budget
+    assert isinstance(method, Projection) and isinstance(budget, Sized), "decide refuses methods without nested ranks"
+    backbones = {template.backbone: template.quantizer() for template in budget.backbones}
+    ranked = budget.ranks is None or max(budget.ranks) > 0
 
     def look(name: str) -> Analysis | None:
         calibration = statistics[CALIBRATION].get(name)
@@ -62,7 +66,8 @@ def _analyse_block(run: Passes, walk: BlockWalk, index: int, request: Request) -
         assert isinstance(calibration, Moments)
         weight = run.survey.layers[name].weight(run.model)
         limit = None if request.by_loss else break_even((weight.shape[0], weight.shape[1]), request.template.form)
-        return analyse(weight, calibration, statistics[HELDOUT].get(name), method, limit)
+        heldout = statistics[HELDOUT].get(name)
+        return analyse(weight, calibration, heldout, method, limit, backbones, ranked)  # type: ignore[arg-type]
 
     return run.deal(index, dict.fromkeys(run.survey.members(index), method), look)
 
@@ -90,15 +95,22 @@ def _bases(run: Passes, index: int) -> dict[str, Tensor]:
     return {name: found.spectrum.basis for name, found in analyses(run, index).items() if found is not None}
 
 
-def _spectra(run: Passes, request: Request) -> dict[str, LayerSpectrum]:
-    spectra = {}
+def _measured(run: Passes, request: Request) -> dict[str, Measured]:
+    found = {}
     for index in range(run.count):
         weights = run.read(sensitivity_file(index)) if request.by_loss else {}
-        for key, energies in run.read(_analysis_file(index), ":energies").items():
-            name = key.removesuffix(":energies")
-            weight = weights.get(name)
-            shape = run.survey.layers[name].shape
-            spectra[name] = LayerSpectrum(
-                shape, energies.cpu(), None if weight is None else weight.cpu(), request.template.form
+        by_layer: dict[str, dict[str, Tensor]] = {}
+        for part in (":energies", ":noise."):
+            for key, tensor in run.read(_analysis_file(index), part).items():
+                name, _, what = key.rpartition(":")
+                by_layer.setdefault(name, {})[what] = tensor.cpu()
+        for name, tensors in by_layer.items():
+            weight, gradient = weights.get(name), weights.get(f"{name}:total")
+            found[name] = Measured(
+                run.survey.layers[name].shape,
+                tensors["energies"],
+                None if weight is None else weight.cpu(),
+                0.0 if gradient is None else float(gradient),
+                noise_of(tensors),
             )
-    return spectra
+    return found

@@ -9,18 +9,20 @@ refused only if no layer can take the rank.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
-from ..allocation import ALIGNMENT, Allocator, LayerSpectrum, break_even, factor_cost, rank_grid
+from ..allocation import ALIGNMENT, Infeasible, break_even, rank_grid
+from ..console import human_bytes
 from ..errors import LordWarning, UsageError
+from ..factorizations import Projection
 from ..plans import LayerChoice, Plan
 from ..sites import Site
 from .base import BlockRecovery
+from .choices import Measured, Menu, Sized
 from .sizes import bits_at
 
 Layers = Mapping[str, Site]  # by name
@@ -31,14 +33,6 @@ class Ranks:
     """The same rank for every layer; 0 with a backbone is rounding alone."""
 
     rank: int
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A fraction of the layers' numbers, shared out by an allocator; no backbone."""
-
-    fraction: float
-    allocator: Allocator
 
 
 @dataclass(frozen=True)
@@ -58,7 +52,7 @@ class Given:
     plan: Plan
 
 
-Budget = Ranks | Kept | Bits | Given
+Budget = Ranks | Sized | Bits | Given
 
 
 @dataclass(frozen=True)
@@ -74,55 +68,78 @@ class Request:
 
     @property
     def by_loss(self) -> bool:
-        """Whether the allocator weighs directions by the loss."""
-        return isinstance(self.budget, Kept) and "loss_weights" in self.budget.allocator.needs
+        """Whether the allocator weighs choices by the loss."""
+        return isinstance(self.budget, Sized) and "loss_weights" in self.budget.allocator.needs
 
     def needs(self) -> frozenset[str]:
         """The statistics that the run may take."""
         own = self.budget.plan.needs() if isinstance(self.budget, Given) else self.template.factorization().needs
-        return own | (self.budget.allocator.needs if isinstance(self.budget, Kept) else frozenset())
+        return own | (self.budget.allocator.needs if isinstance(self.budget, Sized) else frozenset())
 
     def needs_text(self) -> bool:
         """Whether it cannot be carried out without calibration text."""
         return bool(self.needs() & {"input_gram", "loss_weights", "fisher"})
 
+    def templates(self) -> tuple[LayerChoice, ...]:
+        """Everything but the rank, of all that a layer may become."""
+        if isinstance(self.budget, Given):
+            return tuple(self.budget.plan.layers.values())
+        if isinstance(self.budget, Bits):
+            return self.budget.backbones
+        if isinstance(self.budget, Sized):
+            own = (self.template,) if self.budget.low_rank else ()
+            return (*own, *self.budget.backbones)
+        return (self.template,)
 
-def decide(layers: Layers, request: Request) -> Plan | None:
-    """The plan, or None where the calibration decides it. UsageError for what is impossible."""
-    plan = _from_shapes(layers, request)
+
+def decide(layers: Layers, request: Request, rest: int = 0) -> Plan | None:
+    """The plan, or None where the calibration decides it. UsageError for what is impossible.
+
+    rest: bytes of everything in the checkpoint but these layers' weights, for budgets of the whole.
+    """
+    plan = _from_shapes(layers, request, rest)
     if plan is not None:
         _say_dense(plan)
     return plan
 
 
-def _from_shapes(layers: Layers, request: Request) -> Plan | None:
+def _from_shapes(layers: Layers, request: Request, rest: int) -> Plan | None:
     budget = request.budget
     if isinstance(budget, Given):
         return _matched(layers, budget.plan)
-    for template in budget.backbones if isinstance(budget, Bits) else (request.template,):
+    for template in request.templates():
         _check_template(template)
     if isinstance(budget, Ranks):
         return _of_one_rank(layers, request.template, budget.rank)
     if isinstance(budget, Bits):
         return _of_bits(layers, budget)
-    if request.template.backbone != "none":
-        raise UsageError(
-            "`kept_fraction` counts the parameters of L and R against those of W; with a `backbone` give `rank`."
-        )
-    # before any calibration: whether the budget can be met at all
-    form = request.template.form
-    empty = {name: LayerSpectrum(s, torch.zeros(min(s) + 1), form=form) for name, s in _shapes(layers).items()}
-    ranks = budget.allocator.allocate(empty, budget.fraction)
-    return None if budget.allocator.needs else _planned(layers, request, ranks)
+    budget.check()
+    if budget.allocator.needs:
+        _check_nested(request)
+    plan = _shared_out(layers, request, rest, None)  # before any calibration: whether the budget can be met at all
+    return None if budget.allocator.needs else plan
 
 
-def decide_from(layers: Layers, request: Request, spectra: dict[str, LayerSpectrum]) -> Plan:
-    """The plan of a budget that is shared out by the layers' spectra. A layer without one never ran: it stays dense."""
-    budget = request.budget
-    assert isinstance(budget, Kept)
-    plan = _planned(layers, request, budget.allocator.allocate(spectra, budget.fraction))
+def decide_from(layers: Layers, request: Request, measured: Mapping[str, Measured], rest: int = 0) -> Plan:
+    """The plan of a budget that is shared out by what the calibrating pass measured. A layer that it knows nothing of
+    never ran: it stays dense."""
+    plan = _shared_out(layers, request, rest, measured)
     _say_dense(plan)
     return plan
+
+
+def _check_nested(request: Request) -> None:
+    """UsageError for methods that have no spectrum, whose ranks cannot be told apart before they are fitted."""
+    template = request.templates()[0]
+    method = template.factorization()
+    assert isinstance(request.budget, Sized)
+    beside = request.budget.backbones and "input_gram" not in method.needs
+    if not isinstance(method, Projection) or beside:
+        raise UsageError(
+            f"`allocation` {request.budget.allocator.name} measures every rank at once, which method "
+            f"'{template.method}' cannot{' beside a backbone' if beside else ''}; use whitened, or `allocation` "
+            "uniform."
+        )
 
 
 def _say_dense(plan: Plan) -> None:
@@ -152,31 +169,74 @@ def _shapes(layers: Layers) -> dict[str, tuple[int, int]]:
 NEVER_RAN = "it never ran on the calibration text"
 
 
-def _planned(layers: Layers, request: Request, ranks: dict[str, int | None]) -> Plan:
-    """The allocator's ranks as a plan; warns where it keeps more than was asked for."""
-    assert isinstance(request.budget, Kept)
-    shapes = {name: shape for name, shape in _shapes(layers).items() if name in ranks}
-    numbers, form = {name: shape[0] * shape[1] for name, shape in shapes.items()}, request.template.form
-    costs = {n: numbers[n] if ranks[n] is None else factor_cost(shapes[n], ranks[n] or 0, form) for n in shapes}
-    kept = sum(costs.values()) / max(sum(numbers.values()), 1)
-    if kept > request.budget.fraction + 1e-9:
-        dense = [name for name, rank in ranks.items() if rank is None]
-        warnings.warn(
-            f"{kept:.3f} of the parameters are kept, more than `kept_fraction` {request.budget.fraction:g}: "
-            f"{len(dense)} layers, like {dense[0]}, would get less than the smallest rank and stay dense.",
-            LordWarning,
-            stacklevel=2,
+def _shared_out(layers: Layers, request: Request, rest: int, measured: Mapping[str, Measured] | None) -> Plan:
+    """The allocator's choices as a plan; warns where it keeps more than was asked for."""
+    sized = request.budget
+    assert isinstance(sized, Sized)
+    menu = Menu(layers, request.template, sized)
+    table = menu.table(measured)
+    able = {name: layers[name] for name in table}
+    silent = sum(site.dense_bytes for name, site in layers.items() if name not in table)
+    budget = sized.budget(able if sized.unit == "kept_fraction" else layers, rest)
+    if sized.unit != "kept_fraction":
+        budget -= silent
+    try:
+        picked = sized.allocator.allocate(table, budget)
+    except Infeasible as error:
+        raise _infeasible(sized, sized.as_limit(error.least, able, rest + silent), rest + silent) from error
+    chosen: dict[str, LayerChoice] = {}
+    for name, site in layers.items():
+        if name not in table:
+            chosen[name] = request.template.at(None, NEVER_RAN)
+            continue
+        choice = menu.choices[name][picked[name]]
+        if choice.rank is None and len(menu.choices[name]) == 1:
+            choice = choice.at(None, _nothing_saves(site, request))
+        losses = None if measured is None else table[name].losses
+        predicted = None if losses is None else float(losses[picked[name]])
+        chosen[name] = replace(choice, shape=site.shape, predicted_loss=predicted)
+    _warn_above(sized, sum(float(table[name].costs[index]) for name, index in picked.items()), budget, able, chosen)
+    return Plan(chosen)
+
+
+def _infeasible(sized: Sized, least: float, fixed: int) -> UsageError:
+    if sized.unit == "max_bytes":
+        return UsageError(
+            f"`max_bytes` {human_bytes(int(sized.limit))} cannot be met: the smallest checkpoint that these choices "
+            f"allow has {human_bytes(int(least))}, {human_bytes(fixed)} of them outside the layers to decompose. Allow "
+            "more, or offer smaller choices (`allocation` mixed, a `backbone` of fewer bits)."
         )
-    return Plan({n: _allocated(request.template, ranks, n, site) for n, site in layers.items()})
+    what = "of the parameters" if sized.numbers else "bits per weight" if sized.unit == "bits_per_weight" else ""
+    return UsageError(
+        f"`{sized.unit}` {sized.limit:g} cannot be met: the smallest choice everywhere already keeps "
+        f"{math.ceil(least * 1000) / 1000:.3f}{' ' + what if what else ' of the bytes'}. Keep more, or decompose more "
+        "layers."
+    )
 
 
-def _allocated(template: LayerChoice, ranks: Mapping[str, int | None], name: str, site: Site) -> LayerChoice:
-    if name not in ranks:
-        return template.at(None, NEVER_RAN)
-    if ranks[name] is None and not rank_grid(site.shape, form=template.form):
-        limit = break_even(site.shape, template.form)
-        return template.at(None, f"no rank from {ALIGNMENT} on saves anything, its break-even is {limit}")
-    return template.at(ranks[name])
+def _warn_above(sized: Sized, spent: float, budget: float, able: Layers, chosen: Mapping[str, LayerChoice]) -> None:
+    if spent <= budget * (1 + 1e-9) or sized.unit != "kept_fraction":
+        if spent > budget * (1 + 1e-9):
+            raise UsageError(
+                f"`allocation` {sized.allocator.name} cannot meet `{sized.unit}` {sized.limit:g}: layers that are too "
+                "small for their share stay dense. Use loss_weighted or mixed."
+            )
+        return
+    dense = [name for name in able if chosen[name].rank is None]
+    kept = sized.as_limit(spent, able, 0)
+    warnings.warn(
+        f"{kept:.3f} of the parameters are kept, more than `kept_fraction` {sized.limit:g}: "
+        f"{len(dense)} layers, like {dense[0]}, would get less than the smallest rank and stay dense.",
+        LordWarning,
+        stacklevel=2,
+    )
+
+
+def _nothing_saves(site: Site, request: Request) -> str:
+    limit = break_even(site.shape, request.template.form)
+    if rank_grid(site.shape, form=request.template.form):
+        return "none of its choices saves anything"
+    return f"no rank from {ALIGNMENT} on saves anything, its break-even is {limit}"
 
 
 def _of_one_rank(layers: Layers, template: LayerChoice, rank: int) -> Plan:

@@ -75,6 +75,7 @@ def decompose_checkpoint(
     task: Task,
     journal: Journal,
     notify: Notify = lambda step: None,
+    rest: int = 0,  # bytes of everything in the checkpoint but the layers to decompose
 ) -> Outcome:
     """Write the shards of the decomposed checkpoint into the journal's folder."""
     needs = request.needs()
@@ -85,8 +86,9 @@ def decompose_checkpoint(
     run = Passes(source, survey, windows, task, journal, _costs(request, plan), notify)
     from_analysis = False
     if plan is None:
-        plan = decide_from(survey.layers, request, calibrate(run, request))
-        from_analysis = request.propagate == "dense" and not request.template.rounds_factors
+        plan = decide_from(survey.layers, request, calibrate(run, request), rest)
+        plain = all(choice.backbone == "none" for choice in plan.factored().values())
+        from_analysis = request.propagate == "dense" and not request.template.rounds_factors and plain
     elif "fisher" in needs:
         measure_fisher(run)
     if not plan.factored():
@@ -102,6 +104,7 @@ def _costs(request: Request, plan: Plan | None) -> dict[Phase, float]:
     epochs = 0 if request.recovery is None else request.recovery.epochs
     gradients = request.by_loss or "fisher" in request.needs()
     again = request.propagate == "sequential" or request.template.rounds_factors or plan is not None
+    again |= any(template.backbone != "none" for template in request.templates())
     return {
         Phase.CALIBRATING: 1.0 if plan is None else 0.05 if gradients else 0.0,
         Phase.SENSITIVITY: 0.4 if gradients else 0.0,

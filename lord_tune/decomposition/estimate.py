@@ -42,9 +42,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..allocation import break_even, factor_cost
+from ..allocation import factor_cost
 from ..plans import LayerChoice, Plan
+from ..sites import Site
 from .base import CHECKED_TOKENS
+from .choices import Sized
 from .decide import Request
 from .layerwise import COMPARED_INPUTS
 from .sizes import added_bias_bytes, stored_bytes
@@ -100,7 +102,8 @@ def estimate_run(
     block_bytes = [sum(size[n] for n in names) for names in blocks]
     rest_bytes = sum(s for n, s in size.items() if n not in inside)
     shapes = {name: site.shape for name, site in survey.layers.items()}
-    choices = plan.layers if plan is not None else dict.fromkeys(shapes, request.template)
+    offered = request.templates()
+    choices = plan.layers if plan is not None else dict.fromkeys(shapes, offered[-1])
     ranks = None if plan is None else plan.ranks()
     widest = max(range(count), key=lambda i: (block_bytes[i], -i))
     members = survey.members(widest)
@@ -116,7 +119,7 @@ def estimate_run(
     weighted = by_loss or "fisher" in request.needs()  # there is a backward pass
     bases = sum(4 * shapes[n][0] * min(shapes[n]) for n in layers) if by_loss else 0
     factors = sum(stored.values()) if stored else block_bytes[widest]
-    kept_ranks = {n: _rank_bound(shapes[n], (ranks or {}).get(n), ranks is None, choices[n].form) for n in layers}
+    kept_ranks = {n: _rank_bound(members[n], request) if ranks is None else ranks.get(n) or 0 for n in layers}
     on_cpu = device is None or device.type == "cpu"
     mapped = _MAPPED if on_cpu else 0  # an accelerator's allocator counts what is alive
     largest = _together([_working_parts(shapes[n], kept_ranks[n], text, choices[n]) for n in layers], mapped)
@@ -158,6 +161,7 @@ def estimate_run(
             resident + block_bytes[widest] + bases + int(3 * share * window),
         )
     cut = _together([_truncation_parts(shapes[n], kept_ranks[n]) for n in layers], mapped)
+    rounds |= any(template.backbone != "none" for template in offered)
     again = ranks is not None or sequential or rounds  # the writing pass calibrates
     phases["writing"] = work if again else resident + block_bytes[widest] + bases + factors + cut
     phases["rest"] = rest_bytes
@@ -188,8 +192,9 @@ def estimate_run(
     if rates is not None:
         twice = ranks is None and (sequential or rounds)
         walks = 2 if twice else 1  # in each, blocks run, layers are factorized
+        looks = len(offered) if ranks is None else 1  # at every layer, by the calibrating pass
         seconds = run_seconds(
-            survey.layers, choices, request, inputs, count, text, forward_flops, rates, walks, weighted
+            survey.layers, choices, request, inputs, count, text, forward_flops, rates, walks, weighted, looks
         )
         seconds /= processes
     return Estimate(
@@ -227,9 +232,10 @@ def _together(layers: list[Parts], limit: int) -> int:
     return int(mapped + retained)
 
 
-def _rank_bound(shape: tuple[int, int], rank: int | None, chosen_later: bool, form: str) -> int:
-    """The rank, or break-even where the calibration chooses it; 0 for a dense layer."""
-    return break_even(shape, form) if chosen_later else rank or 0
+def _rank_bound(site: Site, request: Request) -> int:
+    """The largest rank that the calibration may choose."""
+    assert isinstance(request.budget, Sized), "other budgets are decided without calibration"
+    return request.budget.largest_rank(site, request.template)
 
 
 def _truncation_parts(shape: tuple[int, int], rank: int) -> Parts:

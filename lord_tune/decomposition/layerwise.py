@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 import torch
@@ -34,10 +35,12 @@ from ..factorizations import (
 )
 from ..layers import FactoredLinear, bias_of, build_layer, is_transposed, shape_of, weight_of
 from ..plans import LayerChoice
-from ..quantizers import DTYPES, E8P2, E8P3, E8P4, Rotated
+from ..quantizers import DTYPES, E8P2, E8P3, E8P4, Quantizer, Rotated
 from .base import EqualBits, LayerRecord
+from .choices import Noise
 
 _CURVES = ("calibrated", "heldout", "plain", "beyond_top")
+_NOISE = ("energies", "spread", "whole")
 
 
 class Facts(TypedDict):
@@ -55,18 +58,28 @@ class Analysis:
     spectrum: Spectrum
     curves: dict[str, Tensor]  # relative error at rank 0..k
     facts: Facts
+    noise: dict[str, Noise] = field(default_factory=dict)  # backbone -> what it does to the outputs
 
     def tensors(self) -> dict[str, Tensor]:
         """For a safetensors file."""
         found = {"basis": self.spectrum.basis, "energies": self.spectrum.energies}
         if self.spectrum.centre is not None:
             found["centre"] = self.spectrum.centre.clone()  # layers with one input share it, tensors of a file do not
+        for name, noise in self.noise.items():
+            found |= {f"noise.{part}.{name}": getattr(noise, part) for part in _NOISE}
         return found | {f"curve.{name}": curve for name, curve in self.curves.items()}
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor], facts: Facts) -> Analysis:
         curves = {name: tensors[f"curve.{name}"] for name in _CURVES if f"curve.{name}" in tensors}
-        return cls(Spectrum(tensors["basis"], tensors["energies"], tensors.get("centre")), curves, facts)
+        spectrum = Spectrum(tensors["basis"], tensors["energies"], tensors.get("centre"))
+        return cls(spectrum, curves, facts, noise_of(tensors))
+
+
+def noise_of(tensors: Mapping[str, Tensor]) -> dict[str, Noise]:
+    """backbone -> what `Analysis.tensors` wrote of it."""
+    names = [key.removeprefix("noise.whole.") for key in tensors if key.startswith("noise.whole.")]
+    return {name: Noise(*(tensors[f"noise.{part}.{name}"] for part in _NOISE)) for name in names}
 
 
 @dataclass(frozen=True)
@@ -83,11 +96,17 @@ def analyse(
     heldout: InputStatistics | None,
     method: Projection,
     limit: int | None,  # directions to keep; None: also those beyond break-even, which the loss weighs when dropped
+    backbones: Mapping[str, Quantizer] | None = None,  # to be measured beside W = L R
+    ranked: bool = True,  # whether L R beside them is a choice
 ) -> Analysis:
     """Basis and error curves at every rank."""
     start = time.perf_counter()
     chosen, solution, curves = _solve(weight, calibration, heldout, method, None)
     spectrum = solution.spectrum
+    noise = {}
+    for name, quantizer in (backbones or {}).items():
+        assert calibration is not None, "a budget with backbones is shared out on calibration text"
+        noise[name] = _noise(weight, spectrum.basis, calibration, quantizer, chosen if ranked else None)
     whole = spectrum.basis.shape[1]
     keep = whole if limit is None else min(max(limit, 1), whole)
     kept = Spectrum(spectrum.basis[:, :keep].float().contiguous(), spectrum.energies, spectrum.centre)
@@ -95,7 +114,24 @@ def analyse(
     facts = Facts(
         seconds=seconds, shrinkage=chosen.shrunk, inputs={} if calibration is None else calibration.describe()
     )
-    return Analysis(kept, curves, facts)
+    return Analysis(kept, curves, facts, noise)
+
+
+def _noise(
+    weight: Tensor,
+    basis: Tensor,  # (out, k)
+    calibration: Moments,
+    quantizer: Quantizer,
+    method: Projection | None,  # that fits L R to what rounding leaves; None: there is no L R
+) -> Noise:
+    shape = (weight.shape[0], weight.shape[1])
+    left = weight.double() - quantizer.dequantize(quantizer.quantize(weight), shape, torch.float64)
+    moved = left @ calibration.gram
+    whole = (left * moved).sum()
+    spread = ((basis.T @ left) * (basis.T @ moved)).sum(1)
+    del moved
+    energies = whole[None] if method is None else method.solve(left, calibration).spectrum.energies
+    return Noise(energies, spread, whole)
 
 
 def _solve(

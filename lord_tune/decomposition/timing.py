@@ -141,6 +141,7 @@ def run_seconds(
     rates: Rates,
     walks: int,
     weighted: bool,
+    looks: int = 1,  # at every layer, by a calibrating pass: at L R, and at every format
 ) -> float:
     """Of one process that does it all."""
     total = 0.0
@@ -160,7 +161,7 @@ def run_seconds(
             continue
         out, width = site.shape
         k = min(site.shape)
-        tries = len(method.candidates()) * walks * method.solves
+        tries = len(method.candidates()) * (walks + looks - 1) * method.solves
         eigenproblems = _EIGH * k**3 * (1.5 if text is not None else 1.0)
         products = 2.0 * k * width * width * (text is not None) + 2.0 * out * k * (width + k) + 6.0 * k**3
         total += tries * (eigenproblems / rates.eigen + products / rates.double)
