@@ -143,7 +143,7 @@ def decompose(model: str, out: str, **options: Unpack[DecomposeOptions]) -> dict
             f"{foreseen.parameters:,} parameters, {foreseen.layers} layers in {foreseen.blocks} blocks; estimated peak "
             f"memory {human_bytes(foreseen.peak_bytes)}, scratch files {human_bytes(foreseen.scratch_bytes)}"
         )
-        task = task_of(tokenizer, kind_of(source.model) == "masked")
+        task = task_of(tokenizer, kind_of(source.model))
         with PeakMemory(device) as peak, LiveTable(LAYER_COLUMNS, LAYER_WIDTHS) as table:
             show = layer_rows(table)
             outcome = decompose_checkpoint(source, found, request, chosen, windows, task, journal, show, rest)

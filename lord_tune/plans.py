@@ -147,6 +147,7 @@ class Plan:
     """Layer name -> choice, for every layer that a run may touch."""
 
     layers: dict[str, LayerChoice]
+    made: dict[str, Any] = field(default_factory=dict)  # base, calibration text and options that it came from
 
     def needs(self) -> frozenset[str]:
         """The statistics that carrying it out takes."""
@@ -156,12 +157,26 @@ class Plan:
         """The layers that do not stay dense."""
         return {name: choice for name, choice in self.layers.items() if choice.rank is not None}
 
+    def choices(self) -> list[LayerChoice]:
+        """Without what is predicted of them, to be compared."""
+        return [dataclasses.replace(choice, predicted_loss=None) for choice in self.layers.values()]
+
+    def dense(self) -> Plan:
+        """The model as it is."""
+        return Plan({name: choice.at(None) for name, choice in self.layers.items()})
+
+    def predicted_loss(self) -> float | None:
+        """Increase of the loss, nats per token: the sum over the layers, where all have one."""
+        losses = [choice.predicted_loss for choice in self.factored().values()]
+        return None if None in losses else sum(loss for loss in losses if loss is not None)
+
     def ranks(self) -> dict[str, int | None]:
         """Layer name -> rank, None for dense."""
         return {name: choice.rank for name, choice in self.layers.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        return {"plan_version": PLAN_VERSION, "layers": {name: c.to_dict() for name, c in self.layers.items()}}
+        layers = {name: choice.to_dict() for name, choice in self.layers.items()}
+        return {"plan_version": PLAN_VERSION, "made": self.made, "layers": layers}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, object]) -> Plan:
@@ -171,7 +186,10 @@ class Plan:
                 f"This is not a plan of version {PLAN_VERSION} (plan_version is {version!r}); write one with lord-tune "
                 "plan MODEL --save FILE."
             )
-        return cls({name: LayerChoice.from_dict(name, entry) for name, entry in layers.items()})
+        made = content.get("made", {})
+        if not isinstance(made, dict):
+            raise UsageError(f"The plan says {made!r} of where it comes from (made); expected a mapping.")
+        return cls({name: LayerChoice.from_dict(name, entry) for name, entry in layers.items()}, made)
 
     def save(self, path: Path) -> None:
         write_json(path, self.to_dict())

@@ -14,9 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lord_tune.allocation import ALLOCATORS
-from lord_tune.allocation.budget import ALIGNMENT, LayerSpectrum, break_even, factor_cost
+from lord_tune.allocation import ALIGNMENT, ALLOCATORS, Uniform, break_even
 from lord_tune.decomposition import Journal
+from lord_tune.decomposition.choices import Measured, Menu, Sized
 from lord_tune.decomposition.decide import Bits, Request, decide
 from lord_tune.decomposition.sizes import bits_at
 from lord_tune.errors import UsageError
@@ -62,21 +62,24 @@ def test_rows_of_a_format_are_rows_of_the_whole(name, steps, columns, data):
 @given(st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=5), st.floats(0.05, 0.95), st.integers(0, 99))
 def test_a_budget_is_kept(name, shapes, fraction, seed):
     generator = torch.Generator().manual_seed(seed)
-    layers = {}
+    found = {}
     for index, shape in enumerate(shapes):
         energies = torch.rand(min(shape), generator=generator, dtype=torch.float64).sort(descending=True).values
-        layers[str(index)] = LayerSpectrum(shape, energies, torch.rand(min(shape), generator=generator).double())
+        found[str(index)] = Measured(shape, energies, torch.rand(min(shape), generator=generator).double())
+    sites = {key: Site(key, one.shape, torch.float32, False, False) for key, one in found.items()}
+    menu = Menu(sites, LayerChoice("svd", None), Sized(fraction, Uniform()))
+    layers = menu.table(found)
+    budget = fraction * sum(site.numbers for site in sites.values())
     try:
-        ranks = ALLOCATORS[name]().allocate(layers, fraction)
+        picked = ALLOCATORS[name]().allocate(layers, budget)
     except UsageError:
         return  # rank 8 everywhere is above the budget
-    spent = 0
-    for key, rank in ranks.items():
-        shape = layers[key].shape
+    spent = 0.0
+    for key, index in picked.items():
+        rank, shape = menu.choices[key][index].rank, found[key].shape
         assert rank is None or (rank % ALIGNMENT == 0 and 0 < rank <= break_even(shape))
-        if rank is not None or name == "loss_weighted":  # uniform leaves a layer dense that is too small for its share
-            dense = shape[0] * shape[1]
-            spent += (factor_cost(shape, rank) if rank is not None else dense) - fraction * dense
+        if rank is not None or name != "uniform":  # uniform leaves a layer dense that is too small for its share
+            spent += float(layers[key].costs[index]) - fraction * sites[key].numbers
     assert spent <= 1e-6
 
 

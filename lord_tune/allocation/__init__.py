@@ -9,6 +9,7 @@ from .energy import Energy
 from .loss_weighted import LossWeighted
 from .mixed import Mixed
 from .roles import role_of
+from .tilts import TILTS, Tilt
 from .typed import Typed
 from .uniform import Uniform
 
@@ -26,10 +27,12 @@ __all__ = [
     "FORMS",
     "PIVOTED",
     "PLAIN",
+    "TILTS",
     "Allocator",
     "Choices",
     "Infeasible",
     "LossWeighted",
+    "Tilt",
     "Uniform",
     "break_even",
     "factor_cost",

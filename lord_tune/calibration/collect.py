@@ -20,7 +20,7 @@ from .blocks import Blocks, Run, first_input
 from .handed import HandedOn, NotHandedOn
 from .moments import InputStatistics, MomentAccumulator, Moments, Sample, SampleAccumulator
 from .replay import Replayed
-from .route import Ground, Loss, Route
+from .route import Ground, Loss, Route, Score
 
 Slot = tuple[str, int]  # an input: the layer that is given it first, and which of that layer's calls it is
 Accumulator = MomentAccumulator | SampleAccumulator
@@ -216,6 +216,10 @@ class BlockWalk:
             for slot, width in widths.items():
                 if slot not in sums:
                     sums[slot] = accumulator(width)
+
+    def scores(self, stream: str, score: Score) -> list[tuple[float, int]]:
+        """(loss, tokens) of this process's windows, from the stored outputs. Needs all parts outside the blocks."""
+        return self._route.scores(stream, score)
 
     # --- the way back: gradients of the loss, from the last block to the first ---
 

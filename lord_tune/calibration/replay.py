@@ -29,7 +29,7 @@ from ..errors import CalibrationError
 from ..kept import Kept
 from ..storage import read_json, write_json
 from .blocks import Forward, Stop, hidden_argument, hidden_of, replaced_forward
-from .route import Ground, Loss
+from .route import Ground, Loss, Score
 from .states import StateFile, StateWriter
 from .trees import Path, at, containers, mapped, tensors
 
@@ -296,6 +296,17 @@ class Replayed:
         run = _Pass(self, stream, position, len(self._blocks.modules))
         with self._reading(), self._replaced(run, len(self._blocks.modules)):
             return self._ground.forward(self._ground.model, self._ground.windows[stream][position][None])
+
+    @torch.no_grad()
+    def scores(self, stream: str, score: Score) -> list[tuple[float, int]]:
+        count = len(self._blocks.modules)
+        found = []
+        for position, window in enumerate(self._ground.windows[stream]):
+            run = _Pass(self, stream, position, count)
+            with self._reading(), self._replaced(run, count):
+                loss, tokens = score(self._ground.model, window[None])
+            found.append((float(loss), tokens))
+        return found
 
     # --- the way back ---
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .blocks import Blocks, Run
 
 Loss = Callable[[nn.Module, Tensor], Tensor]  # (model, (1, length) ids) -> scalar, summed over tokens
+Score = Callable[[nn.Module, Tensor], tuple[Tensor, int]]  # the same, and of how many tokens it is the sum
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,10 @@ class Route(Protocol):
 
     def result(self, stream: str, position: int) -> object:
         """What the model returns for a window, from the outputs of its blocks. Needs all parts outside the blocks."""
+        ...
+
+    def scores(self, stream: str, score: Score) -> list[tuple[float, int]]:
+        """(loss, tokens) of every window, from the outputs of its blocks. Needs all parts outside the blocks."""
         ...
 
     def write_gradients(self, stream: str, loss: Loss) -> None:

@@ -16,3 +16,5 @@ class Task:
     loss: Callable[[nn.Module, Tensor], Tensor]  # the same -> scalar, summed over tokens
     outputs: Callable[[object], list[Tensor]]  # what counts of that which `forward` returns
     prepare: Callable[[Tensor], Tensor] = lambda ids: ids  # (1, length) -> the ids that `loss` runs the model on
+    # the same as `loss`, with the number of tokens it is the sum of; None for a model whose loss on text means nothing
+    scored: Callable[[nn.Module, Tensor], tuple[Tensor, int]] | None = None

@@ -56,8 +56,7 @@ def _analyse_block(run: Passes, walk: BlockWalk, index: int, request: Request) -
     method = request.template.factorization()
     budget = request.budget
     assert isinstance(method, Projection) and isinstance(budget, Sized), "decide refuses methods without nested ranks"
-    backbones = {template.backbone: template.quantizer() for template in budget.backbones}
-    ranked = budget.ranks is None or max(budget.ranks) > 0
+    formats = {name: (template.quantizer(), ranked) for name, (template, ranked) in budget.formats.items()}
 
     def look(name: str) -> Analysis | None:
         calibration = statistics[CALIBRATION].get(name)
@@ -67,7 +66,7 @@ def _analyse_block(run: Passes, walk: BlockWalk, index: int, request: Request) -
         weight = run.survey.layers[name].weight(run.model)
         limit = None if request.by_loss else break_even((weight.shape[0], weight.shape[1]), request.template.form)
         heldout = statistics[HELDOUT].get(name)
-        return analyse(weight, calibration, heldout, method, limit, backbones, ranked)  # type: ignore[arg-type]
+        return analyse(weight, calibration, heldout, method, limit, formats)
 
     return run.deal(index, dict.fromkeys(run.survey.members(index), method), look)
 

@@ -96,7 +96,15 @@ class Sized:
     unit: Unit = "kept_fraction"
     backbones: tuple[LayerChoice, ...] = ()  # templates of Q + L R; () for L R alone
     low_rank: bool = True  # whether L R without Q is a choice
-    ranks: tuple[int, ...] | None = None  # beside a backbone; without one, where there is one rank; None: the grid
+    ranks: tuple[int, ...] | None = None  # beside a backbone; None: the grid
+    control: tuple[LayerChoice, ...] = ()  # templates of Q alone, for the best plan without L R of the same bytes
+
+    @property
+    def formats(self) -> dict[str, tuple[LayerChoice, bool]]:
+        """Backbone -> its template, and whether L R beside it is a choice: all that the calibrating pass looks at."""
+        ranked = self.ranks is None or max(self.ranks) > 0
+        found = {template.backbone: (template, False) for template in self.control}
+        return found | {template.backbone: (template, ranked) for template in self.backbones}
 
     @property
     def numbers(self) -> bool:
@@ -108,7 +116,7 @@ class Sized:
         found: list[LayerChoice] = []
         if self.low_rank:
             grid = rank_grid(site.shape, form=template.form)
-            found += [template.at(rank) for rank in grid if self.ranks is None or rank in self.ranks]
+            found += [template.at(rank) for rank in grid]
         for backbone in self.backbones:
             ranks = range(0, min(site.shape) + 1, 8) if self.ranks is None else self.ranks
             plain = [backbone.at(rank) for rank in ranks if rank <= min(site.shape)]

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..allocation import ALIGNMENT, Infeasible, break_even, rank_grid
+from ..allocation import ALIGNMENT, Infeasible, LossWeighted, Tilt, break_even, rank_grid
 from ..console import human_bytes
 from ..errors import LordWarning, UsageError
 from ..factorizations import Projection
@@ -65,6 +65,8 @@ class Request:
     exclude: str | None = None
     propagate: str = "dense"  # or "sequential": later blocks see the outputs of the decomposed ones
     recovery: BlockRecovery | None = None  # tune the blocks' L and R, one block at a time
+    refine: int = 0  # whole models around the allocator's solution, of which held-out text chooses
+    measure_control: bool = False  # run the control at equal bytes on held-out text as well
 
     @property
     def by_loss(self) -> bool:
@@ -120,12 +122,38 @@ def _from_shapes(layers: Layers, request: Request, rest: int) -> Plan | None:
     return None if budget.allocator.needs else plan
 
 
-def decide_from(layers: Layers, request: Request, measured: Mapping[str, Measured], rest: int = 0) -> Plan:
+def decide_from(
+    layers: Layers, request: Request, measured: Mapping[str, Measured], rest: int = 0, tilt: Tilt | None = None
+) -> Plan:
     """The plan of a budget that is shared out by what the calibrating pass measured. A layer that it knows nothing of
     never ran: it stays dense."""
-    plan = _shared_out(layers, request, rest, measured)
-    _say_dense(plan)
+    plan = _shared_out(layers, request, rest, measured, tilt)
+    if tilt is None:
+        _say_dense(plan)
     return plan
+
+
+def control_of(layers: Layers, request: Request, measured: Mapping[str, Measured], plan: Plan) -> Plan | None:
+    """The best plan without L R of the same bytes: every layer dense or rounded to one of the formats that were
+    measured. None where there are none, or no such plan is as small."""
+    sized = request.budget
+    if not isinstance(sized, Sized) or not sized.control or not request.by_loss:
+        return None
+    known = {name: layers[name] for name in layers if name in measured}
+    spent = sum(sized.cost(site, plan.layers[name]) for name, site in known.items())
+    alone = replace(sized, limit=spent, unit="max_bytes", backbones=sized.control, low_rank=False, ranks=(0,))
+    menu = Menu(known, request.template, alone)
+    table = menu.table(measured)
+    try:
+        picked = LossWeighted().allocate(table, spent)
+    except Infeasible:
+        return None
+    chosen = {name: plan.layers[name] for name in layers if name not in known}
+    for name, index in picked.items():
+        losses = table[name].losses
+        assert losses is not None, "the run weighs by the loss"
+        chosen[name] = replace(menu.choices[name][index], shape=layers[name].shape, predicted_loss=float(losses[index]))
+    return Plan({name: chosen[name] for name in layers})
 
 
 def _check_nested(request: Request) -> None:
@@ -169,7 +197,9 @@ def _shapes(layers: Layers) -> dict[str, tuple[int, int]]:
 NEVER_RAN = "it never ran on the calibration text"
 
 
-def _shared_out(layers: Layers, request: Request, rest: int, measured: Mapping[str, Measured] | None) -> Plan:
+def _shared_out(
+    layers: Layers, request: Request, rest: int, measured: Mapping[str, Measured] | None, tilt: Tilt | None = None
+) -> Plan:
     """The allocator's choices as a plan; warns where it keeps more than was asked for."""
     sized = request.budget
     assert isinstance(sized, Sized)
@@ -181,7 +211,7 @@ def _shared_out(layers: Layers, request: Request, rest: int, measured: Mapping[s
     if sized.unit != "kept_fraction":
         budget -= silent
     try:
-        picked = sized.allocator.allocate(table, budget)
+        picked = sized.allocator.allocate(table if tilt is None else tilt(table), budget)
     except Infeasible as error:
         raise _infeasible(sized, sized.as_limit(error.least, able, rest + silent), rest + silent) from error
     chosen: dict[str, LayerChoice] = {}

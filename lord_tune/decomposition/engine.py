@@ -37,22 +37,50 @@ The float64 terms decide on consumer GPUs, whose float64 units are few; more pro
 
 from __future__ import annotations
 
+import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
+from ..allocation import TILTS
 from ..calibration.task import Task
-from ..errors import CalibrationError, LordError, LordWarning
+from ..errors import CalibrationError, LordError, LordWarning, UsageError
 from ..plans import LayerPlan, Plan
 from .base import LayerRecord, Notify, Source, Windows
 from .calibrating import calibrate
-from .decide import NEVER_RAN, Request, decide_from
+from .decide import NEVER_RAN, Request, control_of, decide_from
 from .gradients import measure_fisher
 from .journal import Journal
+from .measuring import measure
 from .passes import Passes
 from .recovery import Recovered
 from .steps import REST, Phase, of_block
 from .survey import Survey
 from .writing import write, write_rest
+
+SOLUTION, CONTROL, DENSE = "solution", "control", "dense"  # plans that are measured, beside the tilts
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What the plan of a shared-out budget was compared with."""
+
+    losses: dict[str, float] = field(default_factory=dict)  # plan -> nats per token of held-out text
+    chosen: str = SOLUTION
+    control: Plan | None = None  # the best plan without L R of the same bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        formats: dict[str, int] = {}
+        for choice in self.control.layers.values() if self.control is not None else ():
+            name = "dense" if choice.rank is None else choice.backbone
+            formats[name] = formats.get(name, 0) + 1
+        return {
+            "measured": self.losses,
+            "chosen": self.chosen,
+            "control": None
+            if self.control is None
+            else {"formats": formats, "predicted_loss": self.control.predicted_loss()},
+        }
 
 
 @dataclass(frozen=True)
@@ -64,6 +92,7 @@ class Outcome:
     plans: dict[str, LayerPlan]  # how the decomposed ones are stored
     weight_map: dict[str, str]  # tensor -> file
     recovery: dict[str, Recovered]  # block -> held-out error before and after block-wise recovery, passes kept
+    compared: Compared
 
 
 def decompose_checkpoint(
@@ -84,9 +113,9 @@ def decompose_checkpoint(
             f"Method '{request.template.method}' with this budget needs calibration text; pass `calibration` files."
         )
     run = Passes(source, survey, windows, task, journal, _costs(request, plan), notify)
-    from_analysis = False
+    from_analysis, compared = False, Compared()
     if plan is None:
-        plan = decide_from(survey.layers, request, calibrate(run, request), rest)
+        plan, compared = decide_measured(run, request, rest)
         plain = all(choice.backbone == "none" for choice in plan.factored().values())
         from_analysis = request.propagate == "dense" and not request.template.rounds_factors and plain
     elif "fisher" in needs:
@@ -96,7 +125,33 @@ def decompose_checkpoint(
         raise LordError("Every layer stays dense at this budget, so nothing is done; choose another budget.")
     write(run, plan, request, from_analysis)
     write_rest(run)
-    return _outcome(run, plan)
+    return _outcome(run, plan, compared)
+
+
+def decide_measured(run: Passes, request: Request, rest: int) -> tuple[Plan, Compared]:
+    """The plan of a budget that the calibration shares out, and what it was compared with."""
+    layers = run.survey.layers
+    measured = calibrate(run, request)
+    plan = decide_from(layers, request, measured, rest)
+    candidates = {SOLUTION: plan}
+    for tilt in TILTS[: request.refine]:
+        other = decide_from(layers, request, measured, rest, tilt)
+        if other.choices() not in [known.choices() for known in candidates.values()]:
+            candidates[tilt.name] = other
+    control = control_of(layers, request, measured, plan)
+    tried = dict(candidates) if request.refine else {}
+    if request.measure_control:
+        if control is None:
+            raise UsageError(
+                "There is no plan without L R of the same bytes to compare with; leave `measure_control` out."
+            )
+        tried |= {SOLUTION: plan, CONTROL: control, DENSE: plan.dense()}
+    losses = measure(run, tried, analysed=True) if tried else {}
+    best = min(candidates, key=lambda name: losses.get(name, 0.0 if name == SOLUTION else math.inf))
+    plan = candidates[best]
+    if control is not None:
+        control = control_of(layers, request, measured, plan)
+    return plan, Compared(losses, best, control)
 
 
 def _costs(request: Request, plan: Plan | None) -> dict[Phase, float]:
@@ -108,12 +163,13 @@ def _costs(request: Request, plan: Plan | None) -> dict[Phase, float]:
     return {
         Phase.CALIBRATING: 1.0 if plan is None else 0.05 if gradients else 0.0,
         Phase.SENSITIVITY: 0.4 if gradients else 0.0,
+        Phase.MEASURING: 0.1 * request.refine + (0.2 if request.measure_control else 0.0),
         # a pass of recovery runs the block forward and backward; before it, both blocks' outputs are made
         Phase.WRITING: (1.0 if again else 0.05) + (1.0 + 1.5 * epochs if epochs else 0.0),
     }
 
 
-def _outcome(run: Passes, plan: Plan) -> Outcome:
+def _outcome(run: Passes, plan: Plan, compared: Compared) -> Outcome:
     """From the journal, so that a resumed run tells the same as an uninterrupted one."""
     records: dict[str, LayerRecord] = {}
     plans: dict[str, LayerPlan] = {}
@@ -136,4 +192,4 @@ def _outcome(run: Passes, plan: Plan) -> Outcome:
         for text in record.warnings:
             if text != said:
                 warnings.warn(f"{name}: {text}", LordWarning, stacklevel=2)
-    return Outcome({name: records[name] for name in run.survey.layers}, plan, plans, weight_map, recovery)
+    return Outcome({name: records[name] for name in run.survey.layers}, plan, plans, weight_map, recovery, compared)

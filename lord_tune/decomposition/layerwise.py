@@ -43,6 +43,9 @@ _CURVES = ("calibrated", "heldout", "plain", "beyond_top")
 _NOISE = ("energies", "spread", "whole")
 
 
+Formats = Mapping[str, tuple[Quantizer | None, bool]]  # backbone -> its format, whether L R beside it is a choice
+
+
 class Facts(TypedDict):
     """What a layer's record says beside its errors."""
 
@@ -96,16 +99,15 @@ def analyse(
     heldout: InputStatistics | None,
     method: Projection,
     limit: int | None,  # directions to keep; None: also those beyond break-even, which the loss weighs when dropped
-    backbones: Mapping[str, Quantizer] | None = None,  # to be measured beside W = L R
-    ranked: bool = True,  # whether L R beside them is a choice
+    formats: Formats | None = None,  # to be measured beside W = L R
 ) -> Analysis:
     """Basis and error curves at every rank."""
     start = time.perf_counter()
     chosen, solution, curves = _solve(weight, calibration, heldout, method, None)
     spectrum = solution.spectrum
     noise = {}
-    for name, quantizer in (backbones or {}).items():
-        assert calibration is not None, "a budget with backbones is shared out on calibration text"
+    for name, (quantizer, ranked) in (formats or {}).items():
+        assert calibration is not None and quantizer is not None, "these budgets are shared out on calibration text"
         noise[name] = _noise(weight, spectrum.basis, calibration, quantizer, chosen if ranked else None)
     whole = spectrum.basis.shape[1]
     keep = whole if limit is None else min(max(limit, 1), whole)
@@ -130,7 +132,7 @@ def _noise(
     whole = (left * moved).sum()
     spread = ((basis.T @ left) * (basis.T @ moved)).sum(1)
     del moved
-    energies = whole[None] if method is None else method.solve(left, calibration).spectrum.energies
+    energies = whole[None].clone() if method is None else method.solve(left, calibration).spectrum.energies
     return Noise(energies, spread, whole)
 
 

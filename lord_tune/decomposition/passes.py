@@ -185,8 +185,9 @@ class Passes:
         return [name for name, p in self.model.named_parameters() if id(p) in own and name in self.outside]
 
     def deal(self, index: int, methods: Mapping[str, Factorization], do: Callable[[str], Result]) -> dict[str, Result]:
-        """layer -> do(layer) for the layers of a block, each by one process, the results on all."""
-        members = self.survey.members(index)
+        """layer -> do(layer) for those layers of a block that have a method here, each by one process, the results on
+        all."""
+        members = {name: site for name, site in self.survey.members(index).items() if name in methods}
         work = {name: layer_flops(site.shape, methods[name]) for name, site in members.items()}
         device = torch.device("cpu")
         if members:

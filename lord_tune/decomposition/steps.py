@@ -10,6 +10,7 @@ class Phase(StrEnum):
 
     CALIBRATING = "calibrating"
     SENSITIVITY = "sensitivity"
+    MEASURING = "measuring"
     WRITING = "writing"
 
 

@@ -41,7 +41,7 @@ def write(run: Passes, plan: Plan, request: Request, from_analysis: bool) -> Non
             if walk is not None:
                 run.compare(walk, index)
             statistics = _statistics(run, walk, index, request, from_analysis)
-            done = _factorize(run, plan, index, statistics, from_analysis)
+            done = factorize(run, plan, index, statistics, from_analysis)
             del statistics
             layers = {name: finished.layer for name, finished in done.items() if finished.layer is not None}
             for name, layer in layers.items():
@@ -112,17 +112,23 @@ def _statistics(
     return {CALIBRATION: found[STUDENT], HELDOUT: found[STUDENT_HELDOUT]}
 
 
-def _factorize(
-    run: Passes, plan: Plan, index: int, statistics: Statistics | None, from_analysis: bool
+def factorize(
+    run: Passes,
+    plan: Plan,
+    index: int,
+    statistics: Statistics | None,
+    from_analysis: bool,  # L R without Q is cut from what the calibrating pass kept
+    only: list[str] | None = None,  # of the block's layers
 ) -> dict[str, Finished]:
     """The layers of the block in memory."""
-    members = run.survey.members(index)
+    members = {n: site for n, site in run.survey.members(index).items() if only is None or n in only}
     methods = {name: plan.layers[name].factorization() for name in members}
     kept: dict[str, Analysis | None] = analyses(run, index) if from_analysis else {}
     weighed = any("fisher" in method.needs for method in methods.values())
     gradients = run.read(sensitivity_file(index)) if weighed else {}
     # in the middle of the model, one layer of each shape is compared with feedback rounding alone
-    compared = {site.shape: name for name, site in reversed(members.items())} if index == run.count // 2 else {}
+    middle = only is None and index == run.count // 2
+    compared = {site.shape: name for name, site in reversed(members.items())} if middle else {}
 
     def finish(name: str) -> Finished:
         site, choice = members[name], plan.layers[name]
@@ -135,7 +141,7 @@ def _factorize(
             return left_dense(module, 0.0, NEVER_RAN)
         if choice.rank is None:
             return left_dense(module, 0.0 if analysis is None else analysis.facts["seconds"], choice.reason)
-        if analysis is not None:
+        if analysis is not None and choice.backbone == "none" and not choice.rounds_factors:
             return install(module, analysis, choice)
         assert calibration is None or isinstance(calibration, Moments)
         if choice.backbone == "none":

@@ -163,14 +163,19 @@ def counted_outputs(result: object) -> list[Tensor]:
     return [x.float() for x in named] or [result["last_hidden_state"].float()]
 
 
-def task_of(tokenizer: Tokenizer, masked: bool = False) -> Task:
-    """How `decompose` runs any of these models; `masked`: one with a masked-token head."""
+def task_of(tokenizer: Tokenizer, kind: str = "causal") -> Task:
+    """How `decompose` runs any of these models; kind: see `kind_of`."""
+    masked = kind == "masked"
     mask_token = getattr(tokenizer, "mask_token_id", None)
 
     def prepare(ids: Tensor) -> Tensor:
         return masked_windows(ids, mask_token)[0] if masked and mask_token is not None else ids
 
-    return Task(run_model, lambda model, ids: summed_loss(model, ids, mask_token)[0], counted_outputs, prepare)
+    def scored(model: nn.Module, ids: Tensor) -> tuple[Tensor, int]:
+        return summed_loss(model, ids, mask_token)
+
+    told = None if kind == "bare" else scored
+    return Task(run_model, lambda model, ids: scored(model, ids)[0], counted_outputs, prepare, told)
 
 
 _LIMITS = (
