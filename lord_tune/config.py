@@ -82,7 +82,7 @@ class MethodConfig(MethodOptions, RunConfig):
             *("calibration_tokens", "config", "resume", "overwrite"),
         ),
         "What is decomposed": ("targets", "exclude", "dtype"),
-        "Sharing a size out": ("allocation", "mix"),
+        "Sharing a size out": ("allocation", "mix", "refine", "measure_control"),
         "Calibration": ("context_length", "sensitivity_tokens", "propagate"),
         "Method": METHOD_KEYS,
         "Formats": ("factor_format", "form", "top_rank", "top_format", "incoherence", *FORMAT_KEYS),
@@ -127,8 +127,10 @@ class MethodConfig(MethodOptions, RunConfig):
         "that fits, with --rank the widest format that fits, with neither the widest format that leaves rank 8; with "
         "--allocation these bits are shared out over the layers",
     )
-    max_bytes: int | str | None = Field(
-        None, description="size of the whole checkpoint's tensors, embeddings included: 80MB, 1.5GB, or a number"
+    max_bytes: str | None = Field(
+        None,
+        coerce_numbers_to_str=True,
+        description="size of the whole checkpoint's tensors, embeddings included: 80MB, 1.5GB, or a number",
     )
     plan_file: str | None = Field(
         None,
@@ -142,8 +144,17 @@ class MethodConfig(MethodOptions, RunConfig):
         "same over dense, L R, and Q + L R of several formats and ranks), uniform, energy (one relative error), "
         "typed (fixed shares by the layers' roles)",
     )
-    mix: list[Literal[Quantized]] | None = Field(
+    mix: list[str] | None = Field(
         None, description=f"the backbones that --allocation mixed chooses from; default: {', '.join(MIX)}"
+    )
+    refine: int = Field(
+        0,
+        ge=0,
+        description="run this many whole models around the plan that allocation found on the held-out text, and keep "
+        "the best",
+    )
+    measure_control: bool = Field(
+        False, description="run the control, the best plan without L R of the same bytes, on the held-out text as well"
     )
     calibration: list[str] = Field(
         default_factory=list,
@@ -202,6 +213,13 @@ class MethodConfig(MethodOptions, RunConfig):
         return chosen or (self.bits_per_weight is not None and bool(self.given("allocation")))
 
     @property
+    def by_loss(self) -> bool:
+        """Whether it is shared out by what the loss says."""
+        from .allocation import ALLOCATORS
+
+        return self.sized and "loss_weights" in ALLOCATORS[self.allocation].needs
+
+    @property
     def mixes(self) -> bool:
         """Whether it does so over several formats."""
         return self.sized and self.allocation == "mixed"
@@ -250,6 +268,9 @@ class MethodConfig(MethodOptions, RunConfig):
                 "the formats that it may choose from."
             )
         self.bytes_asked()
+        for name in self.mix or ():
+            if name not in get_args(Quantized):
+                raise unknown_name("format of `mix`", name, get_args(Quantized))
         if self.kept_fraction is not None and not 0 < self.kept_fraction < 1:
             raise UsageError(f"Got `kept_fraction` {self.kept_fraction}; expected a number between 0 and 1.")
         if self.bits_per_weight is not None and not 0 < self.bits_per_weight <= 32:
@@ -292,6 +313,8 @@ class MethodConfig(MethodOptions, RunConfig):
             "form": self.rank != 0,
             "allocation": self.sized,
             "mix": self.mixes,
+            "refine": self.by_loss,
+            "measure_control": self.by_loss and (self.mixes or self.backbone != "none"),
             "sensitivity_tokens": bool(self.needs() & {"loss_weights", "fisher"}),
             "calibration_tokens": calibrated,
             "context_length": calibrated,
@@ -305,7 +328,7 @@ class MethodConfig(MethodOptions, RunConfig):
 
     def _check_beside_plan(self, calibrated: bool) -> None:
         """Refuse what the plan says itself."""
-        formats = ("factor_format", "form", "top_rank", "top_format", "incoherence", "mix")
+        formats = ("factor_format", "form", "top_rank", "top_format", "incoherence", "mix", "refine", "measure_control")
         for key in self.given("method", "backbone", "allocation", *formats, *MethodOptions.model_fields):
             raise UsageError(f"`{key}` has no effect beside `plan`, which sets it for every layer; remove one of them.")
         if self.recover_epochs and not calibrated:
@@ -336,11 +359,20 @@ class DecomposeConfig(MethodConfig):
 
 
 class PlanConfig(MethodConfig):
-    """`lord-tune plan MODEL`: the options of decompose, and nothing is computed or written"""
+    """`lord-tune plan MODEL`: the options of decompose, from shapes alone unless a file is asked for"""
 
     positional: ClassVar[tuple[str, ...]] = ("model",)
 
-    save: str | None = Field(None, description="write the choice of every layer here, for decompose --plan")
+    save: str | None = Field(
+        None,
+        description="write the choice of every layer here, for decompose --plan; calibrates where the text decides it",
+    )
+    sweep: str | None = Field(
+        None,
+        description="instead of one budget: draw the predicted loss against the bytes of several allocators and sizes "
+        "into NAME.png and NAME.svg, and write NAME.json; one calibration",
+    )
+    measure: bool = Field(False, description="run every plan of --sweep on the held-out text as well")
     processes: int = Field(1, gt=0, description="foresee a run on this many processes")
     json_file: str | None = Field(
         None, description="write the plan into this file as JSON, and print nothing", alias="json"
@@ -349,6 +381,12 @@ class PlanConfig(MethodConfig):
     def check(self) -> None:
         self.check_budget()
         self.check_method(True)
+        if self.measure and self.sweep is None:
+            raise UsageError("`measure` runs the plans of `sweep`; give `sweep` NAME, or remove it.")
+        if self.sweep is not None and self.save is not None:
+            raise UsageError("`sweep` makes many plans and `save` writes one; remove one of them.")
+        if self.sweep is not None and not self.calibration:
+            raise UsageError("`sweep` predicts losses from calibration text; pass `calibration` FILE.")
 
 
 class TrainConfig(RunConfig):

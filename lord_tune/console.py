@@ -161,9 +161,9 @@ def human_bytes(count: float) -> str:
 _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
 
 
-def size_of(text: int | str) -> int | None:
+def size_of(text: str) -> int | None:
     """'80MB' -> 80,000,000 and '80MiB' -> 83,886,080 bytes; None for what is no size above 0."""
-    found = _SIZE.fullmatch(str(text))
+    found = _SIZE.fullmatch(text)
     if found is None or (found[3] and not found[2]):
         return None
     base, power = (1024 if found[3] else 1000), " kmgt".index(found[2].lower() or " ")

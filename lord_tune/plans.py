@@ -161,6 +161,15 @@ class Plan:
         """Without what is predicted of them, to be compared."""
         return [dataclasses.replace(choice, predicted_loss=None) for choice in self.layers.values()]
 
+    def kinds(self) -> dict[str, int]:
+        """How many layers are dense, L R, a format alone, a format + L R; the most frequent first."""
+        counts: dict[str, int] = {}
+        for choice in self.layers.values():
+            kind = "dense" if choice.rank is None else "L R" if choice.backbone == "none" else choice.backbone
+            kind += " + L R" if choice.rank and choice.backbone != "none" else ""
+            counts[kind] = counts.get(kind, 0) + 1
+        return dict(sorted(counts.items(), key=lambda entry: -entry[1]))
+
     def dense(self) -> Plan:
         """The model as it is."""
         return Plan({name: choice.at(None) for name, choice in self.layers.items()})

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from .allocation import ALLOCATORS
 from .calibration.corpus import token_windows
-from .config import MIX, DecomposeConfig, MethodConfig, TrainConfig
+from .config import MIX, MethodConfig, TrainConfig
 from .console import note
 from .data.texts import documents, text_sha256
 from .declared import Options, chosen, options_of
@@ -102,7 +102,8 @@ def request_of(config: MethodConfig) -> Request:
     recovery = BlockRecovery(config.recover_epochs, config.recover_learning_rate) if config.recover_epochs else None
     template = _template(config)
     budget = _budget(config, template)
-    return Request(template, budget, config.targets, config.exclude, config.propagate, recovery)
+    where = config.targets, config.exclude, config.propagate
+    return Request(template, budget, *where, recovery, config.refine, config.measure_control)
 
 
 def _template(config: MethodConfig) -> LayerChoice:
@@ -160,12 +161,16 @@ def _sized(config: MethodConfig, template: LayerChoice) -> Sized:
         backbones, ranks = _with_backbones(config, template, _mix(config)), ranks or MIXED_RANKS
     elif config.backbone != "none":
         backbones = (template,)
+    control: tuple[LayerChoice, ...] = ()
+    if backbones and config.by_loss:
+        names = list(dict.fromkeys([*(() if config.mixes else (config.backbone,)), *_mix(config)]))
+        control = _with_backbones(config, template, names)
     low_rank = config.backbone == "none" and config.rank is None
-    return Sized(limit, ALLOCATORS[config.allocation](), unit, backbones, low_rank, ranks)
+    return Sized(limit, ALLOCATORS[config.allocation](), unit, backbones, low_rank, ranks, control)
 
 
 def _mix(config: MethodConfig) -> list[str]:
-    return list(config.mix or MIX)
+    return list(dict.fromkeys(config.mix or MIX))
 
 
 def asked_text(config: MethodConfig, length: int) -> TextSize:
@@ -178,7 +183,7 @@ def asked_text(config: MethodConfig, length: int) -> TextSize:
 
 
 def windows_of(
-    config: DecomposeConfig, model: nn.Module, tokenizer: Tokenizer
+    config: MethodConfig, model: nn.Module, tokenizer: Tokenizer
 ) -> tuple[Windows | None, dict[str, object]]:
     if not config.calibration:
         return None, {"tokens": 0, "source": [], "sha256": None}

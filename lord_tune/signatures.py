@@ -72,15 +72,12 @@ class PlanOptions(TypedDict, total=False):
     rank: int | None
     kept_fraction: float | None
     bits_per_weight: float | None
-    max_bytes: int | str | None
+    max_bytes: str | None
     plan: str | None
     allocation: Literal["uniform", "loss_weighted", "mixed", "energy", "typed"]
-    mix: (
-        list[
-            Literal["nf4", "int2", "int3", "int4", "int8", "lloyd2", "lloyd3", "lloyd4", "e8-2", "e8-3", "e8-4", "spqr"]
-        ]
-        | None
-    )
+    mix: list[str] | None
+    refine: int
+    measure_control: bool
     calibration: list[str]
     calibration_tokens: int
     context_length: int
@@ -94,6 +91,8 @@ class PlanOptions(TypedDict, total=False):
     seed: int
     dtype: Literal["float32", "float16", "bfloat16"] | None
     save: str | None
+    sweep: str | None
+    measure: bool
     processes: int
     json: str | None
 
@@ -144,15 +143,12 @@ class DecomposeOptions(TypedDict, total=False):
     rank: int | None
     kept_fraction: float | None
     bits_per_weight: float | None
-    max_bytes: int | str | None
+    max_bytes: str | None
     plan: str | None
     allocation: Literal["uniform", "loss_weighted", "mixed", "energy", "typed"]
-    mix: (
-        list[
-            Literal["nf4", "int2", "int3", "int4", "int8", "lloyd2", "lloyd3", "lloyd4", "e8-2", "e8-3", "e8-4", "spqr"]
-        ]
-        | None
-    )
+    mix: list[str] | None
+    refine: int
+    measure_control: bool
     calibration: list[str]
     calibration_tokens: int
     context_length: int

@@ -4,7 +4,7 @@ from ..calibration.task import Task
 from .base import BlockRecovery, LayerRecord, Notify, Progress, Source, Windows
 from .choices import Sized, Unit
 from .decide import Bits, Budget, Given, Ranks, Request
-from .engine import Outcome, decompose_checkpoint
+from .engine import SOLUTION, Compared, Outcome, decide_measured, decompose_checkpoint
 from .estimate import Estimate, estimate_run
 from .journal import Journal
 from .steps import Phase, is_block
@@ -12,9 +12,11 @@ from .survey import Survey
 from .timing import Rates, TextSize, trace
 
 __all__ = [
+    "SOLUTION",
     "Bits",
     "BlockRecovery",
     "Budget",
+    "Compared",
     "Estimate",
     "Given",
     "Journal",
@@ -33,6 +35,7 @@ __all__ = [
     "TextSize",
     "Unit",
     "Windows",
+    "decide_measured",
     "decompose_checkpoint",
     "estimate_run",
     "is_block",

@@ -236,11 +236,14 @@ def _infeasible(sized: Sized, least: float, fixed: int) -> UsageError:
             f"allow has {human_bytes(int(least))}, {human_bytes(fixed)} of them outside the layers to decompose. Allow "
             "more, or offer smaller choices (`allocation` mixed, a `backbone` of fewer bits)."
         )
-    what = "of the parameters" if sized.numbers else "bits per weight" if sized.unit == "bits_per_weight" else ""
+    amount = f"{math.ceil(least * 1000) / 1000:.3f}"
+    if sized.unit == "bits_per_weight":
+        taken = f"takes {amount} bits per weight"
+    else:
+        taken = f"keeps {amount} of the {'parameters' if sized.numbers else 'bytes'}"
     return UsageError(
-        f"`{sized.unit}` {sized.limit:g} cannot be met: the smallest choice everywhere already keeps "
-        f"{math.ceil(least * 1000) / 1000:.3f}{' ' + what if what else ' of the bytes'}. Keep more, or decompose more "
-        "layers."
+        f"`{sized.unit}` {sized.limit:g} cannot be met: the smallest choice everywhere already {taken}. Allow more, or "
+        "decompose more layers."
     )
 
 
@@ -381,6 +384,11 @@ def _matched(layers: Layers, plan: Plan) -> Plan:
         )
     for name, shape in _shapes(layers).items():
         choice = plan.layers[name]
+        if choice.shape is not None and choice.shape != shape:
+            raise UsageError(
+                f"The plan was made for a layer '{name}' of {'x'.join(map(str, choice.shape))}; the model's is "
+                f"{shape[0]}x{shape[1]}. Use a model of the architecture that the plan was made for."
+            )
         limit = min(shape) if choice.backbone != "none" else break_even(shape, choice.form)
         if choice.rank is not None and choice.rank > limit:
             raise UsageError(

@@ -70,17 +70,18 @@ class Compared:
     control: Plan | None = None  # the best plan without L R of the same bytes
 
     def to_dict(self) -> dict[str, Any]:
-        formats: dict[str, int] = {}
-        for choice in self.control.layers.values() if self.control is not None else ():
-            name = "dense" if choice.rank is None else choice.backbone
-            formats[name] = formats.get(name, 0) + 1
-        return {
-            "measured": self.losses,
-            "chosen": self.chosen,
-            "control": None
-            if self.control is None
-            else {"formats": formats, "predicted_loss": self.control.predicted_loss()},
-        }
+        """What decomposition.json says of it; nothing where there was nothing."""
+        found: dict[str, Any] = {}
+        if self.losses:
+            found["heldout_losses"] = self.losses
+            found["refined"] = self.chosen
+        if self.control is not None:
+            found["control"] = {
+                "kinds": self.control.kinds(),
+                "predicted_loss": self.control.predicted_loss(),
+                "plan": self.control.to_dict()["layers"],
+            }
+        return found
 
 
 @dataclass(frozen=True)
