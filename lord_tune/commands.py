@@ -18,7 +18,7 @@ from .cards import decomposition_card, export_card, training_card
 from .config import DecomposeConfig, EvaluateConfig, ExportConfig, InspectConfig, PlanConfig, TrainConfig
 from .console import LiveTable, human_bytes, is_main_process, note, progress, say, show_table
 from .data.texts import documents
-from .decomposition import Compared, Journal, Phase, Rates, Request, decompose_checkpoint, is_block
+from .decomposition import Compared, Journal, Phase, Rates, decompose_checkpoint, is_block
 from .decomposition.decide import decide
 from .decomposition.sizes import totals_of
 from .decomposition.survey import survey
@@ -37,7 +37,8 @@ from .layers import dequantize_once
 from .layers.sizes import sizes
 from .memory import PeakMemory
 from .parallel import Workers
-from .planning import plan_on_text, sweep
+from .plan_tables import show_compared, with_budget, write_sweep
+from .planning import made_from, plan_on_text
 from .plans import FORMAT_VERSION, Plan
 from .protocols import CausalModel, TrlConfig
 from .provenance import architecture_of, command_line, identity_of, lasting, versions
@@ -63,19 +64,16 @@ from .storage import (
     write_json,
     write_text,
 )
-from .sweep_plot import draw
 from .tables import (
     LAYER_COLUMNS,
     LAYER_WIDTHS,
     layer_rows,
     notify_training,
-    show_compared,
     show_decomposition,
     show_estimate,
     show_layers,
     show_memory,
     show_plan,
-    show_sweep,
     show_totals,
     summary,
 )
@@ -197,18 +195,7 @@ def _backbone(chosen: Plan | None) -> str:
 @documented(PlanConfig)
 def plan(model: str, **options: Unpack[PlanOptions]) -> dict[str, Any]:
     """What `decompose` with these options would need and produce, from shapes alone; returns the keys of `--json`."""
-    values: dict[str, Any] = {"model": model, **options}
-    if values.get("sweep") is not None:
-        given = [key for key in (*_BUDGETS, "backbone", "allocation") if values.get(key) is not None]
-        if given:
-            raise UsageError(f"`sweep` tries budgets and allocators itself; remove `{given[0]}`.")
-        values |= {"bits_per_weight": 8.0, "allocation": "mixed"}
-    elif all(values.get(name) is None for name in _BUDGETS):
-        assumed = {"kept_fraction": 0.9} if values.get("backbone", "none") == "none" else {"rank": 16}
-        values |= assumed
-        name, value = next(iter(assumed.items()))
-        say(f"no budget was given: planned for --{name.replace('_', '-')} {value}")
-    config = PlanConfig.build(values)
+    config = PlanConfig.build(with_budget({"model": model, **options}))
     quiet()
     check_json_file(config.json_file)
     source_name = resolve_model(config.model)
@@ -221,22 +208,17 @@ def plan(model: str, **options: Unpack[PlanOptions]) -> dict[str, Any]:
     found = survey(shape, request.targets, request.exclude, run_model)
     for text in found.notes():
         warnings.warn(text, LordWarning, stacklevel=2)
+    if config.sweep is not None:
+        return write_sweep(config, source_name, request)
     chosen = decide(found.layers, request, rest_of(sizes(shape), found))
     rates = Rates.measure(next(shape.parameters()).dtype, device)
     foreseen = estimate_of(shape, found, request, chosen, size, rates, config.processes, device)
-    if config.sweep is not None:
-        return _sweep(config, source_name, request)
     compared = Compared()
     if config.save is not None:
-        say(f"planning for {config.model}: {summary(config, _backbone(chosen))}")
         if chosen is None:
             chosen, compared = plan_on_text(config, source_name, request, Path(config.save))
             foreseen = estimate_of(shape, found, request, chosen, size, rates, config.processes, device)
-        else:
-            base = identity_of(config.model, source_name)
-            made = {"model": config.model, "base": base, "calibration": None, "config": lasting(config)}
-            chosen = replace(chosen, made=made)
-        chosen.save(Path(config.save))
+        replace(chosen, made=made_from(config, source_name, chosen.made)).save(Path(config.save))
         say(f"wrote {config.save}: a choice for each of {len(chosen.layers)} layers; decompose MODEL OUT --plan FILE")
     result = {"model": config.model, **foreseen.to_dict()}
     if config.json_file:
@@ -245,26 +227,6 @@ def plan(model: str, **options: Unpack[PlanOptions]) -> dict[str, Any]:
     show_estimate(foreseen, found, config, _backbone(chosen))
     if chosen is not None:
         show_compared(chosen, compared)
-    return result
-
-
-_BUDGETS = ("rank", "kept_fraction", "bits_per_weight", "max_bytes", "plan")
-
-
-def _sweep(config: PlanConfig, source_name: str, request: Request) -> dict[str, Any]:
-    """plan --sweep: the files, and their content."""
-    assert config.sweep is not None
-    files = [Path(f"{config.sweep}.{kind}") for kind in ("json", "png", "svg")]
-    for file in files:
-        check_json_file(str(file))
-    points, dense_loss, made = sweep(config, source_name, request, files[0])
-    whole = int(sizes(skeleton(source_name, config.dtype))["model_bytes"])
-    result = {"dense_bytes": whole, "dense_loss": dense_loss, **made, "points": [asdict(point) for point in points]}
-    write_json(files[0], result)
-    text = result["calibration"]["source"]
-    draw(points, whole, dense_loss, files[1:], f"{config.model}, one shot, calibrated on {', '.join(map(str, text))}")
-    show_sweep(points, dense_loss)
-    say(f"wrote {', '.join(map(str, files))}")
     return result
 
 

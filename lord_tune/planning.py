@@ -50,6 +50,12 @@ class Point:
     loss: float | None = None  # measured on the held-out text, nats per token
 
 
+def made_from(config: PlanConfig, source_name: str, known: dict[str, Any]) -> dict[str, Any]:
+    """What a plan says of where it comes from. known: its calibration text, where there was one."""
+    base = identity_of(config.model, source_name)
+    return {"model": config.model, "base": base, "calibration": None, "config": lasting(config)} | known
+
+
 @contextmanager
 def _passes(config: PlanConfig, source_name: str, request: Request, beside: Path) -> Iterator[_Work]:
     """Everything that the calibrating pass needs, and its files beside `beside` for the length of a `with`."""
@@ -66,8 +72,7 @@ def _passes(config: PlanConfig, source_name: str, request: Request, beside: Path
         found = survey(source.model, request.targets, request.exclude, run_model)
         task = task_of(tokenizer, kind_of(source.model))
         run = Passes(source, found, windows, task, journal, dict.fromkeys(Phase, 1.0), lambda step: None)
-        base = identity_of(config.model, source_name)
-        made = {"model": config.model, "base": base, "calibration": calibration, "config": lasting(config)}
+        made = made_from(config, source_name, {"calibration": calibration})
         yield _Work(run, found.layers, rest_of(sizes(source.model), found), made)
         journal.discard()
 

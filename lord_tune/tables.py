@@ -12,12 +12,10 @@ from .adapters.attach import Coverage
 from .allocation import break_even
 from .config import MIX, MethodConfig, PlanConfig, RunConfig
 from .console import LiveTable, duration, human_bytes, say, show_spans, show_table
-from .decomposition import SOLUTION, Compared, Estimate, LayerRecord, Notify, Progress, Survey
+from .decomposition import Estimate, LayerRecord, Notify, Progress, Survey
 from .decomposition.recovery import Recovered
 from .decomposition.sizes import Totals
 from .layers import SHARED, expert_of
-from .planning import Point
-from .plans import Plan
 from .training import MemoryEstimate
 
 LAYER_COLUMNS = ["layer", "shape", "rank", "calibrated", "held-out", "plain SVD", "seconds"]
@@ -161,41 +159,6 @@ def show_decomposition(
         f"peak memory {human_bytes(totals['peak_memory_bytes'])} (estimated "
         f"{human_bytes(totals['estimated_peak_memory_bytes'])})"
     )
-
-
-def show_compared(plan: Plan, compared: Compared) -> None:
-    """What a plan that was shared out by the loss is made of, and the control at equal bytes."""
-    own = plan.predicted_loss()
-    if own is None:
-        return
-    say(f"plan: {_in_words(plan.kinds())}; predicted increase of the loss {own:.4f} nats per token")
-    control = compared.control
-    if control is not None:
-        other = control.predicted_loss() or 0.0
-        say(f"control, the same bytes without L R: {_in_words(control.kinds())}; predicted {other:.4f}")
-    losses = compared.losses
-    if losses:
-        cells = [[name, f"{loss:.4f}", f"{math.exp(min(loss, 80)):.3f}"] for name, loss in losses.items()]
-        show_table("whole models on the held-out text", ["plan", "nats per token", "perplexity"], cells)
-        if len(losses) > 1 and compared.chosen != SOLUTION:
-            say(f"kept: {compared.chosen}")
-
-
-def show_sweep(points: list[Point], dense_loss: float | None) -> None:
-    """A row per plan, smallest first."""
-    rows = []
-    for point in sorted(points, key=lambda point: point.bytes):
-        measured = [] if dense_loss is None else [f"{math.exp(min(point.loss or 0.0, 80)):.3f}"]
-        cells = [human_bytes(point.bytes), f"{point.bits_per_weight:.2f}", f"{point.predicted_loss:.4f}", *measured]
-        rows.append([f"{point.series}, {point.setting}", *cells])
-    columns = ["plan", "checkpoint", "bits/weight", "predicted loss", *([] if dense_loss is None else ["perplexity"])]
-    show_table("predicted increase of the loss, nats per token, by size", columns, rows)
-    if dense_loss is not None:
-        say(f"perplexity of the model as it is on the held-out text: {math.exp(dense_loss):.3f}")
-
-
-def _in_words(kinds: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} layers {kind}" for kind, count in kinds.items())
 
 
 def _show_poor_experts(layers: Mapping[str, LayerRecord]) -> set[str]:

@@ -224,7 +224,7 @@ def test_what_cannot_work_is_refused_in_a_sentence(case, llama_dir, rows_file, t
 
 def test_what_a_sweep_does_not_take(llama_dir, rows_file, tmp_path):
     text = {"calibration": [str(rows_file)]}
-    with pytest.raises(UsageError, match="`sweep` tries budgets and allocators itself; remove `rank`"):
+    with pytest.raises(UsageError, match="`sweep` tries budgets and allocators itself and writes files; remove `rank`"):
         lord_tune.plan(str(llama_dir), sweep=str(tmp_path / "s"), rank=4, **text)
     with pytest.raises(UsageError, match="`sweep` predicts losses from calibration text"):
         lord_tune.plan(str(llama_dir), sweep=str(tmp_path / "s"))

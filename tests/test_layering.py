@@ -31,6 +31,7 @@ STAIRS = [
     ["provenance", "resolve", "checkup"],
     ["planning"],
     ["sweep_plot", "tables"],
+    ["plan_tables"],
     ["commands"],
     ["demo"],
     ["cli"],

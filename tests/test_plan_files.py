@@ -142,7 +142,7 @@ def test_what_the_plan_says_is_not_said_twice(llama_dir, tmp_path):
         lord_tune.decompose(str(llama_dir), str(tmp_path / "out"), rank=4, **given)
     with pytest.raises(UsageError, match="`backbone` has no effect beside `plan`"):
         lord_tune.decompose(str(llama_dir), str(tmp_path / "out"), backbone="nf4", **given)
-    with pytest.raises(UsageError, match="there is no plan to save yet"):
+    with pytest.raises(UsageError, match="The calibration text decides the ranks of this budget"):
         lord_tune.plan(str(llama_dir), kept_fraction=0.8, save=str(tmp_path / "later.json"))
     with pytest.raises(UsageError, match="does not exist"):
         lord_tune.decompose(str(llama_dir), str(tmp_path / "out"), plan=str(tmp_path / "none.json"))

@@ -19,8 +19,9 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path as File
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ from .trees import Path, at, containers, mapped, tensors
 
 Leaf = tuple[int, int]  # (block, number of the tensor among what the block returned or left)
 Json = dict[str, Any]
+Result = TypeVar("Result")
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -293,20 +295,20 @@ class Replayed:
 
     @torch.no_grad()
     def result(self, stream: str, position: int) -> object:
-        run = _Pass(self, stream, position, len(self._blocks.modules))
-        with self._reading(), self._replaced(run, len(self._blocks.modules)):
-            return self._ground.forward(self._ground.model, self._ground.windows[stream][position][None])
+        window = self._ground.windows[stream][position][None]
+        return self._whole(stream, position, partial(self._ground.forward, self._ground.model, window))
+
+    def _whole(self, stream: str, position: int, do: Callable[[], Result]) -> Result:
+        """A forward pass that is answered for every block."""
+        count = len(self._blocks.modules)
+        with self._reading(), self._replaced(_Pass(self, stream, position, count), count):
+            return do()
 
     @torch.no_grad()
     def scores(self, stream: str, score: Score) -> list[tuple[float, int]]:
-        count = len(self._blocks.modules)
-        found = []
-        for position, window in enumerate(self._ground.windows[stream]):
-            run = _Pass(self, stream, position, count)
-            with self._reading(), self._replaced(run, count):
-                loss, tokens = score(self._ground.model, window[None])
-            found.append((float(loss), tokens))
-        return found
+        model, windows = self._ground.model, self._ground.windows[stream]
+        found = [self._whole(stream, i, partial(score, model, window[None])) for i, window in enumerate(windows)]
+        return [(float(loss), count) for loss, count in found]
 
     # --- the way back ---
 
