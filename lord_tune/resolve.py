@@ -157,8 +157,8 @@ def asked_text(config: MethodConfig, length: int) -> TextSize:
     windows = -(-config.calibration_tokens // length)
     if windows < sources:
         raise UsageError(
-            f"`calibration_tokens` {config.calibration_tokens} fills fewer windows of {length} tokens than the {sources} "
-            f"sources of `calibration`; give at least {sources * length}, or a smaller `context_length`."
+            f"`calibration_tokens` {config.calibration_tokens} fills fewer windows of {length} tokens than the "
+            f"{sources} sources of `calibration`; give at least {sources * length}, or a smaller `context_length`."
         )
     heldout = max(sources, -(-(config.calibration_tokens // 16) // length))
     short = min(SENSITIVITY_LENGTH, length)
