@@ -36,7 +36,7 @@ MIX = ["--calibration", "code.jsonl:0.6", "prose.txt:0.4"]
 
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
-    """The current folder, with code.jsonl (about 9,000 tokens) and prose.txt, of which no character is in the code."""
+    """The current folder, with code.jsonl and prose.jsonl, none of whose words is in the code."""
     monkeypatch.chdir(tmp_path)
     write_code_rows(tmp_path / "code.jsonl")
     (tmp_path / "prose.jsonl").write_text("".join(json.dumps({"text": f"ÄÖÜ {n} " * 90}) + "\n" for n in range(24)))
