@@ -26,9 +26,9 @@ from lord_tune.cli import main
 from lord_tune.config import DecomposeConfig
 from lord_tune.data.texts import documents
 from lord_tune.data.weighted import Source, weighted_sources
-from lord_tune.decomposition import Windows
+from lord_tune.decomposition import TextSize, Windows
 from lord_tune.errors import CalibrationError, LordWarning, UsageError
-from lord_tune.resolve import windows_of
+from lord_tune.resolve import asked_text, windows_of
 
 ROOT = Path(__file__).parent.parent
 MIX = ["--calibration", "code.jsonl:0.6", "prose.txt:0.4"]
@@ -206,6 +206,10 @@ def test_one_window_of_each_source_is_held_out_where_a_sixteenth_is_less(here):
         "code.jsonl:9", "prose.jsonl:1", tokens=1024, sensitivity_tokens=64, kept_fraction=0.8, rank=None
     )
     assert sorted(of_prose(found.sensitivity)) == [False, True]
+    config = DecomposeConfig.build(
+        {"model": "m", "out": "o", "kept_fraction": 0.8, "calibration": ["a:1", "b:1"], "sensitivity_tokens": 64}
+    )
+    assert asked_text(config, 64) == TextSize(16384, 1024, 64, 128, 64)  # and it is what `plan` counts
 
 
 def test_fewer_windows_than_sources_are_refused(here):
