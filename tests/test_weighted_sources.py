@@ -207,7 +207,7 @@ def test_one_window_of_each_source_is_held_out_where_a_sixteenth_is_less(here):
     )
     assert sorted(of_prose(found.sensitivity)) == [False, True]
     config = DecomposeConfig.build(
-        {"model": "m", "out": "o", "kept_fraction": 0.8, "calibration": ["a:1", "b:1"], "sensitivity_tokens": 64}
+        {"model": "m", "out": "o", "kept_fraction": 0.8, "calibration": ["one:1", "two:1"], "sensitivity_tokens": 64}
     )
     assert asked_text(config, 64) == TextSize(16384, 1024, 64, 128, 64)  # and it is what `plan` counts
 
