@@ -173,7 +173,8 @@ def decompose(model: str, out: str, **options: Unpack[DecomposeOptions]) -> dict
             write_json(journal.folder / "decomposition.json", report)
             made = {"model": config.model, "base": base, "calibration": calibration, "config": lasting(config)}
             replace(outcome.plan, made=made).save(journal.folder / "plan.json")
-            card = decomposition_card(config.model, lasting(config), totals, report["command"])
+            mixture = calibration.get("mixture", {})
+            card = decomposition_card(config.model, lasting(config), totals, report["command"], mixture)
             (journal.folder / "README.md").write_text(card)
         journal.finish()
     except BaseException:
