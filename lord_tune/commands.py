@@ -37,9 +37,9 @@ from .layers import dequantize_once
 from .layers.sizes import sizes
 from .memory import PeakMemory
 from .parallel import Workers
-from .plan_tables import show_compared, with_budget, write_sweep
+from .plan_tables import backbones_of, show_compared, with_budget, write_sweep
 from .planning import made_from, plan_on_text
-from .plans import FORMAT_VERSION, Plan
+from .plans import FORMAT_VERSION
 from .protocols import CausalModel, TrlConfig
 from .provenance import architecture_of, command_line, identity_of, lasting, versions
 from .resolve import (
@@ -135,12 +135,11 @@ def decompose(model: str, out: str, **options: Unpack[DecomposeOptions]) -> dict
         for text in found.notes():
             warnings.warn(text, LordWarning, stacklevel=2)
         before = sizes(source.model)
-        rest = rest_of(before, found)
-        chosen = decide(found.layers, request, rest)
+        chosen = decide(found.layers, request, rest := rest_of(before, found))
         on_meta = survey(shape, request.targets, request.exclude, run_model)
         size = text_size_of(windows)
         foreseen = estimate_of(shape, on_meta, request, chosen, size, None, workers.size, device)
-        say(f"decomposing {config.model}: {summary(config, _backbone(chosen))}")
+        say(f"decomposing {config.model}: {summary(config, backbones_of(chosen))}")
         say(
             f"{foreseen.parameters:,} parameters, {foreseen.layers} layers in {foreseen.blocks} blocks; estimated peak "
             f"memory {human_bytes(foreseen.peak_bytes)}, scratch files {human_bytes(foreseen.scratch_bytes)}"
@@ -188,11 +187,6 @@ def decompose(model: str, out: str, **options: Unpack[DecomposeOptions]) -> dict
     return report
 
 
-def _backbone(chosen: Plan | None) -> str:
-    """The backbones of a plan, in words."""
-    return "none" if chosen is None else ", ".join(dict.fromkeys(c.backbone for c in chosen.layers.values()))
-
-
 @documented(PlanConfig)
 def plan(model: str, **options: Unpack[PlanOptions]) -> dict[str, Any]:
     """What `decompose` with these options would need and produce, from shapes alone; returns the keys of `--json`."""
@@ -225,9 +219,8 @@ def plan(model: str, **options: Unpack[PlanOptions]) -> dict[str, Any]:
     if config.json_file:
         write_json(Path(config.json_file), result)
         return result
-    show_estimate(foreseen, found, config, _backbone(chosen))
-    if chosen is not None:
-        show_compared(chosen, compared)
+    show_estimate(foreseen, found, config, backbones_of(chosen))
+    show_compared(chosen, compared)
     return result
 
 

@@ -119,3 +119,8 @@ def _same_memory(one: Tensor, other: Tensor) -> bool:
     if isinstance(one, Kept) or one.is_meta or not one.numel():
         return False
     return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor itself, read if need be."""
+    return tensor.read() if isinstance(tensor, Kept) else tensor

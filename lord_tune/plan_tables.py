@@ -37,10 +37,15 @@ def with_budget(values: dict[str, Any]) -> dict[str, Any]:
     return values | assumed
 
 
-def show_compared(plan: Plan, compared: Compared) -> None:
+def backbones_of(chosen: Plan | None) -> str:
+    """The backbones of a plan, in words."""
+    return "none" if chosen is None else ", ".join(dict.fromkeys(c.backbone for c in chosen.layers.values()))
+
+
+def show_compared(plan: Plan | None, compared: Compared) -> None:
     """What a plan that was shared out by the loss is made of, and the control at equal bytes."""
-    own = plan.predicted_loss()
-    if own is None:
+    own = None if plan is None else plan.predicted_loss()
+    if plan is None or own is None:
         return
     say(f"plan: {_in_words(plan.kinds())}; predicted increase of the loss {own:.4f} nats per token")
     control = compared.control

@@ -27,20 +27,16 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError
-from ..kept import Kept
+from ..kept import Kept, plain
 from ..storage import read_json, write_json
 from .blocks import Forward, Stop, hidden_argument, hidden_of, replaced_forward
 from .route import Ground, Loss, Score
 from .states import StateFile, StateWriter
-from .trees import Path, at, containers, mapped, tensors
+from .trees import Path, at, containers, items, mapped, tensors
 
 Leaf = tuple[int, int]  # (block, number of the tensor among what the block returned or left)
 Json = dict[str, Any]
 Result = TypeVar("Result")
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.read() if isinstance(tensor, Kept) else tensor
 
 
 @dataclass
@@ -212,8 +208,8 @@ class Replayed:
 
     def _run_for_real(self, run: _Pass, number: int, original: Forward, arguments: list[Any]) -> object:
         args, kwargs = arguments
-        mapped(args, _plain)
-        mapped(kwargs, _plain)
+        mapped(args, plain)
+        mapped(kwargs, plain)
         if run.gradients:  # also of what nothing before the block requires gradients of
             hidden = hidden_argument(args, kwargs)
             leaf = hidden if hidden.requires_grad else hidden.detach().requires_grad_(True)
@@ -221,12 +217,12 @@ class Replayed:
                 mapped(given_there, lambda tensor: leaf if tensor is hidden else tensor)
         given = {id(tensor): path for path, tensor in tensors(arguments)}
         # the lists and mappings that are the model's own, once each
-        boxes = {id(box): (path, box, dict(_items(box))) for path, box in containers(arguments) if len(path) > 1}
+        boxes = {id(box): (path, box, dict(items(box))) for path, box in containers(arguments) if len(path) > 1}
         output = original(*args, **kwargs)
         name = self._blocks.paths[number]
         left = []
         for path, box, held in boxes.values():
-            for key, value in _items(box):
+            for key, value in items(box):
                 if key not in held or held[key] is not value:
                     left.append([list(path), key, run.note(value, given, name)])
         run.forms.append({"returned": run.note(output, given, name), "left": left})
@@ -306,8 +302,8 @@ class Replayed:
 
     @torch.no_grad()
     def scores(self, stream: str, score: Score) -> list[tuple[float, int]]:
-        model, windows = self._ground.model, self._ground.windows[stream]
-        found = [self._whole(stream, i, partial(score, model, window[None])) for i, window in enumerate(windows)]
+        windows = enumerate(self._ground.windows[stream])
+        found = [self._whole(stream, i, partial(score, self._ground.model, window[None])) for i, window in windows]
         return [(float(loss), count) for loss, count in found]
 
     # --- the way back ---
@@ -389,10 +385,6 @@ class Replayed:
             block, number, _ = _parts(path)
             if of(block, number):
                 path.unlink(missing_ok=True)
-
-
-def _items(box: Any) -> list[tuple[Any, object]]:
-    return list(enumerate(box)) if isinstance(box, list) else list(box.items())
 
 
 def _gradients(read: Mapping[Leaf, Tensor]) -> dict[Leaf, Tensor]:

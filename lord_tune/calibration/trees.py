@@ -88,3 +88,8 @@ def mapped(tree: object, change: Callable[[Tensor], Tensor]) -> object:
         for key in list(tree):
             tree[key] = mapped(tree[key], change)
     return tree
+
+
+def items(box: Any) -> list[tuple[Any, object]]:
+    """Of a list or mapping, with their places."""
+    return list(enumerate(box)) if isinstance(box, list) else list(box.items())
