@@ -14,7 +14,7 @@ from .calibration.corpus import token_windows
 from .config import DecomposeConfig, MethodConfig, TrainConfig
 from .console import note
 from .data.texts import documents, text_sha256
-from .declared import Options, chosen, options_of
+from .declared import PLAIN, Options, chosen, options_of
 from .decomposition import (
     Bits,
     BlockRecovery,
@@ -111,7 +111,7 @@ def _template(config: MethodConfig) -> LayerChoice:
         top_rank=config.top_rank,
         top_format=top,
         top_options={} if top in DTYPES else {"group_size": 64},
-        form=config.form,
+        form=config.stored_form or PLAIN,
     )
     return template if config.backbone == "none" else _with_backbones(config, template, [config.backbone])[0]
 

@@ -41,9 +41,8 @@ from lord_tune.config import (
 )
 from lord_tune.decomposition import Rates
 from lord_tune.errors import ExportMismatch, UsageError
-from lord_tune.factorizations import METHODS
+from lord_tune.factorizations import METHODS, pivoted_left
 from lord_tune.factorizations.whitened import SHRINKAGES
-from lord_tune.layers import pivoted_left
 from lord_tune.plans import Plan
 from lord_tune.quantizers import QUANTIZERS
 from lord_tune.training import trainer_arguments

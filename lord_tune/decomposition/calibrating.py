@@ -52,7 +52,7 @@ def calibrate(run: Passes, request: Request) -> dict[str, LayerSpectrum]:
 
 def _analyse_block(run: Passes, walk: BlockWalk, index: int, request: Request) -> dict[str, Analysis | None]:
     statistics = collect(run, walk, index, keep=index + 1 < run.count)
-    method = request.template.factorization()
+    method, form = request.template.factorization(), request.template.form
     assert isinstance(method, Projection), "decide refuses methods without nested ranks"
 
     def look(name: str) -> Analysis | None:
@@ -61,8 +61,8 @@ def _analyse_block(run: Passes, walk: BlockWalk, index: int, request: Request) -
             return None
         assert isinstance(calibration, Moments)
         weight = run.survey.layers[name].weight(run.model)
-        limit = None if request.by_loss else break_even((weight.shape[0], weight.shape[1]), request.template.form)
-        return analyse(weight, calibration, statistics[HELDOUT].get(name), method, limit)
+        limit = None if request.by_loss else break_even((weight.shape[0], weight.shape[1]), form)
+        return analyse(weight, calibration, statistics[HELDOUT].get(name), method, limit, form)
 
     return run.deal(index, dict.fromkeys(run.survey.members(index), method), look)
 
