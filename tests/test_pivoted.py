@@ -19,6 +19,7 @@ from lord_tune.factorizations import pivoted
 from lord_tune.integrations.models import load_dense_or_factored
 from lord_tune.layers import CastLinear, PivotedLinear, factored_layers
 from lord_tune.layers.sizes import sizes
+from lord_tune.linalg import principal
 from lord_tune.plans import LayerChoice
 from lord_tune.provenance import lasting
 from lord_tune.resolve import request_of
@@ -344,3 +345,14 @@ def test_trained_by_the_command_foreseen_to_the_byte_and_exported(runs, rows_fil
     assert report
     model = load_dense_or_factored(str(tmp_path / "f"))
     assert all(isinstance(layer.left, PivotedLinear) for layer in factored_layers(model).values())
+
+
+def test_components_of_no_size_can_train():
+    """CALDERA's fallback has L = 0: with R = 0 as well no gradient would reach either."""
+    left, right = matrices(20, 10, 4)
+    left, right = left * torch.tensor([1.0, 1, 0, 0]), right.clone()
+    found = principal(left, right)
+    assert bool((principal(left * 0, right)[1].norm(dim=1) > 0.9).all())
+    assert (found[0] @ found[1] - left @ right).norm() <= 1e-13 * (left @ right).norm()
+    assert torch.equal(found[0][:, 2:], torch.zeros(20, 2).double())
+    torch.testing.assert_close(found[1][2:].norm(dim=1), torch.ones(2).double())
