@@ -83,15 +83,12 @@ DECOMPOSE: dict[str, dict[str, Any]] = {
     "caldera-fisher": _CALDERA | {"rank": 8, "backbone": "lloyd2", "weighting": "fisher", "sensitivity_tokens": 128},
     "caldera-bits": _CALDERA | {"bits_per_weight": 4.0, "backbone": "e8-2", "order": "q", "downdate": "off"},
     "caldera-feedback-alone": _FEEDBACK | {"rank": 0, "backbone": "e8-2"},
-    "pivoted-loss-weighted": _WEIGHTED,
-    "pivoted-afm-lloyd4": _TEXT | {"method": "afm", "rank": 12, "factor_format": "lloyd4"},
 }
 # name -> the run that it continues, options
 TRAIN: dict[str, tuple[str, dict[str, Any]]] = {
     "train-factors": ("int4-symmetric", {}),
     "train-split": ("lloyd3-top", {"mode": "split"}),
     "train-lora": ("loftq-nf4-bf16", {"mode": "lora", "lora_r": 4}),
-    "train-pivoted": ("pivoted-loss-weighted", {}),
     "train-scales": ("whitened-rank", {"mode": "scales", "scales_on": "components_and_outputs"}),
 }
 EXPORT: dict[str, tuple[str, str, dict[str, Any]]] = {
