@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .console import size_of
 from .data.weighted import weighted_sources
-from .declared import chosen, options_of
+from .declared import PIVOTED, PLAIN, chosen, options_of
 from .errors import UsageError, unknown_name
 from .options import FORMAT_KEYS, METHOD_KEYS, Allocation, Export, Method, MethodOptions, Quantized
 from .yaml_files import expand_home
@@ -105,10 +105,11 @@ class MethodConfig(MethodOptions, RunConfig):
         description="storage of L and R; default: the dtype of the weights. Low-precision ones are rounded with error "
         "feedback, on the calibration text where the method uses it",
     )
-    form: Literal["plain", "pivoted"] = Field(
-        "plain",
-        description="how the factors are stored: L and R, or pivoted: rows of the product and what makes the others of "
-        "them, the same matrix in r (out + in - r) numbers instead of r (out + in)",
+    form: Literal["plain", "pivoted"] | None = Field(
+        None,
+        description="how the factors are stored: plain (L and R), or pivoted (rows of the product and what makes the "
+        "others of them: the same matrix in r (out + in - r) numbers instead of r (out + in)); default: pivoted "
+        "without a backbone, plain beside one and with --top-rank",
     )
     top_rank: int = Field(
         0, ge=0, description="store this many of the first components of L and R in --top-format (train: mode split)"
@@ -245,6 +246,14 @@ class MethodConfig(MethodOptions, RunConfig):
         found = weighted_sources(self.calibration)
         return {source.name: source.weight for source in found if source.weight is not None}
 
+    @property
+    def stored_form(self) -> str | None:
+        """`form`, or its default; None where a plan says it for every layer."""
+        if self.form is not None or self.plan_file is not None:
+            return self.form
+        beside = self.backbone != "none" or (self.bits_per_weight is not None and not self.sized) or self.top_rank > 0
+        return PLAIN if beside else PIVOTED
+
     def check_budget(self) -> None:
         """Exactly one budget, and a rank beside a width only where the width chooses the format."""
         came = self.given("rank", "kept_fraction", "bits_per_weight", "max_bytes", "plan_file")
@@ -290,10 +299,9 @@ class MethodConfig(MethodOptions, RunConfig):
             raise UsageError(
                 "`top_rank` stores components finer than the others; it needs a low-precision `factor_format`."
             )
-        if self.form == "pivoted" and factors:
+        if self.form == PIVOTED and self.top_rank:
             raise UsageError(
-                f"`form` pivoted stores the factors in fp32, fp16 or bf16; `factor_format` {self.factor_format} needs "
-                "`form` plain."
+                "`form` pivoted stores the factors in one piece; `top_rank` needs `form` plain. Remove one of them."
             )
         if self.rank is not None and 0 < self.rank <= self.top_rank:
             raise UsageError(

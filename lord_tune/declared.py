@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias, get_type_hints
 
 Value: TypeAlias = int | float | bool | str | None  # of an option
-PLAIN, PIVOTED = "plain", "pivoted"  # how factors are stored: L and R, or layers/pivoted_linear.py
+PLAIN, PIVOTED = "plain", "pivoted"  # how factors are stored: L and R, or factorizations/pivoting.py
 FORMS = (PLAIN, PIVOTED)
 Options: TypeAlias = dict[str, Value]  # field of a method's or format's dataclass -> value
 

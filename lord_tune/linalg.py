@@ -87,9 +87,12 @@ def principal(
     right: Tensor,  # (rank, in)
 ) -> tuple[Tensor, Tensor]:
     """The same product as sqrt(S)-scaled singular vectors, most important first: orthogonal components of equal norm in
-    both factors, whatever the condition of those given. float64."""
+    both factors, whatever the condition of those given; components of no size keep a row of R of norm 1 (beside L = 0),
+    from which they can train. float64."""
     outer, inner = torch.linalg.qr(left.double())
     rows, other = torch.linalg.qr(right.double().T)
     u, s, vt = torch.linalg.svd(inner @ other.T)
     root = s.sqrt()
-    return outer @ (u * root), (root[:, None] * vt) @ rows.T
+    absent = s <= len(s) * torch.finfo(s.dtype).eps * s[:1]
+    right = (torch.where(absent, 1.0, root)[:, None] * vt) @ rows.T
+    return outer @ (u * torch.where(absent, 0.0, root)), right

@@ -72,7 +72,8 @@ class LayerChoice:
             return None
         assert self.factor_format is not None
         top_form = DTYPES.get(self.top_format) or _made(self.top_format, self.top_options)
-        return FactorForm(_made(self.factor_format, self.factor_options), self.stored_apart, top_form)
+        quantizer = _made(self.factor_format, self.factor_options)
+        return FactorForm(quantizer, self.stored_apart, top_form, self.form == PIVOTED)
 
     @property
     def stored_apart(self) -> int:
@@ -93,7 +94,8 @@ class LayerChoice:
         """The choice for a layer of this shape."""
         assert self.rank is not None, "a dense layer has no plan"
         own = next((name for name, kind in DTYPES.items() if kind == dtype), "fp32")
-        form = self.factor_format if self.factor_format and self.rank else own  # no format packs no numbers
+        form = self.factor_format if self.factor_format and self.rank else own  # no format packs no numbers, nor
+        packed = form not in DTYPES  # the C of as many components as outputs
         top = self.stored_apart
         return LayerPlan(
             shape=shape,
@@ -103,11 +105,11 @@ class LayerChoice:
             backbone_options=self.backbone_options,
             left_format=form,
             right_format=form,
-            factor_options={} if form in DTYPES else self.factor_options,
+            factor_options=self.factor_options if packed else {},
             top_rank=top,
             top_format=self.top_format if top else "fp32",
             top_options=self.top_options if top else {},
-            form=self.form if self.rank else PLAIN,
+            form=PLAIN if not self.rank or (packed and self.rank == shape[0]) else self.form,
             bias=bias or (self.rank > 0 and self.factorization().shifts_bias),
             conv1d=conv1d,
         )
@@ -131,10 +133,10 @@ class LayerChoice:
             raise UsageError(f"The plan gives layer '{name}' rank 0 without a backbone; nothing would be left of it.")
         if choice.form not in FORMS:
             raise unknown_name("form", str(choice.form), list(FORMS))
-        if choice.form == PIVOTED and (choice.rounds_factors or choice.top_rank):
+        if choice.form == PIVOTED and choice.top_rank:
             raise UsageError(
-                f"The plan gives layer '{name}' pivoted factors in {choice.factor_format or 'parts'}; pivoted ones are "
-                f"stored in {', '.join(DTYPES)} and in one piece. Choose the form plain, or another factor_format."
+                f"The plan gives layer '{name}' pivoted factors and top_rank {choice.top_rank}; pivoted ones are "
+                "stored in one piece. Choose the form plain, or top_rank 0."
             )
         choice.factorization()
         choice.quantizer()
@@ -229,7 +231,7 @@ class LayerPlan:
     top_rank: int = 0  # of the rank: the first components, stored apart
     top_format: str = "fp32"
     top_options: Options = field(default_factory=dict)
-    form: str = PLAIN  # pivoted: `left` holds C and the rows of B, `right` is B (layers/pivoted_linear.py)
+    form: str = PLAIN  # pivoted: `left` holds C and the rows of B, `right` is B (factorizations/pivoting.py)
     bias: bool = False
     conv1d: bool = False  # the original was a transformers Conv1D, whose weight is (in, out)
 

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .config import RunConfig
+from .config import MethodConfig, RunConfig
 from .integrations.files import hub_revision, settings_files, weights_sha256
 from .storage import sha256_files
 
@@ -71,4 +71,5 @@ def architecture_of(config: PreTrainedConfig) -> dict[str, object]:
 
 def lasting(config: RunConfig) -> dict[str, Any]:
     """The configuration without what does not change the result."""
-    return config.model_dump(exclude={"resume", "overwrite", "dry_run"})
+    found = config.model_dump(exclude={"resume", "overwrite", "dry_run"})
+    return found | {"form": config.stored_form} if isinstance(config, MethodConfig) else found

@@ -16,7 +16,7 @@ from .calibration.mixture import Part, SourceShare, describe, even_sample, in_wo
 from .config import MIX, MethodConfig, TrainConfig
 from .console import note, say
 from .data.texts import documents, text_sha256
-from .declared import Options, chosen, options_of
+from .declared import PLAIN, Options, chosen, options_of
 from .decomposition import (
     Bits,
     BlockRecovery,
@@ -132,7 +132,7 @@ def _template(config: MethodConfig) -> LayerChoice:
         top_rank=config.top_rank,
         top_format=top,
         top_options={} if top in DTYPES else {"group_size": 64},
-        form=config.form,
+        form=config.stored_form or PLAIN,
     )
     return template if config.backbone == "none" else _with_backbones(config, template, [config.backbone])[0]
 
@@ -171,14 +171,15 @@ def _sized(config: MethodConfig, template: LayerChoice) -> Sized:
     assert limit is not None, "the record asks for a budget"
     backbones: tuple[LayerChoice, ...] = ()
     ranks: tuple[int, ...] | None = None if config.rank is None else (config.rank,)
+    beside = template if config.form is not None else replace(template, form=PLAIN)
     if config.mixes:
-        backbones, ranks = _with_backbones(config, template, _mix(config)), ranks or MIXED_RANKS
+        backbones, ranks = _with_backbones(config, beside, _mix(config)), ranks or MIXED_RANKS
     elif config.backbone != "none":
         backbones = (template,)
     control: tuple[LayerChoice, ...] = ()
     if backbones and config.by_loss:
         names = list(dict.fromkeys([*(() if config.mixes else (config.backbone,)), *_mix(config)]))
-        control = _with_backbones(config, template, names)
+        control = _with_backbones(config, beside, names)
     low_rank = config.backbone == "none" and config.rank is None
     return Sized(limit, ALLOCATORS[config.allocation](), unit, backbones, low_rank, ranks, control)
 

@@ -66,7 +66,7 @@ class PlanOptions(TypedDict, total=False):
         ]
         | None
     )
-    form: Literal["plain", "pivoted"]
+    form: Literal["plain", "pivoted"] | None
     top_rank: int
     top_format: Literal["fp32", "fp16", "bf16", "int8"]
     rank: int | None
@@ -137,7 +137,7 @@ class DecomposeOptions(TypedDict, total=False):
         ]
         | None
     )
-    form: Literal["plain", "pivoted"]
+    form: Literal["plain", "pivoted"] | None
     top_rank: int
     top_format: Literal["fp32", "fp16", "bf16", "int8"]
     rank: int | None

@@ -9,7 +9,7 @@ from typing import Any, NotRequired, TypedDict
 import torch
 
 from .adapters.attach import Coverage
-from .allocation import break_even
+from .allocation import PLAIN, break_even
 from .config import MIX, MethodConfig, PlanConfig, RunConfig
 from .console import LiveTable, duration, human_bytes, say, show_spans, show_table
 from .decomposition import Estimate, LayerRecord, Notify, Progress, Survey
@@ -50,7 +50,9 @@ def show_estimate(foreseen: Estimate, found: Survey, config: PlanConfig, backbon
         if foreseen.ranks is not None:
             chosen = {foreseen.ranks[name] for name in names}
             rank = ", ".join("dense" if r is None else str(r) for r in sorted(chosen, key=lambda r: r or 0))
-        rows.append([kind, f"{shape[0]}x{shape[1]}", str(len(names)), rank, str(break_even(shape, config.form))])
+        rows.append(
+            [kind, f"{shape[0]}x{shape[1]}", str(len(names)), rank, str(break_even(shape, config.stored_form or PLAIN))]
+        )
     show_table(
         f"plan for {config.model}: {summary(config, backbone)}",
         ["layer", "shape", "count", "rank", "break-even rank"],

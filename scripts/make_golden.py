@@ -51,6 +51,7 @@ Record = dict[str, Any]
 
 _TEXT = {"calibration_tokens": 512, "context_length": 64}
 _WEIGHTED = _TEXT | {"kept_fraction": 0.8, "allocation": "loss_weighted", "sensitivity_tokens": 128}
+_PLAIN = {"form": "plain"}
 _UNIFORM = {"kept_fraction": 0.8, "allocation": "uniform"}
 # The slow ones run on some layers only, of each shape: out = in, out > in, out < in
 _SOME = {"targets": r".*(q_proj|down_proj|up_proj|c_attn|mlp\.c_proj|query|intermediate\.dense|output\.dense)"}
@@ -58,17 +59,17 @@ _FEEDBACK = _TEXT | _SOME | {"method": "caldera"}
 _CALDERA = _FEEDBACK | {"iterations": 1}
 
 DECOMPOSE: dict[str, dict[str, Any]] = {
-    "svd": {"method": "svd", "rank": 8},
-    "svd-uniform-bf16": _UNIFORM | {"method": "svd", "factor_format": "bf16"},
+    "svd": _PLAIN | {"method": "svd", "rank": 8},
+    "svd-uniform-bf16": _PLAIN | _UNIFORM | {"method": "svd", "factor_format": "bf16"},
     "svd-bfloat16-model": {"method": "svd", "rank": 8, "dtype": "bfloat16", "backbone": "int4"},
-    "whitened-rank": _TEXT | {"rank": 12},
-    "whitened-uniform-sequential": _TEXT | _UNIFORM | {"propagate": "sequential"},
-    "whitened-loss-weighted": _WEIGHTED,
-    "whitened-shrinkage-auto": _TEXT | {"rank": 8, "shrinkage": "auto", "factor_format": "nf4"},
+    "whitened-rank": _PLAIN | _TEXT | {"rank": 12},
+    "whitened-uniform-sequential": _PLAIN | _TEXT | _UNIFORM | {"propagate": "sequential"},
+    "whitened-loss-weighted": _PLAIN | _WEIGHTED,
+    "whitened-shrinkage-auto": _PLAIN | _TEXT | {"rank": 8, "shrinkage": "auto", "factor_format": "nf4"},
     "whitened-recovered": _TEXT | {"rank": 8, "backbone": "nf4", "double_quant": True, "recover_epochs": 1},
     "whitened-bits": _TEXT | {"bits_per_weight": 9.0, "factor_format": "bf16"},
-    "afm-loss-weighted": _WEIGHTED | {"method": "afm", "centred": False},
-    "afm-centred-e8": _TEXT | {"method": "afm", "rank": 12, "factor_format": "e8-3"},
+    "afm-loss-weighted": _PLAIN | _WEIGHTED | {"method": "afm", "centred": False},
+    "afm-centred-e8": _PLAIN | _TEXT | {"method": "afm", "rank": 12, "factor_format": "e8-3"},
     "loftq-nf4-bf16": {"method": "loftq", "rank": 8, "backbone": "nf4", "double_quant": True, "factor_format": "bf16"},
     "int4": _TEXT | {"rank": 8, "backbone": "int4", "factor_format": "int3", "top_rank": 3, "top_format": "int8"},
     "int4-symmetric": {"method": "svd", "rank": 8, "backbone": "int4", "symmetric": True, "group_size": 24},

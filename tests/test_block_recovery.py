@@ -85,7 +85,7 @@ def test_nothing_but_l_and_r_changes(pair):
     plain, tuned = (read_tensors(pair[name].folder) for name in ("plain", "tuned"))
     assert plain.keys() == tuned.keys()
     changed = {name for name in plain if not torch.equal(plain[name], tuned[name])}
-    assert changed == {name for name in plain if name.endswith((".left.weight", ".right.weight"))}
+    assert changed == {name for name in plain if name.endswith((".left.rest.weight", ".right.weight"))}
     assert all(plain[name].dtype == tuned[name].dtype for name in changed)
     manifests = [json.loads((pair[n].folder / "config.json").read_text()) for n in ("plain", "tuned")]
     assert manifests[0] == manifests[1]

@@ -41,9 +41,8 @@ from lord_tune.config import (
 )
 from lord_tune.decomposition import Rates
 from lord_tune.errors import ExportMismatch, UsageError
-from lord_tune.factorizations import METHODS
+from lord_tune.factorizations import METHODS, pivoted_left
 from lord_tune.factorizations.whitened import SHRINKAGES
-from lord_tune.layers import pivoted_left
 from lord_tune.plans import Plan
 from lord_tune.quantizers import QUANTIZERS
 from lord_tune.training import trainer_arguments
@@ -82,6 +81,11 @@ class Run:
         return self.tensors[f"{layer}.left.weight"].double() @ self.tensors[f"{layer}.right.weight"].double()
 
 
+def _plain(options: dict[str, Any]) -> dict[str, str]:
+    """The form that is the default beside a backbone, where it is not."""
+    return {} if options.get("backbone", "none") != "none" or "bits_per_weight" in options else {"form": "plain"}
+
+
 @dataclass
 class Bench:
     """Runs each decomposition once per module; a case compares two of them."""
@@ -93,10 +97,10 @@ class Bench:
     runs: dict[str, Run] = field(default_factory=dict)
 
     def decompose(self, calibrated: bool = True, **options: Any) -> Run:
-        """Whitened, rank 8, short windows, unless `options` say otherwise."""
+        """Whitened, rank 8 as L and R, short windows, unless `options` say otherwise."""
         budget = {} if {"kept_fraction", "bits_per_weight"} & set(options) else {"rank": 8}
         text = {"calibration": [str(self.rows)], **SHORT} if calibrated else {}
-        options = budget | text | options
+        options = _plain(options) | budget | text | options
         key = json.dumps(options, sort_keys=True)
         if key not in self.runs:
             out = self.folder / f"run{len(self.runs)}"
@@ -105,12 +109,14 @@ class Bench:
         return self.runs[key]
 
     def plan(self, **options: Any) -> dict[str, Any]:
-        """Whitened, rank 8, on a machine of fixed speed, so that equal plans are equal."""
+        """Whitened, rank 8 as L and R, on a machine of fixed speed, so that equal plans are equal."""
         budget = {} if {"kept_fraction", "rank", "bits_per_weight"} & set(options) else {"rank": 8}
         short = {} if options.get("method") == "svd" else {"context_length": 64, "calibration_tokens": 4096}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Rates, "measure", lambda *probe: Rates(1e10, 1e10, 1e10, 1e10))
-            found = lord_tune.plan(options.pop("model", str(self.model)), **(budget | short | options))
+            found = lord_tune.plan(
+                options.pop("model", str(self.model)), **(_plain(options) | budget | short | options)
+            )
         # the memory of this very process, which grows from test to test
         return {key: value for key, value in found.items() if key not in ("held_bytes", "peak_bytes")}
 
@@ -197,7 +203,8 @@ def case_factor_format(b: Bench) -> None:
 
 def case_form(b: Bench) -> None:
     plain, pivoted = b.decompose(form="plain"), b.decompose(form="pivoted")
-    assert plain.manifest == b.decompose().manifest and plain.manifest[Q]["form"] == "plain"
+    assert pivoted.manifest == b.decompose(form=None).manifest and plain.manifest[Q]["form"] == "plain"
+    assert b.decompose(backbone="nf4").manifest[Q]["form"] == "plain"
     assert pivoted.manifest[Q]["form"] == pivoted.report["layers"][Q]["form"] == "pivoted"
     shapes = {name: tuple(pivoted.tensors[f"{Q}.{name}"].shape) for name in ("left.rest.weight", "left.rows")}
     assert shapes == {"left.rest.weight": (56, 8), "left.rows": (8,)}
@@ -618,8 +625,8 @@ def case_plan_factor_format(b: Bench) -> None:
 
 
 def case_plan_form(b: Bench) -> None:
-    plain, pivoted = b.plan(), b.plan(form="pivoted")
-    assert plain == b.plan(form="plain") and plain["ranks"] == pivoted["ranks"]
+    plain, pivoted = b.plan(form="plain"), b.plan(form="pivoted")
+    assert pivoted == b.plan(form=None) and plain["ranks"] == pivoted["ranks"]
     # 8 x 8 numbers fewer in each of 21 layers, and 8 indices more, 4 bytes each
     assert plain["model_bytes_after"] - pivoted["model_bytes_after"] == 21 * 4 * (8 * 8 - 8)
 

@@ -30,10 +30,10 @@ from lord_tune.quantizers import DTYPES
 from lord_tune.storage import read_json, sha256_files
 
 FAMILIES = ["llama", "gpt2", "bert"]
-STORES = {
-    "lord": {"kept_fraction": 0.8, "allocation": "uniform"},
-    "lord-fp16": {"rank": 12, "factor_format": "fp16"},
-    "lord-afm": {"method": "afm", "rank": 16},
+STORES = {  # plain where L and R train: exposing pivoted factors rounds (tests/test_pivoted.py)
+    "lord": {"form": "plain", "kept_fraction": 0.8, "allocation": "uniform"},
+    "lord-fp16": {"form": "plain", "rank": 12, "factor_format": "fp16"},
+    "lord-afm": {"form": "plain", "method": "afm", "rank": 16},
     "lord-nf4": {"rank": 16, "factor_format": "nf4"},
     "nf4": {"backbone": "nf4", "rank": 8},
     "nf4-loftq": {"backbone": "nf4", "rank": 8, "method": "loftq", "double_quant": True, "factor_format": "bf16"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 
 import lord_tune
 from lord_tune.allocation import PIVOTED, PLAIN, break_even, factor_cost, rank_grid, rank_within
+from lord_tune.config import DecomposeConfig
 from lord_tune.errors import UsageError
+from lord_tune.factorizations import pivoted
 from lord_tune.integrations.models import load_dense_or_factored
-from lord_tune.layers import CastLinear, PivotedLinear, factored_layers, pivoted
+from lord_tune.layers import CastLinear, PivotedLinear, factored_layers
 from lord_tune.layers.sizes import sizes
+from lord_tune.linalg import principal
+from lord_tune.plans import LayerChoice
+from lord_tune.provenance import lasting
+from lord_tune.resolve import request_of
 
 IDS = torch.arange(1, 60)[None]
 SHAPES = [(64, 32, 8), (32, 64, 31), (160, 64, 40), (20, 20, 1), (20, 20, 19)]
@@ -203,9 +210,35 @@ def test_blocks_are_recovered_in_place(runs):
     assert report["totals"]["model_bytes"] == runs("llama", PIVOTED, rank=8)[1]["totals"]["model_bytes"]
 
 
-def test_packed_factors_are_refused(runs):
-    with pytest.raises(UsageError, match="`factor_format` nf4 needs `form` plain"):
-        runs("llama", PIVOTED, rank=8, factor_format="nf4")
+@pytest.mark.parametrize(
+    ("options", "form"),
+    [
+        ({"rank": 8}, PIVOTED),
+        ({"kept_fraction": 0.8, "factor_format": "nf4"}, PIVOTED),
+        ({"rank": 8, "method": "afm"}, PIVOTED),
+        ({"rank": 8, "form": PLAIN}, PLAIN),
+        ({"rank": 8, "backbone": "nf4"}, PLAIN),
+        ({"rank": 8, "backbone": "nf4", "form": PIVOTED}, PIVOTED),
+        ({"bits_per_weight": 6.0}, PLAIN),
+        ({"rank": 8, "factor_format": "int4", "top_rank": 2}, PLAIN),
+    ],
+)
+def test_the_default_is_pivoted_without_a_backbone(options, form):
+    config = DecomposeConfig.build({"model": "m", "out": "o", "calibration": ["c.txt"], **options})
+    assert config.stored_form == form == lasting(config)["form"] == request_of(config).template.form
+
+
+def test_checkpoints_and_plans_without_the_key_are_plain(runs, tmp_path):
+    """Written before there were two forms."""
+    out, _ = runs("llama", PLAIN, rank=8)
+    old = shutil.copytree(out, tmp_path / "old")
+    content = json.loads((old / "config.json").read_text())
+    entries = content["quantization_config"]["layers"].values()
+    assert all(entry.pop("form") == PLAIN for entry in entries)
+    (old / "config.json").write_text(json.dumps(content))
+    assert torch.equal(logits(old), logits(out))
+    entry = json.loads((out / "plan.json").read_text())["layers"]["model.layers.0.self_attn.q_proj"]
+    assert entry.pop("form") == PLAIN and LayerChoice.from_dict("q", entry).form == PLAIN
 
 
 def test_a_plan_carries_the_form(runs, rows_file, tmp_path):
@@ -312,3 +345,14 @@ def test_trained_by_the_command_foreseen_to_the_byte_and_exported(runs, rows_fil
     assert report
     model = load_dense_or_factored(str(tmp_path / "f"))
     assert all(isinstance(layer.left, PivotedLinear) for layer in factored_layers(model).values())
+
+
+def test_components_of_no_size_can_train():
+    """CALDERA's fallback has L = 0: with R = 0 as well no gradient would reach either."""
+    left, right = matrices(20, 10, 4)
+    left, right = left * torch.tensor([1.0, 1, 0, 0]), right.clone()
+    found = principal(left, right)
+    assert bool((principal(left * 0, right)[1].norm(dim=1) > 0.9).all())
+    assert (found[0] @ found[1] - left @ right).norm() <= 1e-13 * (left @ right).norm()
+    assert torch.equal(found[0][:, 2:], torch.zeros(20, 2).double())
+    torch.testing.assert_close(found[1][2:].norm(dim=1), torch.ones(2).double())

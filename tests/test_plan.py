@@ -214,8 +214,9 @@ def test_the_format_is_the_widest_that_leaves_the_rank(method, bits, rank, chose
 
 SETTINGS = {
     "nf4": ["--backbone", "nf4", "--rank", "16"],
-    "uniform": ["--kept-fraction", "0.8", "--allocation", "uniform"],
-    "loss_weighted": ["--kept-fraction", "0.8"],
+    "uniform": ["--kept-fraction", "0.8", "--allocation", "uniform", "--form", "plain"],
+    "loss_weighted": ["--kept-fraction", "0.8", "--form", "plain"],
+    "pivoted": ["--kept-fraction", "0.8", "--allocation", "uniform"],
 }
 SIZES = {  # hidden size, intermediate size, blocks, vocabulary
     "small": (512, 2048, 2, 8000),
@@ -263,6 +264,7 @@ def measured(model: Path, out: Path, setting: str, context: int) -> tuple[int, i
     ("size", "setting", "context"),
     [
         ("small", "uniform", 256),
+        ("small", "pivoted", 256),
         pytest.param("small", "nf4", 256, marks=pytest.mark.slow),
         pytest.param("small", "loss_weighted", 256, marks=pytest.mark.slow),
         pytest.param("small", "nf4", 1024, marks=pytest.mark.slow),

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UsageError
 from ..integrations.transformers_quantizer import realised_plan
-from ..layers import FactoredLinear, Parts, QuantizedLinear, dense_factor, factored_layers, plain_model
+from ..layers import FactoredLinear, Parts, PivotedLinear, QuantizedLinear, dense_factor, factored_layers, plain_model
 from ..protocols import CausalModel
 from .merging import bias_of_lora, deltas_of, merged_factor, merged_module, trained_module
 from .route import (
@@ -304,7 +304,7 @@ def _scaled_pair(
     left, right = base_of(wrapped_left), base_of(wrapped_right)
     if outputs is None and components is None:
         return left, right
-    dense = [factor for factor in (right, left) if not isinstance(factor, QuantizedLinear)] or [right, left]
+    dense = [factor for factor in (right, left) if not _is_packed(factor)] or [right, left]
     into_left = outputs is not None or min(dense, key=lambda f: f.in_features * f.out_features) is left
     if components is not None and not into_left:
         right = linear_of((components[:, None] * dense_factor(right)).float())
@@ -314,6 +314,10 @@ def _scaled_pair(
         value = value if outputs is None else outputs[:, None] * value
         left = linear_of(value.float())
     return left, right
+
+
+def _is_packed(factor: nn.Linear) -> bool:
+    return isinstance(factor.rest if isinstance(factor, PivotedLinear) else factor, QuantizedLinear)
 
 
 def _scales_of(wrapped: nn.Module, chosen: tuple[str, ...] | None) -> Tensor | None:

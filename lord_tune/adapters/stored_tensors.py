@@ -15,8 +15,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..factorizations import pivoted_left
 from ..integrations.files import weight_files
-from ..layers import pivoted_left
 
 Stamp = tuple[int, int]  # nanoseconds of the last change, bytes
 
@@ -74,7 +74,7 @@ def value_of(kept: StoredTensor | Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class StoredPivot:
-    """L R in pivoted form (layers/pivoted_linear.py)."""
+    """L R in pivoted form (factorizations/pivoting.py)."""
 
     rest: StoredTensor | Tensor  # C
     rows: Tensor  # of L R that B holds

@@ -11,7 +11,7 @@ ALIGNMENT = 8  # ranks are multiples of this: tensor cores and SIMD rows want it
 
 def factor_cost(shape: tuple[int, int], rank: int, form: str = PLAIN) -> int:
     """Numbers that the factors of an (m, n) layer hold: r (m + n) in L and R, or r (m + n - r) in C and B, and the r
-    indices of B's rows (layers/pivoted_linear.py)."""
+    indices of B's rows (factorizations/pivoting.py)."""
     m, n = shape
     return rank * (m + n) if form == PLAIN else rank * (m + n - rank + 1)
 

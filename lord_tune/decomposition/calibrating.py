@@ -53,7 +53,7 @@ def calibrate(run: Passes, request: Request) -> dict[str, Measured]:
 
 def _analyse_block(run: Passes, walk: BlockWalk, index: int, request: Request) -> dict[str, Analysis | None]:
     statistics = collect(run, walk, index, keep=index + 1 < run.count)
-    method = request.template.factorization()
+    method, form = request.template.factorization(), request.template.form
     budget = request.budget
     assert isinstance(method, Projection) and isinstance(budget, Sized), "decide refuses methods without nested ranks"
     formats = {name: (template.quantizer(), ranked) for name, (template, ranked) in budget.formats.items()}
@@ -64,9 +64,9 @@ def _analyse_block(run: Passes, walk: BlockWalk, index: int, request: Request) -
             return None
         assert isinstance(calibration, Moments)
         weight = run.survey.layers[name].weight(run.model)
-        limit = None if request.by_loss else break_even((weight.shape[0], weight.shape[1]), request.template.form)
+        limit = None if request.by_loss else break_even((weight.shape[0], weight.shape[1]), form)
         heldout = statistics[HELDOUT].get(name)
-        return analyse(weight, calibration, heldout, method, limit, formats)
+        return analyse(weight, calibration, heldout, method, limit, form, formats)
 
     return run.deal(index, dict.fromkeys(run.survey.members(index), method), look)
 

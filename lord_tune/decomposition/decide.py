@@ -283,7 +283,7 @@ def _of_one_rank(layers: Layers, template: LayerChoice, rank: int) -> Plan:
     limits = [break_even(shape, template.form) for shape in shapes.values()]
     if rank > (best := max(limits)):
         raise UsageError(
-            f"Rank {rank} is above break-even for every layer: L and R would hold more numbers than W. "
+            f"Rank {rank} is above break-even for every layer: its factors would hold more numbers than W. "
             f"Choose at most {best}, or add a backbone, for example nf4."
         )
     return Plan({name: _below_break_even(template, rank, shape) for name, shape in shapes.items()})

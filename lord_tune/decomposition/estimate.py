@@ -22,7 +22,7 @@ the output head stay in memory from calibrating on.
 The layer at hand, in float64 matrices that live together; m = out in, k = min(out, in), f = rank (out + in):
 
     solution     (wide: out <= in) W, then rows of its curves, 2.5 m + 6 k^2;  (tall) rotation and basis, 2 m + 8.5 k^2
-    truncation   2 m + f, tall 3 m + f, while the solution is alive
+    truncation   2 m + f, tall 3 m + f, while the solution is alive; pivoted factors: LU of L, where it is larger than B
     backbone     Q, W, W - Q and, for the error of a plain SVD beside them, the quantized W and two differences:
                  wide max(7 m, 5 m + 6 k^2), tall max(6 m + 7 k^2, 7 m + 4 k^2); one more Q with --shrinkage auto
     caldera      W, Q, residuals and products of two iterates, 10 m + f, and five Gram matrices (rotated, down-dated,
@@ -42,7 +42,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..allocation import factor_cost
+from ..allocation import PIVOTED, factor_cost
 from ..plans import LayerChoice, Plan
 from ..sites import Site
 from .base import CHECKED_TOKENS
@@ -160,7 +160,7 @@ def estimate_run(
             rest_bytes + 5 * 4 * text.sensitivity_length * vocabulary,
             resident + block_bytes[widest] + bases + int(3 * share * window),
         )
-    cut = _together([_truncation_parts(shapes[n], kept_ranks[n]) for n in layers], mapped)
+    cut = _together([_truncation_parts(shapes[n], kept_ranks[n], choices[n].form) for n in layers], mapped)
     rounds |= any(template.backbone != "none" for template in offered)
     again = ranks is not None or sequential or rounds  # the writing pass calibrates
     phases["writing"] = work if again else resident + block_bytes[widest] + bases + factors + cut
@@ -238,9 +238,15 @@ def _rank_bound(site: Site, request: Request) -> int:
     return request.budget.largest_rank(site, request.template)
 
 
-def _truncation_parts(shape: tuple[int, int], rank: int) -> Parts:
+def _truncation_parts(shape: tuple[int, int], rank: int, form: str) -> Parts:
     out, inputs = shape
-    return [(1.0, 8 * out * inputs), (2.0, 8 * rank * (out + inputs))]
+    return [(1.0, 8 * out * inputs), (2.0, 8 * rank * (out + inputs)), (1.0, _pivoting_bytes(shape, rank, form))]
+
+
+def _pivoting_bytes(shape: tuple[int, int], rank: int, form: str) -> int:
+    """What LU and C (2 out rank + rank^2) take beyond the balanced L and R of plain factors."""
+    out, inputs = shape
+    return 8 * rank * max(0, out + rank - inputs) if form == PIVOTED else 0
 
 
 def _working_parts(shape: tuple[int, int], rank: int, text: TextSize | None, choice: LayerChoice) -> Parts:
@@ -267,7 +273,8 @@ def _working_parts(shape: tuple[int, int], rank: int, text: TextSize | None, cho
     measured = 2 * 8 * text.heldout * k if rows_only else 0
     choices = [(2.0, 8.5)] if tall else [(2.5 if rows_only else 4.0, 6.0)]
     parts = [(choices[0][0], m), (choices[0][1], square), (1.0, measured)]
-    cut = [((3.0 if tall else 2.0), m), (3.0, square), (1.0, 8 * rank * (out + inputs))]
+    pivoting = 8 * rank * (out + inputs) + _pivoting_bytes(shape, rank, PIVOTED) if choice.form == PIVOTED else 0
+    cut = [((3.0 if tall else 2.0), m), (3.0, square), (1.0, 8 * rank * (out + inputs)), (1.0, pivoting)]
     return max(parts, cut, key=_bytes)
 
 

@@ -99,11 +99,12 @@ def analyse(
     heldout: InputStatistics | None,
     method: Projection,
     limit: int | None,  # directions to keep; None: also those beyond break-even, which the loss weighs when dropped
+    form: str = PLAIN,  # in which the factors will be stored
     formats: Formats | None = None,  # to be measured beside W = L R
 ) -> Analysis:
     """Basis and error curves at every rank."""
     start = time.perf_counter()
-    chosen, solution, curves = _solve(weight, calibration, heldout, method, None)
+    chosen, solution, curves = _solve(weight, calibration, heldout, method, None, form)
     spectrum = solution.spectrum
     noise = {}
     for name, (quantizer, ranked) in (formats or {}).items():
@@ -142,6 +143,7 @@ def _solve(
     heldout: InputStatistics | None,
     method: Projection,
     rank: int | None,
+    form: str = PLAIN,
 ) -> tuple[Projection, Solution, dict[str, Tensor]]:
     """Of the method's candidates the one with the least held-out error (at `rank`, or on average over the ranks below
     break-even), its solution and its error curves. Without held-out text the first candidate is taken."""
@@ -151,7 +153,7 @@ def _solve(
         curves = {} if calibration is None else error_curves(solution, calibration, heldout)
         return candidates[0], solution, curves
     assert calibration is not None, "held-out text comes with calibration text"
-    limit = min(break_even((weight.shape[0], weight.shape[1])), min(weight.shape))
+    limit = min(break_even((weight.shape[0], weight.shape[1]), form), min(weight.shape))
     best: tuple[Projection, Solution, dict[str, Tensor]] | None = None
     least = float("inf")
     for candidate in candidates:

@@ -28,11 +28,15 @@ def stored_bytes(site: Site, choice: LayerChoice) -> int:
     backbone = choice.quantizer()
     if backbone is not None:
         total += sum(p.numel() * p.element_size() for p in backbone.empty(site.shape, "meta").values())
+    out, inputs = site.shape
+    total += _matrix_bytes(
+        (out, plan.top_rank), (plan.top_rank, inputs), form=plan.top_format, options=plan.top_options
+    )
+    rank = plan.rank - plan.top_rank
     if plan.form == PIVOTED:
-        numbers = factor_cost(site.shape, plan.rank, PIVOTED) - plan.rank
-        return total + numbers * DTYPES[plan.left_format].itemsize + plan.rank * torch.int32.itemsize
-    total += _factor_bytes(site.shape, plan.top_rank, plan.top_format, plan.top_options)
-    return total + _factor_bytes(site.shape, plan.rank - plan.top_rank, plan.left_format, plan.factor_options)
+        total += rank * torch.int32.itemsize
+        out -= rank
+    return total + _matrix_bytes((out, rank), (rank, inputs), form=plan.left_format, options=plan.factor_options)
 
 
 def added_bias_bytes(site: Site, choice: LayerChoice) -> int:
@@ -42,15 +46,14 @@ def added_bias_bytes(site: Site, choice: LayerChoice) -> int:
     return site.shape[0] * site.dtype.itemsize
 
 
-def _factor_bytes(shape: tuple[int, int], rank: int, form: str, options: Options) -> int:
-    """Of L and R."""
-    if form in DTYPES:
-        return factor_cost(shape, rank) * DTYPES[form].itemsize
-    if not rank:
-        return 0
+def _matrix_bytes(*shapes: tuple[int, int], form: str, options: Options) -> int:
+    """Of matrices in a format, together."""
+    numbers = sum(rows * columns for rows, columns in shapes)
+    if form in DTYPES or not numbers:
+        return numbers * DTYPES[form].itemsize if numbers else 0
     quantizer = make_quantizer(form, options)
-    parts = [quantizer.empty(part, "meta") for part in ((shape[0], rank), (rank, shape[1]))]
-    return sum(p.numel() * p.element_size() for found in parts for p in found.values())
+    parts = [part for shape in shapes for part in quantizer.empty(shape, "meta").values()]
+    return sum(part.numel() * part.element_size() for part in parts)
 
 
 class Totals(TypedDict):

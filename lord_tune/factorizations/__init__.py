@@ -20,6 +20,7 @@ from .base import (
 )
 from .caldera import Caldera, feedback_alone
 from .loftq import LoftQ
+from .pivoting import others_of, pivoted, pivoted_left, places_of
 from .rounding import round_factors
 from .svd import PlainSVD
 from .whitened import Whitened
@@ -45,6 +46,10 @@ __all__ = [
     "balance",
     "error_curves",
     "feedback_alone",
+    "others_of",
+    "pivoted",
+    "pivoted_left",
+    "places_of",
     "relative_error",
     "round_factors",
     "truncate",

@@ -81,6 +81,7 @@ class Factors:
     left_parts: dict[str, Tensor] | None = None  # where the method has rounded L already: its stored parts
     right_parts: dict[str, Tensor] | None = None
     top: Factors | None = None  # the first components, stored apart in a finer format; then L R means what is left
+    pivots: Tensor | None = None  # (rank,) int32, where L is P [I; C] already: the rows of L R that R holds; parts: C's
 
     @property
     def rank(self) -> int:
@@ -109,9 +110,10 @@ class FactorForm:
     quantizer: Quantizer  # of all components but the first `top`
     top: int = 0
     top_form: Quantizer | torch.dtype = torch.float32  # of these
+    pivoted: bool = False  # as C and B (pivoting.py), in one piece
 
     def __post_init__(self) -> None:
-        assert self.top >= 0
+        assert self.top == 0 or (self.top > 0 and not self.pivoted)
 
 
 class Factorization(Protocol):

@@ -2,7 +2,7 @@
 
 from .experts import expert_of, fuse, fuse_untouched, unfuse, unfused_parameters
 from .factored_linear import FactoredLinear, FrozenSum, Parts, build_layer, dense_factor
-from .pivoted_linear import PivotedLinear, pivoted, pivoted_left
+from .pivoted_linear import PivotedLinear
 from .quantized_linear import CastLinear, QuantizedLinear, ZeroLinear, dequantize_once
 from .sentinels import sentinel, sentinels_of
 from .surgery import (
@@ -44,8 +44,6 @@ __all__ = [
     "fused_parameters",
     "is_linear",
     "is_transposed",
-    "pivoted",
-    "pivoted_left",
     "plain_model",
     "select_linears",
     "sentinel",

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from ..declared import PIVOTED, Options
 from ..errors import UsageError
-from ..factorizations import Factors
+from ..factorizations import Factors, others_of, pivoted
 from ..kept import Standin
 from ..plans import LayerPlan
 from ..quantizers import DTYPES, make_quantizer
-from .pivoted_linear import PivotedLinear, pivoted
+from .pivoted_linear import PivotedLinear
 from .quantized_linear import NO_WRITING, CastLinear, QuantizedLinear
 
 
@@ -63,7 +63,7 @@ class FactoredLinear(nn.Module):
         self.right: Any = _factor(self.in_features, rest, plan.right_format, options, device)
         self.left: Any
         if plan.form == PIVOTED:
-            left = CastLinear(rest, self.out_features - rest, DTYPES[plan.left_format], device)
+            left = _factor(rest, self.out_features - rest, plan.left_format, options, device)
             self.left = PivotedLinear(left, device)
         else:
             self.left = _factor(rest, self.out_features, plan.left_format, options, device)
@@ -159,10 +159,10 @@ class FactoredLinear(nn.Module):
         """Store L and R in the form and formats of the plan; parts that the method has rounded are taken over (rounding
         the decoded values again may change the scales)."""
         if isinstance(self.left, PivotedLinear):
-            rows, rest, chosen = pivoted(factors.left, factors.right)
+            rows, rest, chosen = _as_pivoted(factors)
             self.left.rows = nn.Parameter(rows, requires_grad=False)
-            _store(self.left.rest, rest, None)
-            _store(self.right, chosen, None)
+            _store(self.left.rest, rest, factors.left_parts)
+            _store(self.right, chosen, factors.right_parts)
             return
         _store(self.left, factors.left, factors.left_parts)
         _store(self.right, factors.right, factors.right_parts)
@@ -179,7 +179,8 @@ class FactoredLinear(nn.Module):
         rank, dtype = self.left.in_features, self.left.weight.dtype
         if rank < self.out_features:
             factors = Factors(*self.dense_factors())
-            self.left = PivotedLinear(CastLinear(rank, self.out_features - rank, dtype, device="meta"), device="meta")
+            rest = CastLinear(rank, self.out_features - rank, dtype, device="meta")
+            self.left = PivotedLinear(rest, device="meta")
             self.set_factors(factors)
 
     def extra_repr(self) -> str:
@@ -212,10 +213,17 @@ class FrozenSum(nn.Linear):
 
 def _factor(
     in_features: int, out_features: int, form: str, options: Options, device: torch.device | str | None
-) -> nn.Linear:
+) -> CastLinear | QuantizedLinear:
     if form in DTYPES:
         return CastLinear(in_features, out_features, DTYPES[form], device)
     return QuantizedLinear(in_features, out_features, make_quantizer(form, options), device)
+
+
+def _as_pivoted(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
+    """(rows, C, B)"""
+    if factors.pivots is None:
+        return pivoted(factors.left, factors.right)
+    return factors.pivots, factors.left[others_of(factors.pivots, len(factors.left))], factors.right
 
 
 def dense_factor(factor: nn.Linear) -> Tensor:
