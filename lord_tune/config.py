@@ -134,7 +134,7 @@ class MethodConfig(MethodOptions, RunConfig):
     )
     calibration_tokens: int = Field(16384, gt=0, description="tokens to calibrate on; a sixteenth more is held out")
     context_length: int = Field(1024, gt=1, description="tokens per calibration window")
-    sensitivity_tokens: int = Field(4096, gt=0, description="tokens of the backward pass (loss_weighted, fisher)")
+    sensitivity_tokens: int = Field(4096, gt=0, description="tokens of the backward pass (loss_weighted, two_sided, fisher)")
     propagate: Literal["dense", "sequential"] = Field(
         "dense", description="what later blocks are calibrated on: outputs of the original blocks, or of the decomposed"
     )
@@ -179,7 +179,7 @@ class MethodConfig(MethodOptions, RunConfig):
     @property
     def needs_text(self) -> bool:
         """Whether nothing can be computed without calibration text."""
-        return bool(self.needs() & {"input_gram", "loss_weights", "fisher"})
+        return bool(self.needs() & {"input_gram", "loss_weights", "fisher", "output_gram"})
 
     def check_budget(self) -> None:
         """Exactly one budget, and a rank beside a width only where the width chooses the format."""
@@ -247,7 +247,7 @@ class MethodConfig(MethodOptions, RunConfig):
             "top_format": self.top_rank > 0,
             "form": self.rank != 0,
             "allocation": self.kept_fraction is not None,
-            "sensitivity_tokens": bool(self.needs() & {"loss_weights", "fisher"}),
+            "sensitivity_tokens": bool(self.needs() & {"loss_weights", "fisher", "output_gram"}),
             "calibration_tokens": calibrated,
             "context_length": calibrated,
             "propagate": calibrated,

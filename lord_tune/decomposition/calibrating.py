@@ -52,6 +52,7 @@ def calibrate(run: Passes, request: Request) -> dict[str, LayerSpectrum]:
 
 def _analyse_block(run: Passes, walk: BlockWalk, index: int, request: Request) -> dict[str, Analysis | None]:
     statistics = collect(run, walk, index, keep=index + 1 < run.count)
+    gradients = run.read(sensitivity_file(index)) if request.gradients_first else {}
     method = request.template.factorization()
     assert isinstance(method, Projection), "decide refuses methods without nested ranks"
 
@@ -62,7 +63,8 @@ def _analyse_block(run: Passes, walk: BlockWalk, index: int, request: Request) -
         assert isinstance(calibration, Moments)
         weight = run.survey.layers[name].weight(run.model)
         limit = None if request.by_loss else break_even((weight.shape[0], weight.shape[1]), request.template.form)
-        return analyse(weight, calibration, statistics[HELDOUT].get(name), method, limit)
+        heldout, output_gram = statistics[HELDOUT].get(name), gradients.get(f"{name}:gram")
+        return analyse(weight, calibration, heldout, method, limit, output_gram)
 
     return run.deal(index, dict.fromkeys(run.survey.members(index), method), look)
 

@@ -74,8 +74,19 @@ class Request:
 
     @property
     def by_loss(self) -> bool:
-        """Whether the allocator weighs directions by the loss."""
-        return isinstance(self.budget, Kept) and "loss_weights" in self.budget.allocator.needs
+        """Whether the directions that an allocator shares out are weighed by the loss in a pass of their own."""
+        weighs = isinstance(self.budget, Kept) and "loss_weights" in self.budget.allocator.needs
+        return weighs and not self.predicts_loss
+
+    @property
+    def predicts_loss(self) -> bool:
+        """Whether the method's energies are the loss already."""
+        return "output_gram" in self.template.factorization().needs
+
+    @property
+    def gradients_first(self) -> bool:
+        """Whether a backward pass comes before anything is factorized."""
+        return bool(self.needs() & {"fisher", "output_gram"})
 
     def needs(self) -> frozenset[str]:
         """The statistics that the run may take."""
@@ -84,7 +95,7 @@ class Request:
 
     def needs_text(self) -> bool:
         """Whether it cannot be carried out without calibration text."""
-        return bool(self.needs() & {"input_gram", "loss_weights", "fisher"})
+        return bool(self.needs() & {"input_gram", "loss_weights", "fisher", "output_gram"})
 
 
 def decide(layers: Layers, request: Request) -> Plan | None:

@@ -1,12 +1,13 @@
 """The driver: decompose a checkpoint block by block, in memory bounded by its largest block.
 
-Up to three passes over the blocks. In each, a block's weights are loaded, used and released; hidden states lie in
+Up to four passes over the blocks. In each, a block's weights are loaded, used and released; hidden states lie in
 files between blocks; a finished block is a file and a line in the journal.
 
+    forward       (only for methods that weigh by gradients: what the next pass needs) runs the blocks
+    sensitivity   (the same) gradients of the loss, from the last block to the first
     calibrating   (only when the allocator needs all spectra first) run the text through the block, factorize its layers
                   at every rank, keep basis and error curves in a file; dense outputs go on to the next block
-    sensitivity   (only for allocators that weigh by the loss, or methods that weigh by gradients: then the pass before
-                  it only runs the blocks) gradients of the loss, from the last block to the first
+    sensitivity   (only for allocators that weigh by the loss, where the method does not) gradients as above
     writing       the factors of the chosen rank. With ranks known from the start this is the only pass and calibrates
                   too; `propagate: sequential` makes it calibrate on the outputs of the blocks already decomposed
 
@@ -46,7 +47,7 @@ from ..plans import LayerPlan, Plan
 from .base import LayerRecord, Notify, Source, Windows
 from .calibrating import calibrate
 from .decide import NEVER_RAN, Request, decide_from
-from .gradients import measure_fisher
+from .gradients import measure_gradients
 from .journal import Journal
 from .passes import Passes
 from .recovery import Recovered
@@ -77,18 +78,19 @@ def decompose_checkpoint(
     notify: Notify = lambda step: None,
 ) -> Outcome:
     """Write the shards of the decomposed checkpoint into the journal's folder."""
-    needs = request.needs()
     if windows is None and request.needs_text():
         raise CalibrationError(
             f"Method '{request.template.method}' with this budget needs calibration text; pass `calibration` files."
         )
     run = Passes(source, survey, windows, task, journal, _costs(request, plan), notify)
     from_analysis = False
+    if request.gradients_first:
+        template = dict.fromkeys(survey.layers, request.template)
+        choices = template if plan is None else plan.factored()
+        measure_gradients(run, {name: choice.factorization() for name, choice in choices.items()})
     if plan is None:
         plan = decide_from(survey.layers, request, calibrate(run, request))
         from_analysis = request.propagate == "dense" and not request.template.rounds_factors
-    elif "fisher" in needs:
-        measure_fisher(run)
     if not plan.factored():
         journal.discard()
         raise LordError("Every layer stays dense at this budget, so nothing is done; choose another budget.")
@@ -98,13 +100,14 @@ def decompose_checkpoint(
 
 
 def _costs(request: Request, plan: Plan | None) -> dict[Phase, float]:
-    """Of one block in each pass, relative to running and analysing it."""
+    """Of one block in each pass, relative to running and analysing it; in their order."""
     epochs = 0 if request.recovery is None else request.recovery.epochs
-    gradients = request.by_loss or "fisher" in request.needs()
     again = request.propagate == "sequential" or request.template.rounds_factors or plan is not None
+    calibrating = {Phase.CALIBRATING: 1.0 if plan is None else 0.0}
+    backward = {Phase.SENSITIVITY: 0.4 if request.by_loss or request.gradients_first else 0.0}
     return {
-        Phase.CALIBRATING: 1.0 if plan is None else 0.05 if gradients else 0.0,
-        Phase.SENSITIVITY: 0.4 if gradients else 0.0,
+        Phase.FORWARD: 0.05 if request.gradients_first else 0.0,
+        **(backward | calibrating if request.gradients_first else calibrating | backward),
         # a pass of recovery runs the block forward and backward; before it, both blocks' outputs are made
         Phase.WRITING: (1.0 if again else 0.05) + (1.0 + 1.5 * epochs if epochs else 0.0),
     }

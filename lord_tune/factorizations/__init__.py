@@ -9,6 +9,7 @@ from .base import (
     Factorization,
     Factors,
     Fisher,
+    Metric,
     Projection,
     Solution,
     Spectrum,
@@ -22,9 +23,17 @@ from .caldera import Caldera, feedback_alone
 from .loftq import LoftQ
 from .rounding import round_factors
 from .svd import PlainSVD
+from .two_sided import TwoSided
 from .whitened import Whitened
 
-METHODS: dict[str, type[Any]] = {"svd": PlainSVD, "whitened": Whitened, "afm": AFM, "loftq": LoftQ, "caldera": Caldera}
+METHODS: dict[str, type[Any]] = {
+    "svd": PlainSVD,
+    "whitened": Whitened,
+    "two_sided": TwoSided,
+    "afm": AFM,
+    "loftq": LoftQ,
+    "caldera": Caldera,
+}
 
 __all__ = [
     "AFM",
@@ -36,11 +45,13 @@ __all__ = [
     "Factors",
     "Fisher",
     "LoftQ",
+    "Metric",
     "PlainSVD",
     "Projection",
     "Solution",
     "Spectrum",
     "Split",
+    "TwoSided",
     "Whitened",
     "balance",
     "error_curves",
