@@ -134,7 +134,9 @@ class MethodConfig(MethodOptions, RunConfig):
     )
     calibration_tokens: int = Field(16384, gt=0, description="tokens to calibrate on; a sixteenth more is held out")
     context_length: int = Field(1024, gt=1, description="tokens per calibration window")
-    sensitivity_tokens: int = Field(4096, gt=0, description="tokens of the backward pass (loss_weighted, two_sided, fisher)")
+    sensitivity_tokens: int = Field(
+        4096, gt=0, description="tokens of the backward pass (loss_weighted, two_sided, fisher)"
+    )
     propagate: Literal["dense", "sequential"] = Field(
         "dense", description="what later blocks are calibrated on: outputs of the original blocks, or of the decomposed"
     )

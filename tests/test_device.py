@@ -39,6 +39,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "afm-sequential": {"method": "afm", "kept_fraction": 0.7, "propagate": "sequential"},
     "whitened": {"rank": 8, "shrinkage": "auto", "recover_epochs": 1},
     "svd": {"method": "svd", "kept_fraction": 0.7, "allocation": "uniform"},
+    "two-sided": {"method": "two_sided", "kept_fraction": 0.7},
     "pivoted": {"rank": 8, "form": "pivoted"},
     "int8-factors": {"rank": 12, "factor_format": "int8"},
     "nf4": {"method": "loftq", "backbone": "nf4", "rank": 8, "double_quant": True},
@@ -47,7 +48,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "caldera": {"method": "caldera", "backbone": "e8-2", "rank": 8, "iterations": 1},
     "fisher": {"method": "caldera", "backbone": "lloyd3", "rank": 8, "iterations": 1, "weighting": "fisher"},
 }
-_GRADIENTS = {"default", "whitened", "fisher"}  # those of some operations are computed in another order
+_GRADIENTS = {"default", "whitened", "fisher", "two-sided"}  # those of some operations are computed in another order
 _SLOW = {"caldera", "fisher"}  # feedback on a thousand columns
 MODES: dict[str, Callable[[Any], Any]] = {
     "factors": lambda model: lord_tune.expose_factors(model),

@@ -1,9 +1,10 @@
 """The contract of a factorization, and the truncation that svd, whitened and afm share.
 
 A factorization is a frozen dataclass of its hyperparameters and sees tensors, never a model. It declares the statistics
-it `needs` ("input_gram": the moments of the layer's input; "fisher": gradients of the loss by its weight; "output_gram":
-the second moment of those by its output); the driver collects only those. `split` returns W ~ Q + L R (Q absent without a quantizer). Methods whose truncations are nested
-also give their `spectrum`, from which every rank is a slice: rank allocation is built on that.
+it `needs` ("input_gram": the moments of the layer's input; "fisher": gradients of the loss by its weight;
+"output_gram": the second moment of those by its output); the driver collects only those. `split` returns W ~ Q + L R
+(Q absent without a quantizer). Methods whose truncations are nested also give their `spectrum`, from which every rank
+is a slice: rank allocation is built on that.
 """
 
 from __future__ import annotations
