@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import lord_tune
 from lord_tune.calibration.blocks import Blocks
 from lord_tune.calibration.collect import BlockWalk
-from lord_tune.calibration.sensitivity import _observed
+from lord_tune.calibration.sensitivity import _observed, _output_products
 from lord_tune.calibration.states import StateFile, StateWriter
 from lord_tune.decomposition.timing import Rates
 from lord_tune.evaluation.speed import speed
@@ -332,6 +332,9 @@ def test_a_sensitivity_pass_copies_nothing_in_its_hooks():
         with _observed({"a": layer}, {"a": torch.eye(4)}) as sums, device.watched() as seen:
             layer(torch.randn(3, 6, device=DEVICE)).sum().backward()
         assert not seen and torch.equal(sums["a"].cpu(), torch.full((4,), 3.0, dtype=torch.float64))
+        with _output_products({"a": layer}, {"a": (4, 6)}) as sums, device.watched() as seen:
+            layer(torch.randn(3, 6, device=DEVICE)).sum().backward()
+        assert not seen and torch.equal(sums["a"].cpu(), torch.full((4, 4), 3.0, dtype=torch.float64))
 
 
 def test_random_numbers_do_not_depend_on_the_default_device():

@@ -8,9 +8,10 @@ import pytest
 import torch
 from contracts import SHAPES, inputs, moments_of, output_gram_of, weight
 from test_engine import CALIBRATION, decompose_recorded, linear_weight
-from tiny import save_tiny, tiny_family, tiny_llama, tiny_tokenizer
+from tiny import read_tensors, save_tiny, tiny_family, tiny_llama, tiny_tokenizer
 from torch import Tensor, nn
 
+import lord_tune
 from lord_tune.calibration.blocks import find_blocks
 from lord_tune.calibration.collect import BlockWalk
 from lord_tune.calibration.moments import SampleAccumulator
@@ -21,7 +22,7 @@ from lord_tune.factorizations import TwoSided, Whitened, error_curves, relative_
 from lord_tune.integrations.models import load_dense_or_factored
 from lord_tune.integrations.running import task_of
 from lord_tune.layers import factored_layers, select_linears
-from lord_tune.plans import LayerChoice
+from lord_tune.plans import LayerChoice, Plan
 
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
@@ -242,3 +243,26 @@ def test_an_expert_that_no_token_of_the_backward_pass_chose_is_told(rows_file, t
     assert sum(NO_GRADIENT in text for text in made.warnings) == len(told)
     layers = factored_layers(load_dense_or_factored(str(made.folder)))
     assert all(torch.isfinite(layer.dense_weight(torch.float64)).all() for layer in layers.values())
+
+
+def test_a_plan_may_need_gradients_of_both_kinds(llama_dir, rows_file, tmp_path):
+    """Each layer is what it is in a plan of its own; a block without either still hands the gradients on."""
+    choices = {
+        "model.layers.0.self_attn.q_proj": LayerChoice("two_sided", 8, {"damping": 0.01}),
+        "model.layers.0.self_attn.o_proj": LayerChoice(
+            "caldera", 4, {"weighting": "fisher", "iterations": 1}, "lloyd2", {"incoherence": True, "seed": 0}
+        ),
+        "model.layers.2.self_attn.o_proj": LayerChoice("two_sided", 8, {}, "int4"),
+    }
+    found = {}
+    for number, names in enumerate([[*choices], *([name] for name in choices)]):
+        plan, out = tmp_path / f"{number}.json", tmp_path / f"out{number}"
+        dense = LayerChoice("whitened", None)
+        layers = [f"model.layers.{i}.self_attn.{n}_proj" for i in range(3) for n in "qo"]
+        Plan({name: choices[name] if name in names else dense for name in layers}).save(plan)
+        text = CALIBRATION | {"calibration": [str(rows_file)], "sensitivity_tokens": 128, "targets": "[qo]_proj"}
+        lord_tune.decompose(str(llama_dir), str(out), plan=str(plan), **text)
+        found[number] = read_tensors(out)
+    for number, name in enumerate(choices, 1):
+        own = {key: tensor for key, tensor in found[number].items() if key.startswith(f"{name}.")}
+        assert len(own) >= 2 and all(torch.equal(tensor, found[0][key]) for key, tensor in own.items()), name

@@ -17,8 +17,8 @@ Peak memory above what the process holds already is the largest of
     recovering   block + factors + 20 bytes per number of L and R + three times one window's activations
 
 Methods that weigh the outputs by gradients (two_sided) hold 12 out^2 per layer of a block in the sensitivity pass, 4 of
-them where the block is factorized, and keep 4 out^2 per layer of the model on disk: on the shapes of Llama-2 7B 1.2 GB
-per block and 39 GB, which `plan` says and nothing refuses.
+them where the block is factorized, and keep 4 out^2 per layer of the model on disk: on the shapes of Llama-2 7B 3.9 GB,
+1.3 GB and 42 GB, which `plan` says and nothing refuses.
 
 Where the blocks do not only hand their hidden states on (calibration/replay.py), the weights outside the blocks without
 the output head stay in memory from calibrating on.
