@@ -216,6 +216,8 @@ SETTINGS = {
     "nf4": ["--backbone", "nf4", "--rank", "16"],
     "uniform": ["--kept-fraction", "0.8", "--allocation", "uniform"],
     "loss_weighted": ["--kept-fraction", "0.8"],
+    "two_sided": ["--method", "two_sided", "--kept-fraction", "0.8"],
+    "two_sided beside nf4": ["--method", "two_sided", "--backbone", "nf4", "--rank", "16"],
 }
 SIZES = {  # hidden size, intermediate size, blocks, vocabulary
     "small": (512, 2048, 2, 8000),
