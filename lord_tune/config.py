@@ -165,7 +165,9 @@ class MethodConfig(MethodOptions, RunConfig):
     )
     calibration_tokens: int = Field(16384, gt=0, description="tokens to calibrate on; a sixteenth more is held out")
     context_length: int = Field(1024, gt=1, description="tokens per calibration window")
-    sensitivity_tokens: int = Field(4096, gt=0, description="tokens of the backward pass (loss_weighted, fisher)")
+    sensitivity_tokens: int = Field(
+        4096, gt=0, description="tokens of the backward pass (loss_weighted, two_sided, fisher)"
+    )
     propagate: Literal["dense", "sequential"] = Field(
         "dense", description="what later blocks are calibrated on: outputs of the original blocks, or of the decomposed"
     )
@@ -239,7 +241,7 @@ class MethodConfig(MethodOptions, RunConfig):
     @property
     def needs_text(self) -> bool:
         """Whether nothing can be computed without calibration text."""
-        return bool(self.needs() & {"input_gram", "loss_weights", "fisher"})
+        return bool(self.needs() & {"input_gram", "loss_weights", "fisher", "output_gram"})
 
     def weights(self) -> dict[str, float]:
         """Of the sources of calibration text, adding up to 1; empty where they have none and are one text."""
@@ -331,7 +333,7 @@ class MethodConfig(MethodOptions, RunConfig):
             "mix": self.mixes,
             "refine": self.by_loss,
             "measure_control": self.by_loss and (self.mixes or self.backbone != "none"),
-            "sensitivity_tokens": bool(self.needs() & {"loss_weights", "fisher"}),
+            "sensitivity_tokens": bool(self.needs() & {"loss_weights", "fisher", "output_gram"}),
             "calibration_tokens": calibrated,
             "context_length": calibrated,
             "propagate": calibrated,

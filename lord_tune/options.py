@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-Method = Literal["whitened", "svd", "afm", "loftq", "caldera"]
+Method = Literal["whitened", "svd", "two_sided", "afm", "loftq", "caldera"]
 Quantized = Literal["nf4", "int2", "int3", "int4", "int8", "lloyd2", "lloyd3", "lloyd4", "e8-2", "e8-3", "e8-4", "spqr"]
 Allocation = Literal["uniform", "loss_weighted", "mixed", "energy", "typed"]
 Export = Literal["dense", "factored", "peft"]
@@ -20,10 +20,21 @@ class MethodOptions(BaseModel):
     """What methods and formats declare."""
 
     sink_weight: float = Field(
-        0.05, ge=0, description=("whitened: extra weight of position-0 inputs (attention sinks) in the Gram matrix")
+        0.05,
+        ge=0,
+        description=("whitened, two_sided: extra weight of position-0 inputs (attention sinks) in the Gram matrix"),
     )
     shrinkage: float | Literal["auto"] = Field(
         0.0, description=("whitened: share of the Gram matrix's diagonal; auto: per layer, by held-out error")
+    )
+    damping: float = Field(
+        0.1,
+        ge=1e-06,
+        le=1,
+        description=(
+            "two_sided: share of the identity in the gradients' second moment; 1 weighs all outputs alike, as"
+            " whitened does"
+        ),
     )
     centred: bool = Field(True, description=("afm: centre the outputs and correct the bias, as LoRD is published"))
     iterations: int | None = Field(
@@ -52,6 +63,6 @@ class MethodOptions(BaseModel):
     outliers: float = Field(0.01, ge=0, lt=0.5, description=("spqr: fraction of weights kept in 16 bits"))
 
 
-METHOD_KEYS = ("sink_weight", "shrinkage", "centred", "iterations", "downdate", "order", "weighting")
+METHOD_KEYS = ("sink_weight", "shrinkage", "damping", "centred", "iterations", "downdate", "order", "weighting")
 
 FORMAT_KEYS = ("block_size", "double_quant", "group_size", "symmetric", "spqr_bits", "outliers")

@@ -15,9 +15,9 @@ from typing import Any
 from .allocation import ALLOCATORS
 from .config import PlanConfig
 from .decomposition import Compared, Journal, Phase, Request, Sized, decide_measured
-from .decomposition.calibrating import calibrate
 from .decomposition.choices import Measured
 from .decomposition.decide import Layers, decide, decide_from
+from .decomposition.engine import look
 from .decomposition.measuring import measure
 from .decomposition.passes import Passes
 from .decomposition.sizes import added_bias_bytes, stored_bytes
@@ -99,7 +99,7 @@ def sweep(
     `measure`; and what it was made from. request: a mixture of all formats that the sweep shall look at."""
     with _passes(config, source_name, request, beside) as work:
         decide(work.layers, request, work.rest)  # refuses methods without nested ranks
-        measured = calibrate(work.run, request)
+        measured = look(work.run, request)
         plans = _plans(work, request, measured)
         losses: dict[str, float] = {}
         if config.measure:

@@ -31,6 +31,7 @@ class PlanOptions(TypedDict, total=False):
 
     sink_weight: float
     shrinkage: float | Literal["auto"]
+    damping: float
     centred: bool
     iterations: int | None
     downdate: Literal["auto", "on", "off"]
@@ -42,7 +43,7 @@ class PlanOptions(TypedDict, total=False):
     symmetric: bool
     spqr_bits: int
     outliers: float
-    method: Literal["whitened", "svd", "afm", "loftq", "caldera"]
+    method: Literal["whitened", "svd", "two_sided", "afm", "loftq", "caldera"]
     backbone: Literal[
         "none", "nf4", "int2", "int3", "int4", "int8", "lloyd2", "lloyd3", "lloyd4", "e8-2", "e8-3", "e8-4", "spqr"
     ]
@@ -102,6 +103,7 @@ class DecomposeOptions(TypedDict, total=False):
 
     sink_weight: float
     shrinkage: float | Literal["auto"]
+    damping: float
     centred: bool
     iterations: int | None
     downdate: Literal["auto", "on", "off"]
@@ -113,7 +115,7 @@ class DecomposeOptions(TypedDict, total=False):
     symmetric: bool
     spqr_bits: int
     outliers: float
-    method: Literal["whitened", "svd", "afm", "loftq", "caldera"]
+    method: Literal["whitened", "svd", "two_sided", "afm", "loftq", "caldera"]
     backbone: Literal[
         "none", "nf4", "int2", "int3", "int4", "int8", "lloyd2", "lloyd3", "lloyd4", "e8-2", "e8-3", "e8-4", "spqr"
     ]

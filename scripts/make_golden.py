@@ -83,6 +83,7 @@ DECOMPOSE: dict[str, dict[str, Any]] = {
     "caldera-fisher": _CALDERA | {"rank": 8, "backbone": "lloyd2", "weighting": "fisher", "sensitivity_tokens": 128},
     "caldera-bits": _CALDERA | {"bits_per_weight": 4.0, "backbone": "e8-2", "order": "q", "downdate": "off"},
     "caldera-feedback-alone": _FEEDBACK | {"rank": 0, "backbone": "e8-2"},
+    "two-sided-loss-weighted": _WEIGHTED | {"method": "two_sided"},
 }
 # name -> the run that it continues, options
 TRAIN: dict[str, tuple[str, dict[str, Any]]] = {

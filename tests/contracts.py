@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lord_tune.calibration.moments import MomentAccumulator, Moments
-from lord_tune.factorizations import AFM, Caldera, FactorForm, Fisher, LoftQ, PlainSVD, Whitened
+from lord_tune.factorizations import AFM, Caldera, FactorForm, Fisher, LoftQ, PlainSVD, TwoSided, Whitened
 from lord_tune.quantizers import E8P2, E8P3, E8P4, NF4, Int2, Int3, Int4, Int8, Lloyd2, Lloyd3, Lloyd4, Rotated, SpQR
 
 
@@ -32,16 +32,21 @@ _ALTERNATES = "each rank alternates to another Q; tests/test_caldera.py bounds i
 _ROUNDED = "L and R are rounded, so no rank recovers W; tests/test_caldera.py bounds what rounding adds"
 _GRADIENTS = "minimises the error in a norm of gradients, see tests/test_caldera.py"
 _CALDERA = {"weight_optimum": _QUANTIZED, "output_optimum": _QUANTIZED, "error_falls_with_rank": _ALTERNATES}
+_WEIGHED = "minimises the error as the loss weighs it; tests/test_two_sided.py"
+_TWO_SIDED = {"weight_optimum": _NOT_WEIGHT_OPTIMAL, "output_optimum": _WEIGHED, "error_falls_with_rank": _WEIGHED}
 _SINK = "position 0 weighs more by design, so the plain calibrated error is not minimal"
 
 FACTORIZATIONS = [
     FactorizationRow(PlainSVD(), excused={"output_optimum": "minimises the weight error"}),
     FactorizationRow(Whitened(sink_weight=0.0), excused={"weight_optimum": _NOT_WEIGHT_OPTIMAL}),
     FactorizationRow(Whitened(), excused={"weight_optimum": _NOT_WEIGHT_OPTIMAL, "output_optimum": _SINK}),
+    FactorizationRow(TwoSided(sink_weight=0.0), excused=_TWO_SIDED),
+    FactorizationRow(TwoSided(damping=1e-3), excused=_TWO_SIDED),
     FactorizationRow(AFM(), excused={"weight_optimum": _NOT_WEIGHT_OPTIMAL, "output_optimum": _AFFINE}),
     FactorizationRow(AFM(centred=False), excused={"weight_optimum": _NOT_WEIGHT_OPTIMAL}),
     FactorizationRow(PlainSVD(), NF4(), {"weight_optimum": _QUANTIZED, "output_optimum": _QUANTIZED}),
     FactorizationRow(Whitened(), NF4(), {"weight_optimum": _QUANTIZED, "output_optimum": _QUANTIZED}),
+    FactorizationRow(TwoSided(), NF4(), _TWO_SIDED),
     FactorizationRow(AFM(), NF4(), {"weight_optimum": _QUANTIZED, "output_optimum": _QUANTIZED}),
     FactorizationRow(
         LoftQ(),
@@ -110,3 +115,12 @@ def fisher_of(shape: tuple[int, int], seed: int = 2) -> Fisher:
     generator = torch.Generator().manual_seed(seed)
     rows, columns = (torch.randn(size, generator=generator, dtype=torch.float64).exp() for size in shape)
     return Fisher(rows, columns)
+
+
+def output_gram_of(out: int, tokens: int = 300, seed: int = 3) -> Tensor:
+    """(out, out): G = E[g g^T] of gradients that differ a thousandfold between directions."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(out, out, generator=generator, dtype=torch.float64)
+    gradients = torch.randn(tokens, out, generator=generator, dtype=torch.float64)
+    gradients = gradients * torch.logspace(-3, 0, out, dtype=torch.float64) @ mixing
+    return 1e-6 * gradients.T @ gradients / tokens

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import lord_tune
 from lord_tune.calibration.blocks import Blocks
 from lord_tune.calibration.collect import BlockWalk
-from lord_tune.calibration.sensitivity import _observed
+from lord_tune.calibration.sensitivity import _observed, _output_products
 from lord_tune.calibration.states import StateFile, StateWriter
 from lord_tune.decomposition.timing import Rates
 from lord_tune.evaluation.speed import speed
@@ -39,6 +39,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "afm-sequential": {"method": "afm", "kept_fraction": 0.7, "propagate": "sequential"},
     "whitened": {"rank": 8, "shrinkage": "auto", "recover_epochs": 1},
     "svd": {"method": "svd", "kept_fraction": 0.7, "allocation": "uniform"},
+    "two-sided": {"method": "two_sided", "kept_fraction": 0.7},
     "pivoted": {"rank": 8, "form": "pivoted"},
     "int8-factors": {"rank": 12, "factor_format": "int8"},
     "nf4": {"method": "loftq", "backbone": "nf4", "rank": 8, "double_quant": True},
@@ -47,7 +48,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "caldera": {"method": "caldera", "backbone": "e8-2", "rank": 8, "iterations": 1},
     "fisher": {"method": "caldera", "backbone": "lloyd3", "rank": 8, "iterations": 1, "weighting": "fisher"},
 }
-_GRADIENTS = {"default", "whitened", "fisher"}  # those of some operations are computed in another order
+_GRADIENTS = {"default", "whitened", "fisher", "two-sided"}  # those of some operations are computed in another order
 _SLOW = {"caldera", "fisher"}  # feedback on a thousand columns
 MODES: dict[str, Callable[[Any], Any]] = {
     "factors": lambda model: lord_tune.expose_factors(model),
@@ -331,6 +332,9 @@ def test_a_sensitivity_pass_copies_nothing_in_its_hooks():
         with _observed({"a": layer}, {"a": torch.eye(4)}) as sums, device.watched() as seen:
             layer(torch.randn(3, 6, device=DEVICE)).sum().backward()
         assert not seen and torch.equal(sums["a"].cpu(), torch.full((4,), 3.0, dtype=torch.float64))
+        with _output_products({"a": layer}, {"a": (4, 6)}) as sums, device.watched() as seen:
+            layer(torch.randn(3, 6, device=DEVICE)).sum().backward()
+        assert not seen and torch.equal(sums["a"].cpu(), torch.full((4, 4), 3.0, dtype=torch.float64))
 
 
 def test_random_numbers_do_not_depend_on_the_default_device():

@@ -407,6 +407,9 @@ ROUNDED: dict[str, dict[str, Any]] = {
     | {"top_rank": 2, "top_format": "int8", "targets": "self_attn"},
     "fisher": {"method": "caldera", "weighting": "fisher", "backbone": "lloyd2", "rank": 8, "factor_format": "lloyd4"}
     | {"iterations": 1, "targets": "self_attn"},
+    "two-sided": {"method": "two_sided", "rank": 12, "factor_format": "lloyd3"},
+    "two-sided, loss weighted": {"method": "two_sided", "kept_fraction": 0.8, "factor_format": "lloyd3"},
+    "two-sided beside int4": {"method": "two_sided", "backbone": "int4", "rank": 8, "factor_format": "fp32"},
 }
 
 
@@ -557,6 +560,7 @@ COMMANDS = {
     "sequential": [*TEXT, "--backbone", "nf4", "--rank", "8", "--propagate", "sequential"],
     "fisher": [*TEXT, "--method", "caldera", "--weighting", "fisher", "--backbone", "lloyd2", "--rank", "4"]
     + ["--iterations", "1", "--factor-format", "lloyd4", "--targets", "q_proj", "--sensitivity-tokens", "256"],
+    "two-sided": [*TEXT, "--method", "two_sided", "--kept-fraction", "0.8", "--sensitivity-tokens", "256"],
 }
 VARYING = ("seconds", "peak_memory_bytes", "estimated_peak_memory_bytes")
 _MODEL = "model-0000{}-of-00004.safetensors"
@@ -580,9 +584,11 @@ MOMENTS_OF_DEATH: list[tuple[str, Moment]] = [
     ("weighted", ("remove", "/.work", "half")),
     ("sequential", ("rename", "states-calibration-00001-0.bin", "after")),
     ("sequential", ("rename", _MODEL.format(3), "after")),
-    ("fisher", ("line", "calibrating/1", "half")),
+    ("fisher", ("line", "forward/1", "half")),
     ("fisher", ("line", "sensitivity/1", "half")),
     ("fisher", ("rename", _MODEL.format(2), "before")),
+    *(("two-sided", ("line", f"{phase}/1", "half")) for phase in ("forward", "sensitivity", "calibrating", "writing")),
+    ("two-sided", ("rename", "sensitivity-00001.safetensors", "half")),
 ]
 
 
@@ -920,6 +926,7 @@ def test_two_processes_give_the_same_decomposition(uninterrupted, kind):
         ("weighted", ("rename", _MODEL.format(2), "half")),
         ("sequential", ("line", "writing/1", "half")),
         ("fisher", ("line", "sensitivity/1", "half")),
+        ("two-sided", ("line", "calibrating/1", "half")),
     ],
     ids=moment_id,
 )

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from contracts import FACTORIZATIONS, SHAPES, FactorizationRow, fisher_of, inputs, moments_of, weight
+from contracts import FACTORIZATIONS, SHAPES, FactorizationRow, fisher_of, inputs, moments_of, output_gram_of, weight
 
 from lord_tune.calibration.moments import SampleAccumulator
 from lord_tune.errors import UsageError
@@ -28,7 +28,8 @@ def split(row: FactorizationRow, shape: tuple[int, int], rank: int):
 
 def split_of(row: FactorizationRow, w, moments, rank: int):
     """With all that the method says it needs."""
-    gradients = {"fisher": fisher_of(tuple(w.shape))} if "fisher" in row.method.needs else {}
+    measured = {"fisher": fisher_of(tuple(w.shape)), "output_gram": output_gram_of(len(w))}
+    gradients = {name: found for name, found in measured.items() if name in row.method.needs}
     return row.method.split(w, moments, rank, row.quantizer, **gradients)
 
 

@@ -174,7 +174,10 @@ def case_out(b: Bench) -> None:
 def case_method(b: Bench) -> None:
     whitened, afm = b.decompose(), b.decompose(method="afm")
     svd, loftq = b.decompose(method="svd"), b.decompose(method="loftq", backbone="nf4")
-    for run, name in ((whitened, "whitened"), (afm, "afm"), (svd, "svd"), (loftq, "loftq")):
+    two_sided = b.decompose(method="two_sided")
+    assert svd.mean("error_calibrated") > two_sided.mean("error_calibrated") > whitened.mean("error_calibrated")
+    runs = (whitened, "whitened"), (afm, "afm"), (svd, "svd"), (loftq, "loftq"), (two_sided, "two_sided")
+    for run, name in runs:
         assert {plan["method"] for plan in run.manifest.values()} == {name}
     assert whitened.mean("error_calibrated") < 0.9 * svd.mean("error_calibrated")
     # the plain SVD that is reported beside every method is computed in float32
@@ -385,6 +388,13 @@ def case_weighting(b: Bench) -> None:
     assert plain.mean("error_calibrated") < weighed.mean("error_calibrated") < 1
 
 
+def case_damping(b: Bench) -> None:
+    """More of it comes closer to the best output error, which weighs all outputs alike."""
+    found = [b.decompose(method="two_sided", damping=d).mean("error_calibrated") for d in (1e-3, 0.1, 1.0)]
+    assert found[0] > found[1] > found[2] == pytest.approx(b.decompose().mean("error_calibrated"), rel=1e-9)
+    assert b.decompose(method="two_sided").mean("error_calibrated") == found[1]
+
+
 def case_spqr_bits(b: Bench) -> None:
     runs = {bits: b.small(calibrated=False, method="svd", backbone="spqr", spqr_bits=bits) for bits in (2, 3, 4)}
     found = [run.mean("bits_per_weight") for run in runs.values()]
@@ -581,6 +591,7 @@ DECOMPOSE: dict[str, Case] = {
     "recover_epochs": case_recover_epochs,
     "recover_learning_rate": case_recover_learning_rate,
     "shrinkage": case_shrinkage,
+    "damping": case_damping,
     "resume": case_resume,
     "overwrite": case_overwrite,
     "dry_run": case_dry_run,
@@ -840,6 +851,7 @@ PLAN: dict[str, Case] = {
     "recover_learning_rate": case_plan_recover_learning_rate,
     "sink_weight": unchanged(sink_weight=0.5),
     "shrinkage": case_plan_shrinkage,
+    "damping": unchanged(damping=0.5, method="two_sided"),
     "centred": case_plan_centred,
     "iterations": case_plan_iterations,
     "downdate": unchanged(downdate="on", method="caldera", backbone="e8-2"),
@@ -873,6 +885,16 @@ def test_plan_foresees_the_backward_pass_of_fisher(bench):
     )
     assert weighed["phases"].get("sensitivity", 0) > 0
     assert weighed["scratch_bytes"] > plain["scratch_bytes"] and weighed["seconds"] > plain["seconds"]
+
+
+@pytest.mark.parametrize("budget", [{"rank": 8}, {"kept_fraction": 0.8}], ids=["rank", "loss weighted"])
+def test_plan_foresees_the_backward_pass_of_two_sided(bench, budget):
+    plain, weighed = (bench.plan(method=name, **budget) for name in ("whitened", "two_sided"))
+    assert weighed["seconds"] > plain["seconds"] and weighed["scratch_bytes"] > plain["scratch_bytes"]
+    where = "writing" if "rank" in budget else "calibrating"
+    # the moments of one block's seven layers in float32 (out 64, 32, 32, 64, 96, 96, 64), beside more at hand
+    assert weighed["phases"][where] - plain["phases"][where] > 4 * (3 * 64**2 + 2 * 32**2 + 2 * 96**2)
+    assert weighed["phases"].get("sensitivity", 0) > 0
 
 
 def test_plan_takes_every_option_of_the_method():

@@ -217,6 +217,8 @@ SETTINGS = {
     "uniform": ["--kept-fraction", "0.8", "--allocation", "uniform", "--form", "plain"],
     "loss_weighted": ["--kept-fraction", "0.8", "--form", "plain"],
     "pivoted": ["--kept-fraction", "0.8", "--allocation", "uniform"],
+    "two_sided": ["--method", "two_sided", "--kept-fraction", "0.8", "--form", "plain"],
+    "two_sided beside nf4": ["--method", "two_sided", "--backbone", "nf4", "--rank", "16"],
 }
 SIZES = {  # hidden size, intermediate size, blocks, vocabulary
     "small": (512, 2048, 2, 8000),

@@ -32,6 +32,10 @@ class InputStatistics(Protocol):
         """Mean of (row . (x - centre))^2 for each of `rows` (k, in); `centre` is (in,) or zero. (k,) float64"""
         ...
 
+    def moment(self, rows: Tensor) -> Tensor:
+        """Mean of (rows x) (rows x)^T for `rows` (k, in). (k, k) float64"""
+        ...
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -82,6 +86,10 @@ class Moments:
         shift = rows @ centre
         return energy - 2 * shift * (rows @ self.mean) + shift * shift
 
+    def moment(self, rows: Tensor) -> Tensor:
+        rows = rows.double()
+        return rows @ self.gram @ rows.T
+
     def describe(self) -> dict[str, float]:
         """How well the Gram matrix determines anything: tokens, inputs that never fired, the share of the energy in the
         largest channel (massive activations: above one half, an error is that of one direction)."""
@@ -110,6 +118,10 @@ class Sample:
         if centre is not None:
             outputs = outputs - directions @ centre.to(directions)
         return (outputs * outputs).double().mean(0)
+
+    def moment(self, rows: Tensor) -> Tensor:
+        outputs = self.rows @ rows.to(self.rows.dtype).T
+        return (outputs.T @ outputs).double() / max(len(outputs), 1)
 
 
 class MomentAccumulator:

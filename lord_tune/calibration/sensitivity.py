@@ -2,8 +2,11 @@
 
 A backward pass gives, for every layer output y, the gradients g of the summed loss; G = E[g g^T] is their second
 moment. To second order (Gauss-Newton with the empirical Fisher), dropping the output direction u_j costs
-sigma_j^2 * u_j^T G u_j (methods of K-FAC, Martens and Grosse 2015, with the output factor only). G itself is never
+sigma_j^2 * u_j^T G u_j (methods of K-FAC, Martens and Grosse 2015, with the output factor only). For that G is never
 formed: only the products U^T g are squared and summed, so memory is one number per direction.
+
+`output_grams` gives G itself, for methods that weigh the outputs with it: float32 products of a window, summed in
+float64, 8 out^2 bytes per layer of the block at hand. A layer whose outputs get no gradient has G = 0.
 
 `fisher_means` gives what LQ-LoRA weighs a matrix with: the mean squared gradient of the loss by its elements, over
 rows and over columns.
@@ -25,6 +28,7 @@ from ..errors import CalibrationError
 from ..parallel import Workers
 from .blocks import first_input
 from .collect import BlockWalk
+from .moments import add_gram, mirror
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,6 +62,36 @@ def fisher_means(
     with _weight_gradients(layers, shapes) as sums:
         walk.backward(index, stream)
     return _means(sums, windows, workers or Workers())
+
+
+def output_grams(
+    walk: BlockWalk,
+    index: int,
+    stream: str,
+    layers: dict[str, nn.Module],
+    shapes: dict[str, tuple[int, int]],  # (out, in) of each
+    tokens: int,  # of the stream, over all processes
+    workers: Workers | None = None,
+) -> dict[str, Tensor]:
+    """name:gram (out, out) float32: mean of g g^T per token of the gradient g by the layer's output."""
+    with _output_products(layers, shapes) as sums:
+        walk.backward(index, stream)
+    return _gram_means(sums, tokens, workers or Workers())
+
+
+def whole_model_output_grams(
+    model: PreTrainedModel,
+    windows: Tensor,  # of this process
+    layers: dict[str, nn.Module],
+    shapes: dict[str, tuple[int, int]],
+    objective: Callable[[nn.Module, Tensor], Tensor],
+    tokens: int,  # of all processes
+    workers: Workers | None = None,
+) -> dict[str, Tensor]:
+    """The same for a model without a block list, with every activation of a window in memory."""
+    with _output_products(layers, shapes) as sums:
+        _run_backward(model, windows, objective)
+    return _gram_means(sums, tokens, workers or Workers())
 
 
 def whole_model_fisher(
@@ -169,9 +203,50 @@ def _weight_gradients(layers: dict[str, nn.Module], shapes: dict[str, tuple[int,
             handle.remove()
 
 
+@contextmanager
+def _output_products(layers: dict[str, nn.Module], shapes: dict[str, tuple[int, int]]) -> Iterator[dict[str, Tensor]]:
+    """Sums of g g^T (the block upper triangle) while the body runs backward passes."""
+    sums: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        out = shapes[name][0]
+        sums[name] = torch.zeros(out, out, dtype=torch.float64, device=_device_of(layer))
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def forward_hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            def add(gradient: Tensor) -> None:
+                add_gram(sums[name], gradient.detach().reshape(-1, gradient.shape[-1]).float())
+
+            if output.requires_grad:
+                output.register_hook(add)
+
+        return forward_hook
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in layers.items()]
+    try:
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _gram_means(sums: dict[str, Tensor], tokens: int, workers: Workers) -> dict[str, Tensor]:
+    """Takes the sums out of the dict one by one: a float64 matrix lives no longer than it has to."""
+    found = {}
+    for name in sorted(sums):
+        total = sums.pop(name)
+        workers.add_up(total)
+        _check_finite(name, total)
+        found[f"{name}:gram"] = mirror(total).div_(tokens).float()
+    return found
+
+
+def _check_finite(name: str, total: Tensor) -> None:
+    if not torch.isfinite(total).all():
+        raise CalibrationError(f"The loss gradient at the output of '{name}' is not finite; use `dtype` float32.")
+
+
 def _means(sums: dict[str, Tensor], count: int, workers: Workers) -> dict[str, Tensor]:
     for name in sorted(sums):
         workers.add_up(sums[name])
-        if not torch.isfinite(sums[name]).all():
-            raise CalibrationError(f"The loss gradient at the output of '{name}' is not finite; use `dtype` float32.")
+        _check_finite(name, sums[name])
     return {name: total / count for name, total in sums.items()}

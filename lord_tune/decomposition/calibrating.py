@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..allocation import break_even
@@ -53,6 +54,7 @@ def calibrate(run: Passes, request: Request) -> dict[str, Measured]:
 
 def _analyse_block(run: Passes, walk: BlockWalk, index: int, request: Request) -> dict[str, Analysis | None]:
     statistics = collect(run, walk, index, keep=index + 1 < run.count)
+    gradients = run.read(sensitivity_file(index)) if request.gradients_first else {}
     method, form = request.template.factorization(), request.template.form
     budget = request.budget
     assert isinstance(method, Projection) and isinstance(budget, Sized), "decide refuses methods without nested ranks"
@@ -65,8 +67,8 @@ def _analyse_block(run: Passes, walk: BlockWalk, index: int, request: Request) -
         assert isinstance(calibration, Moments)
         weight = run.survey.layers[name].weight(run.model)
         limit = None if request.by_loss else break_even((weight.shape[0], weight.shape[1]), form)
-        heldout = statistics[HELDOUT].get(name)
-        return analyse(weight, calibration, heldout, method, limit, form, formats)
+        heldout, output_gram = statistics[HELDOUT].get(name), gradients.get(f"{name}:gram")
+        return analyse(weight, calibration, heldout, method, limit, output_gram, form, formats)
 
     return run.deal(index, dict.fromkeys(run.survey.members(index), method), look)
 
@@ -104,12 +106,14 @@ def _measured(run: Passes, request: Request) -> dict[str, Measured]:
                 name, _, what = key.rpartition(":")
                 by_layer.setdefault(name, {})[what] = tensor.cpu()
         for name, tensors in by_layer.items():
-            weight, gradient = weights.get(name), weights.get(f"{name}:total")
+            energies, weight, gradient = tensors["energies"], weights.get(name), weights.get(f"{name}:total")
+            if request.predicts_loss and request.weighs:
+                weight = torch.ones_like(energies)
             found[name] = Measured(
                 run.survey.layers[name].shape,
-                tensors["energies"],
+                energies,
                 None if weight is None else weight.cpu(),
-                0.0 if gradient is None else float(gradient),
+                None if gradient is None else float(gradient),
                 noise_of(tensors),
             )
     return found

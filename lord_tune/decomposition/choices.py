@@ -55,7 +55,7 @@ class Measured:
     shape: tuple[int, int]
     energies: Tensor  # (k,) float64: sigma_j^2, decreasing
     loss_weights: Tensor | None = None  # (k,) float64: u_j^T G u_j
-    gradient: float = 0.0  # tr G
+    gradient: float | None = None  # tr G; None: the energies are the loss already, and all weights are 1
     noise: Mapping[str, Noise] = field(default_factory=dict)  # backbone -> what it does
 
     def losses(self, choices: list[LayerChoice]) -> Tensor | None:
@@ -65,7 +65,7 @@ class Measured:
             return None
         tails = {"none": _tails(self.energies * weights)}
         for name, noise in self.noise.items():
-            cost = noise.cost(self.shape, weights, self.gradient)
+            cost = 1.0 if self.gradient is None else noise.cost(self.shape, weights, self.gradient)
             tails[name] = [cost * energy for energy in _tails(noise.energies)]
         return 0.5 * _at(tails, choices)
 

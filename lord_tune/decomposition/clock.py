@@ -12,7 +12,8 @@ class Clock:
     """Counts finished blocks and foresees the rest from what the passes cost relative to each other."""
 
     def __init__(self, blocks: int, costs: dict[Phase, float], notify: Notify):
-        self._blocks, self._costs, self._notify = blocks, costs, notify  # costs: of one block, relative
+        # of one block, relative; the passes in their order
+        self._blocks, self._costs, self._notify = blocks, costs, notify
         self._start = time.perf_counter()
         self._spent = 0.0
 
@@ -21,7 +22,7 @@ class Clock:
         done = index + 1 if phase != Phase.SENSITIVITY else self._blocks - index
         self._spent += self._costs[phase]
         ahead = 0.0
-        order = list(Phase)
+        order = list(self._costs)
         for other, cost in self._costs.items():
             blocks = self._blocks if order.index(other) > order.index(phase) else 0
             ahead += (self._blocks - done if other == phase else blocks) * cost

@@ -70,8 +70,23 @@ class Request:
 
     @property
     def by_loss(self) -> bool:
-        """Whether the allocator weighs choices by the loss."""
+        """Whether the choices that an allocator compares are weighed by the loss in a pass of their own."""
+        return self.weighs and not self.predicts_loss
+
+    @property
+    def weighs(self) -> bool:
+        """Whether the allocator compares choices by what they cost the loss."""
         return isinstance(self.budget, Sized) and "loss_weights" in self.budget.allocator.needs
+
+    @property
+    def predicts_loss(self) -> bool:
+        """Whether the method's energies are the loss already."""
+        return "output_gram" in self.template.factorization().needs
+
+    @property
+    def gradients_first(self) -> bool:
+        """Whether a backward pass comes before anything is factorized."""
+        return bool(self.needs() & {"fisher", "output_gram"})
 
     def needs(self) -> frozenset[str]:
         """The statistics that the run may take."""
@@ -80,7 +95,7 @@ class Request:
 
     def needs_text(self) -> bool:
         """Whether it cannot be carried out without calibration text."""
-        return bool(self.needs() & {"input_gram", "loss_weights", "fisher"})
+        return bool(self.needs() & {"input_gram", "loss_weights", "fisher", "output_gram"})
 
     def templates(self) -> tuple[LayerChoice, ...]:
         """Everything but the rank, of all that a layer may become."""
@@ -137,7 +152,7 @@ def control_of(layers: Layers, request: Request, measured: Mapping[str, Measured
     """The best plan without L R of the same bytes: every layer dense or rounded to one of the formats that were
     measured. None where there are none, or no such plan is as small."""
     sized = request.budget
-    if not isinstance(sized, Sized) or not sized.control or not request.by_loss:
+    if not isinstance(sized, Sized) or not sized.control or not request.weighs:
         return None
     known = {name: layers[name] for name in layers if name in measured}
     spent = sum(sized.cost(site, plan.layers[name]) for name, site in known.items())

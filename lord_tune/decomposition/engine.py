@@ -1,12 +1,13 @@
 """The driver: decompose a checkpoint block by block, in memory bounded by its largest block.
 
-Up to three passes over the blocks. In each, a block's weights are loaded, used and released; hidden states lie in
+Up to four passes over the blocks. In each, a block's weights are loaded, used and released; hidden states lie in
 files between blocks; a finished block is a file and a line in the journal.
 
+    forward       (only for methods that weigh by gradients: what the next pass needs) runs the blocks
+    sensitivity   (the same) gradients of the loss, from the last block to the first
     calibrating   (only when the allocator needs all spectra first) run the text through the block, factorize its layers
                   at every rank, keep basis and error curves in a file; dense outputs go on to the next block
-    sensitivity   (only for allocators that weigh by the loss, or methods that weigh by gradients: then the pass before
-                  it only runs the blocks) gradients of the loss, from the last block to the first
+    sensitivity   (only for allocators that weigh by the loss, where the method does not) gradients as above
     writing       the factors of the chosen rank. With ranks known from the start this is the only pass and calibrates
                   too; `propagate: sequential` makes it calibrate on the outputs of the blocks already decomposed
 
@@ -48,8 +49,9 @@ from ..errors import CalibrationError, LordError, LordWarning, UsageError
 from ..plans import LayerPlan, Plan
 from .base import LayerRecord, Notify, Source, Windows
 from .calibrating import calibrate
+from .choices import Measured
 from .decide import NEVER_RAN, Request, control_of, decide_from
-from .gradients import measure_fisher
+from .gradients import measure_gradients
 from .journal import Journal
 from .measuring import measure
 from .passes import Passes
@@ -108,7 +110,6 @@ def decompose_checkpoint(
     rest: int = 0,  # bytes of everything in the checkpoint but the layers to decompose
 ) -> Outcome:
     """Write the shards of the decomposed checkpoint into the journal's folder."""
-    needs = request.needs()
     if windows is None and request.needs_text():
         raise CalibrationError(
             f"Method '{request.template.method}' with this budget needs calibration text; pass `calibration` files."
@@ -119,8 +120,8 @@ def decompose_checkpoint(
         plan, compared = decide_measured(run, request, rest)
         plain = all(choice.backbone == "none" for choice in plan.factored().values())
         from_analysis = request.propagate == "dense" and not request.template.rounds_factors and plain
-    elif "fisher" in needs:
-        measure_fisher(run)
+    elif request.gradients_first:
+        measure_gradients(run, {name: choice.factorization() for name, choice in plan.factored().items()})
     if not plan.factored():
         journal.discard()
         raise LordError("Every layer stays dense at this budget, so nothing is done; choose another budget.")
@@ -129,10 +130,17 @@ def decompose_checkpoint(
     return _outcome(run, plan, compared)
 
 
+def look(run: Passes, request: Request) -> dict[str, Measured]:
+    """All passes that a budget is shared out by."""
+    if request.gradients_first:
+        measure_gradients(run, dict.fromkeys(run.survey.layers, request.template.factorization()))
+    return calibrate(run, request)
+
+
 def decide_measured(run: Passes, request: Request, rest: int) -> tuple[Plan, Compared]:
     """The plan of a budget that the calibration shares out, and what it was compared with."""
     layers = run.survey.layers
-    measured = calibrate(run, request)
+    measured = look(run, request)
     plan = decide_from(layers, request, measured, rest)
     candidates = {SOLUTION: plan}
     for tilt in TILTS[: request.refine]:
@@ -156,15 +164,17 @@ def decide_measured(run: Passes, request: Request, rest: int) -> tuple[Plan, Com
 
 
 def _costs(request: Request, plan: Plan | None) -> dict[Phase, float]:
-    """Of one block in each pass, relative to running and analysing it."""
+    """Of one block in each pass, relative to running and analysing it; in their order."""
     epochs = 0 if request.recovery is None else request.recovery.epochs
-    gradients = request.by_loss or "fisher" in request.needs()
     again = request.propagate == "sequential" or request.template.rounds_factors or plan is not None
     again |= any(template.backbone != "none" for template in request.templates())
+    measuring = 0.1 * request.refine + (0.2 if request.measure_control else 0.0)
+    calibrating = {Phase.CALIBRATING: 1.0 if plan is None else 0.0}
+    backward = {Phase.SENSITIVITY: 0.4 if request.by_loss or request.gradients_first else 0.0}
     return {
-        Phase.CALIBRATING: 1.0 if plan is None else 0.05 if gradients else 0.0,
-        Phase.SENSITIVITY: 0.4 if gradients else 0.0,
-        Phase.MEASURING: 0.1 * request.refine + (0.2 if request.measure_control else 0.0),
+        Phase.FORWARD: 0.05 if request.gradients_first else 0.0,
+        **(backward | calibrating if request.gradients_first else calibrating | backward),
+        Phase.MEASURING: measuring,
         # a pass of recovery runs the block forward and backward; before it, both blocks' outputs are made
         Phase.WRITING: (1.0 if again else 0.05) + (1.0 + 1.5 * epochs if epochs else 0.0),
     }

@@ -16,12 +16,18 @@ Peak memory above what the process holds already is the largest of
     writing      block + bases + factors + one layer's truncation (and what calibrating needs, if it happens here)
     recovering   block + factors + 20 bytes per number of L and R + three times one window's activations
 
+Methods that weigh the outputs by gradients (two_sided) hold 12 out^2 per layer of a block in the sensitivity pass, 4 of
+them where the block is factorized, and keep 4 out^2 per layer of the model on disk: on the shapes of Llama-2 7B 3.9 GB,
+1.3 GB and 42 GB, which `plan` says and nothing refuses.
+
 Where the blocks do not only hand their hidden states on (calibration/replay.py), the weights outside the blocks without
 the output head stay in memory from calibrating on.
 
 The layer at hand, in float64 matrices that live together; m = out in, k = min(out, in), f = rank (out + in):
 
-    solution     (wide: out <= in) W, then rows of its curves, 2.5 m + 6 k^2;  (tall) rotation and basis, 2 m + 8.5 k^2
+    solution     (wide: out <= in) W, then rows of its curves, 2.5 m + 6 k^2;  (tall) rotation and basis, 2 m + 8.5 k^2;
+                 with output weights their moment, its root, the dual and products of the curves, out^2 + 4 k^2 more and
+                 (tall) m
     truncation   2 m + f, tall 3 m + f, while the solution is alive; pivoted factors: LU of L, where it is larger than B
     backbone     Q, W, W - Q and, for the error of a plain SVD beside them, the quantized W and two differences:
                  wide max(7 m, 5 m + 6 k^2), tall max(6 m + 7 k^2, 7 m + 4 k^2); one more Q with --shrinkage auto
@@ -36,13 +42,13 @@ estimated on Llamas (CPU) of hidden size 512, 1024 and 2048: tests/test_plan.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..allocation import PIVOTED, factor_cost
+from ..allocation import PIVOTED, break_even, factor_cost
 from ..plans import LayerChoice, Plan
 from ..sites import Site
 from .base import CHECKED_TOKENS
@@ -116,8 +122,11 @@ def estimate_run(
     sequential = request.propagate == "sequential"
     by_loss = request.by_loss
     rounds = any(choice.rounds_factors for choice in choices.values())
-    weighted = by_loss or "fisher" in request.needs()  # there is a backward pass
-    bases = sum(4 * shapes[n][0] * min(shapes[n]) for n in layers) if by_loss else 0
+    weighted = by_loss or request.gradients_first  # there is a backward pass
+    noticed = {n for n, choice in choices.items() if "output_gram" in choice.factorization().needs}
+    kept_bases = _kept_bases(shapes, noticed, choices) if ranks is None else {}
+    bases = sum(kept_bases.get(n, 0) for n in layers)
+    output_grams = sum(4 * shapes[n][0] ** 2 for n in layers if n in noticed)
     factors = sum(stored.values()) if stored else block_bytes[widest]
     kept_ranks = {n: _rank_bound(members[n], request) if ranks is None else ranks.get(n) or 0 for n in layers}
     on_cpu = device is None or device.type == "cpu"
@@ -147,7 +156,7 @@ def estimate_run(
         at_hand = max(window, at_hand)  # the activations are gone by then
     else:
         at_hand += window
-    work = resident + block_bytes[widest] + grams + at_hand
+    work = resident + block_bytes[widest] + grams + output_grams + at_hand
     if ranks is None:
         phases["calibrating"] = work
     vocabulary = max((t.shape[0] for n, t in tensors.items() if t.dim() == 2 and n not in inside), default=0)
@@ -158,7 +167,7 @@ def estimate_run(
         share = text.sensitivity_length / max(text.length, 1)
         phases["sensitivity"] = max(
             rest_bytes + 5 * 4 * text.sensitivity_length * vocabulary,
-            resident + block_bytes[widest] + bases + int(3 * share * window),
+            resident + block_bytes[widest] + (bases if by_loss else 3 * output_grams) + int(3 * share * window),
         )
     cut = _together([_truncation_parts(shapes[n], kept_ranks[n], choices[n].form) for n in layers], mapped)
     rounds |= any(template.backbone != "none" for template in offered)
@@ -179,7 +188,8 @@ def estimate_run(
         scratch += checked * ((count + 2) * width * element + 4 * vocabulary)
         if weighted:
             scratch += (count + 2) * text.sensitivity * width * element
-            scratch += sum(4 * s[0] * min(s) if by_loss else 8 * sum(s) for s in shapes.values())
+            scratch += sum(kept_bases.values())
+            scratch += sum(4 * s[0] ** 2 if n in noticed else 0 if by_loss else 8 * sum(s) for n, s in shapes.items())
     after = None
     bits = None
     if ranks is not None:
@@ -212,6 +222,19 @@ def estimate_run(
         seconds=seconds,
         phases=phases,
     )
+
+
+def _kept_bases(
+    shapes: dict[str, tuple[int, int]], noticed: set[str], choices: Mapping[str, LayerChoice]
+) -> dict[str, int]:
+    """Bytes of what is kept of each layer until its rank is chosen: the whole basis, or basis and dual up to
+    break-even where the energies are the loss already."""
+    found = {}
+    for name, (out, inputs) in shapes.items():
+        limit = min(out, inputs)
+        own = 2 * min(break_even((out, inputs), choices[name].form), limit) if name in noticed else limit
+        found[name] = 4 * out * own
+    return found
 
 
 def _distinct_inputs(groups: list[set[str]], members: Iterable[str], shapes: dict[str, tuple[int, int]]) -> list[int]:
@@ -258,22 +281,33 @@ def _working_parts(shape: tuple[int, int], rank: int, text: TextSize | None, cho
     method, backbone = choice.factorization(), choice.backbone != "none"
     if method.alternates:
         return alternation
+    weighed: Parts = []
+    if "output_gram" in method.needs:
+        weighed = [(1.0, 8 * out * out), (4.0, square), (1.0 if tall else 0.0, m)]
     if backbone and text is not None:
         choices = [(6.0, 7.0), (7.0, 4.0)] if tall else [(7.0, 0.0), (5.0, 6.0)]
         extra = 1.0 if len(method.candidates()) > 1 else 0.0
         whole, squares = _larger(choices, m, square)
-        own: Parts = [(whole + extra, m), (squares, square)]
+        own: Parts = [(whole + extra, m), (squares, square), *weighed]
         compared = rank > 0 and inputs <= COMPARED_INPUTS  # with feedback rounding alone
         return max(own, alternation if compared else own, key=_bytes)
     above = 2.0 if backbone else 0.0  # W and Q beside the residual's solution
     if text is None:
         choices = [(2.0, 7.0)] if tall else [(1.0, 6.0)]
         return [(above + choices[0][0], m), (choices[0][1], square)]
+    return _solution_parts(shape, rank, text, choice.form) + weighed
+
+
+def _solution_parts(shape: tuple[int, int], rank: int, text: TextSize, form: str) -> Parts:
+    """Without a backbone, the larger of the solution with its curves and of the truncation."""
+    out, inputs = shape
+    k, tall = min(shape), out > inputs
+    m, square = 8 * out * inputs, 8 * k * k
     rows_only = text.heldout <= 2 * inputs  # else a Gram matrix and two products with it
     measured = 2 * 8 * text.heldout * k if rows_only else 0
     choices = [(2.0, 8.5)] if tall else [(2.5 if rows_only else 4.0, 6.0)]
     parts = [(choices[0][0], m), (choices[0][1], square), (1.0, measured)]
-    pivoting = 8 * rank * (out + inputs) + _pivoting_bytes(shape, rank, PIVOTED) if choice.form == PIVOTED else 0
+    pivoting = 8 * rank * (out + inputs) + _pivoting_bytes(shape, rank, form) if form == PIVOTED else 0
     cut = [((3.0 if tall else 2.0), m), (3.0, square), (1.0, 8 * rank * (out + inputs)), (1.0, pivoting)]
     return max(parts, cut, key=_bytes)
 

@@ -52,6 +52,7 @@ class Facts(TypedDict):
     seconds: float
     shrinkage: float | None
     inputs: dict[str, float]
+    warnings: list[str]
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class Analysis:
     def tensors(self) -> dict[str, Tensor]:
         """For a safetensors file."""
         found = {"basis": self.spectrum.basis, "energies": self.spectrum.energies}
+        if self.spectrum.dual is not None:
+            found["dual"] = self.spectrum.dual
         if self.spectrum.centre is not None:
             found["centre"] = self.spectrum.centre.clone()  # layers with one input share it, tensors of a file do not
         for name, noise in self.noise.items():
@@ -75,7 +78,7 @@ class Analysis:
     @classmethod
     def of(cls, tensors: dict[str, Tensor], facts: Facts) -> Analysis:
         curves = {name: tensors[f"curve.{name}"] for name in _CURVES if f"curve.{name}" in tensors}
-        spectrum = Spectrum(tensors["basis"], tensors["energies"], tensors.get("centre"))
+        spectrum = Spectrum(tensors["basis"], tensors["energies"], tensors.get("centre"), tensors.get("dual"))
         return cls(spectrum, curves, facts, noise_of(tensors))
 
 
@@ -99,24 +102,24 @@ def analyse(
     heldout: InputStatistics | None,
     method: Projection,
     limit: int | None,  # directions to keep; None: also those beyond break-even, which the loss weighs when dropped
+    output_gram: Tensor | None = None,
     form: str = PLAIN,  # in which the factors will be stored
     formats: Formats | None = None,  # to be measured beside W = L R
 ) -> Analysis:
     """Basis and error curves at every rank."""
     start = time.perf_counter()
-    chosen, solution, curves = _solve(weight, calibration, heldout, method, None, form)
+    chosen, solution, curves = _solve(weight, calibration, heldout, method, None, form, output_gram)
     spectrum = solution.spectrum
     noise = {}
     for name, (quantizer, ranked) in (formats or {}).items():
         assert calibration is not None and quantizer is not None, "these budgets are shared out on calibration text"
-        noise[name] = _noise(weight, spectrum.basis, calibration, quantizer, chosen if ranked else None)
+        noise[name] = _noise(weight, spectrum.basis, calibration, quantizer, chosen, ranked, output_gram)
     whole = spectrum.basis.shape[1]
     keep = whole if limit is None else min(max(limit, 1), whole)
-    kept = Spectrum(spectrum.basis[:, :keep].float().contiguous(), spectrum.energies, spectrum.centre)
-    seconds = time.perf_counter() - start
-    facts = Facts(
-        seconds=seconds, shrinkage=chosen.shrunk, inputs={} if calibration is None else calibration.describe()
-    )
+    dual = None if spectrum.dual is None else spectrum.dual[:, :keep].float().contiguous()
+    kept = Spectrum(spectrum.basis[:, :keep].float().contiguous(), spectrum.energies, spectrum.centre, dual)
+    facts = _facts(chosen, calibration, output_gram)
+    facts["seconds"] = time.perf_counter() - start
     return Analysis(kept, curves, facts, noise)
 
 
@@ -125,7 +128,9 @@ def _noise(
     basis: Tensor,  # (out, k)
     calibration: Moments,
     quantizer: Quantizer,
-    method: Projection | None,  # that fits L R to what rounding leaves; None: there is no L R
+    method: Projection,  # that fits L R to what rounding leaves, and in whose metric that is measured
+    ranked: bool,  # whether there is L R
+    output_gram: Tensor | None,
 ) -> Noise:
     shape = (weight.shape[0], weight.shape[1])
     left = weight.double() - quantizer.dequantize(quantizer.quantize(weight), shape, torch.float64)
@@ -133,8 +138,23 @@ def _noise(
     whole = (left * moved).sum()
     spread = ((basis.T @ left) * (basis.T @ moved)).sum(1)
     del moved
-    energies = whole[None].clone() if method is None else method.solve(left, calibration).spectrum.energies
-    return Noise(energies, spread, whole)
+    if not ranked and output_gram is None:
+        return Noise(whole[None].clone(), spread, whole)
+    energies = method.solve(left, calibration, output_gram).spectrum.energies
+    return Noise(energies if ranked else energies.sum()[None], spread, whole)
+
+
+def _facts(method: Factorization, calibration: Moments | None, output_gram: Tensor | None) -> Facts:
+    unnoticed = output_gram is not None and not bool(output_gram.diagonal().any())
+    return Facts(
+        seconds=0.0,
+        shrinkage=method.shrunk,
+        inputs={} if calibration is None else calibration.describe(),
+        warnings=[NO_GRADIENT] if unnoticed else [],
+    )
+
+
+NO_GRADIENT = "the loss has no gradient at its outputs on the text of the backward pass, so they all weigh alike"
 
 
 def _solve(
@@ -144,12 +164,13 @@ def _solve(
     method: Projection,
     rank: int | None,
     form: str = PLAIN,
+    output_gram: Tensor | None = None,
 ) -> tuple[Projection, Solution, dict[str, Tensor]]:
     """Of the method's candidates the one with the least held-out error (at `rank`, or on average over the ranks below
     break-even), its solution and its error curves. Without held-out text the first candidate is taken."""
     candidates = method.candidates()
     if len(candidates) == 1 or heldout is None:
-        solution = candidates[0].solve(weight, calibration)
+        solution = candidates[0].solve(weight, calibration, output_gram)
         curves = {} if calibration is None else error_curves(solution, calibration, heldout)
         return candidates[0], solution, curves
     assert calibration is not None, "held-out text comes with calibration text"
@@ -157,7 +178,7 @@ def _solve(
     best: tuple[Projection, Solution, dict[str, Tensor]] | None = None
     least = float("inf")
     for candidate in candidates:
-        solution = candidate.solve(weight, calibration)
+        solution = candidate.solve(weight, calibration, output_gram)
         curves = error_curves(solution, calibration, heldout)
         curve = curves["heldout"]
         error = float(curve[rank]) if rank is not None else float(curve[: limit + 1].mean())
@@ -178,19 +199,22 @@ def install(module: nn.Module, analysis: Analysis, choice: LayerChoice) -> Finis
 
 
 def project_layer(
-    module: nn.Module, calibration: Moments | None, heldout: InputStatistics | None, choice: LayerChoice
+    module: nn.Module,
+    calibration: Moments | None,
+    heldout: InputStatistics | None,
+    choice: LayerChoice,
+    output_gram: Tensor | None = None,
 ) -> Finished:
     """The whole way at a known rank, without a backbone."""
     start = time.perf_counter()
     method, rank = choice.factorization(), choice.rank
     assert isinstance(method, Projection) and rank is not None, "the plan gives no other choice without a backbone"
     weight = weight_of(module)
-    chosen, solution, curves = _solve(weight, calibration, heldout, method, rank)
+    chosen, solution, curves = _solve(weight, calibration, heldout, method, rank, choice.form, output_gram)
     centre = solution.spectrum.centre
     factors = _rounded(truncate(weight, solution.spectrum, rank), weight, calibration, choice, centre)
     layer = _build(module, factors, None, choice)
-    inputs = {} if calibration is None else calibration.describe()
-    record = _record(layer, curves, rank, {"seconds": 0.0, "shrinkage": chosen.shrunk, "inputs": inputs})
+    record = _record(layer, curves, rank, _facts(chosen, calibration, output_gram))
     if choice.rounds_factors and calibration is not None:
         _measure_stored(record, layer, weight, calibration, heldout, centre)
     record.seconds = time.perf_counter() - start
@@ -225,8 +249,10 @@ def _rounded(
     form = choice.factor_form()
     if form is None:
         return factors
-    aim = target.double() if centre is None else factors.product()  # a centred method leaves W's mean to the bias
-    weighed = calibration is not None and "input_gram" in choice.factorization().needs
+    needs = choice.factorization().needs
+    # a centred method leaves W's mean to the bias, and one that weighs the outputs would be fitted to others
+    aim = target.double() if centre is None and "output_gram" not in needs else factors.product()
+    weighed = calibration is not None and "input_gram" in needs
     stored = round_factors(aim, calibration.gram if weighed else None, factors, form)  # type: ignore[union-attr]
     if centre is None:
         return stored
@@ -240,6 +266,7 @@ def split_layer(
     choice: LayerChoice,
     fisher: Fisher | None = None,
     compare: bool = False,  # with feedback rounding alone at other widths
+    output_gram: Tensor | None = None,
 ) -> Finished:
     """W = Q + L R with a quantized backbone."""
     start = time.perf_counter()
@@ -252,13 +279,13 @@ def split_layer(
     if isinstance(method, Projection):
         method = _fitted(method, weight, calibration, heldout, choice)
     method = method.rounding(choice.factor_form())
-    split = method.split(weight, calibration, rank, quantizer, heldout, fisher)
+    split = method.split(weight, calibration, rank, quantizer, heldout, fisher, output_gram)
     assert split.backbone is not None
     factors = split.factors
     if not alternates:
         factors = _rounded(factors, weight.double() - split.backbone, calibration, choice, split.centre)
     layer = _build(module, factors, split.parts, choice)
-    record = _record(layer, {}, rank, {"seconds": 0.0, "shrinkage": method.shrunk, "inputs": {}})
+    record = _record(layer, {}, rank, _facts(method, None, output_gram if rank else None))
     if calibration is not None:
         dense = weight.double()
         record.error_backbone = relative_error(dense - split.backbone, dense, calibration)
@@ -353,5 +380,6 @@ def _record(layer: FactoredLinear, curves: dict[str, Tensor], rank: int, facts: 
         error_beyond_top=at.get("beyond_top"),
         shrinkage=facts["shrinkage"],
         inputs=facts["inputs"],
+        warnings=list(facts["warnings"]),
         form=plan.form,
     )

@@ -6,8 +6,9 @@ from enum import StrEnum
 
 
 class Phase(StrEnum):
-    """The passes over the blocks, in their order."""
+    """The passes over the blocks."""
 
+    FORWARD = "forward"
     CALIBRATING = "calibrating"
     SENSITIVITY = "sensitivity"
     MEASURING = "measuring"

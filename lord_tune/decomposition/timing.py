@@ -37,7 +37,15 @@ def layer_flops(shape: tuple[int, int], method: Factorization) -> float:
     k = min(shape)
     rotation = 4.0 * out * k * k * _QR_SLOWNESS if out > inputs else 0.0
     eigen = 1.5 * _EIGH * _EIGH_SLOWNESS * k**3  # the float32 one of the baseline counts half
-    return rotation + eigen + 2.0 * k * inputs * inputs + 4.0 * k * k * inputs + 8.0 * k**3
+    weighed = _weighing(shape) if "output_gram" in method.needs else 0.0
+    return rotation + eigen + weighed + 2.0 * k * inputs * inputs + 4.0 * k * k * inputs + 8.0 * k**3
+
+
+def _weighing(shape: tuple[int, int]) -> float:
+    """The outputs' weights in the coordinates of the smaller side, their root, the moments between roots, the dual."""
+    out, k = shape[0], min(shape)
+    turned = 2.0 * out * out * k + 2.0 * out * k * k if out > shape[1] else 0.0
+    return turned + 14.0 * k**3
 
 
 @dataclass(frozen=True)
@@ -164,6 +172,7 @@ def run_seconds(
         tries = len(method.candidates()) * (walks + looks - 1) * method.solves
         eigenproblems = _EIGH * k**3 * (1.5 if text is not None else 1.0)
         products = 2.0 * k * width * width * (text is not None) + 2.0 * out * k * (width + k) + 6.0 * k**3
+        products += _weighing(site.shape) if "output_gram" in method.needs else 0.0
         total += tries * (eigenproblems / rates.eigen + products / rates.double)
     return total
 

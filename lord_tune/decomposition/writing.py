@@ -124,8 +124,8 @@ def factorize(
     members = {n: site for n, site in run.survey.members(index).items() if only is None or n in only}
     methods = {name: plan.layers[name].factorization() for name in members}
     kept: dict[str, Analysis | None] = analyses(run, index) if from_analysis else {}
-    weighed = any("fisher" in method.needs for method in methods.values())
-    gradients = run.read(sensitivity_file(index)) if weighed else {}
+    weighed = any(method.needs & {"fisher", "output_gram"} for method in methods.values())
+    gradients = run.read(sensitivity_file(index)) if weighed and not from_analysis else {}
     # in the middle of the model, one layer of each shape is compared with feedback rounding alone
     middle = only is None and index == run.count // 2
     compared = {site.shape: name for name, site in reversed(members.items())} if middle else {}
@@ -145,9 +145,10 @@ def factorize(
             return install(module, analysis, choice)
         assert calibration is None or isinstance(calibration, Moments)
         if choice.backbone == "none":
-            return project_layer(module, calibration, heldout, choice)
+            return project_layer(module, calibration, heldout, choice, gradients.get(f"{name}:gram"))
         compare = choice.rank > 0 and compared.get(site.shape) == name
-        return split_layer(module, calibration, heldout, choice, _fisher(name, gradients), compare)
+        fisher, output_gram = _fisher(name, gradients), gradients.get(f"{name}:gram")
+        return split_layer(module, calibration, heldout, choice, fisher, compare, output_gram)
 
     return run.deal(index, methods, finish)
 

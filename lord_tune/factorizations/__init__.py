@@ -9,6 +9,7 @@ from .base import (
     Factorization,
     Factors,
     Fisher,
+    Metric,
     Projection,
     Solution,
     Spectrum,
@@ -23,9 +24,17 @@ from .loftq import LoftQ
 from .pivoting import others_of, pivoted, pivoted_left, places_of
 from .rounding import round_factors
 from .svd import PlainSVD
+from .two_sided import TwoSided
 from .whitened import Whitened
 
-METHODS: dict[str, type[Any]] = {"svd": PlainSVD, "whitened": Whitened, "afm": AFM, "loftq": LoftQ, "caldera": Caldera}
+METHODS: dict[str, type[Any]] = {
+    "svd": PlainSVD,
+    "whitened": Whitened,
+    "two_sided": TwoSided,
+    "afm": AFM,
+    "loftq": LoftQ,
+    "caldera": Caldera,
+}
 
 __all__ = [
     "AFM",
@@ -37,11 +46,13 @@ __all__ = [
     "Factors",
     "Fisher",
     "LoftQ",
+    "Metric",
     "PlainSVD",
     "Projection",
     "Solution",
     "Spectrum",
     "Split",
+    "TwoSided",
     "Whitened",
     "balance",
     "error_curves",

@@ -1,9 +1,10 @@
 """The contract of a factorization, and the truncation that svd, whitened and afm share.
 
 A factorization is a frozen dataclass of its hyperparameters and sees tensors, never a model. It declares the statistics
-it `needs` ("input_gram": the moments of the layer's input; "fisher": gradients of the loss by its weight); the driver
-collects only those. `split` returns W ~ Q + L R (Q absent without a quantizer). Methods whose truncations are nested
-also give their `spectrum`, from which every rank is a slice: rank allocation is built on that.
+it `needs` ("input_gram": the moments of the layer's input; "fisher": gradients of the loss by its weight;
+"output_gram": the second moment of those by its output); the driver collects only those. `split` returns W ~ Q + L R
+(Q absent without a quantizer). Methods whose truncations are nested also give their `spectrum`, from which every rank
+is a slice: rank allocation is built on that.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ class Core:
         rotation, matrix = smaller_side(weight)
         return cls(rotation, matrix, None if moments is None else matrix @ moments.gram @ matrix.T)
 
+    def turned(self, axes: Tensor) -> Tensor:
+        """Directions (k, n) of the core as directions (out, n) of the outputs."""
+        return axes if self.rotation is None else self.rotation @ axes
+
     def shifted_outputs(self, centre: Tensor | None, mean: Tensor) -> Tensor:
         """The outputs' second moment for inputs taken relative to `centre`. (k, k)"""
         assert self.outputs is not None
@@ -46,11 +51,13 @@ class Core:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """An orthonormal basis of a layer's outputs, most important direction first."""
+    """A basis of a layer's outputs, most important direction first. W' = B_r D_r^T W: without a dual D the basis B is
+    orthonormal and its own dual; with one D^T B = I, and the projection is oblique."""
 
     basis: Tensor  # (out, k)
-    energies: Tensor  # (k,) float64: the squared error of rank r is the sum over j >= r
+    energies: Tensor  # (k,) float64: the squared error of rank r, in the method's norm, is the sum over j >= r
     centre: Tensor | None = None  # (in,): inputs are taken relative to it, its output goes to the bias
+    dual: Tensor | None = None  # (out, k)
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,7 @@ class Solution:
     spectrum: Spectrum
     core: Core
     axes: Tensor  # (k, k): the basis is rotation @ axes
+    dual_axes: Tensor | None = None  # (k, k): the dual is rotation @ dual_axes
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,7 @@ class Factorization(Protocol):
 
     @property
     def needs(self) -> frozenset[str]:
-        """The statistics that `split` is given, of "input_gram" and "fisher"."""
+        """The statistics that `split` is given, of "input_gram", "fisher" and "output_gram"."""
         ...
 
     @property
@@ -160,6 +168,7 @@ class Factorization(Protocol):
         quantizer: Quantizer | None,
         heldout: InputStatistics | None = None,  # for choices that would overfit the calibration text
         fisher: Fisher | None = None,  # where `needs` names it
+        output_gram: Tensor | None = None,  # (out, out), where `needs` names it
     ) -> Split: ...
 
 
@@ -168,17 +177,18 @@ def truncate(
     spectrum: Spectrum,
     rank: int,
 ) -> Factors:
-    """L = U_r, R = U_r^T W; with a centre mu also the bias shift (I - U_r U_r^T) W mu. float64."""
+    """L = B_r, R = D_r^T W; with a centre mu also the bias shift (I - B_r D_r^T) W mu. float64."""
     limit = spectrum.basis.shape[1]
     if not 0 <= rank <= limit:
         raise UsageError(f"Got rank {rank} for a {tuple(weight.shape)} matrix; expected 0 to {limit}.")
     w = weight.double()
     left = spectrum.basis[:, :rank].to(w.device, torch.float64, copy=True)  # a view would hold the basis
-    right = left.T @ w
+    dual = left if spectrum.dual is None else spectrum.dual[:, :rank].to(w)
+    right = dual.T @ w
     if spectrum.centre is None:
         return Factors(left, right)
     output_mean = w @ spectrum.centre.to(w)
-    return Factors(left, right, output_mean - left @ (left.T @ output_mean))
+    return Factors(left, right, output_mean - left @ (dual.T @ output_mean))
 
 
 def balance(factors: Factors) -> Factors:
@@ -213,10 +223,20 @@ class Method:
         return self
 
 
-class Projection(Method):
-    """Base of the methods whose optimum is an orthogonal projection of the outputs, W' = U_r U_r^T W.
+@dataclass(frozen=True)
+class Metric:
+    """The norm in which an error of the outputs is measured, y^T (scale matrix) y, in a core's coordinates."""
 
-    U are the eigenvectors of a second moment of the outputs that the method chooses (`selection`).
+    matrix: Tensor  # (k, k) float64, positive definite
+    scale: float  # 0 where nothing is measured at all
+
+
+class Projection(Method):
+    """Base of the methods whose optimum is a projection of the outputs.
+
+    It is orthogonal, W' = U_r U_r^T W, in the plain norm: U are the eigenvectors of a second moment M of the outputs
+    that the method chooses (`selection`). With a `metric` C C^T it is oblique: W' = (C^-T V_r) (C V_r)^T W with V the
+    eigenvectors of C^T M C.
     """
 
     name: ClassVar[str]
@@ -226,15 +246,25 @@ class Projection(Method):
         """The (k, k) moment, in the core's coordinates, whose eigenvectors are the basis; and the centre (in,)."""
         raise TypeError(f"{type(self).__name__} has to define selection")
 
-    def solve(self, weight: Tensor, moments: Moments | None) -> Solution:
+    def metric(self, core: Core, output_gram: Tensor | None) -> Metric | None:
+        """None: every error of the outputs weighs alike."""
+        return None
+
+    def solve(self, weight: Tensor, moments: Moments | None, output_gram: Tensor | None = None) -> Solution:
         core = Core.of(weight, moments)
         moment, centre = self.selection(core, moments)
-        energies, axes = principal_axes(moment)
-        basis = axes if core.rotation is None else core.rotation @ axes
-        return Solution(Spectrum(basis, energies, centre), core, axes)
+        metric = self.metric(core, output_gram)
+        if metric is None:
+            energies, axes = principal_axes(moment)
+            return Solution(Spectrum(core.turned(axes), energies, centre), core, axes)
+        root = torch.linalg.cholesky(metric.matrix)
+        energies, vectors = principal_axes(root.T @ moment @ root)
+        axes, dual = torch.linalg.solve_triangular(root.T, vectors, upper=True), root @ vectors
+        spectrum = Spectrum(core.turned(axes), metric.scale * energies, centre, core.turned(dual))
+        return Solution(spectrum, core, axes, dual)
 
-    def spectrum(self, weight: Tensor, moments: Moments | None) -> Spectrum:
-        return self.solve(weight, moments).spectrum
+    def spectrum(self, weight: Tensor, moments: Moments | None, output_gram: Tensor | None = None) -> Spectrum:
+        return self.solve(weight, moments, output_gram).spectrum
 
     def split(
         self,
@@ -244,6 +274,7 @@ class Projection(Method):
         quantizer: Quantizer | None,
         heldout: InputStatistics | None = None,
         fisher: Fisher | None = None,
+        output_gram: Tensor | None = None,
     ) -> Split:
         """Quantize W first if asked to, then factor the residual W - Q."""
         w = weight.double()
@@ -254,7 +285,7 @@ class Projection(Method):
             w = w - backbone
         if rank == 0:  # Q alone
             return Split(Factors(w[:, :0], w[:0]), parts, backbone)
-        spectrum = self.spectrum(w, moments)
+        spectrum = self.spectrum(w, moments, output_gram)
         return Split(truncate(w, spectrum, rank), parts, backbone, spectrum.centre)
 
 
@@ -265,11 +296,24 @@ def error_curves(solution: Solution, calibration: Moments, heldout: InputStatist
     massive activation can hold most of the energy and make any error look small.
 
     The basis is complete for the range of W (k = min(out, in)), so what is lost at rank r is the energy of the
-    directions from r on.
+    directions from r on; those of an oblique projection are not orthogonal, and their products count as well.
     """
-    core, axes, centre = solution.core, solution.axes, solution.spectrum.centre
+    core = solution.core
     assert core.outputs is not None, "the driver gives the moments to both"
     reference = core.outputs.diagonal().sum()
+    measure = _orthogonal_curves if solution.dual_axes is None else _oblique_curves
+    curves = measure(solution, calibration, heldout, reference)
+    # the same order of work in float32 is enough for a baseline
+    matrix = core.matrix.float()
+    plain = torch.linalg.eigh(matrix @ matrix.T).eigenvectors.flip(1).double()
+    curves["plain"] = _tail_curve(_along(plain, core.outputs), reference)
+    return curves
+
+
+def _orthogonal_curves(
+    solution: Solution, calibration: Moments, heldout: InputStatistics | None, reference: Tensor
+) -> dict[str, Tensor]:
+    core, axes, centre = solution.core, solution.axes, solution.spectrum.centre
     energies = _along(axes, core.shifted_outputs(centre, calibration.mean))
     curves = {"calibrated": _tail_curve(energies, reference)}
     curves["beyond_top"] = _tail_curve(energies, reference - energies.max()).clamp_max(1.0)
@@ -277,10 +321,21 @@ def error_curves(solution: Solution, calibration: Moments, heldout: InputStatist
         rows = axes.T @ core.matrix
         other = heldout.energies(rows, centre)
         curves["heldout"] = _tail_curve(other, other.sum() if centre is None else heldout.energies(rows).sum())
-    # the same order of work in float32 is enough for a baseline
-    matrix = core.matrix.float()
-    plain = torch.linalg.eigh(matrix @ matrix.T).eigenvectors.flip(1).double()
-    curves["plain"] = _tail_curve(_along(plain, core.outputs), reference)
+    return curves
+
+
+def _oblique_curves(
+    solution: Solution, calibration: Moments, heldout: InputStatistics | None, reference: Tensor
+) -> dict[str, Tensor]:
+    core, axes, dual = solution.core, solution.axes, solution.dual_axes
+    assert dual is not None and core.outputs is not None and solution.spectrum.centre is None
+    products = axes.T @ axes
+    lost = products * (dual.T @ core.outputs @ dual)
+    rest = reference - torch.linalg.eigvalsh(core.outputs)[-1]
+    curves = {"calibrated": _corner_curve(lost, reference), "beyond_top": _corner_curve(lost, rest).clamp_max(1.0)}
+    if heldout is not None:
+        other = products * heldout.moment(dual.T @ core.matrix)
+        curves["heldout"] = _corner_curve(other, heldout.energies(core.matrix).sum())
     return curves
 
 
@@ -293,6 +348,12 @@ def _tail_curve(energies: Tensor, reference: Tensor) -> Tensor:
     """sqrt(sum over j >= r of energies / reference) for r = 0..k. (k + 1,)"""
     tails = torch.cat([energies.clamp_min(0).flip(0).cumsum(0).flip(0), energies.new_zeros(1)])
     return (tails / reference.clamp_min(1e-300)).sqrt()
+
+
+def _corner_curve(products: Tensor, reference: Tensor) -> Tensor:
+    """sqrt(sum over i, j >= r of products / reference) for r = 0..k. (k + 1,)"""
+    corners = products.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0).clamp_min(0)
+    return (torch.cat([corners, corners.new_zeros(1)]) / reference.clamp_min(1e-300)).sqrt()
 
 
 def relative_error(

@@ -89,6 +89,7 @@ class Caldera(Method):
         quantizer: Quantizer | None,
         heldout: InputStatistics | None = None,
         fisher: Fisher | None = None,
+        output_gram: Tensor | None = None,
     ) -> Split:
         if quantizer is None:
             raise UsageError("CALDERA splits W into Q + L R and needs a quantized backbone; pass `backbone` e8-2.")

@@ -47,6 +47,7 @@ class LoftQ(Method):
         quantizer: Quantizer | None,
         heldout: InputStatistics | None = None,
         fisher: Fisher | None = None,
+        output_gram: Tensor | None = None,
     ) -> Split:
         if quantizer is None:
             raise UsageError("LoftQ splits W into Q + L R and needs a quantized backbone; pass `backbone` nf4.")
