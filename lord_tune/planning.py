@@ -16,10 +16,11 @@ from .allocation import ALLOCATORS
 from .config import PlanConfig
 from .decomposition import Compared, Journal, Phase, Request, Sized, decide_measured
 from .decomposition.choices import Measured
-from .decomposition.decide import Layers, decide, decide_from
+from .decomposition.decide import decide, decide_from
 from .decomposition.engine import look
 from .decomposition.measuring import measure
 from .decomposition.passes import Passes
+from .decomposition.sharing import Layers
 from .decomposition.sizes import added_bias_bytes, stored_bytes
 from .decomposition.survey import survey
 from .errors import UsageError

@@ -9,23 +9,20 @@ refused only if no layer can take the rank.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from ..allocation import ALIGNMENT, Infeasible, LossWeighted, Tilt, break_even, rank_grid
-from ..console import human_bytes
+from ..allocation import ALIGNMENT, Tilt, break_even
 from ..errors import LordWarning, UsageError
 from ..factorizations import Projection
 from ..plans import LayerChoice, Plan
 from ..sites import Site
 from .base import BlockRecovery
-from .choices import Measured, Menu, Sized
+from .choices import Measured, Sized
+from .sharing import NEVER_RAN, Layers, share_out
 from .sizes import bits_at
-
-Layers = Mapping[str, Site]  # by name
 
 
 @dataclass(frozen=True)
@@ -133,7 +130,7 @@ def _from_shapes(layers: Layers, request: Request, rest: int) -> Plan | None:
     budget.check()
     if budget.allocator.needs:
         _check_nested(request)
-    plan = _shared_out(layers, request, rest, None)  # before any calibration: whether the budget can be met at all
+    plan = share_out(layers, request.template, budget, rest)
     return None if budget.allocator.needs else plan
 
 
@@ -142,33 +139,11 @@ def decide_from(
 ) -> Plan:
     """The plan of a budget that is shared out by what the calibrating pass measured. A layer that it knows nothing of
     never ran: it stays dense."""
-    plan = _shared_out(layers, request, rest, measured, tilt)
+    assert isinstance(request.budget, Sized)
+    plan = share_out(layers, request.template, request.budget, rest, measured, tilt)
     if tilt is None:
         _say_dense(plan)
     return plan
-
-
-def control_of(layers: Layers, request: Request, measured: Mapping[str, Measured], plan: Plan) -> Plan | None:
-    """The best plan without L R of the same bytes: every layer dense or rounded to one of the formats that were
-    measured. None where there are none, or no such plan is as small."""
-    sized = request.budget
-    if not isinstance(sized, Sized) or not sized.control or not request.weighs:
-        return None
-    known = {name: layers[name] for name in layers if name in measured}
-    spent = sum(sized.cost(site, plan.layers[name]) for name, site in known.items())
-    alone = replace(sized, limit=spent, unit="max_bytes", backbones=sized.control, low_rank=False, ranks=(0,))
-    menu = Menu(known, request.template, alone)
-    table = menu.table(measured)
-    try:
-        picked = LossWeighted().allocate(table, spent)
-    except Infeasible:
-        return None
-    chosen = {name: plan.layers[name] for name in layers if name not in known}
-    for name, index in picked.items():
-        losses = table[name].losses
-        assert losses is not None, "the run weighs by the loss"
-        chosen[name] = replace(menu.choices[name][index], shape=layers[name].shape, predicted_loss=float(losses[index]))
-    return Plan({name: chosen[name] for name in layers})
 
 
 def _check_nested(request: Request) -> None:
@@ -207,84 +182,6 @@ def _check_template(template: LayerChoice) -> None:
 
 def _shapes(layers: Layers) -> dict[str, tuple[int, int]]:
     return {name: site.shape for name, site in layers.items()}
-
-
-NEVER_RAN = "it never ran on the calibration text"
-
-
-def _shared_out(
-    layers: Layers, request: Request, rest: int, measured: Mapping[str, Measured] | None, tilt: Tilt | None = None
-) -> Plan:
-    """The allocator's choices as a plan; warns where it keeps more than was asked for."""
-    sized = request.budget
-    assert isinstance(sized, Sized)
-    menu = Menu(layers, request.template, sized)
-    table = menu.table(measured)
-    able = {name: layers[name] for name in table}
-    silent = sum(site.dense_bytes for name, site in layers.items() if name not in table)
-    budget = sized.budget(able if sized.unit == "kept_fraction" else layers, rest)
-    if sized.unit != "kept_fraction":
-        budget -= silent
-    try:
-        picked = sized.allocator.allocate(table if tilt is None else tilt(table), budget)
-    except Infeasible as error:
-        raise _infeasible(sized, sized.as_limit(error.least, able, rest + silent), rest + silent) from error
-    chosen: dict[str, LayerChoice] = {}
-    for name, site in layers.items():
-        if name not in table:
-            chosen[name] = request.template.at(None, NEVER_RAN)
-            continue
-        choice = menu.choices[name][picked[name]]
-        if choice.rank is None and len(menu.choices[name]) == 1:
-            choice = choice.at(None, _nothing_saves(site, request))
-        losses = None if measured is None else table[name].losses
-        predicted = None if losses is None else float(losses[picked[name]])
-        chosen[name] = replace(choice, shape=site.shape, predicted_loss=predicted)
-    _warn_above(sized, sum(float(table[name].costs[index]) for name, index in picked.items()), budget, able, chosen)
-    return Plan(chosen)
-
-
-def _infeasible(sized: Sized, least: float, fixed: int) -> UsageError:
-    if sized.unit == "max_bytes":
-        return UsageError(
-            f"`max_bytes` {human_bytes(int(sized.limit))} cannot be met: the smallest checkpoint that these choices "
-            f"allow has {human_bytes(int(least))}, {human_bytes(fixed)} of them outside the layers to decompose. Allow "
-            "more, or offer smaller choices (`allocation` mixed, a `backbone` of fewer bits)."
-        )
-    amount = f"{math.ceil(least * 1000) / 1000:.3f}"
-    if sized.unit == "bits_per_weight":
-        taken = f"takes {amount} bits per weight"
-    else:
-        taken = f"keeps {amount} of the {'parameters' if sized.numbers else 'bytes'}"
-    return UsageError(
-        f"`{sized.unit}` {sized.limit:g} cannot be met: the smallest choice everywhere already {taken}. Allow more, or "
-        "decompose more layers."
-    )
-
-
-def _warn_above(sized: Sized, spent: float, budget: float, able: Layers, chosen: Mapping[str, LayerChoice]) -> None:
-    if spent <= budget * (1 + 1e-9) or sized.unit != "kept_fraction":
-        if spent > budget * (1 + 1e-9):
-            raise UsageError(
-                f"`allocation` {sized.allocator.name} cannot meet `{sized.unit}` {sized.limit:g}: layers that are too "
-                "small for their share stay dense. Use loss_weighted or mixed."
-            )
-        return
-    dense = [name for name in able if chosen[name].rank is None]
-    kept = sized.as_limit(spent, able, 0)
-    warnings.warn(
-        f"{kept:.3f} of the parameters are kept, more than `kept_fraction` {sized.limit:g}: "
-        f"{len(dense)} layers, like {dense[0]}, would get less than the smallest rank and stay dense.",
-        LordWarning,
-        stacklevel=2,
-    )
-
-
-def _nothing_saves(site: Site, request: Request) -> str:
-    limit = break_even(site.shape, request.template.form)
-    if rank_grid(site.shape, form=request.template.form):
-        return "none of its choices saves anything"
-    return f"no rank from {ALIGNMENT} on saves anything, its break-even is {limit}"
 
 
 def _of_one_rank(layers: Layers, template: LayerChoice, rank: int) -> Plan:

@@ -49,13 +49,14 @@ from ..errors import CalibrationError, LordError, LordWarning, UsageError
 from ..plans import LayerPlan, Plan
 from .base import LayerRecord, Notify, Source, Windows
 from .calibrating import calibrate
-from .choices import Measured
-from .decide import NEVER_RAN, Request, control_of, decide_from
+from .choices import Measured, Sized
+from .decide import Request, decide_from
 from .gradients import measure_gradients
 from .journal import Journal
 from .measuring import measure
 from .passes import Passes
 from .recovery import Recovered
+from .sharing import NEVER_RAN, control_of
 from .steps import REST, Phase, of_block
 from .survey import Survey
 from .writing import write, write_rest
@@ -147,7 +148,9 @@ def decide_measured(run: Passes, request: Request, rest: int) -> tuple[Plan, Com
         other = decide_from(layers, request, measured, rest, tilt)
         if other.choices() not in [known.choices() for known in candidates.values()]:
             candidates[tilt.name] = other
-    control = control_of(layers, request, measured, plan)
+    sized = request.budget
+    assert isinstance(sized, Sized), "other budgets are decided from shapes"
+    control = control_of(layers, request.template, sized, measured, plan)
     tried = dict(candidates) if request.refine else {}
     if request.measure_control:
         if control is None:
@@ -159,7 +162,7 @@ def decide_measured(run: Passes, request: Request, rest: int) -> tuple[Plan, Com
     best = min(candidates, key=lambda name: losses.get(name, 0.0 if name == SOLUTION else math.inf))
     plan = candidates[best]
     if control is not None:
-        control = control_of(layers, request, measured, plan)
+        control = control_of(layers, request.template, sized, measured, plan)
     return plan, Compared(losses, best, control)
 
 

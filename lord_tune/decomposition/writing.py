@@ -15,12 +15,13 @@ from ..layers import FactoredLinear
 from ..plans import LayerPlan, Plan
 from ..storage import write_tensors
 from .calibrating import analyses, collect
-from .decide import NEVER_RAN, Request
+from .decide import Request
 from .gradients import sensitivity_file
 from .layerwise import Analysis, Finished, install, left_dense, project_layer, split_layer
 from .passes import CALIBRATION, HELDOUT, Passes, Statistics
 from .recovery import STUDENT, STUDENT_HELDOUT, tune_block
 from .shards import Loaded, shard_name, shard_of, to_meta, untouched
+from .sharing import NEVER_RAN
 from .steps import REST, Phase, of_block
 
 
