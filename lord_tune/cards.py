@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+from .calibration.mixture import SourceShare, in_words
 from .decomposition.sizes import Totals
 
 _HEAD = """---
@@ -22,16 +23,19 @@ def _config_block(config: Mapping[str, object]) -> str:
     return "```json\n" + json.dumps(dict(config), indent=1) + "\n```\n"
 
 
-def decomposition_card(base: str, config: Mapping[str, object], totals: Totals, command: str) -> str:
-    """For a factored checkpoint."""
+def decomposition_card(
+    base: str, config: Mapping[str, object], totals: Totals, command: str, mixture: Mapping[str, SourceShare]
+) -> str:
+    """For a factored checkpoint; `mixture`: of calibration text, empty where it is one text or none."""
     head = _HEAD.format(library="transformers", base=base, tag="factored", title="Factored language model")
+    text = f"Calibrated on {in_words(mixture)}.\n\n" if mixture else ""
     form = "W = L R" if config["backbone"] == "none" else f"W = Q + L R with Q in the format `{config['backbone']}`"
     return head + (
         f"`{base}` decomposed by lord_tune: {totals['factored_layers']} of {totals['layers']} linear "
         f"layers are {form} (method `{config['method']}`), "
         f"{totals['linear_bits_per_weight']:.2f} bits per weight of the linears, "
         f"{totals['parameters']:,} stored numbers (before: {totals['parameters_before']:,}).\n\n"
-        "It needs lord_tune (`pip install -e .` in its source folder):\n"
+        f"{text}It needs lord_tune (`pip install -e .` in its source folder):\n"
         "```python\nimport lord_tune  # registers the checkpoint format with transformers\n"
         "from transformers import AutoModelForCausalLM\n\n"
         'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER", dtype="auto")\n```\n\n'

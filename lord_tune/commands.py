@@ -166,7 +166,8 @@ def decompose(model: str, out: str, **options: Unpack[DecomposeOptions]) -> dict
             beside.copy(journal.folder)
             write_json(journal.folder / "decomposition.json", report)
             outcome.plan.save(journal.folder / "plan.json")
-            card = decomposition_card(config.model, lasting(config), totals, report["command"])
+            mixture = calibration.get("mixture", {})
+            card = decomposition_card(config.model, lasting(config), totals, report["command"], mixture)
             (journal.folder / "README.md").write_text(card)
         journal.finish()
     except BaseException:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from .data.weighted import weighted_sources
 from .declared import PIVOTED, PLAIN, chosen, options_of
 from .errors import UsageError, unknown_name
 from .options import FORMAT_KEYS, METHOD_KEYS, Allocation, Export, Method, MethodOptions, Quantized
@@ -131,7 +132,8 @@ class MethodConfig(MethodOptions, RunConfig):
     allocation: Allocation = Field("loss_weighted", description="how --kept-fraction is shared out over the layers")
     calibration: list[str] = Field(
         default_factory=list,
-        description="files or folders of text or rows (.jsonl, .parquet, .csv, ...), or a Hub dataset",
+        description="files or folders of text or rows (.jsonl, .parquet, .csv, ...), or Hub datasets; of several, each "
+        "may have a weight: code.jsonl:0.5 prose.txt:0.5",
     )
     calibration_tokens: int = Field(16384, gt=0, description="tokens to calibrate on; a sixteenth more is held out")
     context_length: int = Field(1024, gt=1, description="tokens per calibration window")
@@ -190,6 +192,11 @@ class MethodConfig(MethodOptions, RunConfig):
         beside = self.backbone != "none" or self.bits_per_weight is not None or self.top_rank > 0
         return PLAIN if beside else PIVOTED
 
+    def weights(self) -> dict[str, float]:
+        """Of the sources of calibration text, adding up to 1; empty where they have none and are one text."""
+        found = weighted_sources(self.calibration)
+        return {source.name: source.weight for source in found if source.weight is not None}
+
     def check_budget(self) -> None:
         """Exactly one budget, and a rank beside a width only where the width chooses the format."""
         came = self.given("rank", "kept_fraction", "bits_per_weight", "plan_file")
@@ -202,6 +209,7 @@ class MethodConfig(MethodOptions, RunConfig):
 
     def check_method(self, calibrated: bool) -> None:
         """Refuse what cannot work and options that would be ignored."""
+        self.weights()
         if self.plan_file is not None:
             self._check_beside_plan(calibrated)
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 import torch
 from torch import nn
@@ -11,8 +12,9 @@ from transformers import PreTrainedModel
 
 from .allocation import ALLOCATORS
 from .calibration.corpus import token_windows
+from .calibration.mixture import Part, SourceShare, describe, even_sample, in_words, interleaved, mixed_windows
 from .config import DecomposeConfig, MethodConfig, TrainConfig
-from .console import note
+from .console import note, say
 from .data.texts import documents, text_sha256
 from .declared import PLAIN, Options, chosen, options_of
 from .decomposition import (
@@ -31,7 +33,7 @@ from .decomposition import (
     estimate_run,
     trace,
 )
-from .errors import LordError
+from .errors import LordError, UsageError
 from .factorizations import METHODS
 from .integrations.files import first_line
 from .integrations.models import default_device
@@ -41,6 +43,18 @@ from .plans import LayerChoice, Plan
 from .protocols import Tokenizer, TrlConfig
 from .quantizers import DTYPES, QUANTIZERS, make_quantizer
 from .training import MemoryEstimate, TrainOptions, predict_memory
+
+
+class CalibrationText(TypedDict):
+    """What a run says of its calibration text."""
+
+    tokens: int
+    heldout_tokens: NotRequired[int]
+    context_length: NotRequired[int]
+    source: list[str]
+    sha256: str | None
+    mixture: NotRequired[dict[str, SourceShare]]  # of sources with weights
+
 
 SENSITIVITY_LENGTH = 256  # tokens per window of the backward pass: its activations are what peaks
 
@@ -137,35 +151,51 @@ def _budget(config: MethodConfig, template: LayerChoice) -> Budget:
 
 
 def asked_text(config: MethodConfig, length: int) -> TextSize:
-    """How much text a run reads in windows of `length` tokens, where there is enough of it."""
+    """How much text a run reads in windows of `length` tokens, where there is enough of it: of weighted sources at
+    least one window of each. UsageError where these are more than the windows."""
+    sources = max(1, len(config.weights()))
     windows = -(-config.calibration_tokens // length)
-    heldout = max(1, -(-(config.calibration_tokens // 16) // length))
+    if windows < sources:
+        raise UsageError(
+            f"`calibration_tokens` {config.calibration_tokens} fills fewer windows of {length} tokens than the "
+            f"{sources} sources of `calibration`; give at least {sources * length}, or a smaller `context_length`."
+        )
+    heldout = max(sources, -(-(config.calibration_tokens // 16) // length))
     short = min(SENSITIVITY_LENGTH, length)
-    weighted = min(max(1, config.sensitivity_tokens // short), windows * (length // short))
+    weighted = min(max(sources, config.sensitivity_tokens // short), windows * (length // short))
     return TextSize(windows * length, heldout * length, length, weighted * short, short)
 
 
 def windows_of(
     config: DecomposeConfig, model: nn.Module, tokenizer: Tokenizer
-) -> tuple[Windows | None, dict[str, object]]:
+) -> tuple[Windows | None, CalibrationText]:
     if not config.calibration:
         return None, {"tokens": 0, "source": [], "sha256": None}
-    texts = documents(list(config.calibration), tokenizer)
     asked = asked_text(config, window_length(config.context_length, model))
-    length, short = asked.length, asked.sensitivity_length
-    calibration, heldout = token_windows(texts, tokenizer, asked.tokens, asked.heldout, length, config.seed)
-    pieces = calibration[:, : length // short * short].reshape(-1, short)
+    length, short, weights = asked.length, asked.sensitivity_length, config.weights()
+    if weights:
+        of_source = {name: documents([name], tokenizer) for name in weights}
+        texts = [text for found in of_source.values() for text in found]
+        counts = asked.tokens // length, asked.heldout // length
+        mixed = mixed_windows(of_source, weights, tokenizer, *counts, length, config.seed)
+        parts = list(mixed.values())
+    else:
+        texts = documents(list(config.calibration), tokenizer)
+        parts = [Part(*token_windows(texts, tokenizer, asked.tokens, asked.heldout, length, config.seed))]
+    calibration, heldout = interleaved([p.calibration for p in parts]), interleaved([p.heldout for p in parts])
     # an even sample over all windows, not the first ones only
-    count = min(asked.sensitivity // short, len(pieces))
-    sensitivity = pieces[torch.linspace(0, len(pieces) - 1, count).long()]
-    described = {
+    pieces = [part.calibration[:, : length // short * short].reshape(-1, short) for part in parts]
+    described: CalibrationText = {
         "tokens": calibration.numel(),
         "heldout_tokens": heldout.numel(),
         "context_length": length,
-        "source": list(config.calibration),
+        "source": list(weights or config.calibration),
         "sha256": text_sha256(texts),
     }
-    return Windows(calibration, heldout, sensitivity), described
+    if weights:
+        described["mixture"] = describe(mixed, weights)
+        say(f"calibrating on {in_words(described['mixture'])}")
+    return Windows(calibration, heldout, even_sample(pieces, asked.sensitivity // short)), described
 
 
 def training_dtype(config: TrainConfig) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from tiny import tiny_family, tiny_tokenizer
+from tiny import tiny_family, tiny_tokenizer, write_code_rows
 
 import lord_tune
 from lord_tune.config import DecomposeConfig, TrainConfig
@@ -117,7 +117,9 @@ def decomposed(tmp_path_factory, rows_file):
             limits = {"rank": 12, "top_rank": 4, "iterations": 1}
             small = {key: min(values[key], most) for key, most in limits.items() if values.get(key)}
             if config.calibration:
-                small |= SMALL_CALIBRATION | {"calibration": [str(rows_file)]}
+                weights = enumerate(config.weights().values())
+                mixed = [f"{write_code_rows(folder / f'{number}.jsonl')}:{weight}" for number, weight in weights]
+                small |= SMALL_CALIBRATION | {"calibration": mixed or [str(rows_file)]}
             report = lord_tune.decompose(**(values | small | {"model": str(base), "out": str(out)}))
             made[path] = report, out
         return made[path]

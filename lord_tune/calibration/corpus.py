@@ -21,14 +21,35 @@ def token_windows(
     length: int,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
+    """As `fill_windows`, and a warning where the text falls short."""
+    calibration, heldout = fill_windows(texts, tokenizer, tokens, heldout_tokens, length, seed)
+    count, wanted = len(calibration), -(-tokens // length)
+    if count < wanted:
+        warnings.warn(
+            f"The calibration text fills {count} of {wanted} windows of {length} tokens; all of it is used.",
+            LordWarning,
+            stacklevel=2,
+        )
+    return calibration, heldout
+
+
+def fill_windows(
+    texts: list[str],
+    tokenizer: Tokenizer,
+    tokens: int,
+    heldout_tokens: int,
+    length: int,
+    seed: int,
+    name: str = "The calibration text",  # in errors
+) -> tuple[Tensor, Tensor]:
     """Calibration and held-out windows, (window, length) ids each, from different documents where there are several.
 
     Documents are shuffled by `seed` and give at most two windows each before any gives more, so that the windows cover
-    many of them. A single document is split by position. Raises CalibrationError when the text does not fill one
-    window of each.
+    many of them. A single document is split by position. Text that is too short gives fewer windows. Raises
+    CalibrationError when it does not fill one window of each.
     """
     if not texts:
-        raise CalibrationError("The calibration text is empty; give files with text in them.")
+        raise CalibrationError(f"{name} is empty; give files with text in them.")
     order = list(texts)
     random.Random(seed).shuffle(order)
     windows = -(-tokens // length), -(-heldout_tokens // length)
@@ -45,8 +66,8 @@ def token_windows(
         available = sum(map(len, encoded))
     if available < 2 * length:
         raise CalibrationError(
-            f"The calibration text has {available} tokens; at least {2 * length} are needed (one window of {length} to "
-            "calibrate, one held out). Give more text or a smaller `context_length`."
+            f"{name} has {available} tokens; at least {2 * length} are needed (one window of {length} to calibrate, "
+            "one held out). Give more text or a smaller `context_length`."
         )
     # a text that is too short for both keeps eight ninths to calibrate on
     share = windows[1] if available >= wanted else max(1, available // 9 // length)
@@ -55,13 +76,7 @@ def token_windows(
     count = min(windows[0], len(flat) // length)
     if count < 1:
         raise CalibrationError(
-            f"The calibration text has {available} tokens in too few documents; give more than {2 * length} tokens."
-        )
-    if count < windows[0]:
-        warnings.warn(
-            f"The calibration text fills {count} of {windows[0]} windows of {length} tokens; all of it is used.",
-            LordWarning,
-            stacklevel=2,
+            f"{name} has {available} tokens in too few documents; give more than {2 * length} tokens."
         )
     return (torch.tensor(flat[: count * length]).view(count, length), torch.tensor(heldout).view(-1, length))
 
