@@ -84,6 +84,8 @@ DECOMPOSE: dict[str, dict[str, Any]] = {
     "caldera-bits": _CALDERA | {"bits_per_weight": 4.0, "backbone": "e8-2", "order": "q", "downdate": "off"},
     "caldera-feedback-alone": _FEEDBACK | {"rank": 0, "backbone": "e8-2"},
     "two-sided-loss-weighted": _WEIGHTED | {"method": "two_sided"},
+    "pivoted-nf4": _TEXT | _UNIFORM | {"factor_format": "nf4"},
+    "mixed": _WEIGHTED | {"kept_fraction": 0.2, "allocation": "mixed", "mix": ["int2", "nf4", "int8"]},
 }
 # name -> the run that it continues, options
 TRAIN: dict[str, tuple[str, dict[str, Any]]] = {

@@ -112,7 +112,7 @@ def test_layers_of_one_plan_may_differ_in_everything(llama_dir, rows_file, tmp_p
     [
         (lambda layers: layers.pop(next(iter(layers))), "has no entry for"),
         (lambda layers: layers.update(stray=next(iter(layers.values()))), "names 'stray', which the model lacks"),
-        (lambda layers: next(iter(layers.values())).update(rank=63), "its largest is 31"),
+        (lambda layers: next(iter(layers.values())).update(rank=63), "its largest is 56"),
         (lambda layers: next(iter(layers.values())).update(rank=-1), "expected a number from 0 or null"),
         (lambda layers: next(iter(layers.values())).update(rank=0), "rank 0 without a backbone"),
         (lambda layers: next(iter(layers.values())).update(method="whitend"), "whitened"),
