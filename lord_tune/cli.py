@@ -55,7 +55,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=_RICH,
 )
-_MANY = ("--calibration", "--text")  # flags that take several values
+_MANY = ("--calibration", "--text", "--mix")
 _OUTPUT_KEYS = set(DecomposeConfig.model_fields) - set(MethodConfig.model_fields)
 
 

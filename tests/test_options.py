@@ -98,7 +98,7 @@ class Bench:
 
     def decompose(self, calibrated: bool = True, **options: Any) -> Run:
         """Whitened, rank 8 as L and R, short windows, unless `options` say otherwise."""
-        budget = {} if {"kept_fraction", "bits_per_weight"} & set(options) else {"rank": 8}
+        budget = {} if {"kept_fraction", "bits_per_weight", "max_bytes"} & set(options) else {"rank": 8}
         text = {"calibration": [str(self.rows)], **SHORT} if calibrated else {}
         options = _plain(options) | budget | text | options
         key = json.dumps(options, sort_keys=True)
@@ -110,7 +110,8 @@ class Bench:
 
     def plan(self, **options: Any) -> dict[str, Any]:
         """Whitened, rank 8 as L and R, on a machine of fixed speed, so that equal plans are equal."""
-        budget = {} if {"kept_fraction", "rank", "bits_per_weight"} & set(options) else {"rank": 8}
+        sizes = {"kept_fraction", "rank", "bits_per_weight", "max_bytes", "sweep"}
+        budget = {} if sizes & set(options) else {"rank": 8}
         short = {} if options.get("method") == "svd" else {"context_length": 64, "calibration_tokens": 4096}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Rates, "measure", lambda *probe: Rates(1e10, 1e10, 1e10, 1e10))
@@ -273,6 +274,33 @@ def case_allocation(b: Bench) -> None:
     expected = int(0.8 * 64 * INTERMEDIATE / (64 + INTERMEDIATE)) // ALIGNMENT * ALIGNMENT
     assert {rank for name, rank in uniform.ranks.items() if "mlp" in name} == {expected}
     assert len({rank for name, rank in b.decompose(kept_fraction=0.8).ranks.items() if "mlp" in name}) > 1
+
+
+def case_max_bytes(b: Bench) -> None:
+    for size, limit in (("600kB", 600_000), (450_000, 450_000)):
+        assert 0.9 * limit < b.decompose(max_bytes=size).report["totals"]["model_bytes"] <= limit
+
+
+MIXED = {"targets": "layers.1.self_attn", "bits_per_weight": 5, "allocation": "mixed", "mix": ["int2", "int8"]}
+
+
+def case_mix(b: Bench) -> None:
+    backbones = {plan["backbone"] for plan in b.decompose(**MIXED).manifest.values()}
+    assert backbones <= {"none", "int2", "int8"}
+    other = {plan["backbone"] for plan in b.decompose(**MIXED | {"mix": ["int4", "nf4"]}).manifest.values()}
+    assert other <= {"none", "int4", "nf4"} and other != backbones
+
+
+def case_refine(b: Bench) -> None:
+    report = b.decompose(kept_fraction=0.6, refine=2).report
+    assert "heldout_losses" not in b.decompose(kept_fraction=0.6).report
+    assert report["heldout_losses"][report["refined"]] == min(report["heldout_losses"].values())
+
+
+def case_measure_control(b: Bench) -> None:
+    without, measured = b.decompose(**MIXED), b.decompose(**MIXED, measure_control=True)
+    assert without.report["control"] == measured.report["control"] and "heldout_losses" not in without.report
+    assert measured.report["heldout_losses"].keys() == {"solution", "control", "dense"}
 
 
 def case_calibration(b: Bench) -> None:
@@ -566,6 +594,10 @@ DECOMPOSE: dict[str, Case] = {
     "bits_per_weight": case_bits_per_weight,
     "plan_file": case_plan_file,
     "allocation": case_allocation,
+    "max_bytes": case_max_bytes,
+    "mix": case_mix,
+    "refine": case_refine,
+    "measure_control": case_measure_control,
     "calibration": case_calibration,
     "calibration_tokens": case_calibration_tokens,
     "context_length": case_context_length,
@@ -676,6 +708,46 @@ def case_plan_allocation(b: Bench) -> None:
     assert len(uniform["ranks"]) == uniform["layers"] and "sensitivity" not in uniform["phases"]
     assert weighted["ranks"] is None and weighted["model_bytes_after"] is None  # the text decides
     assert weighted["phases"]["sensitivity"] > 0 and weighted["seconds"] > uniform["seconds"]
+
+
+def case_plan_max_bytes(b: Bench) -> None:
+    small, large = (b.plan(max_bytes=size, allocation="uniform") for size in ("450kB", "600kB"))
+    assert 300_000 < small["model_bytes_after"] <= 450_000 < large["model_bytes_after"] <= 600_000
+
+
+def case_plan_mix(b: Bench) -> None:
+    """Every format is looked at in every layer."""
+    few, many = (b.plan(**MIXED | {"mix": mix}) for mix in (["int2"], ["int2", "int4", "int8"]))
+    assert few["seconds"] < many["seconds"] and few["ranks"] is None
+
+
+def case_plan_refine(b: Bench) -> None:
+    none, some = (b.plan(kept_fraction=0.6, refine=count)["seconds"] for count in (0, 5))
+    assert none < some
+
+
+def case_plan_measure_control(b: Bench) -> None:
+    without, measured = (b.plan(**MIXED, measure_control=on)["seconds"] for on in (False, True))
+    assert without < measured
+
+
+def case_plan_sweep(b: Bench) -> None:
+    """Its files are in test_budgets.py."""
+    where = {"targets": "layers.1.self_attn", "mix": ["int4"], "calibration": [str(b.rows)], "calibration_tokens": 512}
+    result = b.plan(sweep=str(b.fresh("sweep")), **where)
+    assert {point["series"] for point in result["points"]} >= {"mixed", "L R, uniform"}
+    assert all(point["loss"] is None for point in result["points"])
+
+
+def case_plan_measure(b: Bench) -> None:
+    where = {
+        "targets": "layers.1.self_attn.q",
+        "mix": ["int4"],
+        "calibration": [str(b.rows)],
+        "calibration_tokens": 512,
+    }
+    result = b.plan(sweep=str(b.fresh("sweep")), measure=True, **where)
+    assert all(point["loss"] > 0 for point in result["points"])
 
 
 def case_plan_calibration(b: Bench) -> None:
@@ -842,6 +914,12 @@ PLAN: dict[str, Case] = {
     "kept_fraction": case_plan_kept_fraction,
     "bits_per_weight": case_plan_bits_per_weight,
     "allocation": case_plan_allocation,
+    "max_bytes": case_plan_max_bytes,
+    "mix": case_plan_mix,
+    "refine": case_plan_refine,
+    "measure_control": case_plan_measure_control,
+    "sweep": case_plan_sweep,
+    "measure": case_plan_measure,
     "calibration": case_plan_calibration,
     "calibration_tokens": case_plan_calibration_tokens,
     "context_length": case_plan_context_length,
@@ -1425,6 +1503,10 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
         ),
         (DecomposeConfig, "m o --method loftq --backbone nf4 --rank 3 --iterations 2 --dry-run"),
         (DecomposeConfig, "m o --plan p.json --calibration a.txt"),
+        (
+            DecomposeConfig,
+            "m o --max-bytes 80MB --allocation mixed --mix int2 nf4 --refine 3 --measure-control --calibration a.txt",
+        ),
         (DecomposeConfig, "m o --rank 3 --calibration a.txt --propagate sequential --shrinkage auto --resume"),
         (
             DecomposeConfig,
@@ -1451,6 +1533,8 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
         (PlanConfig, "m --method afm --no-centred --kept-fraction 0.7 --allocation uniform --form pivoted"),
         (PlanConfig, "m --method loftq --backbone nf4 --rank 3 --iterations 2 --save s"),
         (PlanConfig, "m --plan p.json"),
+        (PlanConfig, "m --max-bytes 9 --allocation mixed --mix int2 nf4 --refine 3 --measure-control"),
+        (PlanConfig, "m --sweep s --measure --calibration a.txt --bits-per-weight 8 --allocation mixed"),
         (
             PlanConfig,
             "m --method caldera --backbone int4 --rank 3 --downdate off --order q --incoherence --group-size 16 "

@@ -160,6 +160,8 @@ def run_seconds(
             runs += 2 + 3 * request.recovery.epochs
         total += runs * tokens * forward_flops / rates.forward
         total += walks * count * sum(text.tokens * (width + 192.0) * width for width in inputs) / rates.single
+        whole = request.refine + 1 if request.refine else 0  # models that are run on held-out text
+        total += (whole + (2 if request.measure_control else 0)) * text.heldout * forward_flops / rates.forward
         if weighted:
             total += 4 * text.sensitivity * forward_flops / rates.forward
     for name, site in sites.items():
