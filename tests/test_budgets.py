@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forking import ForkServer
 from safetensors import safe_open
 from test_plan_files import shards
 from tiny import save_tiny, tiny_llama
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import lord_tune
 from lord_tune.cli import main
 from lord_tune.config import DecomposeConfig
+from lord_tune.decomposition import measuring
 from lord_tune.errors import UsageError
 from lord_tune.plans import Plan
 
@@ -145,6 +147,61 @@ def test_refining_never_keeps_what_held_out_text_says_is_worse(made):
     _, report = made(kept_fraction=0.7, refine=2)
     losses = report["heldout_losses"]
     assert losses[report["refined"]] == min(losses.values()) <= losses["solution"]
+
+
+def test_a_run_that_dies_while_it_measures_is_continued_to_the_same_bytes(
+    made, llama_dir, rows_file, tmp_path, monkeypatch
+):
+    folder, report = made(kept_fraction=0.7, refine=2)
+    options = {"kept_fraction": 0.7, "refine": 2, "calibration": [str(rows_file)]} | TEXT
+    whole, calls = measuring.factorize, []
+
+    def dying(run: Any, plan: Any, index: int, *rest: Any) -> Any:
+        calls.append(index)
+        if index == 1:
+            raise KeyboardInterrupt
+        return whole(run, plan, index, *rest)
+
+    monkeypatch.setattr(measuring, "factorize", dying)
+    with pytest.raises(KeyboardInterrupt):
+        lord_tune.decompose(str(llama_dir), str(tmp_path / "out"), **options)
+    calls.clear()
+    monkeypatch.setattr(
+        measuring, "factorize", lambda run, plan, index, *rest: (calls.append(index), whole(run, plan, index, *rest))[1]
+    )
+    again = lord_tune.decompose(str(llama_dir), str(tmp_path / "out"), **options, resume=True)
+    assert set(calls) == {1, 2}  # block 0 was measured before
+    assert again["heldout_losses"] == report["heldout_losses"]
+    assert shards(tmp_path / "out") == shards(folder)
+
+
+def test_two_processes_measure_and_choose_the_same(made, llama_dir, rows_file, tmp_path):
+    folder, report = made(bits_per_weight=3.5, refine=3, measure_control=True, **MIX)
+    words = ["decompose", str(llama_dir), "two", "--bits-per-weight", "3.5", "--refine", "3", "--measure-control"]
+    words += [
+        "--allocation",
+        "mixed",
+        "--mix",
+        *MIX["mix"],
+        "--targets",
+        MIX["targets"],
+        "--calibration",
+        str(rows_file),
+    ]
+    words += [word for key, value in TEXT.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    server = ForkServer()
+    try:
+        ended = server.run(tmp_path, words, processes=2)
+    finally:
+        server.close()
+    assert ended.codes == [0, 0], ended.stderr[-2000:]
+    other = json.loads((tmp_path / "two/decomposition.json").read_text())
+    assert other["refined"] == report["refined"]
+    assert other["heldout_losses"] == pytest.approx(report["heldout_losses"], abs=1e-4)
+    kinds = [
+        [(c.backbone, c.rank) for c in Plan.read(f / "plan.json").layers.values()] for f in (folder, tmp_path / "two")
+    ]
+    assert kinds[0] == kinds[1]
 
 
 def test_a_plan_on_text_is_what_decompose_decides_and_serves_a_sibling(made, llama_dir, rows_file, tmp_path):
