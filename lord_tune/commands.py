@@ -38,10 +38,10 @@ from .layers.sizes import sizes
 from .memory import PeakMemory
 from .parallel import Workers
 from .plan_tables import backbones_of, show_compared, with_budget, write_sweep
-from .planning import made_from, plan_on_text
+from .planning import plan_on_text
 from .plans import FORMAT_VERSION
 from .protocols import CausalModel, TrlConfig
-from .provenance import architecture_of, command_line, identity_of, lasting, versions
+from .provenance import architecture_of, command_line, identity_of, lasting, made_from, versions
 from .resolve import (
     asked_text,
     check_formats,
@@ -170,8 +170,7 @@ def decompose(model: str, out: str, **options: Unpack[DecomposeOptions]) -> dict
             write_index(journal.folder, source.model, tokenizer, outcome.plans, outcome.weight_map)
             beside.copy(journal.folder)
             write_json(journal.folder / "decomposition.json", report)
-            made = {"model": config.model, "base": base, "calibration": calibration, "config": lasting(config)}
-            replace(outcome.plan, made=made).save(journal.folder / "plan.json")
+            replace(outcome.plan, made=made_from(config, base, calibration)).save(journal.folder / "plan.json")
             mixture = calibration.get("mixture", {})
             card = decomposition_card(config.model, lasting(config), totals, report["command"], mixture)
             (journal.folder / "README.md").write_text(card)
@@ -213,7 +212,8 @@ def plan(model: str, **options: Unpack[PlanOptions]) -> dict[str, Any]:
         if chosen is None:
             chosen, compared = plan_on_text(config, source_name, request, Path(config.save))
             foreseen = estimate_of(shape, found, request, chosen, size, rates, config.processes, device)
-        replace(chosen, made=made_from(config, source_name, chosen.made)).save(Path(config.save))
+        made = chosen.made or made_from(config, identity_of(config.model, source_name), None)
+        replace(chosen, made=made).save(Path(config.save))
         say(f"wrote {config.save}: a choice for each of {len(chosen.layers)} layers; decompose MODEL OUT --plan FILE")
     result = {"model": config.model, **foreseen.to_dict()}
     if config.json_file:

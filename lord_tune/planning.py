@@ -31,7 +31,7 @@ from .integrations.vocabulary import check_vocabulary
 from .layers.sizes import sizes
 from .parallel import Workers
 from .plans import LayerChoice, Plan
-from .provenance import identity_of, lasting
+from .provenance import identity_of, made_from
 from .resolve import rest_of, windows_of
 
 _SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)  # of the linears' bytes that L R keeps, in a sweep
@@ -51,12 +51,6 @@ class Point:
     loss: float | None = None  # measured on the held-out text, nats per token
 
 
-def made_from(config: PlanConfig, source_name: str, known: dict[str, Any]) -> dict[str, Any]:
-    """What a plan says of where it comes from. known: its calibration text, where there was one."""
-    base = identity_of(config.model, source_name)
-    return {"model": config.model, "base": base, "calibration": None, "config": lasting(config)} | known
-
-
 @contextmanager
 def _passes(config: PlanConfig, source_name: str, request: Request, beside: Path) -> Iterator[_Work]:
     """Everything that the calibrating pass needs, and its files beside `beside` for the length of a `with`."""
@@ -73,7 +67,7 @@ def _passes(config: PlanConfig, source_name: str, request: Request, beside: Path
         found = survey(source.model, request.targets, request.exclude, run_model)
         task = task_of(tokenizer, kind_of(source.model))
         run = Passes(source, found, windows, task, journal, dict.fromkeys(Phase, 1.0), lambda step: None)
-        made = made_from(config, source_name, {"calibration": calibration})
+        made = made_from(config, identity_of(config.model, source_name), calibration)
         yield _Work(run, found.layers, rest_of(sizes(source.model), found), made)
         journal.discard()
 

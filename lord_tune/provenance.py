@@ -69,6 +69,12 @@ def architecture_of(config: PreTrainedConfig) -> dict[str, object]:
     return {key: value for key, value in settings.items() if not key.startswith("_")}
 
 
+def made_from(config: RunConfig, base: object, calibration: object) -> dict[str, Any]:
+    """What a plan says of where it comes from; where it is written is no part of that."""
+    options = {key: value for key, value in lasting(config).items() if key not in ("out", "save", "json_file")}
+    return {"base": base, "calibration": calibration, "config": options}
+
+
 def lasting(config: RunConfig) -> dict[str, Any]:
     """The configuration without what does not change the result."""
     found = config.model_dump(exclude={"resume", "overwrite", "dry_run"})

@@ -32,9 +32,9 @@ COMBINATIONS = [(mode, family) for mode in MODES for family in FAMILIES]
 STORES: dict[str, dict[str, Any]] = {
     "packed": {"backbone": "int4", "rank": 8, "factor_format": "int4", "top_rank": 2, "top_format": "fp16"},
     "wide": {"backbone": "int4", "rank": 8},
-    "lord": {"kept_fraction": 0.8, "allocation": "uniform"},  # no Q, ranks that differ
+    "lord": {"kept_fraction": 0.8, "allocation": "uniform", "form": "plain"},  # no Q, ranks that differ
     "half": {"backbone": "nf4", "rank": 8, "factor_format": "fp16"},
-    "int8": {"rank": 12, "factor_format": "int8"},
+    "int8": {"rank": 12, "factor_format": "int8", "form": "plain"},
 }
 STORE = {"factors": "wide", "split": "packed", "lora": "packed", "scales": "packed"}
 MIDDLE = r"\.1\."

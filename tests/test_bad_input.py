@@ -278,7 +278,7 @@ WRONG_CALLS: list[Case] = [
     (
         "neither budget",
         lambda w: w.data_free("--method", "svd"),
-        "Expected one of --rank, --kept-fraction, --bits-per-weight and --plan; got none.",
+        "Expected one of --rank, --kept-fraction, --bits-per-weight, --max-bytes and --plan; got none.",
     ),
     (
         "both budgets",
@@ -381,7 +381,11 @@ WRONG_CALLS: list[Case] = [
     ("rank 0 alone", lambda w: w.decompose("--rank", 0), "needs a backbone"),
     ("negative rank", lambda w: w.decompose("--rank", -1, "--backbone", "nf4"), "a rank is at least 1"),
     ("option without effect", lambda w: w.decompose("--iterations", 3), "--iterations has no effect"),
-    ("kept fraction beside NF4", lambda w: w.decompose("--kept-fraction", 0.9, "--backbone", "nf4"), "give --rank"),
+    (
+        "kept fraction beside NF4",
+        lambda w: w.decompose("--kept-fraction", 0.05, "--backbone", "nf4"),
+        "of the bytes. Allow more",
+    ),
     ("loftq alone", lambda w: w.data_free("--method", "loftq", "--rank", 8), "pass --backbone nf4"),
     ("no calibration text", lambda w: w.data_free("--rank", 8), "pass --calibration FILE"),
     ("bad block size", lambda w: w.decompose("--backbone", "nf4", "--block-size", 48), "use one of 32, 64"),
@@ -418,7 +422,7 @@ WRONG_CALLS: list[Case] = [
         "its factors would hold more numbers than W. Choose at most 63, or add a backbone, for example nf4",
     ),
     ("rank above every side", lambda w: w.decompose("--rank", 70, "--backbone", "nf4"), "smaller side"),
-    ("kept fraction too small", lambda w: w.decompose("--kept-fraction", 0.05), "Keep more"),
+    ("kept fraction too small", lambda w: w.decompose("--kept-fraction", 0.05), "Allow more"),
     ("no layer matches", lambda w: w.decompose("--targets", "nosuchlayer"), "are named like model.layers.0"),
     ("all excluded", lambda w: w.decompose("--exclude", "."), "No layer matches"),
     ("bad targets", lambda w: w.decompose("--targets", "q_proj["), "not a regular expression"),

@@ -106,7 +106,7 @@ def test_a_mixture_has_several_kinds_and_says_what_it_costs(made):
     assert len(plan.kinds()) > 1 and plan.predicted_loss() > 0
     assert report["control"]["predicted_loss"] >= plan.predicted_loss() - 1e-12
     assert sum(report["control"]["kinds"].values()) == len(plan.layers)
-    assert plan.made["model"] and plan.made["calibration"]["sha256"] == report["calibration"]["sha256"]
+    assert plan.made["base"]["name"] and plan.made["calibration"]["sha256"] == report["calibration"]["sha256"]
     assert all(choice.shape is not None for choice in plan.layers.values())
 
 

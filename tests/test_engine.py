@@ -440,7 +440,7 @@ def test_the_recorded_errors_are_those_of_what_is_stored(llama_dir, rows_file, t
 def test_packed_factors_are_rounded_with_feedback_in_the_writing_pass(llama_dir, rows_file, tmp_path):
     """Ranks chosen by the loss come from the pass before, whose analysis holds no Gram matrix to round with."""
     text = CALIBRATION | {"calibration": [str(rows_file)]}
-    made = decompose_recorded(llama_dir, tmp_path / "out", **ROUNDED["loss weighted"], **text)
+    made = decompose_recorded(llama_dir, tmp_path / "out", **ROUNDED["loss weighted"], form="plain", **text)
     dense, ratios = load_dense_or_factored(str(llama_dir)), []
     for name, layer in factored_layers(load_dense_or_factored(str(made.folder))).items():
         weight = linear_weight(dense, name)

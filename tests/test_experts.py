@@ -414,7 +414,7 @@ def test_a_skeleton_counts_as_the_model_does(base):
 
 def test_thousands_of_experts_share_patterns_of_their_adapter(base, tmp_path, monkeypatch):
     """PEFT tries each pattern on each module; the ranks must be those of the layers all the same."""
-    options = {"kept_fraction": 0.8, "allocation": "uniform", "method": "svd"}
+    options = {"kept_fraction": 0.8, "allocation": "uniform", "method": "svd", "form": "plain"}
     lord_tune.decompose(str(base("mixtral")), str(tmp_path / "out"), **options)
     monkeypatch.setattr(attach, "_OWN_PATTERNS", 4)
     plain = load_dense_or_factored(str(tmp_path / "out"))

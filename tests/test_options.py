@@ -523,7 +523,7 @@ def case_resume(b: Bench) -> None:
         raise ZeroDivisionError
 
     out = b.fresh("resumed")
-    command = {"rank": 8, "calibration": [str(b.rows)], **SHORT}
+    command = {"rank": 8, "form": "plain", "calibration": [str(b.rows)], **SHORT}
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(commands, "write_index", fail)
         lord_tune.decompose(str(b.model), str(out), **command)
@@ -1662,7 +1662,7 @@ def test_the_recorded_command_repeats_the_run(verb, values, monkeypatch):
 
 def test_command_line_beats_yaml_beats_defaults(bench, tmp_path, capfd):
     file = tmp_path / "run.yaml"
-    file.write_text("method: svd\nrank: 12\nfactor_format: fp16\ntargets: q_proj$\n")
+    file.write_text("method: svd\nrank: 12\nfactor_format: fp16\nform: plain\ntargets: q_proj$\n")
     with pytest.raises(SystemExit) as stop:
         main(["decompose", str(bench.model), str(tmp_path / "out"), "--config", str(file), "--rank", "6"])
     assert stop.value.code == 0

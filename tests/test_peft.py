@@ -27,8 +27,8 @@ CLOSE = 1e-4
 STORES: dict[str, dict[str, Any]] = {
     "wide": {"backbone": "int4", "rank": 8},
     "packed": {"backbone": "int4", "rank": 8, "factor_format": "int4", "top_rank": 2, "top_format": "fp16"},
-    "int8": {"rank": 12, "factor_format": "int8"},
-    "lord": {"kept_fraction": 0.8, "allocation": "uniform"},
+    "int8": {"rank": 12, "factor_format": "int8", "form": "plain"},
+    "lord": {"kept_fraction": 0.8, "allocation": "uniform", "form": "plain"},
 }
 BATCH = torch.stack([torch.tensor(tiny_tokenizer()(code_document(n))["input_ids"][:32]) for n in range(4)])
 

@@ -240,6 +240,11 @@ def _check_stock_merge(tuner: BaseTuner) -> None:
             own = isinstance(
                 base, CastLinear | QuantizedLinear | PivotedLinear | ZeroLinear | FrozenSum | FactoredLinear
             )
+            if isinstance(base, PivotedLinear):
+                raise UsageError(
+                    f"PEFT's merge cannot add the adapter to '{name}', which is stored in pivoted form; use "
+                    "lord_tune.merge or lord_tune.fold, which are exact."
+                )
             if own and not (isinstance(base, CastLinear) and base.weight.dtype == torch.float32):
                 raise UsageError(
                     f"PEFT's merge would round the adapter into '{name}', whose weights are not float32; "
