@@ -397,7 +397,8 @@ class PlanConfig(MethodConfig):
     )
 
     def check(self) -> None:
-        self.check_budget()
+        if self.sweep is None:
+            self.check_budget()
         self.check_method(True)
         if self.measure and self.sweep is None:
             raise UsageError("`measure` runs the plans of `sweep`; give `sweep` NAME, or remove it.")

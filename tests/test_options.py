@@ -1503,6 +1503,7 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
         ),
         (DecomposeConfig, "m o --method loftq --backbone nf4 --rank 3 --iterations 2 --dry-run"),
         (DecomposeConfig, "m o --plan p.json --calibration a.txt"),
+        (DecomposeConfig, "m o --method two_sided --damping 0.3 --rank 3 --calibration a.txt"),
         (
             DecomposeConfig,
             "m o --max-bytes 80MB --allocation mixed --mix int2 nf4 --refine 3 --measure-control --calibration a.txt",
@@ -1533,6 +1534,7 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
         (PlanConfig, "m --method afm --no-centred --kept-fraction 0.7 --allocation uniform --form pivoted"),
         (PlanConfig, "m --method loftq --backbone nf4 --rank 3 --iterations 2 --save s"),
         (PlanConfig, "m --plan p.json"),
+        (PlanConfig, "m --method two_sided --damping 0.3 --rank 3"),
         (PlanConfig, "m --max-bytes 9 --allocation mixed --mix int2 nf4 --refine 3 --measure-control"),
         (PlanConfig, "m --sweep s --measure --calibration a.txt --bits-per-weight 8 --allocation mixed"),
         (

@@ -10,6 +10,7 @@ import transformers
 from tiny import CLASSIFIERS, save_tiny, tiny_head
 
 import lord_tune
+from lord_tune.allocation import factor_cost
 from lord_tune.calibration.corpus import file_windows
 from lord_tune.errors import UsageError
 from lord_tune.integrations.running import max_length, run_model, summed_loss
@@ -104,7 +105,9 @@ def test_heads_without_a_language_models_loss_are_decomposed_and_loaded_again(na
         n: layer.rank for n, layer in layers.items()
     }
     sizes = {n: m.weight.numel() for n, m in dense.named_modules() if n in report["layers"]}
-    kept = sum(layers[n].rank * sum(layers[n].plan.shape) if n in layers else size for n, size in sizes.items())
+    plans = {n: layer.plan for n, layer in layers.items()}
+    cost = {n: factor_cost(plan.shape, plan.rank, plan.form) for n, plan in plans.items()}
+    kept = sum(cost.get(n, size) for n, size in sizes.items())
     assert 0.75 < kept / sum(sizes.values()) <= 0.8
     with torch.no_grad():
         for key, layer in layers.items():
