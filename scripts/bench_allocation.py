@@ -73,6 +73,7 @@ LORD: dict[str, dict[str, Any]] = {
 BITS = {
     "mixed": {"allocation": "mixed", "mix": MIX, "measure_control": True},
     "mixed_alone": {"allocation": "mixed", "mix": MIX, "rank": 0},
+    "mixed_scalars": {"allocation": "mixed", "mix": ["int2", "int3", "nf4", "int8"], "rank": 0},
     "mixed_two_sided": {"allocation": "mixed", "mix": MIX, "method": "two_sided"},
 }
 SINGLE = {
@@ -119,7 +120,7 @@ def main() -> None:
             show_table(f"{1 - kept:.0%} of the linears' parameters removed (target on code {target} x)", columns, rows)
     if "bits" in given.parts:
         rows = []
-        for bits in (2.5, 3.0, 4.0):
+        for bits in (2.5, 3.0, 3.5, 4.0):
             for name, options in BITS.items():
                 full = f"{name}_{bits:g}"
                 rows.append(shown(full, bench.row(full, bits_per_weight=bits, **options), dense))
