@@ -261,7 +261,7 @@ def test_noise_beyond_the_reach_of_a_tall_matrix_costs_what_is_left_of_the_gradi
 
 
 def test_a_model_of_seven_billion_is_shared_out_in_seconds():
-    """Shapes of Llama-2 7B, random spectra; measured 1.4 s on one thread."""
+    """Shapes of Llama-2 7B, random spectra; measured 0.2 s on one thread."""
     shapes = {"q_proj": (4096, 4096), "k_proj": (4096, 4096), "v_proj": (4096, 4096), "o_proj": (4096, 4096)}
     shapes |= {"gate_proj": (11008, 4096), "up_proj": (11008, 4096), "down_proj": (4096, 11008)}
     generator = torch.Generator().manual_seed(0)
@@ -275,4 +275,4 @@ def test_a_model_of_seven_billion_is_shared_out_in_seconds():
     request = Request(pivoted, Sized(0.8, LossWeighted()))
     plan = decide_from(sites({name: m.shape for name, m in of.items()}), request, of)
     seconds = time.perf_counter() - start
-    assert len(plan.layers) == 224 and seconds < 5 * 4  # other processes may run beside it
+    assert len(plan.layers) == 224 and seconds < 5
