@@ -19,13 +19,14 @@ from .plans import Plan
 from .storage import check_json_file, write_json
 from .sweep_plot import draw
 
+_NOT_SWEPT = ("backbone", "allocation", "json", "refine", "measure_control", "recover_epochs", "propagate")
 _BUDGETS = ("rank", "kept_fraction", "bits_per_weight", "max_bytes", "plan")
 
 
 def with_budget(values: dict[str, Any]) -> dict[str, Any]:
     """The options of `plan` with the budget that they leave open: a mixture of everything for a sweep."""
     if values.get("sweep") is not None:
-        given = [key for key in (*_BUDGETS, "backbone", "allocation", "json") if values.get(key) is not None]
+        given = [key for key in (*_BUDGETS, *_NOT_SWEPT) if values.get(key) not in (None, 0, False)]
         if given:
             raise UsageError(f"`sweep` tries budgets and allocators itself and writes files; remove `{given[0]}`.")
         return values | {"bits_per_weight": 8.0, "allocation": "mixed"}

@@ -16,11 +16,11 @@ from .allocation import ALLOCATORS
 from .config import PlanConfig
 from .decomposition import Compared, Journal, Phase, Request, Sized, decide_measured
 from .decomposition.choices import Measured
-from .decomposition.decide import decide, decide_from
+from .decomposition.decide import decide
 from .decomposition.engine import look
 from .decomposition.measuring import measure
 from .decomposition.passes import Passes
-from .decomposition.sharing import Layers
+from .decomposition.sharing import Layers, share_out
 from .decomposition.sizes import added_bias_bytes, stored_bytes
 from .decomposition.survey import survey
 from .errors import UsageError
@@ -122,7 +122,7 @@ def _plans(work: _Work, request: Request, measured: dict[str, Measured]) -> dict
 
     def add(name: str, sized: Sized) -> None:
         try:
-            found[name] = decide_from(work.layers, replace(request, budget=sized), measured, work.rest)
+            found[name] = share_out(work.layers, request.template, sized, work.rest, measured)
         except UsageError:
             return
 

@@ -75,8 +75,6 @@ def test_what_is_stored_is_within_the_size(made, case):
     """Layers of 64 and 176 have few choices: on real models the gap is below 0.5 %."""
     options, unit, limit = SIZES[case]
     given = {k: v for k, v in options.items() if v is not None}
-    if case in ("energy", "typed"):
-        given |= {}
     folder, report = made(**given) if case not in ("energy", "typed") else _without_gradients(made, given)
     records = report["layers"].values()
     numbers = sum(math.prod(r["shape"]) for r in records)
@@ -283,6 +281,8 @@ def test_what_a_sweep_does_not_take(llama_dir, rows_file, tmp_path):
     text = {"calibration": [str(rows_file)]}
     with pytest.raises(UsageError, match="`sweep` tries budgets and allocators itself and writes files; remove `rank`"):
         lord_tune.plan(str(llama_dir), sweep=str(tmp_path / "s"), rank=4, **text)
+    with pytest.raises(UsageError, match="remove `refine`"):
+        lord_tune.plan(str(llama_dir), sweep=str(tmp_path / "s"), refine=3, **text)
     with pytest.raises(UsageError, match="`sweep` predicts losses from calibration text"):
         lord_tune.plan(str(llama_dir), sweep=str(tmp_path / "s"))
     with pytest.raises(UsageError, match="`measure` runs the plans of `sweep`"):
