@@ -18,7 +18,7 @@ from .decomposition import Compared, Journal, Phase, Request, Sized, decide_meas
 from .decomposition.choices import Measured
 from .decomposition.decide import decide
 from .decomposition.engine import look
-from .decomposition.measuring import measure
+from .decomposition.measuring import measure, scored
 from .decomposition.passes import Passes
 from .decomposition.sharing import Layers, share_out
 from .decomposition.sizes import added_bias_bytes, stored_bytes
@@ -94,6 +94,8 @@ def sweep(
     `measure`; and what it was made from. request: a mixture of all formats that the sweep shall look at."""
     with _passes(config, source_name, request, beside) as work:
         decide(work.layers, request, work.rest)  # refuses methods without nested ranks
+        if config.measure:
+            scored(work.run.task)
         measured = look(work.run, request)
         plans = _plans(work, request, measured)
         losses: dict[str, float] = {}

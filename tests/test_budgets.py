@@ -292,6 +292,14 @@ def test_what_a_sweep_does_not_take(llama_dir, rows_file, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_models_without_a_loss_are_refused_before_any_block_is_run(rows_file, tmp_path):
+    bare = save_tiny(tiny_llama().model, tmp_path / "bare")
+    text = TEXT | {"calibration": [str(rows_file)]}
+    with pytest.raises(UsageError, match="without a language-model head has no loss on text"):
+        lord_tune.decompose(str(bare), str(tmp_path / "out"), kept_fraction=0.8, refine=2, **text)
+    assert not (tmp_path / "out.partial").exists()
+
+
 def test_a_plan_of_another_model_names_the_first_difference(made, rows_file, tmp_path):
     folder, _ = made(kept_fraction=0.7)
     other = save_tiny(tiny_llama(intermediate=192), tmp_path / "other")

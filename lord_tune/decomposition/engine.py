@@ -53,7 +53,7 @@ from .choices import Measured, Sized
 from .decide import Request, decide_from
 from .gradients import measure_gradients
 from .journal import Journal
-from .measuring import measure
+from .measuring import measure, scored
 from .passes import Passes
 from .recovery import Recovered
 from .sharing import NEVER_RAN, control_of
@@ -141,6 +141,8 @@ def look(run: Passes, request: Request) -> dict[str, Measured]:
 def decide_measured(run: Passes, request: Request, rest: int) -> tuple[Plan, Compared]:
     """The plan of a budget that the calibration shares out, and what it was compared with."""
     layers = run.survey.layers
+    if request.refine or request.measure_control:
+        scored(run.task)  # refused now, not after the calibration
     measured = look(run, request)
     plan = decide_from(layers, request, measured, rest)
     candidates = {SOLUTION: plan}

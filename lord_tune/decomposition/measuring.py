@@ -15,6 +15,8 @@ from collections.abc import Mapping
 
 import torch
 
+from ..calibration.route import Score
+from ..calibration.task import Task
 from ..errors import UsageError
 from ..layers import FactoredLinear
 from ..plans import LayerChoice, Plan
@@ -24,26 +26,20 @@ from .shards import to_meta
 from .steps import Phase, of_block
 from .writing import factorize
 
-Score = tuple[float, int]  # summed loss, tokens
+Pair = tuple[float, int]  # summed loss, tokens
 
 
 def measure(run: Passes, plans: Mapping[str, Plan], analysed: bool) -> dict[str, float]:
     """Plan's name -> loss on the held-out text, nats per token. `analysed`: the calibrating pass has looked at every
     layer, from which L R without Q is cut."""
-    score = run.task.scored
-    if score is None:
-        raise UsageError(
-            "A model without a language-model head has no loss on text, so that no plan can be measured; leave "
-            "`refine`, `measure_control` and `measure` out."
-        )
-    text = run.text
+    score, text = scored(run.task), run.text
     heldout = torch.cat([run.task.prepare(window[None]) for window in text.heldout])
     streams = {name: f"plan{number}" for number, name in enumerate(plans)}
     choices = [choice for plan in plans.values() for choice in plan.factored().values()]
     cut = analysed and all(choice.backbone == "none" and not choice.rounds_factors for choice in choices)
     walked = {} if cut else {CALIBRATION: text.calibration, HELDOUT: text.heldout}
     walk = run.walk(walked | dict.fromkeys(streams.values(), heldout), Phase.MEASURING)
-    own: dict[str, Score] = {}
+    own: dict[str, Pair] = {}
     for index in range(run.count):
         step = of_block(Phase.MEASURING, index)
         if run.journal.has(step):
@@ -87,6 +83,16 @@ def measure(run: Passes, plans: Mapping[str, Plan], analysed: bool) -> dict[str,
     return {name: loss / max(tokens, 1) for name, (loss, tokens) in found.items()}
 
 
+def scored(task: Task) -> Score:
+    """The task's loss with the tokens it is the sum of; UsageError for a model that has none."""
+    if task.scored is None:
+        raise UsageError(
+            "A model without a language-model head has no loss on text, so that no plan can be measured; leave "
+            "`refine`, `measure_control` and `measure` out."
+        )
+    return task.scored
+
+
 def _make(
     run: Passes,
     plan: Plan,
@@ -109,9 +115,9 @@ def _key(layer: str, choice: LayerChoice) -> str:
     return json.dumps([layer, same.to_dict()], sort_keys=True)
 
 
-def _plain(pair: tuple[torch.Tensor, int]) -> Score:
+def _plain(pair: tuple[torch.Tensor, int]) -> Pair:
     return float(pair[0]), pair[1]
 
 
-def _sum(scores: list[Score]) -> Score:
+def _sum(scores: list[Pair]) -> Pair:
     return sum(loss for loss, _ in scores), sum(count for _, count in scores)
