@@ -156,7 +156,8 @@ def show_decomposition(
         say(f"{len(poor)} layers saw fewer tokens than inputs, or dead inputs, like {poor[0]}; give them more text")
     fitted = [name for name, record in layers.items() if _is_overfitted(record)]
     if fitted:
-        say(f"{len(fitted)} layers err over twice as much on held-out text, like {fitted[0]}; give them more text")
+        count = _count(len(fitted), "layer errs", "layers err")
+        say(f"{count} over twice as much on held-out text, like {fitted[0]}; give more text")
     say(
         f"peak memory {human_bytes(totals['peak_memory_bytes'])} (estimated "
         f"{human_bytes(totals['estimated_peak_memory_bytes'])})"
