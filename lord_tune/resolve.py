@@ -124,9 +124,9 @@ def _template(config: MethodConfig) -> LayerChoice:
     """Everything of a layer's choice but its rank."""
     form, top = config.factor_format or ("bf16" if config.mixes else None), config.top_format
     template = LayerChoice(
-        config.method,
+        config.used_method,
         None,
-        chosen(METHODS[config.method], config),
+        chosen(METHODS[config.used_method], config),
         factor_format=form,
         factor_options={} if form is None or form in DTYPES else _format_options(config, form),
         top_rank=config.top_rank,
@@ -151,7 +151,7 @@ def _budget(config: MethodConfig, template: LayerChoice) -> Budget:
     if config.bits_per_weight is not None:
         widths: tuple[LayerChoice, ...] = (template,)
         if config.backbone == "none":
-            widths = _with_backbones(config, template, list(METHODS[config.method].widths))
+            widths = _with_backbones(config, template, list(METHODS[config.used_method].widths))
         return Bits(config.bits_per_weight, widths, config.rank)
     assert config.rank is not None, "the record asks for a budget"
     return Ranks(config.rank)

@@ -43,7 +43,7 @@ class PlanOptions(TypedDict, total=False):
     symmetric: bool
     spqr_bits: int
     outliers: float
-    method: Literal["whitened", "svd", "two_sided", "afm", "loftq", "caldera"]
+    method: Literal["whitened", "svd", "two_sided", "afm", "loftq", "caldera"] | None
     backbone: Literal[
         "none", "nf4", "int2", "int3", "int4", "int8", "lloyd2", "lloyd3", "lloyd4", "e8-2", "e8-3", "e8-4", "spqr"
     ]
@@ -115,7 +115,7 @@ class DecomposeOptions(TypedDict, total=False):
     symmetric: bool
     spqr_bits: int
     outliers: float
-    method: Literal["whitened", "svd", "two_sided", "afm", "loftq", "caldera"]
+    method: Literal["whitened", "svd", "two_sided", "afm", "loftq", "caldera"] | None
     backbone: Literal[
         "none", "nf4", "int2", "int3", "int4", "int8", "lloyd2", "lloyd3", "lloyd4", "e8-2", "e8-3", "e8-4", "spqr"
     ]

@@ -114,7 +114,7 @@ def summary(config: MethodConfig, backbone: str) -> str:
     parts = "L R only" if backbone == "none" else f"{backbone} + L R"
     if config.mixes:
         parts = "dense, L R and " + ", ".join(config.mix or MIX)
-    return f"{parts}, method {config.method}, {budget}"
+    return f"{parts}, method {config.used_method}, {budget}"
 
 
 def show_decomposition(
@@ -388,6 +388,6 @@ def notify_training(event: str, payload: object) -> None:
 
 def show_plan(config: RunConfig) -> dict[str, Any]:
     """What `--dry-run` prints; returned as a dict."""
-    resolved = config.model_dump()
+    resolved = config.resolved()
     show_table("resolved configuration", ["key", "value"], [[key, str(value)] for key, value in resolved.items()])
     return resolved
