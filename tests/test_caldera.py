@@ -23,11 +23,11 @@ from lord_tune.factorizations import (
     relative_error,
     round_factors,
 )
-from lord_tune.factorizations.caldera import DAMPINGS, Caldera, _Problem
+from lord_tune.factorizations.caldera import Caldera, _Problem
 from lord_tune.plans import LayerChoice
 from lord_tune.quantizers import E8P2, E8P3, NF4, Int2, Int3, Int4, Int8, Lloyd2, Lloyd4, Rotated, SpQR
 from lord_tune.quantizers import QUANTIZERS as BY_NAME
-from lord_tune.quantizers.ldlq import Feedback, round_with_feedback
+from lord_tune.quantizers.ldlq import DAMPINGS, Feedback, round_with_feedback
 
 SHAPE = (64, 96)
 W = weight(SHAPE)

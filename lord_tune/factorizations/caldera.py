@@ -25,7 +25,7 @@ rows of Q are rounded one by one, where they change nothing (in rotated coordina
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -37,16 +37,9 @@ from ..declared import option
 from ..errors import UsageError
 from ..linalg import principal_axes, smaller_side, solve_psd
 from ..quantizers import Quantizer
-from ..quantizers.ldlq import (
-    Feedback,
-    choose,
-    round_with_feedback,
-)
+from ..quantizers.ldlq import DAMPINGS, Feedback, fitted, round_with_feedback
 from .base import FactorForm, Factors, Fisher, Method, Split
 from .rounding import factor_feedback, plainly_rounded, refine
-
-DAMPINGS: tuple[float, ...] = (0.01, 0.1, 0.3)
-STRETCHES = (0.92, 1.0, 1.08)
 
 
 @dataclass(frozen=True)
@@ -188,28 +181,15 @@ class _Problem:
 
     def start(self) -> _Iterate:
         """LDLQ alone, after choosing the damping and, for every row, the stretch of its scales."""
+        found = fitted(self.quantizer, self.weight, self.rounding_gram, self._heldout_energies(), self.dampings)
+        self.damping, self.stretch, self._plain = found.damping, found.stretch, found.feedback
+        return self._iterate(found.parts, found.backbone, None)
 
-        def attempt(damping: float) -> tuple[float, tuple[Feedback, _Iterate]]:
-            feedback = Feedback.of(self.rounding_gram, damping, self.block)
-            found = self._iterate(*round_with_feedback(self.quantizer, self.weight, feedback, 1.0), None)
-            if self.heldout is None:
-                return found.error, (feedback, found)
-            assert found.split.backbone is not None
-            return float(self.heldout.energies(self.weight - found.split.backbone).sum()), (feedback, found)
-
-        self.damping, (feedback, plain) = choose(self.dampings, attempt)
-        energies = []
-        for stretch in STRETCHES:
-            if stretch == 1.0:
-                backbone = plain.split.backbone
-            else:
-                _, backbone = round_with_feedback(self.quantizer, self.weight, feedback, stretch)
-            assert backbone is not None
-            energies.append(_own_energies(self.quantizer, self.weight - backbone, self.rounding_gram))
-        which = torch.stack(energies).argmin(0)
-        self.stretch = torch.tensor(STRETCHES, device=which.device)[which][:, None]
-        tuned = self._iterate(*round_with_feedback(self.quantizer, self.weight, feedback, self.stretch), None)
-        return min(plain, tuned, key=_error)
+    def _heldout_energies(self) -> Callable[[Tensor], Tensor] | None:
+        heldout = self.heldout
+        if heldout is None:
+            return None
+        return lambda rows: heldout.energies(self.quantizer.returned_inputs(rows))
 
     def idle(self, alone: _Iterate, rank: int) -> Split:
         """Q alone, with L = 0 beside the strongest directions of the inputs as R: nothing to add, but it can train."""
@@ -277,12 +257,6 @@ class _Problem:
         if self._plain is None:
             self._plain = Feedback.of(self.rounding_gram, self.damping, self.block)
         return self._plain
-
-
-def _own_energies(quantizer: Quantizer, residual: Tensor, gram: Tensor) -> Tensor:
-    """The error of each row in the coordinates the format rounds in, where rows are rounded independently. (out,)"""
-    turned = quantizer.turned(residual)
-    return (turned @ gram * turned).sum(1)
 
 
 def _bounded(weights: Tensor) -> Tensor:

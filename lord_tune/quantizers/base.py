@@ -45,11 +45,13 @@ class Rounder(Protocol):
         ...
 
     def round(self, values: Tensor, start: int) -> Tensor:
-        """Decoded values of columns start..start + width, (out, width), width <= block; remembers their codes."""
+        """Decoded values of columns start..start + width, transposed, (width, out), width <= block; remembers their
+        codes."""
         ...
 
-    def parts(self) -> dict[str, Tensor]:
-        """The stored parts, when every column has been rounded."""
+    def parts(self, rows: Tensor | None = None) -> dict[str, Tensor]:
+        """The stored parts, when every column has been rounded; of these rows (their numbers) where the format's
+        `rows_apart` says so."""
         ...
 
 
@@ -100,6 +102,14 @@ class Quantizer(Protocol):
         """Linear forms of the inputs in these coordinates. (k, in)"""
         ...
 
+    def returned_inputs(self, rows: Tensor) -> Tensor:
+        """The inverse of `turned_inputs`. (k, in)"""
+        ...
+
+    def rows_apart(self, shape: tuple[int, int]) -> bool:
+        """Whether every row has codes and scales of its own that no other row decides."""
+        ...
+
     def completed(self, parts: dict[str, Tensor], shape: tuple[int, int]) -> dict[str, Tensor]:
         """The parts of a rounder, with what a loader needs to turn them back."""
         ...
@@ -132,6 +142,12 @@ class Format:
 
     def turned_inputs(self, rows: Tensor) -> Tensor:
         return rows
+
+    def returned_inputs(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def rows_apart(self, shape: tuple[int, int]) -> bool:
+        return True
 
     def completed(self, parts: dict[str, Tensor], shape: tuple[int, int]) -> dict[str, Tensor]:
         return parts

@@ -297,16 +297,17 @@ class BlockRounder:
         self._codes = torch.empty(size, dtype=torch.uint8, device=weight.device)
 
     def round(self, values: Tensor, start: int) -> Tensor:
-        width = values.shape[1]
-        scaled = values * self._inverse
+        width = len(values)
+        scaled = values.T * self._inverse
         if width < BLOCK:
             scaled = torch.nn.functional.pad(scaled, (0, BLOCK - width))
         codes, decoded = self._form.round_blocks(scaled)
         self._codes[:, start // BLOCK] = codes
-        return decoded[:, :width] * self._factor
+        return (decoded[:, :width] * self._factor).T
 
-    def parts(self) -> dict[str, Tensor]:
-        return {"weight": self._codes, "scales": self._scales}
+    def parts(self, rows: Tensor | None = None) -> dict[str, Tensor]:
+        every = slice(None) if rows is None else rows
+        return {"weight": self._codes[every], "scales": self._scales[every]}
 
 
 def _inverse(factor: Tensor) -> Tensor:

@@ -185,17 +185,21 @@ class GroupRounder:
         if isinstance(stretch, Tensor) or stretch != 1.0:
             scales = {name: stored_half(value.float() * stretch) for name, value in scales.items()}
         self._form, self._scales = form, scales
-        self._factor, self._offset = form.affine(scales)
+        factor, offset = form.affine(scales)
+        self._factor = factor.T.contiguous()  # (groups, out)
+        self._offset = None if offset is None else offset.T.contiguous()
         self._divisor = divisor_of(self._factor)
-        self._codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+        self._codes = torch.empty(weight.T.shape, dtype=torch.uint8, device=weight.device)
 
     def round(self, values: Tensor, start: int) -> Tensor:
         group = start // self._form.group_size
-        offset = None if self._offset is None else self._offset[:, group, None]
-        factor, divisor = self._factor[:, group, None], self._divisor[:, group, None]
-        codes, decoded = self._form.round_with(values, factor, offset, divisor)
-        self._codes[:, start : start + values.shape[1]] = codes
+        offset = None if self._offset is None else self._offset[group]
+        codes, decoded = self._form.round_with(values, self._factor[group], offset, self._divisor[group])
+        self._codes[start : start + len(values)] = codes
         return decoded
 
-    def parts(self) -> dict[str, Tensor]:
-        return {"weight": pack(self._codes, self._form.bits), **self._scales}
+    def parts(self, rows: Tensor | None = None) -> dict[str, Tensor]:
+        if rows is None:
+            return {"weight": pack(self._codes.T, self._form.bits), **self._scales}
+        scales = {name: value[rows] for name, value in self._scales.items()}
+        return {"weight": pack(self._codes[:, rows].T, self._form.bits), **scales}

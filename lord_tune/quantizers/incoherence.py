@@ -165,6 +165,13 @@ class Rotated:
         """Linear forms of the inputs, (k, in), as forms of the rotated ones."""
         return into(rows, random_signs(rows.shape[1], self.seed, rows.device))
 
+    def returned_inputs(self, rows: Tensor) -> Tensor:
+        """Linear forms of the rotated inputs, (k, in), as forms of the inputs."""
+        return out_of(rows, random_signs(rows.shape[1], self.seed, rows.device))
+
+    def rows_apart(self, shape: tuple[int, int]) -> bool:
+        return self.inner.rows_apart(shape)
+
     def completed(self, parts: dict[str, Tensor], shape: tuple[int, int]) -> dict[str, Tensor]:
         """Parts of the inner format, completed by the packed signs."""
         out, inputs = self.signs(shape, parts["weight"].device)

@@ -6,25 +6,30 @@ H = L D L^T with unit (block) lower triangular L. From the last block of columns
 
 and the error is sum over k of tr(eta_k D_k eta_k^T) with eta_k the rounding error of block k alone: tr D instead of
 tr H. H is damped, H + sigma mean(diag H) I: with few tokens the small eigenvalues are noise and feedback fits to them.
-CALDERA chooses sigma by held-out error (`choose`).
+`fitted` chooses sigma by held-out error.
 
 A format takes part through a `Rounder`: it fixes its scales for the whole matrix first, then rounds blocks of columns.
 A rotated format (incoherence.py) is rounded in its own coordinates, with the Gram matrix of the rotated inputs.
+
+Everything lies transposed in memory, one input after the other, so that a column of W is contiguous. The corrections
+are passed on by halves: once the right half of a range of columns is rounded, one product corrects the left half. That
+is as much arithmetic as column by column, in products as large as they can be.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from ..linalg import row_energies
 from .base import Quantizer, Rounder
 
-Result = TypeVar("Result")
-_PANEL = 128  # columns whose corrections from the right are one product
+DAMPINGS: tuple[float, ...] = (0.01, 0.1, 0.3)
+STRETCHES = (0.92, 1.0, 1.08)
+SAMPLED_ROWS = 128  # by which the damping is judged
 
 
 @dataclass(frozen=True)
@@ -76,25 +81,27 @@ class Feedback:
         return self.corners.diagonal(dim1=1, dim2=2).reshape(-1)[: len(self.lower)].float()
 
 
-def ldlq(weight: Tensor, feedback: Feedback, rounder: Rounder) -> Tensor:
-    """Round `weight` (out, in) with feedback; returns Q (out, in) float32. The codes are in the rounder."""
-    values = weight.float().contiguous()
-    width, block = values.shape[1], feedback.block
-    error = torch.zeros_like(values)
-    decoded = torch.empty_like(values)
-    starts = list(range(0, width, block))
-    per_panel = max(1, _PANEL // block)
-    for first in range((len(starts) - 1) // per_panel * per_panel, -1, -per_panel):
-        panel = starts[first : first + per_panel]
-        left, right = panel[0], min(panel[-1] + block, width)
-        corrected = values[:, left:right] + error[:, right:] @ feedback.lower[right:, left:right]
-        for start in reversed(panel):
-            stop = min(start + block, width)
-            target = corrected[:, start - left : stop - left]
-            target = target + error[:, stop:right] @ feedback.lower[stop:right, start:stop]
-            decoded[:, start:stop] = rounder.round(target, start)
-            torch.sub(values[:, start:stop], decoded[:, start:stop], out=error[:, start:stop])
-    return decoded
+def ldlq(weight: Tensor, feedback: Feedback | Sequence[Feedback], rounder: Rounder) -> Tensor:
+    """Round `weight` (out, in) with feedback; returns W - Q (out, in) float32. The codes are in the rounder. Of several
+    feedbacks, each is that of an equal share of the rows."""
+    feedbacks = [feedback] if isinstance(feedback, Feedback) else list(feedback)
+    values = weight.float().T.contiguous()  # (in, out)
+    corrected, error = values.clone(), torch.empty_like(values)
+    block = feedbacks[0].block
+    shares = list(zip(feedbacks, corrected.chunk(len(feedbacks), 1), error.chunk(len(feedbacks), 1), strict=True))
+
+    def round_range(start: int, stop: int) -> None:
+        if stop - start <= block:
+            torch.sub(values[start:stop], rounder.round(corrected[start:stop], start), out=error[start:stop])
+            return
+        middle = start + -(-(stop - start) // (2 * block)) * block
+        round_range(middle, stop)
+        for own, target, known in shares:
+            target[start:middle].addmm_(own.lower[middle:stop, start:middle].T, known[middle:stop])
+        round_range(start, middle)
+
+    round_range(0, len(values))
+    return error.T
 
 
 def round_with_feedback(
@@ -104,25 +111,86 @@ def round_with_feedback(
     stretch: Tensor | float = 1.0,  # of the scales; (out, 1) or one for all
 ) -> tuple[dict[str, Tensor], Tensor]:
     """(stored parts, Q float64 as a reload decodes it)."""
-    shape = (weight.shape[0], weight.shape[1])
     values = quantizer.turned(weight.float())
     rounder = quantizer.rounder(values, stretch, feedback.importance())
     ldlq(values, feedback, rounder)
-    parts = quantizer.completed(rounder.parts(), shape)
-    return parts, quantizer.dequantize(parts, shape, torch.float64)
+    return _stored(quantizer, rounder.parts(), weight)
 
 
-def choose(dampings: tuple[float, ...], attempt: Callable[[float], tuple[float, Result]]) -> tuple[float, Result]:
-    """(damping, result) with the least error among the candidates that are positive definite; `attempt` gives (error,
-    result)."""
-    best: tuple[float, float, Result] | None = None
+def _stored(quantizer: Quantizer, parts: dict[str, Tensor], weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    shape = (weight.shape[0], weight.shape[1])
+    completed = quantizer.completed(parts, shape)
+    return completed, quantizer.dequantize(completed, shape, torch.float64)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """One matrix rounded with feedback, and the choices made for it."""
+
+    parts: dict[str, Tensor]
+    backbone: Tensor  # Q, (out, in) float64
+    feedback: Feedback
+    damping: float
+    stretch: Tensor  # (out, 1) float32
+
+
+def fitted(
+    quantizer: Quantizer,
+    weight: Tensor,  # (out, in)
+    gram: Tensor,  # (in, in) float64, of the turned inputs
+    energies: Callable[[Tensor], Tensor] | None = None,  # of held-out text: squared errors of rows (k, in), turned
+    dampings: tuple[float, ...] = DAMPINGS,
+    stretches: tuple[float, ...] = STRETCHES,
+) -> Fitted:
+    """Rounds with the damping that errs least on held-out text (without it, on H), judged by a sample of the rows,
+    because feedback fits to noise; and each row with the stretch of its scales that errs least on H.
+
+    Candidates are rounded side by side, since most of the time of a column is not its arithmetic. Raises
+    torch.linalg.LinAlgError if no damping makes H positive definite.
+    """
+    values = quantizer.turned(weight.float())
+    damping, feedback = _damped(quantizer, values, gram, energies, dampings)
+    apart = quantizer.rows_apart((weight.shape[0], weight.shape[1]))
+    tried, errors = [], []
+    for some in [stretches] if apart else [(stretch,) for stretch in stretches]:
+        rows = values.repeat(len(some), 1)
+        stretch = torch.tensor(some, device=rows.device).repeat_interleave(len(values))[:, None]
+        tried.append(quantizer.rounder(rows, stretch, feedback.importance()))
+        errors.append(row_energies(ldlq(rows, feedback, tried[-1]).double(), gram).view(len(some), -1))
+    which = torch.cat(errors).argmin(0)
+    stretch = torch.tensor(stretches, device=which.device)[which][:, None]
+    if apart:
+        parts = tried[0].parts(which * len(values) + torch.arange(len(values), device=which.device))
+    else:  # rows that share scales or outliers may do worse together than each did
+        mixed = quantizer.rounder(values, stretch, feedback.importance())
+        errors.append(row_energies(ldlq(values, feedback, mixed).double(), gram)[None])
+        least = int(torch.cat(errors).sum(1).argmin())
+        parts = [*tried, mixed][least].parts()
+        if least < len(stretches):
+            stretch = torch.full_like(stretch, stretches[least])
+    return Fitted(*_stored(quantizer, parts, weight), feedback, damping, stretch)
+
+
+def _damped(
+    quantizer: Quantizer,
+    values: Tensor,  # (out, in), turned
+    gram: Tensor,
+    energies: Callable[[Tensor], Tensor] | None,
+    dampings: tuple[float, ...],
+) -> tuple[float, Feedback]:
+    """(damping, feedback) with the least error on a sample of the rows."""
+    found: list[tuple[float, Feedback]] = []
     for damping in dampings:
         try:
-            error, result = attempt(damping)
+            found.append((damping, Feedback.of(gram, damping, quantizer.block)))
         except torch.linalg.LinAlgError:
             continue
-        if best is None or error < best[0]:
-            best = (error, damping, result)
-    if best is None:
+    if not found:
         raise torch.linalg.LinAlgError("no damping makes the Gram matrix positive definite")
-    return best[1], best[2]
+    if len(found) == 1:
+        return found[0]
+    sample = values[:: max(1, len(values) // SAMPLED_ROWS)].repeat(len(found), 1)
+    feedbacks = [feedback for _, feedback in found]
+    error = ldlq(sample, feedbacks, quantizer.rounder(sample, 1.0, feedbacks[0].importance()))
+    judged = row_energies(error.double(), gram) if energies is None else energies(error)
+    return found[int(judged.view(len(found), -1).sum(1).argmin())]

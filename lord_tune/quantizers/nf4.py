@@ -92,6 +92,9 @@ class NF4(Format):
         """
         return shape[1] % self.block_size == 0
 
+    def rows_apart(self, shape: tuple[int, int]) -> bool:
+        return self.rows_are_blocks(shape) and not self.double_quant
+
     def block_scales(self, parts: dict[str, Tensor], start: int = 0, stop: int | None = None) -> Tensor:
         """Absolute maxima of blocks start..stop, float32; a view unless they are stored in 8 bits."""
         import bitsandbytes.functional as bnb
@@ -167,26 +170,36 @@ class NF4Rounder:
         self._divisor = divisor_of(self._absmax)
         self._book, _ = _codebooks(str(weight.device))
         self._edges = (self._book[1:] + self._book[:-1]) / 2
-        self._codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+        if form.rows_are_blocks((weight.shape[0], weight.shape[1])):  # (blocks of a row, out)
+            self._absmax, self._divisor = (
+                scale.view(len(weight), -1).T.contiguous() for scale in (self._absmax, self._divisor)
+            )
+        self._codes = torch.empty(weight.T.shape, dtype=torch.uint8, device=weight.device)
 
     def _scales_at(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """(block scale, what to divide by) of every weight of these columns; blocks may cross rows."""
-        out, width = self._codes.shape
+        """(block scale, what to divide by) of every weight of these columns, (1 or width, out)."""
+        width, out = self._codes.shape
         size = self._form.block_size
-        if width % size == 0 and start // size == (stop - 1) // size:
-            factor, divisor = (scale.view(out, -1)[:, start // size, None] for scale in (self._absmax, self._divisor))
-            return factor, divisor
-        columns = torch.arange(start, stop, device=self._codes.device)
-        blocks = (torch.arange(0, out * width, width, device=columns.device)[:, None] + columns) // size
+        columns = torch.arange(start, stop, device=self._codes.device)[:, None]
+        if self._absmax.dim() == 2:
+            if stop - start == 1:
+                return self._absmax[start // size], self._divisor[start // size]
+            blocks = (columns // size).squeeze(1)
+        else:  # blocks cross rows
+            blocks = (torch.arange(0, out * width, width, device=columns.device) + columns) // size
         return self._absmax[blocks], self._divisor[blocks]
 
     def round(self, values: Tensor, start: int) -> Tensor:
-        factor, divisor = self._scales_at(start, start + values.shape[1])
-        codes = torch.bucketize((values / divisor).contiguous(), self._edges)
-        self._codes[:, start : start + values.shape[1]] = codes
+        factor, divisor = self._scales_at(start, start + len(values))
+        codes = torch.bucketize(values / divisor, self._edges)
+        self._codes[start : start + len(values)] = codes
         return self._book[codes] * factor
 
-    def parts(self) -> dict[str, Tensor]:
-        flat = self._codes.view(-1)
+    def parts(self, rows: Tensor | None = None) -> dict[str, Tensor]:
+        codes, scales = self._codes, self._scales
+        if rows is not None:
+            codes = codes[:, rows]
+            scales = {"absmax": scales["absmax"].view(self._codes.shape[1], -1)[rows].reshape(-1)}
+        flat = codes.T.reshape(-1)
         flat = torch.nn.functional.pad(flat, (0, len(flat) % 2))
-        return {"weight": ((flat[0::2] << 4) | flat[1::2])[:, None], **self._scales}
+        return {"weight": ((flat[0::2] << 4) | flat[1::2])[:, None], **scales}

@@ -103,7 +103,7 @@ class SpQR(Format):
         rounder = self.rounder(weight)
         values = weight.detach().float()
         for start in range(0, weight.shape[1], self.group_size):
-            rounder.round(values[:, start : start + self.group_size], start)
+            rounder.round(values[:, start : start + self.group_size].T, start)
         return rounder.parts()
 
     def dequantize(self, parts: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -129,6 +129,9 @@ class SpQR(Format):
                 "outlier_values": torch.empty(count, dtype=torch.float16, device=device),
             }
         )
+
+    def rows_apart(self, shape: tuple[int, int]) -> bool:
+        return False
 
     def row_step(self, shape: tuple[int, int]) -> int:
         return math.lcm(self.inner.row_step(shape), _SECOND.row_step((shape[0], self.inner.groups_of(shape[1]))))
@@ -228,9 +231,9 @@ class SpQRRounder:
                 for name, value in scales.items()
             }
         self._form, self._inner, self._scales = form, inner, scales
-        self._factor, self._offset = form.affine(scales, (out, width))
+        self._factor, self._offset = (part.T.contiguous() for part in form.affine(scales, (out, width)))
         self._divisor = divisor_of(self._factor)
-        self._codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+        self._codes = torch.empty(width, out, dtype=torch.uint8, device=weight.device)
         self._rows, self._columns = sparse.nonzero(as_tuple=True)
         self._values = torch.zeros(number, dtype=torch.float16, device=weight.device)
         self._by_column = self._columns.argsort(stable=True)
@@ -240,23 +243,22 @@ class SpQRRounder:
         self._pointers = torch.nn.functional.pad(per_row, (1, 0)).to(torch.int32)
 
     def round(self, values: Tensor, start: int) -> Tensor:
-        stop, group = start + values.shape[1], start // self._form.group_size
-        offset = self._offset[:, group, None]
-        factor, divisor = self._factor[:, group, None], self._divisor[:, group, None]
-        codes, decoded = self._inner.round_with(values, factor, offset, divisor)
+        stop, group = start + len(values), start // self._form.group_size
+        codes, decoded = self._inner.round_with(values, self._factor[group], self._offset[group], self._divisor[group])
         which = self._by_column[self._column_starts[start] : self._column_starts[stop]]
         rows, columns = self._rows[which], self._columns[which] - start
-        kept = values[rows, columns].clamp(-_LARGEST_VALUE, _LARGEST_VALUE).half()
+        kept = values[columns, rows].clamp(-_LARGEST_VALUE, _LARGEST_VALUE).half()
         self._values[which] = kept
-        codes[rows, columns] = 0
-        decoded[rows, columns] = kept.to(decoded.dtype)
-        self._codes[:, start:stop] = codes
+        codes[columns, rows] = 0
+        decoded[columns, rows] = kept.to(decoded.dtype)
+        self._codes[start:stop] = codes
         return decoded
 
-    def parts(self) -> dict[str, Tensor]:
+    def parts(self, rows: Tensor | None = None) -> dict[str, Tensor]:
+        assert rows is None, "the outliers are chosen over all rows"
         columns = torch.where(self._columns > 0x7FFF, self._columns - 0x10000, self._columns)
         return {
-            "weight": pack(self._codes, self._form.bits),
+            "weight": pack(self._codes.T, self._form.bits),
             **self._scales,
             "outlier_rows": self._pointers,
             "outlier_columns": columns.to(torch.int16),
