@@ -338,7 +338,7 @@ class MethodConfig(MethodOptions, RunConfig):
         owners = self.owners()
         for key in self.given(*MethodOptions.model_fields):
             declared = [item for owner in owners for item in options_of(owner) if item.key == key]
-            if not any(item.at_rank_0 or self.rank != 0 for item in declared):
+            if not any((item.at_rank_0 or self.rank != 0) and (item.without_q or quantized) for item in declared):
                 self._refuse_idle(key)
         rotated = any(getattr(owner, "rotated_by_default", False) for owner in owners)
         used = {

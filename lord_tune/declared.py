@@ -30,13 +30,21 @@ class Option:
     help: str
     limits: dict[str, float]  # of ge, gt, le, lt
     at_rank_0: bool  # whether it does something where there is no L R
+    without_q: bool  # whether it does something where there is no backbone
 
 
 def option(
-    default: Value, help: str, *, key: str | None = None, at_rank_0: bool = True, **limits: float
+    default: Value,
+    help: str,
+    *,
+    key: str | None = None,
+    at_rank_0: bool = True,
+    without_q: bool = True,
+    **limits: float,
 ) -> Any:  # what dataclasses.field returns is Any too
     """A field of a method's or format's dataclass that users may set."""
-    return field(default=default, metadata={"help": help, "key": key, "limits": limits, "at_rank_0": at_rank_0})
+    metadata = {"help": help, "key": key, "limits": limits, "at_rank_0": at_rank_0, "without_q": without_q}
+    return field(default=default, metadata=metadata)
 
 
 def options_of(owner: type) -> list[Option]:
@@ -51,6 +59,7 @@ def options_of(owner: type) -> list[Option]:
             item.metadata["help"],
             dict(item.metadata["limits"]),
             item.metadata["at_rank_0"],
+            item.metadata["without_q"],
         )
         for item in dataclasses.fields(owner)
         if "help" in item.metadata

@@ -27,6 +27,13 @@ class MethodOptions(BaseModel):
     shrinkage: float | Literal["auto"] = Field(
         0.0, description=("whitened: share of the Gram matrix's diagonal; auto: per layer, by held-out error")
     )
+    rounding: Literal["feedback", "nearest"] = Field(
+        "feedback",
+        description=(
+            "whitened, two_sided, afm: how Q is rounded: with error feedback on the calibration text (LDLQ), "
+            "or to the nearest, as a baseline"
+        ),
+    )
     damping: float = Field(
         0.1,
         ge=1e-06,
@@ -63,6 +70,16 @@ class MethodOptions(BaseModel):
     outliers: float = Field(0.01, ge=0, lt=0.5, description=("spqr: fraction of weights kept in 16 bits"))
 
 
-METHOD_KEYS = ("sink_weight", "shrinkage", "damping", "centred", "iterations", "downdate", "order", "weighting")
+METHOD_KEYS = (
+    "sink_weight",
+    "shrinkage",
+    "rounding",
+    "damping",
+    "centred",
+    "iterations",
+    "downdate",
+    "order",
+    "weighting",
+)
 
 FORMAT_KEYS = ("block_size", "double_quant", "group_size", "symmetric", "spqr_bits", "outliers")

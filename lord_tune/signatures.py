@@ -31,6 +31,7 @@ class PlanOptions(TypedDict, total=False):
 
     sink_weight: float
     shrinkage: float | Literal["auto"]
+    rounding: Literal["feedback", "nearest"]
     damping: float
     centred: bool
     iterations: int | None
@@ -103,6 +104,7 @@ class DecomposeOptions(TypedDict, total=False):
 
     sink_weight: float
     shrinkage: float | Literal["auto"]
+    rounding: Literal["feedback", "nearest"]
     damping: float
     centred: bool
     iterations: int | None

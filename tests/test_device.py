@@ -371,11 +371,11 @@ def test_rounding_with_feedback_waits_for_nothing(form):
     """There are as many rounds as columns, so one look at a value in each would be thousands."""
     inner = form.inner if isinstance(form, Rotated) else form
     weight, gram = torch.randn(24, 40), torch.eye(40, dtype=torch.float64) + 0.1
-    expected = ldlq(weight, Feedback.of(gram, 0.01, form.block), inner.rounder(weight))
+    expected = ldlq(weight, Feedback.of(gram, 0.01, form.block), inner.rounder(weight)).error
     with StandIn() as device:
         values = weight.to(DEVICE)
         feedback, rounder = Feedback.of(gram.to(DEVICE), 0.01, form.block), inner.rounder(values)
         ldlq(values, feedback, inner.rounder(values))  # constants of the format are made once
         with device.watched() as seen:
-            result = ldlq(values, feedback, rounder)
+            result = ldlq(values, feedback, rounder).error
         assert not seen and torch.equal(result.cpu(), expected)

@@ -302,14 +302,14 @@ def test_rounder_without_feedback_is_plain_rounding(quantizer, shape, stretch):
     factor = {"none": 1.0, "number": 0.75, "rows": rows}[stretch]
     rounder = quantizer.rounder(w, factor)
     feedback = Feedback.of(torch.eye(shape[1], dtype=torch.float64), 0.0, rounder.block)
-    error = ldlq(w, feedback, rounder)
+    error = ldlq(w, feedback, rounder).error
     stored = quantizer.dequantize(rounder.parts(), shape, torch.float32)
     assert torch.equal(error, w - stored)
     if stretch == "none" and not getattr(quantizer, "double_quant", False):  # its codes are of the unrounded scales
         assert torch.equal(stored, quantizer.dequantize(quantizer.quantize(w), shape, torch.float32))
     shared = isinstance(quantizer, NF4) and not quantizer.rows_are_blocks(shape)  # one scale for parts of several rows
     if stretch == "number" or (stretch == "rows" and not shared):
-        alike = w - ldlq(w / factor, feedback, quantizer.rounder(w)) * factor
+        alike = w - ldlq(w / factor, feedback, quantizer.rounder(w)).error * factor
         # 16-bit (double quantization: 8-bit) scales are rounded otherwise; that moves weights on an edge by a step
         limit = (0.04 if getattr(quantizer, "double_quant", False) else 4e-3) * float(w.abs().max())
         assert ((stored - alike).abs() <= limit).double().mean() > 0.9
@@ -338,7 +338,11 @@ def test_feedback_error_is_the_formula_and_beats_rounding(form):
 
     spy = Spy(form.rounder(w))
     feedback = Feedback.of(gram, 1e-3, spy.block)
-    error = ldlq(w, feedback, spy).double()
+    rounded = ldlq(w, feedback, spy)
+    assert torch.allclose(rounded.off.double(), spy.eta, atol=1e-5)  # float32
+    error = rounded.error.double()
+    energies = ((error @ gram) * error).sum(1)
+    assert torch.allclose(feedback.energies(rounded).double(), energies, rtol=1e-3)
     damped = gram + 1e-3 * gram.diagonal().mean() * torch.eye(64)
     formula = ((spy.eta @ feedback.diagonal) * spy.eta).sum()
     assert float(((error @ damped) * error).sum()) == pytest.approx(float(formula), rel=1e-3)  # float32 feedback

@@ -36,9 +36,11 @@ from ..factorizations import (
 from ..layers import FactoredLinear, bias_of, build_layer, is_transposed, shape_of, weight_of
 from ..plans import LayerChoice
 from ..quantizers import DTYPES, E8P2, E8P3, E8P4, Quantizer, Rotated
+from ..quantizers.ldlq import Feedback, round_with_feedback
 from .base import EqualBits, LayerRecord
 from .choices import Noise
 
+FORESEEN_DAMPING = 0.1
 _CURVES = ("calibrated", "heldout", "plain", "beyond_top")
 _NOISE = ("energies", "spread", "whole")
 
@@ -110,10 +112,13 @@ def analyse(
     start = time.perf_counter()
     chosen, solution, curves = _solve(weight, calibration, heldout, method, None, form, output_gram)
     spectrum = solution.spectrum
-    noise = {}
+    noise: dict[str, Noise] = {}
+    feedbacks: dict[tuple[int, bool], Feedback] = {}
     for name, (quantizer, ranked) in (formats or {}).items():
         assert calibration is not None and quantizer is not None, "these budgets are shared out on calibration text"
-        noise[name] = _noise(weight, spectrum.basis, calibration, quantizer, chosen, ranked, output_gram)
+        left = weight.double() - _foreseen(weight, calibration, quantizer, chosen, feedbacks)
+        noise[name] = _noise(left, spectrum.basis, calibration, chosen, ranked, output_gram)
+        del left
     whole = spectrum.basis.shape[1]
     keep = whole if limit is None else min(max(limit, 1), whole)
     dual = None if spectrum.dual is None else spectrum.dual[:, :keep].float().contiguous()
@@ -123,25 +128,37 @@ def analyse(
     return Analysis(kept, curves, facts, noise)
 
 
-def _noise(
+def _foreseen(
     weight: Tensor,
-    basis: Tensor,  # (out, k)
     calibration: Moments,
     quantizer: Quantizer,
+    method: Projection,
+    feedbacks: dict[tuple[int, bool], Feedback],  # of the layer's inputs, by what they depend on
+) -> Tensor:
+    """Q (out, in) float64 about as the writing pass will round it, which also chooses damping and scales."""
+    if method.rounding == "nearest":
+        return method.rounded(weight, calibration, quantizer)[1]
+    key = quantizer.block, isinstance(quantizer, Rotated)
+    if key not in feedbacks:
+        feedbacks[key] = Feedback.of(quantizer.turned_gram(calibration.gram), FORESEEN_DAMPING, quantizer.block)
+    return round_with_feedback(quantizer, weight, feedbacks[key])[1]
+
+
+def _noise(
+    left: Tensor,  # (out, in) float64: W - Q
+    basis: Tensor,  # (out, k)
+    calibration: Moments,
     method: Projection,  # that fits L R to what rounding leaves, and in whose metric that is measured
     ranked: bool,  # whether there is L R
     output_gram: Tensor | None,
 ) -> Noise:
-    shape = (weight.shape[0], weight.shape[1])
-    left = weight.double() - quantizer.dequantize(quantizer.quantize(weight), shape, torch.float64)
     moved = left @ calibration.gram
     whole = (left * moved).sum()
     spread = ((basis.T @ left) * (basis.T @ moved)).sum(1)
     del moved
     if not ranked and output_gram is None:
         return Noise(whole[None].clone(), spread, whole)
-    energies = method.solve(left, calibration, output_gram).spectrum.energies
-    return Noise(energies if ranked else energies.sum()[None], spread, whole)
+    return Noise(method.energies(left, calibration, output_gram, ranked), spread, whole)
 
 
 def _facts(method: Factorization, calibration: Moments | None, output_gram: Tensor | None) -> Facts:
@@ -274,11 +291,11 @@ def split_layer(
     assert quantizer is not None and rank is not None, "the plan gives a rank beside every backbone"
     method: Factorization = choice.factorization()
     alternates = method.alternates  # its Q alone is not plain rounding
-    if rank == 0 and not alternates:
+    if rank == 0 and not isinstance(method, Projection) and not alternates:
         method = PlainSVD()  # Q alone
     if isinstance(method, Projection):
         method = _fitted(method, weight, calibration, heldout, choice)
-    method = method.rounding(choice.factor_form())
+    method = method.storing(choice.factor_form())
     split = method.split(weight, calibration, rank, quantizer, heldout, fisher, output_gram)
     assert split.backbone is not None
     factors = split.factors
@@ -315,8 +332,7 @@ def _fitted(
         return method.candidates()[0]
     quantizer = choice.quantizer()
     assert quantizer is not None
-    shape = (weight.shape[0], weight.shape[1])
-    backbone = quantizer.dequantize(quantizer.quantize(weight), shape, torch.float64)
+    _, backbone = method.rounded(weight, calibration, quantizer, heldout)
     return _solve(weight.double() - backbone, calibration, heldout, method, choice.rank)[0]
 
 

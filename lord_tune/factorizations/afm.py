@@ -16,13 +16,13 @@ drop the bias of the centred form: the prototype then measured 634 754.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from ..calibration.moments import Moments
 from ..declared import option
-from .base import Core, Projection
+from .base import Core, Projection, rounding_option
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class AFM(Projection):
     name: ClassVar[str] = "afm"
     needs: ClassVar[frozenset[str]] = frozenset({"input_gram"})
     centred: bool = option(True, "centre the outputs and correct the bias, as LoRD is published")
+    rounding: Literal["feedback", "nearest"] = rounding_option()
 
     @property
     def shifts_bias(self) -> bool:

@@ -10,16 +10,19 @@ is a slice: rank allocation is built on that.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from ..calibration.moments import InputStatistics, Moments
+from ..declared import option
 from ..errors import UsageError
 from ..linalg import balanced, principal_axes, smaller_side
 from ..quantizers import Quantizer
+from ..quantizers.ldlq import fitted
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,7 @@ class Factorization(Protocol):
         """The methods to choose from by held-out error, layer by layer; most are the only one."""
         ...
 
-    def rounding(self, form: FactorForm | None) -> Self:
+    def storing(self, form: FactorForm | None) -> Self:
         """The method for L and R stored in this form, where it rounds them itself."""
         ...
 
@@ -219,7 +222,7 @@ class Method:
     def candidates(self) -> tuple[Self, ...]:
         return (self,)
 
-    def rounding(self, form: FactorForm | None) -> Self:
+    def storing(self, form: FactorForm | None) -> Self:
         return self
 
 
@@ -229,6 +232,12 @@ class Metric:
 
     matrix: Tensor  # (k, k) float64, positive definite
     scale: float  # 0 where nothing is measured at all
+
+
+def rounding_option() -> Any:
+    """The field `rounding` of methods that know the inputs' second moment."""
+    text = "how Q is rounded: with error feedback on the calibration text (LDLQ), or to the nearest, as a baseline"
+    return option("feedback", text, without_q=False)
 
 
 class Projection(Method):
@@ -241,6 +250,7 @@ class Projection(Method):
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]]
+    rounding = "nearest"  # of Q; methods that know the inputs have an option
 
     def selection(self, core: Core, moments: Moments | None) -> tuple[Tensor, Tensor | None]:
         """The (k, k) moment, in the core's coordinates, whose eigenvectors are the basis; and the centre (in,)."""
@@ -263,6 +273,21 @@ class Projection(Method):
         spectrum = Spectrum(core.turned(axes), metric.scale * energies, centre, core.turned(dual))
         return Solution(spectrum, core, axes, dual)
 
+    def energies(self, weight: Tensor, moments: Moments | None, output_gram: Tensor | None, ranked: bool) -> Tensor:
+        """Those of `solve`, without its basis: (k,), or where no rank is asked for their sum, (1,)."""
+        core = Core.of(weight, moments)
+        moment, _ = self.selection(core, moments)
+        metric = self.metric(core, output_gram)
+        scale = 1.0 if metric is None else metric.scale
+        if not ranked:
+            whole = moment.trace() if metric is None else (metric.matrix * moment).sum()
+            return scale * whole.reshape(1)
+        if metric is not None:
+            root = torch.linalg.cholesky(metric.matrix)
+            moment = root.T @ moment @ root
+        values: Tensor = torch.linalg.eigvalsh((moment + moment.T) / 2)
+        return scale * values.flip(0).clamp_min(0)
+
     def spectrum(self, weight: Tensor, moments: Moments | None, output_gram: Tensor | None = None) -> Spectrum:
         return self.solve(weight, moments, output_gram).spectrum
 
@@ -280,13 +305,27 @@ class Projection(Method):
         w = weight.double()
         parts, backbone = None, None
         if quantizer is not None:
-            parts = quantizer.quantize(weight)
-            backbone = quantizer.dequantize(parts, (weight.shape[0], weight.shape[1]), w.dtype)
+            parts, backbone = self.rounded(weight, moments, quantizer, heldout)
             w = w - backbone
         if rank == 0:  # Q alone
             return Split(Factors(w[:, :0], w[:0]), parts, backbone)
         spectrum = self.spectrum(w, moments, output_gram)
         return Split(truncate(w, spectrum, rank), parts, backbone, spectrum.centre)
+
+    def rounded(
+        self, weight: Tensor, moments: Moments | None, quantizer: Quantizer, heldout: InputStatistics | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """(stored parts, Q float64)"""
+        if self.rounding == "nearest" or moments is None:
+            parts = quantizer.quantize(weight)
+            return parts, quantizer.dequantize(parts, (weight.shape[0], weight.shape[1]), torch.float64)
+        found = fitted(quantizer, weight, quantizer.turned_gram(moments.gram), heldout_energies(quantizer, heldout))
+        return found.parts, found.backbone
+
+
+def heldout_energies(quantizer: Quantizer, heldout: InputStatistics | None) -> Callable[[Tensor], Tensor] | None:
+    """The squared errors, on held-out text, of rows in the coordinates of the format."""
+    return None if heldout is None else lambda rows: heldout.energies(quantizer.returned_inputs(rows))
 
 
 def error_curves(solution: Solution, calibration: Moments, heldout: InputStatistics | None = None) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ rows of Q are rounded one by one, where they change nothing (in rotated coordina
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -38,7 +38,7 @@ from ..errors import UsageError
 from ..linalg import principal_axes, smaller_side, solve_psd
 from ..quantizers import Quantizer
 from ..quantizers.ldlq import DAMPINGS, Feedback, fitted, round_with_feedback
-from .base import FactorForm, Factors, Fisher, Method, Split
+from .base import FactorForm, Factors, Fisher, Method, Split, heldout_energies
 from .rounding import factor_feedback, plainly_rounded, refine
 
 
@@ -71,7 +71,7 @@ class Caldera(Method):
     def solves(self) -> int:
         return self.iterations
 
-    def rounding(self, form: FactorForm | None) -> Caldera:
+    def storing(self, form: FactorForm | None) -> Caldera:
         return replace(self, factor_form=form)
 
     def split(
@@ -181,15 +181,15 @@ class _Problem:
 
     def start(self) -> _Iterate:
         """LDLQ alone, after choosing the damping and, for every row, the stretch of its scales."""
-        found = fitted(self.quantizer, self.weight, self.rounding_gram, self._heldout_energies(), self.dampings)
+        found = fitted(
+            self.quantizer,
+            self.weight,
+            self.rounding_gram,
+            heldout_energies(self.quantizer, self.heldout),
+            self.dampings,
+        )
         self.damping, self.stretch, self._plain = found.damping, found.stretch, found.feedback
         return self._iterate(found.parts, found.backbone, None)
-
-    def _heldout_energies(self) -> Callable[[Tensor], Tensor] | None:
-        heldout = self.heldout
-        if heldout is None:
-            return None
-        return lambda rows: heldout.energies(self.quantizer.returned_inputs(rows))
 
     def idle(self, alone: _Iterate, rank: int) -> Split:
         """Q alone, with L = 0 beside the strongest directions of the inputs as R: nothing to add, but it can train."""

@@ -34,7 +34,7 @@ method, and so above those of `whitened` on the calibration text, by design.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ from torch import Tensor
 from ..calibration.moments import Moments
 from ..declared import option
 from ..errors import UsageError
-from .base import Core, Metric, Projection
+from .base import Core, Metric, Projection, rounding_option
 from .whitened import Whitened
 
 LEAST_DAMPING = 1e-6  # in float64 a Cholesky factor exists
@@ -62,6 +62,7 @@ class TwoSided(Projection):
         ge=LEAST_DAMPING,
         le=1,
     )
+    rounding: Literal["feedback", "nearest"] = rounding_option()
 
     def __post_init__(self) -> None:
         if not LEAST_DAMPING <= self.damping <= 1:

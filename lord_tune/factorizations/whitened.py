@@ -22,7 +22,7 @@ from torch import Tensor
 from ..calibration.moments import Moments
 from ..declared import option
 from ..errors import UsageError
-from .base import Core, Projection
+from .base import Core, Projection, rounding_option
 
 SHRINKAGES = (0.0, 0.05, 0.15, 0.4)  # what "auto" chooses from
 
@@ -37,6 +37,7 @@ class Whitened(Projection):
     shrinkage: float | Literal["auto"] = option(
         0.0, "share of the Gram matrix's diagonal; auto: per layer, by held-out error"
     )
+    rounding: Literal["feedback", "nearest"] = rounding_option()
 
     def __post_init__(self) -> None:
         if self.shrinkage != "auto" and not 0 <= self.shrinkage <= 1:

@@ -24,12 +24,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..linalg import row_energies
 from .base import Quantizer, Rounder
 
 DAMPINGS: tuple[float, ...] = (0.01, 0.1, 0.3)
 STRETCHES = (0.92, 1.0, 1.08)
 SAMPLED_ROWS = 128  # by which the damping is judged
+_LEAF = 16  # columns that are rounded one by one before their corrections are one product
+_ROW_STEP = 64  # rows that start on a whole byte in any format
+_STACKED = 2**24  # weights rounded side by side: the memory of wide layers
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Feedback:
     lower: Tensor  # (in, in) float32, unit block lower triangular
     corners: Tensor  # (blocks, block, block) float64: the diagonal blocks of D; the last may be padded with zeros
     block: int
+    ridge: float = 0.0  # what the damping added to the diagonal of H
 
     @classmethod
     def of(
@@ -58,7 +61,7 @@ class Feedback:
         if block == 1:
             diagonal = root.diagonal().clone()
             root *= 1 / diagonal
-            return cls(root.float(), (diagonal * diagonal * scale).view(-1, 1, 1), block)
+            return cls(root.float(), (diagonal * diagonal * scale).view(-1, 1, 1), block, damping * scale)
         starts = range(0, width, block)
         corners = gram.new_zeros(len(starts), block, block)
         for index, start in enumerate(starts):  # in place: a Gram matrix of a wide layer is gigabytes
@@ -67,7 +70,7 @@ class Feedback:
             corners[index, : stop - start, : stop - start] = corner @ corner.T * scale
             below = root[start:, start:stop]
             below.copy_(torch.linalg.solve_triangular(corner, below, upper=False, left=False))
-        return cls(root.float(), corners, block)
+        return cls(root.float(), corners, block, damping * scale)
 
     @property
     def diagonal(self) -> Tensor:
@@ -76,14 +79,38 @@ class Feedback:
         padded: Tensor = torch.block_diag(*self.corners)
         return padded[:width, :width]
 
+    def energies(self, rounded: Rounded) -> Tensor:
+        """diag(E H E^T) of what this feedback rounded, without a product with H. (out,) float32"""
+        off, corners = rounded.off, self.corners.float()
+        if self.block == 1:
+            damped = (off * off) @ corners.view(-1)
+        else:
+            padded = torch.nn.functional.pad(off, (0, len(corners) * self.block - off.shape[1]))
+            blocks = padded.view(len(off), -1, self.block)
+            damped = ((blocks.transpose(0, 1) @ corners).transpose(0, 1) * blocks).sum((1, 2))
+        return (damped - self.ridge * rounded.error.square().sum(1)).clamp_min(0)
+
     def importance(self) -> Tensor:
         """What a rounding error in each input costs: the diagonal of D. (in,) float32"""
         return self.corners.diagonal(dim1=1, dim2=2).reshape(-1)[: len(self.lower)].float()
 
 
-def ldlq(weight: Tensor, feedback: Feedback | Sequence[Feedback], rounder: Rounder) -> Tensor:
-    """Round `weight` (out, in) with feedback; returns W - Q (out, in) float32. The codes are in the rounder. Of several
-    feedbacks, each is that of an equal share of the rows."""
+@dataclass(frozen=True)
+class Rounded:
+    """What rounding changed."""
+
+    error: Tensor  # (out, in) float32: W - Q
+    off: Tensor  # (out, in) float32: what each weight was off when it was rounded, eta
+
+    def shares(self, count: int) -> list[Rounded]:
+        """By equal shares of the rows."""
+        pairs = zip(self.error.chunk(count), self.off.chunk(count), strict=True)
+        return [Rounded(error, off) for error, off in pairs]
+
+
+def ldlq(weight: Tensor, feedback: Feedback | Sequence[Feedback], rounder: Rounder) -> Rounded:
+    """Round `weight` (out, in) with feedback. The codes are in the rounder. Of several feedbacks, each is that of an
+    equal share of the rows."""
     feedbacks = [feedback] if isinstance(feedback, Feedback) else list(feedback)
     values = weight.float().T.contiguous()  # (in, out)
     corrected, error = values.clone(), torch.empty_like(values)
@@ -91,17 +118,42 @@ def ldlq(weight: Tensor, feedback: Feedback | Sequence[Feedback], rounder: Round
     shares = list(zip(feedbacks, corrected.chunk(len(feedbacks), 1), error.chunk(len(feedbacks), 1), strict=True))
 
     def round_range(start: int, stop: int) -> None:
-        if stop - start <= block:
+        if block == 1 and stop - start <= _LEAF:
+            part = slice(start, stop)
+            _round_columns(start, values[part], corrected[part], error[part], feedbacks, rounder)
+        elif stop - start <= block:
             torch.sub(values[start:stop], rounder.round(corrected[start:stop], start), out=error[start:stop])
-            return
-        middle = start + -(-(stop - start) // (2 * block)) * block
-        round_range(middle, stop)
-        for own, target, known in shares:
-            target[start:middle].addmm_(own.lower[middle:stop, start:middle].T, known[middle:stop])
-        round_range(start, middle)
+        else:
+            middle = start + -(-(stop - start) // (2 * block)) * block
+            round_range(middle, stop)
+            for own, target, known in shares:
+                target[start:middle].addmm_(own.lower[middle:stop, start:middle].T, known[middle:stop])
+            round_range(start, middle)
 
     round_range(0, len(values))
-    return error.T
+    return Rounded(error.T, corrected.sub_(values).add_(error).T)
+
+
+def _round_columns(
+    start: int,
+    values: Tensor,  # (n, out): columns start..start + n
+    corrected: Tensor,  # the same with all corrections from the right; in place
+    error: Tensor,  # result
+    feedbacks: list[Feedback],
+    rounder: Rounder,
+) -> None:
+    """`ldlq` of a few columns, one by one: what an operation costs to start decides, so there are few of them."""
+    n = len(values)
+    lower = [own.lower[start : start + n, start : start + n].tril(-1).unbind(0) for own in feedbacks]
+    targets = corrected.chunk(len(feedbacks), 1)
+    known = [share.unbind(0) for share in error.chunk(len(feedbacks), 1)]
+    lines = [tensor.split(1) for tensor in (values, corrected, error)]
+    for k in range(n - 1, -1, -1):
+        value, target, left = (line[k] for line in lines)
+        torch.sub(value, rounder.round(target, start + k), out=left)
+        if k:
+            for share, own, errors in zip(targets, lower, known, strict=True):
+                share.addr_(own[k], errors[k])
 
 
 def round_with_feedback(
@@ -150,25 +202,46 @@ def fitted(
     """
     values = quantizer.turned(weight.float())
     damping, feedback = _damped(quantizer, values, gram, energies, dampings)
-    apart = quantizer.rows_apart((weight.shape[0], weight.shape[1]))
-    tried, errors = [], []
-    for some in [stretches] if apart else [(stretch,) for stretch in stretches]:
-        rows = values.repeat(len(some), 1)
-        stretch = torch.tensor(some, device=rows.device).repeat_interleave(len(values))[:, None]
-        tried.append(quantizer.rounder(rows, stretch, feedback.importance()))
-        errors.append(row_energies(ldlq(rows, feedback, tried[-1]).double(), gram).view(len(some), -1))
-    which = torch.cat(errors).argmin(0)
-    stretch = torch.tensor(stretches, device=which.device)[which][:, None]
-    if apart:
-        parts = tried[0].parts(which * len(values) + torch.arange(len(values), device=which.device))
-    else:  # rows that share scales or outliers may do worse together than each did
-        mixed = quantizer.rounder(values, stretch, feedback.importance())
-        errors.append(row_energies(ldlq(values, feedback, mixed).double(), gram)[None])
-        least = int(torch.cat(errors).sum(1).argmin())
-        parts = [*tried, mixed][least].parts()
-        if least < len(stretches):
-            stretch = torch.full_like(stretch, stretches[least])
+    if quantizer.rows_apart((weight.shape[0], weight.shape[1])):
+        rows = _ROW_STEP * max(1, _STACKED // (len(stretches) * weight.shape[1] * _ROW_STEP))
+        found = [_apart(quantizer, some, feedback, stretches) for some in values.split(rows)]
+        parts = {name: torch.cat([own[name] for own, _ in found]) for name in found[0][0]}
+        stretch = torch.cat([own for _, own in found])
+    else:
+        parts, stretch = _joined(quantizer, values, feedback, stretches)
     return Fitted(*_stored(quantizer, parts, weight), feedback, damping, stretch)
+
+
+def _apart(
+    quantizer: Quantizer, values: Tensor, feedback: Feedback, stretches: tuple[float, ...]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """(parts, stretch of each row) of rows that do not depend on each other."""
+    rows = values.repeat(len(stretches), 1)
+    tried = torch.tensor(stretches, device=rows.device)
+    rounder = quantizer.rounder(rows, tried.repeat_interleave(len(values))[:, None], feedback.importance())
+    errors = feedback.energies(ldlq(rows, feedback, rounder)).view(len(stretches), -1)
+    which = errors.argmin(0)
+    return rounder.parts(which * len(values) + torch.arange(len(values), device=which.device)), tried[which][:, None]
+
+
+def _joined(
+    quantizer: Quantizer, values: Tensor, feedback: Feedback, stretches: tuple[float, ...]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """(parts, stretch of each row) of rows that share scales or outliers: they may do worse together than each did."""
+    errors, kept = [], []
+
+    def attempt(stretch: float | Tensor) -> None:
+        rounder = quantizer.rounder(values, stretch, feedback.importance())
+        errors.append(feedback.energies(ldlq(values, feedback, rounder)))
+        kept.append(rounder)
+
+    for stretch in stretches:
+        attempt(stretch)
+    tried = torch.tensor(stretches, device=values.device)
+    mixed = tried[torch.stack(errors).argmin(0)][:, None]
+    attempt(mixed)
+    least = int(torch.stack(errors).sum(1).argmin())
+    return kept[least].parts(), mixed if least == len(stretches) else torch.full_like(mixed, stretches[least])
 
 
 def _damped(
@@ -191,6 +264,9 @@ def _damped(
         return found[0]
     sample = values[:: max(1, len(values) // SAMPLED_ROWS)].repeat(len(found), 1)
     feedbacks = [feedback for _, feedback in found]
-    error = ldlq(sample, feedbacks, quantizer.rounder(sample, 1.0, feedbacks[0].importance()))
-    judged = row_energies(error.double(), gram) if energies is None else energies(error)
-    return found[int(judged.view(len(found), -1).sum(1).argmin())]
+    rounded = ldlq(sample, feedbacks, quantizer.rounder(sample, 1.0, feedbacks[0].importance()))
+    if energies is not None:
+        judged = energies(rounded.error).view(len(found), -1)
+    else:
+        judged = torch.stack([own.energies(r) for own, r in zip(feedbacks, rounded.shares(len(found)), strict=True)])
+    return found[int(judged.sum(1).argmin())]

@@ -177,13 +177,13 @@ class NF4Rounder:
         self._codes = torch.empty(weight.T.shape, dtype=torch.uint8, device=weight.device)
 
     def _scales_at(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """(block scale, what to divide by) of every weight of these columns, (1 or width, out)."""
+        """(block scale, what to divide by) of every weight of these columns, (out,) or (width, out)."""
         width, out = self._codes.shape
         size = self._form.block_size
+        if self._absmax.dim() == 2 and start // size == (stop - 1) // size:
+            return self._absmax[start // size], self._divisor[start // size]
         columns = torch.arange(start, stop, device=self._codes.device)[:, None]
         if self._absmax.dim() == 2:
-            if stop - start == 1:
-                return self._absmax[start // size], self._divisor[start // size]
             blocks = (columns // size).squeeze(1)
         else:  # blocks cross rows
             blocks = (torch.arange(0, out * width, width, device=columns.device) + columns) // size
@@ -193,7 +193,7 @@ class NF4Rounder:
         factor, divisor = self._scales_at(start, start + len(values))
         codes = torch.bucketize(values / divisor, self._edges)
         self._codes[start : start + len(values)] = codes
-        return self._book[codes] * factor
+        return self._book.take(codes) * factor
 
     def parts(self, rows: Tensor | None = None) -> dict[str, Tensor]:
         codes, scales = self._codes, self._scales
