@@ -83,7 +83,8 @@ class MethodConfig(MethodOptions, RunConfig):
 
     groups: ClassVar[dict[str, tuple[str, ...]]] = {
         "Common": (
-            *("rank", "kept_fraction", "bits_per_weight", "max_bytes", "method", "backbone", "calibration"),
+            *("rank", "average_rank", "kept_fraction", "bits_per_weight", "max_bytes"),
+            *("method", "backbone", "calibration"),
             *("calibration_tokens", "config", "resume", "overwrite"),
         ),
         "What is decomposed": ("targets", "exclude", "dtype"),
@@ -123,6 +124,12 @@ class MethodConfig(MethodOptions, RunConfig):
     top_format: Literal["fp32", "fp16", "bf16", "int8"] = Field("fp16", description="see --top-rank")
     rank: int | None = Field(
         None, description="the same rank for every layer; 0 with a backbone is rounding alone, the baseline"
+    )
+    average_rank: int | None = Field(
+        None,
+        gt=0,
+        description="with --backbone: share out the bytes that this rank in every layer would take, more of them where "
+        "the loss needs them",
     )
     kept_fraction: float | None = Field(
         None,
@@ -220,7 +227,7 @@ class MethodConfig(MethodOptions, RunConfig):
     @property
     def sized(self) -> bool:
         """Whether an allocator shares a size out over the layers."""
-        chosen = self.kept_fraction is not None or self.max_bytes is not None
+        chosen = any(size is not None for size in (self.kept_fraction, self.max_bytes, self.average_rank))
         return chosen or (self.bits_per_weight is not None and bool(self.given("allocation")))
 
     @property
@@ -273,16 +280,23 @@ class MethodConfig(MethodOptions, RunConfig):
 
     def check_budget(self) -> None:
         """Exactly one budget, and a rank beside a width only where the width chooses the format."""
-        came = self.given("rank", "kept_fraction", "bits_per_weight", "max_bytes", "plan_file")
+        came = self.given("rank", "average_rank", "kept_fraction", "bits_per_weight", "max_bytes", "plan_file")
         keys = [f"`{name.removesuffix('_file')}`" for name in came]
         if sorted(came) == ["bits_per_weight", "rank"] and self.backbone == "none" and not self.sized:
             return
-        if len(came) == 2 and came[0] == "rank" and self.sized and (self.mixes or self.backbone != "none"):
+        within = self.sized and self.average_rank is None and (self.mixes or self.backbone != "none")
+        if len(came) == 2 and came[0] == "rank" and within:
             return
         if len(came) != 1:
             what = " and ".join(keys) if came else "none"
             raise UsageError(
-                f"Expected one of `rank`, `kept_fraction`, `bits_per_weight`, `max_bytes` and `plan`; got {what}."
+                "Expected one of `rank`, `average_rank`, `kept_fraction`, `bits_per_weight`, `max_bytes` and `plan`; "
+                f"got {what}."
+            )
+        if self.average_rank is not None and (self.backbone == "none" or self.mixes):
+            raise UsageError(
+                "`average_rank` shares out ranks beside one `backbone`; give that, or a size: `kept_fraction`, "
+                "`bits_per_weight` or `max_bytes`."
             )
 
     def check_method(self, calibrated: bool) -> None:

@@ -20,7 +20,7 @@ from .storage import check_json_file, write_json
 from .sweep_plot import draw
 
 _NOT_SWEPT = ("backbone", "allocation", "json", "refine", "measure_control", "recover_epochs", "propagate")
-_BUDGETS = ("rank", "kept_fraction", "bits_per_weight", "max_bytes", "plan")
+_BUDGETS = ("rank", "average_rank", "kept_fraction", "bits_per_weight", "max_bytes", "plan")
 
 
 def with_budget(values: dict[str, Any]) -> dict[str, Any]:

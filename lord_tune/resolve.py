@@ -168,6 +168,8 @@ def _sized(config: MethodConfig, template: LayerChoice) -> Sized:
         unit, limit = "max_bytes", config.bytes_asked()
     elif config.bits_per_weight is not None:
         unit, limit = "bits_per_weight", config.bits_per_weight
+    elif config.average_rank is not None:
+        unit, limit = "average_rank", config.average_rank
     assert limit is not None, "the record asks for a budget"
     backbones: tuple[LayerChoice, ...] = ()
     ranks: tuple[int, ...] | None = None if config.rank is None else (config.rank,)

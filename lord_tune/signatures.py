@@ -72,6 +72,7 @@ class PlanOptions(TypedDict, total=False):
     top_rank: int
     top_format: Literal["fp32", "fp16", "bf16", "int8"]
     rank: int | None
+    average_rank: int | None
     kept_fraction: float | None
     bits_per_weight: float | None
     max_bytes: str | None
@@ -145,6 +146,7 @@ class DecomposeOptions(TypedDict, total=False):
     top_rank: int
     top_format: Literal["fp32", "fp16", "bf16", "int8"]
     rank: int | None
+    average_rank: int | None
     kept_fraction: float | None
     bits_per_weight: float | None
     max_bytes: str | None

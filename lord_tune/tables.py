@@ -105,6 +105,8 @@ def summary(config: MethodConfig, backbone: str) -> str:
         budget += "" if config.rank is None else f" with rank {config.rank}"
     elif config.max_bytes is not None:
         budget = f"at most {human_bytes(config.bytes_asked() or 0)}"
+    elif config.average_rank is not None:
+        budget = f"average rank {config.average_rank}"
     elif config.kept_fraction is not None:
         budget = f"{config.kept_fraction:g} kept"
     else:

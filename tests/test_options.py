@@ -98,7 +98,7 @@ class Bench:
 
     def decompose(self, calibrated: bool = True, **options: Any) -> Run:
         """Whitened, rank 8 as L and R, short windows, unless `options` say otherwise."""
-        budget = {} if {"kept_fraction", "bits_per_weight", "max_bytes"} & set(options) else {"rank": 8}
+        budget = {} if {"kept_fraction", "bits_per_weight", "max_bytes", "average_rank"} & set(options) else {"rank": 8}
         text = {"calibration": [str(self.rows)], **SHORT} if calibrated else {}
         options = _plain(options) | budget | text | options
         key = json.dumps(options, sort_keys=True)
@@ -110,7 +110,7 @@ class Bench:
 
     def plan(self, **options: Any) -> dict[str, Any]:
         """Whitened, rank 8 as L and R, on a machine of fixed speed, so that equal plans are equal."""
-        sizes = {"kept_fraction", "rank", "bits_per_weight", "max_bytes", "sweep"}
+        sizes = {"kept_fraction", "rank", "average_rank", "bits_per_weight", "max_bytes", "sweep"}
         budget = {} if sizes & set(options) else {"rank": 8}
         short = {} if options.get("method") == "svd" else {"context_length": 64, "calibration_tokens": 4096}
         with pytest.MonkeyPatch.context() as patch:
@@ -572,6 +572,25 @@ def case_recover_learning_rate(b: Bench) -> None:
         b.decompose(recover_learning_rate=1e-3)
 
 
+def case_average_rank(b: Bench) -> None:
+    """The bytes of the rank, shared out."""
+    same, shared = b.decompose(rank=16, backbone="int4"), b.decompose(average_rank=16, backbone="int4")
+    sizes = [run.report["totals"]["model_bytes"] for run in (same, shared)]
+    assert 0.98 * sizes[0] < sizes[1] <= sizes[0]
+    assert len(set(shared.ranks.values())) > 1 == len(set(same.ranks.values()))
+
+
+def case_rounding(b: Bench) -> None:
+    for method in ("whitened", "two_sided", "afm"):
+        fed, near = (b.small(method=method, backbone="int3", rounding=how, rank=0) for how in ("feedback", "nearest"))
+        assert fed.mean("error_calibrated") < 0.9 * near.mean("error_calibrated")
+        plain = b.small(calibrated=False, method="svd", backbone="int3", rank=0)
+        assert torch.equal(near.tensors[f"{Q1}.backbone.weight"], plain.tensors[f"{Q1}.backbone.weight"])
+    assert b.small(backbone="int3").mean("error_heldout") < b.small(backbone="int3", rounding="nearest").mean(
+        "error_heldout"
+    )
+
+
 def case_plan_file(b: Bench) -> None:
     """tests/test_plan_files.py looks closely."""
     plan = b.folder / "decomposed.plan"
@@ -591,6 +610,8 @@ DECOMPOSE: dict[str, Case] = {
     "top_format": case_top_format,
     "rank": case_rank,
     "kept_fraction": case_kept_fraction,
+    "average_rank": case_average_rank,
+    "rounding": case_rounding,
     "bits_per_weight": case_bits_per_weight,
     "plan_file": case_plan_file,
     "allocation": case_allocation,
@@ -708,6 +729,18 @@ def case_plan_allocation(b: Bench) -> None:
     assert len(uniform["ranks"]) == uniform["layers"] and "sensitivity" not in uniform["phases"]
     assert weighted["ranks"] is None and weighted["model_bytes_after"] is None  # the text decides
     assert weighted["phases"]["sensitivity"] > 0 and weighted["seconds"] > uniform["seconds"]
+
+
+def case_plan_average_rank(b: Bench) -> None:
+    rank, shared = b.plan(rank=16, backbone="int4"), b.plan(average_rank=16, backbone="int4")
+    assert shared["ranks"] is None and shared["seconds"] > rank["seconds"]  # the text decides
+    uniform = b.plan(average_rank=16, backbone="int4", allocation="uniform")
+    assert 0.9 * rank["model_bytes_after"] < uniform["model_bytes_after"] <= rank["model_bytes_after"]
+
+
+def case_plan_rounding(b: Bench) -> None:
+    fed, near = (b.plan(backbone="nf4", rounding=how) for how in ("feedback", "nearest"))
+    assert fed["seconds"] > near["seconds"] and fed["model_bytes_after"] == near["model_bytes_after"]
 
 
 def case_plan_max_bytes(b: Bench) -> None:
@@ -912,6 +945,8 @@ PLAN: dict[str, Case] = {
     "top_format": case_plan_top_format,
     "rank": case_plan_rank,
     "kept_fraction": case_plan_kept_fraction,
+    "average_rank": case_plan_average_rank,
+    "rounding": case_plan_rounding,
     "bits_per_weight": case_plan_bits_per_weight,
     "allocation": case_plan_allocation,
     "max_bytes": case_plan_max_bytes,

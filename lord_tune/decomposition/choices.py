@@ -28,7 +28,7 @@ from ..plans import LayerChoice
 from ..sites import Site
 from .sizes import added_bias_bytes, stored_bytes
 
-Unit = Literal["kept_fraction", "bits_per_weight", "max_bytes"]
+Unit = Literal["kept_fraction", "bits_per_weight", "max_bytes", "average_rank"]
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,11 @@ class Sized:
         return found | {template.backbone: (template, ranked) for template in self.backbones}
 
     @property
+    def relative(self) -> bool:
+        """Whether the limit says something of each layer, so that those that never ran do not count."""
+        return self.unit in ("kept_fraction", "average_rank")
+
+    @property
     def numbers(self) -> bool:
         """Whether numbers are counted, not bytes: of L R alone, whose formats are all one."""
         return self.unit == "kept_fraction" and not self.backbones
@@ -140,6 +145,10 @@ class Sized:
             return self.limit - rest
         if self.unit == "bits_per_weight":
             return self.limit / 8.0 * sum(site.numbers for site in layers.values())
+        if self.unit == "average_rank":
+            template = self.backbones[0]
+            ranked = [(site, min(int(self.limit), min(site.shape))) for site in layers.values()]
+            return sum(self.cost(site, template.at(rank)) for site, rank in ranked)
         return self.limit * sum(site.numbers if self.numbers else site.dense_bytes for site in layers.values())
 
     def as_limit(self, cost: float, layers: Mapping[str, Site], rest: int) -> float:

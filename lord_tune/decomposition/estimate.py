@@ -30,7 +30,9 @@ The layer at hand, in float64 matrices that live together; m = out in, k = min(o
                  (tall) m
     truncation   2 m + f, tall 3 m + f, while the solution is alive; pivoted factors: LU of L, where it is larger than B
     backbone     Q, W, W - Q and, for the error of a plain SVD beside them, the quantized W and two differences:
-                 wide max(7 m, 5 m + 6 k^2), tall max(6 m + 7 k^2, 7 m + 4 k^2); one more Q with --shrinkage auto
+                 wide max(7 m, 5 m + 6 k^2), tall max(6 m + 7 k^2, 7 m + 4 k^2); one more Q with --shrinkage auto;
+                 before, while Q is rounded with feedback, 1.5 m, four float32 matrices of the candidates side by side
+                 (3 W, at most 2^24 weights), H rotated and as a root in the making, and a float32 root per damping
     caldera      W, Q, residuals and products of two iterates, 10 m + f, and five Gram matrices (rotated, down-dated,
                  two roots, one of them single and its diagonal)
 
@@ -50,6 +52,7 @@ import torch
 
 from ..allocation import PIVOTED, break_even, factor_cost
 from ..plans import LayerChoice, Plan
+from ..quantizers.ldlq import DAMPINGS, STACKED, STRETCHES
 from ..sites import Site
 from .base import CHECKED_TOKENS
 from .choices import Sized
@@ -57,7 +60,7 @@ from .decide import Request
 from .layerwise import COMPARED_INPUTS
 from .sizes import added_bias_bytes, stored_bytes
 from .survey import Survey
-from .timing import Rates, TextSize, run_seconds
+from .timing import Rates, TextSize, rounds_with_feedback, run_seconds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -289,6 +292,10 @@ def _working_parts(shape: tuple[int, int], rank: int, text: TextSize | None, cho
         extra = 1.0 if len(method.candidates()) > 1 else 0.0
         whole, squares = _larger(choices, m, square)
         own: Parts = [(whole + extra, m), (squares, square), *weighed]
+        if rounds_with_feedback(choice):
+            stacked = min(len(STRETCHES) * out * inputs, STACKED)
+            rounded: Parts = [(1.5, m), (1.0, 16 * stacked), (len(DAMPINGS), 4 * inputs**2), (3.0, 8 * inputs**2)]
+            own = max(own, rounded, key=_bytes)
         compared = rank > 0 and inputs <= COMPARED_INPUTS  # with feedback rounding alone
         return max(own, alternation if compared else own, key=_bytes)
     above = 2.0 if backbone else 0.0  # W and Q beside the residual's solution

@@ -32,8 +32,8 @@ def share_out(
     table = menu.table(measured)
     able = {name: layers[name] for name in table}
     silent = sum(site.dense_bytes for name, site in layers.items() if name not in table)
-    budget = sized.budget(able if sized.unit == "kept_fraction" else layers, rest)
-    if sized.unit != "kept_fraction":
+    budget = sized.budget(able if sized.relative else layers, rest)
+    if not sized.relative:
         budget -= silent
     try:
         picked = sized.allocator.allocate(table if tilt is None else tilt(table), budget)

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..calibration.blocks import first_input
 from ..errors import LordError
-from ..factorizations import Factorization
+from ..factorizations import Factorization, Projection
 from ..memory import synchronize
 from ..plans import LayerChoice
 from ..sites import Site
@@ -22,7 +22,8 @@ from .survey import Survey
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_ROUNDING = 3e4  # a weight's rounding with feedback, in operations at the rate of float32 products (measured: 2e4-5e4)
+# a weight's rounding with feedback, in operations at the rate of float32 products: once, and with all candidates
+_ROUNDING, _FITTING = 1e4, 5e4
 _EIGH = 9.0  # operations per k^3 of a symmetric eigenproblem with vectors (Golub and Van Loan, 8.3)
 # how much slower than a matrix product these run, for dealing out layers (measured at k = 576: 2.5 and 4)
 _EIGH_SLOWNESS, _QR_SLOWNESS = 2.5, 4.0
@@ -33,7 +34,7 @@ def layer_flops(shape: tuple[int, int], method: Factorization) -> float:
     the relation is what counts."""
     out, inputs = shape
     if method.alternates:  # rounding by weights, products by inputs; equal at 1,000 inputs
-        return _ROUNDING * out * inputs * (1.0 + inputs / 1000)
+        return 10 * _ROUNDING * out * inputs * (1.0 + inputs / 1000)
     k = min(shape)
     rotation = 4.0 * out * k * k * _QR_SLOWNESS if out > inputs else 0.0
     eigen = 1.5 * _EIGH * _EIGH_SLOWNESS * k**3  # the float32 one of the baseline counts half
@@ -138,6 +139,12 @@ def trace(
     return [{name} for name in members], 2.0 * weights
 
 
+def rounds_with_feedback(choice: LayerChoice) -> bool:
+    """Whether the Q of a projection is (that of CALDERA always is)."""
+    method = choice.factorization()
+    return choice.backbone != "none" and isinstance(method, Projection) and method.rounding == "feedback"
+
+
 def run_seconds(
     sites: Mapping[str, Site],
     choices: Mapping[str, LayerChoice],  # where the calibration decides the ranks, without them
@@ -175,19 +182,17 @@ def run_seconds(
         eigenproblems = _EIGH * k**3 * (1.5 if text is not None else 1.0)
         products = 2.0 * k * width * width * (text is not None) + 2.0 * out * k * (width + k) + 6.0 * k**3
         products += _weighing(site.shape) if "output_gram" in method.needs else 0.0
+        if text is not None and rounds_with_feedback(choices[name]):
+            total += (_FITTING + (looks - 1) * _ROUNDING) * out * width / rates.single
         total += tries * (eigenproblems / rates.eigen + products / rates.double)
     return total
 
 
 def _alternation_seconds(shape: tuple[int, int], iterations: int, rates: Rates) -> float:
-    """Of CALDERA on one layer: six roundings to choose damping and scales, then one for every iteration (two for the
-    first), with the errors, eigenproblems and feedback that go with them."""
+    """Of CALDERA on one layer: the first Q with its choices, then a rounding for every iteration (four for the first),
+    with the errors, eigenproblems and feedback that go with them."""
     out, width = shape
     k = min(shape)
-    roundings = 6 + (iterations + 1 if iterations else 0)
+    roundings = _FITTING + _ROUNDING * (iterations + 3 if iterations else 0)
     products = (6 + 5 * iterations) * 2.0 * out * width * width + 8.0 * iterations * width**3
-    return (
-        roundings * _ROUNDING * out * width / rates.single
-        + products / rates.double
-        + iterations * _EIGH * k**3 / rates.eigen
-    )
+    return roundings * out * width / rates.single + products / rates.double + iterations * _EIGH * k**3 / rates.eigen

@@ -31,7 +31,7 @@ STRETCHES = (0.92, 1.0, 1.08)
 SAMPLED_ROWS = 128  # by which the damping is judged
 _LEAF = 16  # columns that are rounded one by one before their corrections are one product
 _ROW_STEP = 64  # rows that start on a whole byte in any format
-_STACKED = 2**24  # weights rounded side by side: the memory of wide layers
+STACKED = 2**24  # weights rounded side by side: the memory of wide layers
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def fitted(
     values = quantizer.turned(weight.float())
     damping, feedback = _damped(quantizer, values, gram, energies, dampings)
     if quantizer.rows_apart((weight.shape[0], weight.shape[1])):
-        rows = _ROW_STEP * max(1, _STACKED // (len(stretches) * weight.shape[1] * _ROW_STEP))
+        rows = _ROW_STEP * max(1, STACKED // (len(stretches) * weight.shape[1] * _ROW_STEP))
         found = [_apart(quantizer, some, feedback, stretches) for some in values.split(rows)]
         parts = {name: torch.cat([own[name] for own, _ in found]) for name in found[0][0]}
         stretch = torch.cat([own for _, own in found])
