@@ -11,7 +11,29 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 Method = Literal["whitened", "svd", "two_sided", "afm", "loftq", "caldera"]
-Quantized = Literal["nf4", "int2", "int3", "int4", "int8", "lloyd2", "lloyd3", "lloyd4", "e8-2", "e8-3", "e8-4", "spqr"]
+Quantized = Literal[
+    "nf4",
+    "int2",
+    "int3",
+    "int4",
+    "int8",
+    "lloyd2",
+    "lloyd3",
+    "lloyd4",
+    "e8-2",
+    "e8-3",
+    "e8-4",
+    "spqr",
+    "q2_0",
+    "q4_0",
+    "q4_1",
+    "q5_0",
+    "q5_1",
+    "q8_0",
+    "w2a16",
+    "w4a16",
+    "w8a16",
+]
 Allocation = Literal["uniform", "loss_weighted", "mixed", "energy", "typed"]
 Export = Literal["dense", "factored", "peft"]
 
@@ -63,9 +85,16 @@ class MethodOptions(BaseModel):
     block_size: int = Field(64, description=("nf4: weights per scale"))
     double_quant: bool = Field(False, description=("nf4: store the scales in 8 bits"))
     group_size: int | None = Field(
-        None, gt=0, description=("int, lloyd, spqr: weights per scale; default: int 64, lloyd 64, spqr 16")
+        None,
+        gt=0,
+        description=(
+            "int, lloyd, spqr, w2a, w4a, w8a: weights per scale; default: int 64, lloyd 64, spqr 16, w2a 128,"
+            " w4a 128, w8a 128"
+        ),
     )
-    symmetric: bool = Field(False, description=("int: no zero point"))
+    symmetric: bool | None = Field(
+        None, description=("int, w2a, w4a, w8a: no zero point; default: int False, w2a True, w4a True, w8a True")
+    )
     spqr_bits: int = Field(3, ge=2, le=4, description=("spqr: bits of a weight that is no outlier"))
     outliers: float = Field(0.01, ge=0, lt=0.5, description=("spqr: fraction of weights kept in 16 bits"))
 

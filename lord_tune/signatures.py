@@ -41,12 +41,33 @@ class PlanOptions(TypedDict, total=False):
     block_size: int
     double_quant: bool
     group_size: int | None
-    symmetric: bool
+    symmetric: bool | None
     spqr_bits: int
     outliers: float
     method: Literal["whitened", "svd", "two_sided", "afm", "loftq", "caldera"] | None
     backbone: Literal[
-        "none", "nf4", "int2", "int3", "int4", "int8", "lloyd2", "lloyd3", "lloyd4", "e8-2", "e8-3", "e8-4", "spqr"
+        "none",
+        "nf4",
+        "int2",
+        "int3",
+        "int4",
+        "int8",
+        "lloyd2",
+        "lloyd3",
+        "lloyd4",
+        "e8-2",
+        "e8-3",
+        "e8-4",
+        "spqr",
+        "q2_0",
+        "q4_0",
+        "q4_1",
+        "q5_0",
+        "q5_1",
+        "q8_0",
+        "w2a16",
+        "w4a16",
+        "w8a16",
     ]
     factor_format: (
         Literal[
@@ -65,6 +86,15 @@ class PlanOptions(TypedDict, total=False):
             "e8-3",
             "e8-4",
             "spqr",
+            "q2_0",
+            "q4_0",
+            "q4_1",
+            "q5_0",
+            "q5_1",
+            "q8_0",
+            "w2a16",
+            "w4a16",
+            "w8a16",
         ]
         | None
     )
@@ -115,12 +145,33 @@ class DecomposeOptions(TypedDict, total=False):
     block_size: int
     double_quant: bool
     group_size: int | None
-    symmetric: bool
+    symmetric: bool | None
     spqr_bits: int
     outliers: float
     method: Literal["whitened", "svd", "two_sided", "afm", "loftq", "caldera"] | None
     backbone: Literal[
-        "none", "nf4", "int2", "int3", "int4", "int8", "lloyd2", "lloyd3", "lloyd4", "e8-2", "e8-3", "e8-4", "spqr"
+        "none",
+        "nf4",
+        "int2",
+        "int3",
+        "int4",
+        "int8",
+        "lloyd2",
+        "lloyd3",
+        "lloyd4",
+        "e8-2",
+        "e8-3",
+        "e8-4",
+        "spqr",
+        "q2_0",
+        "q4_0",
+        "q4_1",
+        "q5_0",
+        "q5_1",
+        "q8_0",
+        "w2a16",
+        "w4a16",
+        "w8a16",
     ]
     factor_format: (
         Literal[
@@ -139,6 +190,15 @@ class DecomposeOptions(TypedDict, total=False):
             "e8-3",
             "e8-4",
             "spqr",
+            "q2_0",
+            "q4_0",
+            "q4_1",
+            "q5_0",
+            "q5_1",
+            "q8_0",
+            "w2a16",
+            "w4a16",
+            "w8a16",
         ]
         | None
     )

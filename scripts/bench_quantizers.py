@@ -41,6 +41,8 @@ SEARCH = 4.0
 BITS = {"nf4": 4.5, "nf4, double quantization": 4.127, "int2": 2.5, "int3": 3.5, "int4": 4.5, "int8": 8.5}
 BITS |= {f"int{b}, symmetric": b + 0.25 for b in (2, 3, 4, 8)} | {f"lloyd{b}": b + 0.25 for b in (2, 3, 4)}
 BITS |= {f"e8-{b}": b + 16 / 4096 for b in (2, 3, 4)} | {"spqr": 3.953, "spqr, 4 bits": 4.953}
+BITS |= {"q2_0": 2.25, "q4_0": 4.5, "q4_1": 5.0, "q5_0": 5.5, "q5_1": 6.0, "q8_0": 8.5}
+BITS |= {f"w{b}a16": b + 0.125 for b in (2, 4, 8)}
 ERRORS = {"e8-2": 0.0922, "e8-3": 0.0305, "e8-4": 0.0093}
 
 

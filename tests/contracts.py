@@ -10,7 +10,30 @@ from torch import Tensor
 
 from lord_tune.calibration.moments import MomentAccumulator, Moments
 from lord_tune.factorizations import AFM, Caldera, FactorForm, Fisher, LoftQ, PlainSVD, TwoSided, Whitened
-from lord_tune.quantizers import E8P2, E8P3, E8P4, NF4, Int2, Int3, Int4, Int8, Lloyd2, Lloyd3, Lloyd4, Rotated, SpQR
+from lord_tune.quantizers import (
+    E8P2,
+    E8P3,
+    E8P4,
+    NF4,
+    Q2_0,
+    Q4_0,
+    Q4_1,
+    Q5_0,
+    Q5_1,
+    Q8_0,
+    W2A16,
+    W4A16,
+    W8A16,
+    Int2,
+    Int3,
+    Int4,
+    Int8,
+    Lloyd2,
+    Lloyd3,
+    Lloyd4,
+    Rotated,
+    SpQR,
+)
 
 
 @dataclass(frozen=True)
@@ -78,6 +101,8 @@ QUANTIZERS = [
     NF4(block_size=256, double_quant=True),
     *(form() for form in (Int2, Int3, Int4, Int8, Lloyd2, Lloyd3, Lloyd4, E8P2, E8P3, E8P4)),
     Int3(group_size=24, symmetric=True),
+    *(form() for form in (Q2_0, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, W2A16, W4A16, W8A16)),
+    W4A16(group_size=32, symmetric=False),
     Lloyd2(group_size=17),
     SpQR(),
     SpQR(bits=4, group_size=8),

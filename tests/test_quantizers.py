@@ -16,6 +16,13 @@ from lord_tune.quantizers import (
     E8P3,
     E8P4,
     NF4,
+    Q2_0,
+    Q4_0,
+    Q4_1,
+    Q5_0,
+    Q5_1,
+    Q8_0,
+    W4A16,
     Int2,
     Int3,
     Int4,
@@ -67,6 +74,8 @@ def test_decoded_values_are_a_fixed_point(quantizer, shape):
 # for groups of 64 (their scale fits them) and for short rows
 _ERRORS = {"nf4": 0.13, "int2": 0.48, "int3": 0.21, "int4": 0.11, "int8": 0.007}
 _ERRORS |= {"lloyd2": 0.36, "lloyd3": 0.20, "lloyd4": 0.11, "e8-2": 0.32, "e8-3": 0.185, "e8-4": 0.105, "spqr": 0.15}
+_ERRORS |= {"q2_0": 0.40, "q4_0": 0.095, "q4_1": 0.09, "q5_0": 0.047, "q5_1": 0.044, "q8_0": 0.006}
+_ERRORS |= {"w2a16": 0.75, "w4a16": 0.12, "w8a16": 0.007}
 
 
 @every
@@ -96,7 +105,7 @@ def test_constant_and_zero_rows_are_finite(quantizer):
     assert torch.isfinite(q).all() and (isinstance(quantizer, Rotated) or float(q[0].abs().max()) < 0.02)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 64, 1001])
 def test_packing_is_exact_at_every_width(bits, count):
     codes = torch.randint(0, 2**bits, (count,), generator=torch.Generator().manual_seed(count))
@@ -113,6 +122,14 @@ def test_packing_is_exact_at_every_width(bits, count):
         (Int3(group_size=128), 3 + 32 / 128),
         (Int4(symmetric=True), 4 + 16 / 64),
         (Int8(), 8.5),
+        (Q2_0(), 2.25),
+        (Q4_0(), 4.5),
+        (Q4_1(), 5.0),
+        (Q5_0(), 5.5),
+        (Q5_1(), 6.0),
+        (Q8_0(), 8.5),
+        (W4A16(), 4.125),
+        (W4A16(symmetric=False), 4.125 + 8 / 128),
         (Lloyd2(), 2.25),
         (Lloyd3(), 3.25),
         (Lloyd4(group_size=32), 4.5),

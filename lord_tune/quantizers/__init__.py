@@ -10,6 +10,7 @@ from ..declared import Options
 from ..errors import unknown_name
 from .base import Quantizer
 from .e8 import E8P2, E8P3, E8P4
+from .engines import Q2_0, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, W2A16, W4A16, W8A16
 from .incoherence import Rotated
 from .integer import Int2, Int3, Int4, Int8
 from .lloyd import Lloyd2, Lloyd3, Lloyd4
@@ -17,7 +18,11 @@ from .nf4 import NF4
 from .spqr import SpQR
 
 QUANTIZERS: dict[str, type[Any]] = {
-    form.name: form for form in (NF4, Int2, Int3, Int4, Int8, Lloyd2, Lloyd3, Lloyd4, E8P2, E8P3, E8P4, SpQR)
+    form.name: form
+    for form in (
+        *(NF4, Int2, Int3, Int4, Int8, Lloyd2, Lloyd3, Lloyd4, E8P2, E8P3, E8P4, SpQR),
+        *(Q2_0, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, W2A16, W4A16, W8A16),
+    )
 }
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # formats that need no quantizer
 
@@ -28,6 +33,12 @@ __all__ = [
     "E8P4",
     "NF4",
     "QUANTIZERS",
+    "Q2_0",
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q8_0",
     "Int2",
     "Int3",
     "Int4",
@@ -38,6 +49,9 @@ __all__ = [
     "Quantizer",
     "Rotated",
     "SpQR",
+    "W2A16",
+    "W4A16",
+    "W8A16",
     "make_quantizer",
 ]
 

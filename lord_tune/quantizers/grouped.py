@@ -52,6 +52,10 @@ class Grouped(Format):
         """(factor, offset): weight = factor * book[code] + offset; float32, shapes of the scales."""
         return scales["scales"].float(), None
 
+    def stretched(self, scales: dict[str, Tensor], stretch: Tensor | float) -> dict[str, Tensor]:
+        """The scales times `stretch`, as they are stored; of each row as (out, 1)."""
+        return {name: stored_half(value.float() * stretch) for name, value in scales.items()}
+
     def scale_dtypes(self) -> dict[str, torch.dtype]:
         return {"scales": torch.float16}
 
@@ -61,13 +65,13 @@ class Grouped(Format):
         return -(-width // self.group_size)
 
     def grouped(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """(out, groups, group_size) padded with zeros, and the (groups,) true sizes."""
+        """(out, groups, group_size or, in one group, in) padded with zeros, and the (groups,) true sizes."""
         width = weight.shape[1]
-        groups = self.groups_of(width)
-        padded = torch.nn.functional.pad(weight, (0, groups * self.group_size - width))
-        counts = torch.full((groups,), self.group_size, device=weight.device)
-        counts[-1] = width - (groups - 1) * self.group_size
-        return padded.view(weight.shape[0], groups, self.group_size), counts
+        groups, size = self.groups_of(width), min(self.group_size, width)
+        padded = torch.nn.functional.pad(weight, (0, groups * size - width))
+        counts = torch.full((groups,), size, device=weight.device)
+        counts[-1] = width - (groups - 1) * size
+        return padded.view(weight.shape[0], groups, size), counts
 
     def scales_of(self, weight: Tensor) -> dict[str, Tensor]:
         """The stored scales of a whole matrix. (out, groups) each"""
@@ -183,7 +187,7 @@ class GroupRounder:
     def __init__(self, form: Grouped, weight: Tensor, stretch: float | Tensor):
         scales = form.scales_of(weight)
         if isinstance(stretch, Tensor) or stretch != 1.0:
-            scales = {name: stored_half(value.float() * stretch) for name, value in scales.items()}
+            scales = form.stretched(scales, stretch)
         self._form, self._scales = form, scales
         factor, offset = form.affine(scales)
         self._factor = factor.T.contiguous()  # (groups, out)

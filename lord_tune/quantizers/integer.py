@@ -18,7 +18,7 @@ from .grouped import Grouped
 
 
 @dataclass(frozen=True)
-class _Integer(Grouped):
+class Integer(Grouped):
     """weight = scale * code + minimum, or scale * (code - 2^(bits-1))."""
 
     symmetric: bool = option(False, "no zero point")
@@ -58,28 +58,28 @@ class _Integer(Grouped):
         return {"group_size": self.group_size, "symmetric": self.symmetric}
 
 
-class Int2(_Integer):
+class Int2(Integer):
     """2.5 bits per weight at groups of 64 (symmetric: 2.25)."""
 
     name: ClassVar[str] = "int2"
     bits: ClassVar[int] = 2
 
 
-class Int3(_Integer):
+class Int3(Integer):
     """3.5 bits per weight at groups of 64 (symmetric: 3.25)."""
 
     name: ClassVar[str] = "int3"
     bits: ClassVar[int] = 3
 
 
-class Int4(_Integer):
+class Int4(Integer):
     """4.5 bits per weight at groups of 64 (symmetric: 4.25)."""
 
     name: ClassVar[str] = "int4"
     bits: ClassVar[int] = 4
 
 
-class Int8(_Integer):
+class Int8(Integer):
     """8.5 bits per weight at groups of 64 (symmetric: 8.25)."""
 
     name: ClassVar[str] = "int8"

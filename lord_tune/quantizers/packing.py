@@ -1,7 +1,8 @@
 """Dense packing of small integer codes into bytes, and decoding through lookup tables.
 
 Codes run along the flattened matrix, so any shape packs without padding rows. 2-, 4- and 8-bit codes fill whole bytes,
-first code in the low bits; eight 3-bit codes fill three bytes (two 12-bit words of four codes). The tail of a matrix
+first code in the low bits; eight 3-bit codes fill three bytes (two 12-bit words of four codes), eight 5-bit codes five
+(four 10-bit words of two). The tail of a matrix
 whose size is no multiple of the unit is padded with zeros. Decoding looks several codes up at once: a table of 256 or
 4,096 rows of values is small enough for the caches, and `index_select` with int32 ids is the fast path on CPUs.
 
@@ -15,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-CODES_PER_WORD = {1: 8, 2: 4, 3: 4, 4: 2, 8: 1}  # words of 8 bits, of 12 for 3-bit codes
+CODES_PER_WORD = {1: 8, 2: 4, 3: 4, 4: 2, 5: 2, 8: 1}  # words of 8 bits, of 12 and 10 for 3- and 5-bit codes
 
 
 _NUMBERS = {8: torch.int64, 16: torch.complex128}  # by bytes
@@ -23,13 +24,13 @@ _NUMBERS = {8: torch.int64, 16: torch.complex128}  # by bytes
 
 def aligned_codes(bits: int) -> int:
     """Codes between two that start on a stored boundary."""
-    return 8 if bits == 3 else 8 // bits
+    return 8 if bits in (3, 5) else 8 // bits
 
 
 def packed_bytes(count: int, bits: int) -> int:
     """Bytes of `count` codes."""
-    if bits == 3:
-        return -(-count // 8) * 3
+    if bits in (3, 5):
+        return -(-count // 8) * bits
     return -(-count * bits // 8)
 
 
@@ -40,6 +41,10 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     per_word = CODES_PER_WORD[bits]
     shifts = torch.arange(per_word, dtype=torch.int32, device=flat.device) * bits
     words = (flat.view(-1, per_word) << shifts).sum(1, dtype=torch.int32)
+    if bits == 5:
+        a, b, c, d = words.view(-1, 4).unbind(1)
+        parts = [a, (a >> 8) | (b << 2), (b >> 6) | (c << 4), (c >> 4) | (d << 6), d >> 2]
+        return (torch.stack(parts, 1) & 255).reshape(-1).to(torch.uint8)
     if bits != 3:
         return words.to(torch.uint8)
     low, high = words.view(-1, 2).unbind(1)
@@ -47,7 +52,11 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def words_of(packed: Tensor, bits: int) -> Tensor:
-    """The table rows to look up, int32: bytes, or for 3-bit codes 12-bit words."""
+    """The table rows to look up, int32: bytes, or for 3- and 5-bit codes words of 12 and 10 bits."""
+    if bits == 5:
+        a, b, c, d, e = packed.view(-1, 5).to(torch.int32).unbind(1)
+        words = [a | (b & 3) << 8, b >> 2 | (c & 15) << 6, c >> 4 | (d & 63) << 4, d >> 6 | e << 2]
+        return torch.stack(words, 1).view(-1)
     if bits != 3:
         return packed.to(torch.int32)
     first, second, third = packed.view(-1, 3).unbind(1)

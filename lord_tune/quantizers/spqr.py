@@ -84,7 +84,8 @@ class SpQR(Format):
         levels = 2**self.bits - 1
         inner = self.inner
         groups, counts = inner.grouped(weight)
-        inside = ~inner.grouped(sparse)[0] & (torch.arange(self.group_size, device=weight.device) < counts[:, None])
+        places = torch.arange(groups.shape[-1], device=weight.device)
+        inside = ~inner.grouped(sparse)[0] & (places < counts[:, None])
         some = inside.any(-1)
         low = torch.where(some, torch.where(inside, groups, torch.inf).amin(-1), 0.0)
         high = torch.where(some, torch.where(inside, groups, -torch.inf).amax(-1), 0.0)
