@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections import Counter  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import datasets  # noqa: E402, F401  # its log handler keeps the stderr of its import, which must outlive one test
@@ -17,6 +18,20 @@ import torch  # noqa: E402
 from tiny import save_tiny, tiny_bert, tiny_gpt2, tiny_llama, write_code_rows  # noqa: E402
 
 torch.set_num_threads(1)  # tiny matrices: a second thread only waits
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m takes its choice
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`one_in(n)`: of a grid of cases every n-th is run always, the others with the slow tests."""
+    seen: Counter[tuple[Path, str]] = Counter()
+    for item in items:
+        mark = item.get_closest_marker("one_in")
+        if mark is None:
+            continue
+        key = item.path, item.name.partition("[")[0]
+        if seen[key] % mark.args[0]:
+            item.add_marker(pytest.mark.slow)
+        seen[key] += 1
 
 
 @pytest.fixture(scope="session")

@@ -91,6 +91,7 @@ def test_nothing_but_l_and_r_changes(pair):
     assert manifests[0] == manifests[1]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("family", ["gpt2", "bert", "qwen2", "gemma3"])
 def test_other_families(family, rows_file, tmp_path):
     base = save_tiny(tiny_family(family), tmp_path / "base")
@@ -108,6 +109,7 @@ STORES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {  # what is tuned b
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("store", STORES)
 def test_q_and_packed_components_stay_as_they_are(llama_dir, rows_file, tmp_path, store):
     options, names = STORES[store]
@@ -202,6 +204,7 @@ def words(base: Path, rows: Path, *more: str) -> list[str]:
     return ["decompose", str(base), "out", "--calibration", str(rows), *options, *more]
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize(
     "moment",

@@ -181,6 +181,7 @@ def test_a_packed_product_is_the_cpus_and_waits_for_nothing(form, monkeypatch):
 # --- decompose ---
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in _SLOW else n for n in RUNS])
 def test_decompose_writes_what_it_writes_on_the_cpu(name, made, source, rows, tmp_path):
     lord_tune.decompose(str(source), str(tmp_path / "cpu"), **options_of(name, rows))
@@ -238,6 +239,7 @@ def test_a_forward_and_a_backward_pass_of_a_layer_wait_for_nothing(name, made):
             assert not seen, key
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("mode", "name"),
     [*((mode, "int4" if mode == "split" else "nf4") for mode in MODES), ("factors", "pivoted"), ("lora", "pivoted")],

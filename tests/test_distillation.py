@@ -246,6 +246,7 @@ def test_shuffled_labels_are_another_sequence():
 MOMENTS = [("rename", "logits/00000.safetensors", "after"), ("save", "checkpoint-4/optimizer.pt", "half")]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("moment", MOMENTS, ids=["while the logits are written", "while a checkpoint is written"])
 def test_a_killed_distillation_continues_to_the_same_end(forks, base, rows, tmp_path, moment):  # noqa: F811
     words = words_of(base, rows, objective="distill", teacher_logits="logits", distill_ce_weight=0.5)

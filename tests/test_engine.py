@@ -345,6 +345,7 @@ def test_sequential_calibrates_on_the_outputs_of_decomposed_blocks(llama_dir, ro
 # --- gradients by the weights ---
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3-moe"])
 def test_squared_gradients_are_those_of_the_whole_model(family, name, rows_file, tmp_path):
     """Autograd through the whole model at once, window by window; gpt2's weights are stored as (in, out). The router of
@@ -413,6 +414,7 @@ ROUNDED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", ROUNDED)
 def test_the_recorded_errors_are_those_of_what_is_stored(llama_dir, rows_file, tmp_path, kind):
     """Of the checkpoint as it is read back, L and R decoded, on the very statistics of the writing pass."""
@@ -456,6 +458,7 @@ def test_packed_factors_are_rounded_with_feedback_in_the_writing_pass(llama_dir,
     assert max(ratios) < 1 and sum(ratios) / len(ratios) < 0.6
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("method", [{"method": "caldera", "iterations": 1}, {"method": "whitened"}], ids=str)
 def test_the_table_of_equal_bits_is_feedback_alone_in_the_middle_block(llama_dir, rows_file, tmp_path, method):
     """Of one layer of each shape."""
@@ -655,6 +658,7 @@ def test_two_runs_write_the_same_bytes(server, uninterrupted, llama_dir, rows_fi
     assert changed(written(tmp_path / "b" / "out"), written(uninterrupted("weighted")))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("kind", "moment"),
     # every second one is a slow test
@@ -913,11 +917,13 @@ def test_accelerate_launch_gives_the_same_decomposition(uninterrupted, llama_dir
     assert_equal_decompositions(uninterrupted("weighted"), tmp_path / "out")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", COMMANDS)
 def test_two_processes_give_the_same_decomposition(uninterrupted, kind):
     assert_equal_decompositions(uninterrupted(kind), uninterrupted(kind, processes=2))
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize(
     ("kind", "moment"),
     [

@@ -62,6 +62,7 @@ def assert_foreseen(foreseen: dict[str, Any], measured: dict[str, int], activati
     assert foreseen["logits"] == pytest.approx(measured["logits"], rel=logits)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("mode", STORES)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 def test_every_part_of_a_step_is_foreseen(base, rows_file, tmp_path, family, mode):
@@ -80,6 +81,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str, float]] = {  # options, the part t
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_changes_the_memory_is_foreseen(base, rows_file, tmp_path, change):
     options, part, factor = CHANGES[change]

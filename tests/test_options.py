@@ -654,6 +654,7 @@ DECOMPOSE: dict[str, Case] = {
 LONG = ("downdate", "order", "iterations", "group_size")  # CALDERA, several times
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in DECOMPOSE])
 def test_decompose(name, bench):
     DECOMPOSE[name](bench)
@@ -1277,6 +1278,7 @@ TRAIN: dict[str, Case] = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", TRAIN)
 def test_train(name, bench):
     TRAIN[name](bench)

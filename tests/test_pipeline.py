@@ -95,6 +95,7 @@ def is_packed(store: str) -> bool:
     return STORES[store].get("factor_format", "fp32") not in DTYPES
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("family", "store"), COMBINATIONS)
 def test_reload_and_resave_are_bit_exact(factored, family, store, tmp_path):
     folder = factored(family, store)
@@ -125,6 +126,7 @@ def test_decomposed_output_is_the_saved_output(factored, family, rows_file, requ
             assert torch.equal(layer.bias, module.bias)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("mode", ["factors", "lora"])
 @pytest.mark.parametrize(("family", "store"), [pair for pair in COMBINATIONS if pair[1] != "nf4-alone"])
 def test_expose_train_save_reload_and_fold(factored, family, store, mode, tmp_path):
@@ -228,6 +230,7 @@ def test_an_adapter_of_one_kind_does_not_load_on_another_base(factored, tmp_path
         load_adapter(load_dense_or_factored(str(factored("llama", "lloyd-top"))), tmp_path / "adapter")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("family", "store"), [("llama", "lloyd-top"), ("gpt2", "spqr-over-lord"), ("llama", "nf4")])
 def test_weights_decoded_once_compute_the_same_and_are_never_saved(factored, family, store, tmp_path):
     model = load_dense_or_factored(str(factored(family, store)))
@@ -244,6 +247,7 @@ def test_weights_decoded_once_compute_the_same_and_are_never_saved(factored, fam
     assert torch.equal(logits(model), before)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("family", "store"), [("llama", "lloyd-top"), ("llama", "int3"), ("llama", "nf4")])
 def test_stock_lora_attaches_to_the_packed_backbone(factored, family, store, tmp_path):
     """Any format is a base for PEFT's own LoRA; merging into the codes stops instead of losing the update."""
@@ -367,6 +371,7 @@ def test_a_manifest_that_does_not_fit_is_refused(factored, tmp_path):
 EXPORTED = [(family, store) for family in FAMILIES for store in ("lord", "lord-nf4", "nf4", "nf4-loftq")]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("family", "store"), [*EXPORTED, ("llama", "lloyd-top")])
 def test_dense_export_is_an_ordinary_checkpoint(factored, family, store, tmp_path):
     model, tokenizer = lord_tune.load(str(factored(family, store)))
@@ -386,6 +391,7 @@ def test_dense_export_is_an_ordinary_checkpoint(factored, family, store, tmp_pat
     assert torch.allclose(load_file(tmp_path / "y.safetensors")["y"], reference, atol=1e-4)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_peft_export_loads_with_stock_libraries(llama_dir, rows_file, tmp_path, double_quant):
     """intermediate 160 is no multiple of 64, which bitsandbytes' CPU kernel decodes wrongly: attention only."""
@@ -480,6 +486,7 @@ TRAINING = {
 }
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(("family", "store", "mode"), [
     ("llama", "lord", "factors"), ("llama", "nf4", "factors"), ("llama", "lord-nf4", "lora"),
     ("gpt2", "nf4", "factors"), ("gpt2", "lord", "lora"), ("bert", "nf4", "factors"), ("bert", "lord", "lora"),

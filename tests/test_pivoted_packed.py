@@ -97,6 +97,7 @@ def near(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -
     assert (found - expected).norm() <= tolerance * expected.norm()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", FORMATS)
 def test_stored_in_fewer_bytes_foreseen_to_the_byte_and_exported(name, runs, tmp_path, monkeypatch):
     monkeypatch.setattr(Rates, "measure", lambda *probe: Rates(1e10, 1e10, 1e10, 1e10))  # which takes seconds
@@ -121,6 +122,7 @@ def test_stored_in_fewer_bytes_foreseen_to_the_byte_and_exported(name, runs, tmp
     assert rank["error_calibrated"] < 0.9
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "options", [{"on": "both"}, {"on": "left"}, {"on": "right"}, {"scales": "components_and_outputs"}]
 )

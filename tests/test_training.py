@@ -330,6 +330,7 @@ def uninterrupted(forks, base, rows, tmp_path_factory) -> tuple[Any, ...]:
     return outcome(folder)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: " ".join(moment).replace("/", " "))
 def test_a_killed_run_continues_to_the_same_end(forks, base, rows, tmp_path, uninterrupted, moment):
     words = words_of(base, rows)

@@ -183,6 +183,7 @@ def words(base: Path, rows: Path, kind: str, *more: str) -> list[str]:
     return ["decompose", str(base), "out", "--calibration", str(rows), *options, *more]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_run_continues_to_the_same_bytes_and_two_processes_do_the_same(
     server, gemma, rows_file, tmp_path, kind
