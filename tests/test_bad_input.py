@@ -278,7 +278,7 @@ WRONG_CALLS: list[Case] = [
     (
         "neither budget",
         lambda w: w.data_free("--method", "svd"),
-        "Expected one of --rank, --kept-fraction, --bits-per-weight, --max-bytes and --plan; got none.",
+        "Expected one of --rank, --average-rank, --kept-fraction, --bits-per-weight, --max-bytes and --plan; got none.",
     ),
     (
         "both budgets",
@@ -847,7 +847,8 @@ def test_a_model_without_blocks_is_run_whole_with_a_warning(budget, world, capfd
     warned = [line for line in stderr.splitlines() if line.startswith("warning: ") and "no list of blocks" in line]
     assert len(warned) == 1
     layers = json.loads((world.out / "decomposition.json").read_text())["layers"]
-    assert set(layers) == {"up", "down"} and all(0 < entry["error_calibrated"] < 1 for entry in layers.values())
+    # the text has about 48 different tokens, whose embeddings rank 48 reproduces
+    assert set(layers) == {"up", "down"} and all(0 <= entry["error_calibrated"] < 1 for entry in layers.values())
     assert lord_tune.load(str(world.out))[0](torch.arange(9)[None]).logits.isfinite().all()
 
 
@@ -880,7 +881,11 @@ def fill(folder: Path, free: int) -> Path:
         (150_000, ("--method", "svd", "--rank", 12), "model-00003"),
         # one window in each of three streams is 98 kB of states; the forward pass that they are compared with, one more
         # window of states and logits, is 142 kB; bases and curves of a block are 140 kB
-        (345_000, ("--kept-fraction", 0.8, "--targets", "layers.0", "--calibration-tokens", 64), "analysis-00000"),
+        (
+            345_000,
+            ("--kept-fraction", 0.8, "--method", "whitened", "--targets", "layers.0", "--calibration-tokens", 64),
+            "analysis-00000",
+        ),
     ],
     ids=["hidden states", "shard", "analysis"],
 )
