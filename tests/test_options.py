@@ -654,7 +654,7 @@ DECOMPOSE: dict[str, Case] = {
 LONG = ("downdate", "order", "iterations", "group_size")  # CALDERA, several times
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in DECOMPOSE])
 def test_decompose(name, bench):
     DECOMPOSE[name](bench)
@@ -1278,7 +1278,7 @@ TRAIN: dict[str, Case] = {
 }
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", TRAIN)
 def test_train(name, bench):
     TRAIN[name](bench)
@@ -1540,6 +1540,7 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
         ),
         (DecomposeConfig, "m o --method loftq --backbone nf4 --rank 3 --iterations 2 --dry-run"),
         (DecomposeConfig, "m o --plan p.json --calibration a.txt"),
+        (DecomposeConfig, "m o --average-rank 16 --backbone nf4 --rounding nearest --calibration a.txt"),
         (DecomposeConfig, "m o --method two_sided --damping 0.3 --rank 3 --calibration a.txt"),
         (
             DecomposeConfig,
@@ -1571,6 +1572,7 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
         (PlanConfig, "m --method afm --no-centred --kept-fraction 0.7 --allocation uniform --form pivoted"),
         (PlanConfig, "m --method loftq --backbone nf4 --rank 3 --iterations 2 --save s"),
         (PlanConfig, "m --plan p.json"),
+        (PlanConfig, "m --average-rank 16 --backbone nf4 --rounding nearest"),
         (PlanConfig, "m --method two_sided --damping 0.3 --rank 3"),
         (PlanConfig, "m --max-bytes 9 --allocation mixed --mix int2 nf4 --refine 3 --measure-control"),
         (PlanConfig, "m --sweep s --measure --calibration a.txt --bits-per-weight 8 --allocation mixed"),
