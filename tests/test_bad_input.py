@@ -675,6 +675,7 @@ def _write_and_fail(error: BaseException) -> Callable[..., None]:
     return write
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("error", "code", "says"),
     [

@@ -181,7 +181,7 @@ def test_a_packed_product_is_the_cpus_and_waits_for_nothing(form, monkeypatch):
 # --- decompose ---
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in _SLOW else n for n in RUNS])
 def test_decompose_writes_what_it_writes_on_the_cpu(name, made, source, rows, tmp_path):
     lord_tune.decompose(str(source), str(tmp_path / "cpu"), **options_of(name, rows))
@@ -225,6 +225,7 @@ def test_memory_is_that_of_the_device(made, source, rows, tmp_path):
 # --- loaded models ---
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in _SLOW else n for n in RUNS])
 def test_a_forward_and_a_backward_pass_of_a_layer_wait_for_nothing(name, made):
     expected = load_dense_or_factored(str(made(name)))(input_ids=IDS).logits

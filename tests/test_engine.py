@@ -145,7 +145,7 @@ def in_a_block(name: str) -> bool:
     return re.search(r"\.\d+\.", name) is not None
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("store", ["lord", "nf4"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_layer_and_tensor_is_accounted_for(family, name, store):
@@ -175,7 +175,7 @@ def test_every_layer_and_tensor_is_accounted_for(family, name, store):
             assert before[key].dtype == after[key].dtype and torch.equal(before[key], after[key]), key
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_walk_sees_what_a_plain_forward_pass_sees(family, name):
     """In the last block, so masks, position embeddings and every block before it are right, from lazily loaded weights;
@@ -195,7 +195,7 @@ def test_the_walk_sees_what_a_plain_forward_pass_sees(family, name):
             assert torch.allclose(gram, rows.T @ rows / len(rows), *MOMENTS), layer
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_high_rank_recovers_the_dense_model(family, name):
     base, high = family(name, "nf4-high")
@@ -313,6 +313,7 @@ def test_parquet_is_the_same_text_as_json_lines(llama_dir, rows_file, tmp_path):
 # --- propagate: sequential ---
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "options",
     [{"backbone": "nf4", "rank": 4}, {"rank": 12}, {"kept_fraction": 0.7}],
@@ -417,7 +418,7 @@ ROUNDED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kind", ROUNDED)
 def test_the_recorded_errors_are_those_of_what_is_stored(llama_dir, rows_file, tmp_path, kind):
     """Of the checkpoint as it is read back, L and R decoded, on the very statistics of the writing pass."""
@@ -662,7 +663,7 @@ def test_two_runs_write_the_same_bytes(server, uninterrupted, llama_dir, rows_fi
     assert changed(written(tmp_path / "b" / "out"), written(uninterrupted("weighted")))
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize(
     ("kind", "moment"),
     # every second one is a slow test
@@ -927,7 +928,7 @@ def test_two_processes_give_the_same_decomposition(uninterrupted, kind):
     assert_equal_decompositions(uninterrupted(kind), uninterrupted(kind, processes=2))
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize(
     ("kind", "moment"),
     [

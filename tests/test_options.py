@@ -654,7 +654,7 @@ DECOMPOSE: dict[str, Case] = {
 LONG = ("downdate", "order", "iterations", "group_size")  # CALDERA, several times
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in DECOMPOSE])
 def test_decompose(name, bench):
     DECOMPOSE[name](bench)
@@ -987,6 +987,7 @@ PLAN: dict[str, Case] = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", PLAN)
 def test_plan(name, bench):
     PLAN[name](bench)
@@ -1278,7 +1279,7 @@ TRAIN: dict[str, Case] = {
 }
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("name", TRAIN)
 def test_train(name, bench):
     TRAIN[name](bench)
@@ -1383,6 +1384,7 @@ EVALUATE: dict[str, Case] = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", EVALUATE)
 def test_evaluate(name, bench):
     EVALUATE[name](bench)

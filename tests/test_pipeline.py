@@ -95,7 +95,7 @@ def is_packed(store: str) -> bool:
     return STORES[store].get("factor_format", "fp32") not in DTYPES
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize(("family", "store"), COMBINATIONS)
 def test_reload_and_resave_are_bit_exact(factored, family, store, tmp_path):
     folder = factored(family, store)
@@ -119,14 +119,14 @@ def test_decomposed_output_is_the_saved_output(factored, family, rows_file, requ
         module = dense.get_submodule(name)
         weight = module.weight.T if layer.plan.conv1d else module.weight
         error = float((weight - layer.dense_weight()).detach().norm() / weight.detach().norm())
-        assert 0.01 < error < 0.12
+        assert 0.01 < error < 0.14  # feedback moves weights further than to the nearest code
         entry = report["layers"][name]
         assert entry["error_calibrated"] < entry["error_backbone"] and entry["error_calibrated"] <= entry["error_plain"]
         if module.bias is not None:
             assert torch.equal(layer.bias, module.bias)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("mode", ["factors", "lora"])
 @pytest.mark.parametrize(("family", "store"), [pair for pair in COMBINATIONS if pair[1] != "nf4-alone"])
 def test_expose_train_save_reload_and_fold(factored, family, store, mode, tmp_path):
@@ -201,6 +201,7 @@ def test_split_trains_the_components_apart_alone(factored, family, tmp_path):
     assert written.keys() == stored.keys() and all(torch.equal(written[key], frozen[key]) for key in frozen)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "stored", [{"rank": 0}, {"bits_per_weight": 2.5, "backbone": "e8-2"}], ids=["rank 0", "no bits left"]
 )
