@@ -111,7 +111,7 @@ def test_the_foreseen_text_is_what_is_read(tokens, length, weighted, models, tmp
     assert len(seen) == 2 and seen[0] == seen[1] and seen[0].heldout > 0
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize(
     ("family", "budget"),
     [(f, b) for f in FAMILIES for b in BUDGETS if f == "llama" or b not in QUANTIZED]
