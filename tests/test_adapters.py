@@ -109,6 +109,7 @@ def trained(base):
     )
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("mode", "family"), COMBINATIONS)
 def test_an_adapter_starts_trains_saves_loads_and_is_disabled(trained, mode, family, tmp_path):
     """All to the last bit."""
@@ -186,6 +187,7 @@ def test_a_further_adapter_starts_from_the_decomposed_model(trained, mode, tmp_p
         put_on(run.model, mode, adapter_name="b")
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("mode", "family"), COMBINATIONS)
 def test_merge_unmerge_and_fold(trained, mode, family, tmp_path):
     run = trained(mode, family)
@@ -250,6 +252,7 @@ def test_stock_merging_is_right_or_refused(trained, mode):
     assert torch.equal(logits(lord_tune.fold(unloaded)), run.before)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("mode", ["lora", "scales"])
 @pytest.mark.parametrize("store", ["lord", "half", "int8"])
 def test_stock_merging_of_float32_factors_is_right(trained, mode, store):
@@ -293,6 +296,7 @@ def preferences() -> Dataset:
     return Dataset.from_list(rows)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("mode", MODES)
 def test_preference_training_starts_at_ln_2(base, mode, tmp_path):
     """trl's reference is a copy of the adapter; without that copy it is the disabled adapter, at no memory."""

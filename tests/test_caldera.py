@@ -105,6 +105,7 @@ FORMS = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("downdate", ["auto", "on", "off"])
 def test_iterations_are_monotone_in_every_mode(downdate, form):

@@ -237,6 +237,7 @@ def by_keyword(self: Any, x: Tensor) -> Tensor:
     return self.down_proj(input=self.act_fn(self.gate_proj(input=x)) * self.up_proj(input=x))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", ["weighted", "fisher"])
 def test_layers_may_be_called_by_keyword(llama_dir, rows_file, tmp_path, monkeypatch, kind):
     """The same bytes, and the written model runs the same way."""
@@ -349,7 +350,7 @@ def test_sequential_calibrates_on_the_outputs_of_decomposed_blocks(llama_dir, ro
 # --- gradients by the weights ---
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3-moe"])
 def test_squared_gradients_are_those_of_the_whole_model(family, name, rows_file, tmp_path):
     """Autograd through the whole model at once, window by window; gpt2's weights are stored as (in, out). The router of

@@ -216,6 +216,7 @@ def densely(base: Path, factored: Any) -> Any:
     return model
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize("style", MIXTURES)
 def test_what_is_written_loads_saves_and_exports(style, store, base, rows_file, tmp_path):
@@ -360,6 +361,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("style", ["mixtral", "gpt-oss"])
 def test_experts_train_load_and_fold_in_every_mode(style, mode, base, rows_file, tmp_path):

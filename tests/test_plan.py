@@ -182,6 +182,7 @@ def bits_of(shape: tuple[int, int], rank: int, backbone: str, factor_format: str
     return 8 * sum(p.numel() * p.element_size() for p in layer.parameters()) / (shape[0] * shape[1])
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("method", "bits", "rank", "chosen"),
     [
@@ -336,6 +337,7 @@ def test_json_is_the_whole_output(models, fixed_rates, tmp_path, capfd):
     assert {"ranks", "model_bytes", "model_bytes_after", "peak_bytes", "scratch_bytes", "seconds"} <= set(found)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("path", DECOMPOSE, ids=recipe_id)
 def test_a_recipe_of_decompose_can_be_planned(path, fixed_rates, tmp_path, capfd):
     """Its `out` is where `decompose` writes: `plan` writes nothing there."""

@@ -127,12 +127,14 @@ def decomposed(tmp_path_factory, rows_file):
     return get
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("path", DECOMPOSE, ids=recipe_id)
 def test_decompose_recipes_run_small(path, decomposed):
     report, out = decomposed(path)
     assert report["totals"]["factored_layers"] > 0 and (out / "config.json").is_file()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("path", TRAIN, ids=recipe_id)
 def test_train_recipes_run_small_on_their_decompose_recipe(path, decomposed, texts, tmp_path):
     values = load_yaml(str(path))
