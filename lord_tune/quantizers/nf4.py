@@ -66,6 +66,13 @@ class NF4(Format):
             parts |= {"nested_absmax": state.state2.absmax, "nested_offset": state.offset.reshape(1)}
         return parts
 
+    def scales_of(self, weight: Tensor) -> dict[str, Tensor]:
+        """The parts of `quantize` but the codes, for which bitsandbytes takes 16 numbers a weight on a CPU."""
+        if self.double_quant:
+            return {name: part for name, part in self.quantize(weight).items() if name != "weight"}
+        flat = torch.nn.functional.pad(weight.detach().reshape(-1), (0, -weight.numel() % self.block_size))
+        return {"absmax": flat.view(-1, self.block_size).abs().amax(1)}
+
     def state(self, parts: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> QuantState:
         """bitsandbytes' own description of the parts."""
         from bitsandbytes.functional import QuantState
@@ -163,10 +170,9 @@ class NF4Rounder:
     block = 1
 
     def __init__(self, form: NF4, weight: Tensor, stretch: float | Tensor):
-        parts = form.quantize(weight.float() * stretch)  # its codes are replaced
         self._form = form
-        self._scales = {name: value for name, value in parts.items() if name != "weight"}
-        self._absmax = form.block_scales(parts)
+        self._scales = form.scales_of(weight.float() * stretch)
+        self._absmax = form.block_scales(self._scales)
         self._divisor = divisor_of(self._absmax)
         self._book, _ = _codebooks(str(weight.device))
         self._edges = (self._book[1:] + self._book[:-1]) / 2
