@@ -15,7 +15,8 @@ from ..storage import write_tensors
 from .choices import Measured, Sized
 from .decide import Request
 from .gradients import measure_sensitivity, sensitivity_file
-from .layerwise import Analysis, analyse, noise_of
+from .layerwise import Analysis, analyse
+from .noise import noise_of
 from .passes import CALIBRATION, HELDOUT, SENSITIVITY, Passes, Statistics
 from .steps import Phase, of_block
 

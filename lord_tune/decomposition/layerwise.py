@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
@@ -35,17 +34,12 @@ from ..factorizations import (
 )
 from ..layers import FactoredLinear, bias_of, build_layer, is_transposed, shape_of, weight_of
 from ..plans import LayerChoice
-from ..quantizers import DTYPES, E8P2, E8P3, E8P4, Quantizer, Rotated
-from ..quantizers.ldlq import Feedback, round_with_feedback
+from ..quantizers import DTYPES, E8P2, E8P3, E8P4, Rotated
 from .base import EqualBits, LayerRecord
 from .choices import Noise
+from .noise import Formats, noise_by_format, noise_of, noise_tensors
 
-FORESEEN_DAMPING = 0.1
 _CURVES = ("calibrated", "heldout", "plain", "beyond_top")
-_NOISE = ("energies", "spread", "whole")
-
-
-Formats = Mapping[str, tuple[Quantizer | None, bool]]  # backbone -> its format, whether L R beside it is a choice
 
 
 class Facts(TypedDict):
@@ -73,8 +67,7 @@ class Analysis:
             found["dual"] = self.spectrum.dual
         if self.spectrum.centre is not None:
             found["centre"] = self.spectrum.centre.clone()  # layers with one input share it, tensors of a file do not
-        for name, noise in self.noise.items():
-            found |= {f"noise.{part}.{name}": getattr(noise, part) for part in _NOISE}
+        found |= noise_tensors(self.noise)
         return found | {f"curve.{name}": curve for name, curve in self.curves.items()}
 
     @classmethod
@@ -82,12 +75,6 @@ class Analysis:
         curves = {name: tensors[f"curve.{name}"] for name in _CURVES if f"curve.{name}" in tensors}
         spectrum = Spectrum(tensors["basis"], tensors["energies"], tensors.get("centre"), tensors.get("dual"))
         return cls(spectrum, curves, facts, noise_of(tensors))
-
-
-def noise_of(tensors: Mapping[str, Tensor]) -> dict[str, Noise]:
-    """backbone -> what `Analysis.tensors` wrote of it."""
-    names = [key.removeprefix("noise.whole.") for key in tensors if key.startswith("noise.whole.")]
-    return {name: Noise(*(tensors[f"noise.{part}.{name}"] for part in _NOISE)) for name in names}
 
 
 @dataclass(frozen=True)
@@ -112,13 +99,10 @@ def analyse(
     start = time.perf_counter()
     chosen, solution, curves = _solve(weight, calibration, heldout, method, None, form, output_gram)
     spectrum = solution.spectrum
-    noise: dict[str, Noise] = {}
-    feedbacks: dict[tuple[int, bool], Feedback] = {}
-    for name, (quantizer, ranked) in (formats or {}).items():
-        assert calibration is not None and quantizer is not None, "these budgets are shared out on calibration text"
-        left = weight.double() - _foreseen(weight, calibration, quantizer, chosen, feedbacks)
-        noise[name] = _noise(left, spectrum.basis, calibration, chosen, ranked, output_gram)
-        del left
+    noise = {}
+    if formats:
+        assert calibration is not None, "these budgets are shared out on calibration text"
+        noise = noise_by_format(weight, spectrum.basis, calibration, chosen, formats, output_gram)
     whole = spectrum.basis.shape[1]
     keep = whole if limit is None else min(max(limit, 1), whole)
     dual = None if spectrum.dual is None else spectrum.dual[:, :keep].float().contiguous()
@@ -126,39 +110,6 @@ def analyse(
     facts = _facts(chosen, calibration, output_gram)
     facts["seconds"] = time.perf_counter() - start
     return Analysis(kept, curves, facts, noise)
-
-
-def _foreseen(
-    weight: Tensor,
-    calibration: Moments,
-    quantizer: Quantizer,
-    method: Projection,
-    feedbacks: dict[tuple[int, bool], Feedback],  # of the layer's inputs, by what they depend on
-) -> Tensor:
-    """Q (out, in) float64 about as the writing pass will round it, which also chooses damping and scales."""
-    if method.rounding == "nearest":
-        return method.rounded(weight, calibration, quantizer)[1]
-    key = quantizer.block, isinstance(quantizer, Rotated)
-    if key not in feedbacks:
-        feedbacks[key] = Feedback.of(quantizer.turned_gram(calibration.gram), FORESEEN_DAMPING, quantizer.block)
-    return round_with_feedback(quantizer, weight, feedbacks[key])[1]
-
-
-def _noise(
-    left: Tensor,  # (out, in) float64: W - Q
-    basis: Tensor,  # (out, k)
-    calibration: Moments,
-    method: Projection,  # that fits L R to what rounding leaves, and in whose metric that is measured
-    ranked: bool,  # whether there is L R
-    output_gram: Tensor | None,
-) -> Noise:
-    moved = left @ calibration.gram
-    whole = (left * moved).sum()
-    spread = ((basis.T @ left) * (basis.T @ moved)).sum(1)
-    del moved
-    if not ranked and output_gram is None:
-        return Noise(whole[None].clone(), spread, whole)
-    return Noise(method.energies(left, calibration, output_gram, ranked), spread, whole)
 
 
 def _facts(method: Factorization, calibration: Moments | None, output_gram: Tensor | None) -> Facts:

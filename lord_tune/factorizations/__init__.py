@@ -15,11 +15,10 @@ from .base import (
     Spectrum,
     Split,
     balance,
-    error_curves,
-    relative_error,
     truncate,
 )
 from .caldera import Caldera, feedback_alone
+from .curves import error_curves, relative_error
 from .loftq import LoftQ
 from .pivoting import others_of, pivoted, pivoted_left, places_of
 from .rounding import round_factors

@@ -1,5 +1,5 @@
 """The integer grids that inference engines decode: GGUF's simple blocks (llama.cpp) and the weights of
-compressed-tensors (vLLM, transformers).
+compressed-tensors (vLLM).
 
 A weight is scale * (code - zero), as in integer.py. What differs is which scales and zeros an engine can hold:
 

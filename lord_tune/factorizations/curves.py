@@ -1,0 +1,88 @@
+"""The errors of a layer's outputs: at every rank of a solution, and of any approximation of the weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..calibration.moments import InputStatistics, Moments
+from .base import Solution
+
+
+def error_curves(solution: Solution, calibration: Moments, heldout: InputStatistics | None = None) -> dict[str, Tensor]:
+    """Relative output errors sqrt(E||y - y'||^2 / E||W x||^2) at the ranks 0..k, (k + 1,) each: `calibrated`, `heldout`
+    (the same basis on other text), `plain` (truncated SVD of W on the calibration text, float32 basis) and
+    `beyond_top`, the calibrated error relative to what is left of the outputs without their largest direction: one
+    massive activation can hold most of the energy and make any error look small.
+
+    The basis is complete for the range of W (k = min(out, in)), so what is lost at rank r is the energy of the
+    directions from r on; those of an oblique projection are not orthogonal, and their products count as well.
+    """
+    core = solution.core
+    assert core.outputs is not None, "the driver gives the moments to both"
+    reference = core.outputs.diagonal().sum()
+    measure = _orthogonal_curves if solution.dual_axes is None else _oblique_curves
+    curves = measure(solution, calibration, heldout, reference)
+    # the same order of work in float32 is enough for a baseline
+    matrix = core.matrix.float()
+    plain = torch.linalg.eigh(matrix @ matrix.T).eigenvectors.flip(1).double()
+    curves["plain"] = _tail_curve(_along(plain, core.outputs), reference)
+    return curves
+
+
+def _orthogonal_curves(
+    solution: Solution, calibration: Moments, heldout: InputStatistics | None, reference: Tensor
+) -> dict[str, Tensor]:
+    core, axes, centre = solution.core, solution.axes, solution.spectrum.centre
+    energies = _along(axes, core.shifted_outputs(centre, calibration.mean))
+    curves = {"calibrated": _tail_curve(energies, reference)}
+    curves["beyond_top"] = _tail_curve(energies, reference - energies.max()).clamp_max(1.0)
+    if heldout is not None:
+        rows = axes.T @ core.matrix
+        other = heldout.energies(rows, centre)
+        curves["heldout"] = _tail_curve(other, other.sum() if centre is None else heldout.energies(rows).sum())
+    return curves
+
+
+def _oblique_curves(
+    solution: Solution, calibration: Moments, heldout: InputStatistics | None, reference: Tensor
+) -> dict[str, Tensor]:
+    core, axes, dual = solution.core, solution.axes, solution.dual_axes
+    assert dual is not None and core.outputs is not None and solution.spectrum.centre is None
+    products = axes.T @ axes
+    lost = products * (dual.T @ core.outputs @ dual)
+    rest = reference - torch.linalg.eigvalsh(core.outputs)[-1]
+    curves = {"calibrated": _corner_curve(lost, reference), "beyond_top": _corner_curve(lost, rest).clamp_max(1.0)}
+    if heldout is not None:
+        other = products * heldout.moment(dual.T @ core.matrix)
+        curves["heldout"] = _corner_curve(other, heldout.energies(core.matrix).sum())
+    return curves
+
+
+def _along(axes: Tensor, moment: Tensor) -> Tensor:
+    """The moment's diagonal in the coordinates of `axes`. (k,)"""
+    return ((axes.T @ moment) * axes.T).sum(1)
+
+
+def _tail_curve(energies: Tensor, reference: Tensor) -> Tensor:
+    """sqrt(sum over j >= r of energies / reference) for r = 0..k. (k + 1,)"""
+    tails = torch.cat([energies.clamp_min(0).flip(0).cumsum(0).flip(0), energies.new_zeros(1)])
+    return (tails / reference.clamp_min(1e-300)).sqrt()
+
+
+def _corner_curve(products: Tensor, reference: Tensor) -> Tensor:
+    """sqrt(sum over i, j >= r of products / reference) for r = 0..k. (k + 1,)"""
+    corners = products.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0).clamp_min(0)
+    return (torch.cat([corners, corners.new_zeros(1)]) / reference.clamp_min(1e-300)).sqrt()
+
+
+def relative_error(
+    residual: Tensor,  # (out, in): W - Q - L R
+    weight: Tensor,  # (out, in)
+    moments: InputStatistics,
+    centre: Tensor | None = None,
+) -> float:
+    """sqrt(E||residual (x - centre)||^2 / E||W x||^2)."""
+    error = moments.energies(residual, centre).sum()
+    reference = moments.energies(weight).sum().clamp_min(1e-300)
+    return float((error.clamp_min(0) / reference).sqrt())
