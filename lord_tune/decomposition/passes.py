@@ -98,7 +98,8 @@ class Passes:
         rest = [name for name in self.outside if name not in head]
         with Loaded(self.source, head, self.model):
             pass  # its values are checked now, not after hours
-        with Loaded(self.source, rest, self.model):
+        # of a walk before this one they may be in memory, and stay there
+        with Loaded(self.source, rest if self._resident is None else [], self.model):
             with self.loaded(0):
                 with self._valued():
                     if begun is None:
