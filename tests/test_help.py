@@ -93,4 +93,4 @@ def test_a_terminal_gets_panels():
         shown += part
     assert running.wait() == 0
     text = shown.decode()
-    assert "\u256d\u2500 Common" in text and "[default: whitened]" in " ".join(text.replace("\u2502", " ").split())
+    assert "\u256d\u2500 Common" in text and "[default: loss_weighted]" in " ".join(text.replace("\u2502", " ").split())

@@ -61,7 +61,6 @@ def test_the_plan_that_calibration_chose_can_be_carried_out_again(llama_dir, row
     lord_tune.decompose(str(llama_dir), str(tmp_path / "first"), kept_fraction=0.7, **text)
     plan = Plan.read(tmp_path / "first" / "plan.json")
     assert len(set(plan.ranks().values())) > 1
-    del text["sensitivity_tokens"]
     report = lord_tune.decompose(
         str(llama_dir), str(tmp_path / "again"), plan=str(tmp_path / "first/plan.json"), **text
     )
