@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from contracts import QUANTIZERS
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_family
@@ -25,6 +26,15 @@ from lord_tune.layers import QuantizedLinear, ZeroLinear, densify, factored_laye
 IDS = torch.arange(1, 60)[None]
 TOKENS = {"bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 257, "vocab_size": 300}
 OWN_CODE = "the model's own code computes with its weight"
+
+
+@pytest.fixture
+def accelerate_anew():
+    """accelerate keeps one state per process, and refuses another `cpu` than that of a trainer before."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
 
 
 def t5() -> Any:
@@ -192,6 +202,7 @@ def test_sentinels_are_in_files_alone(factored_dir, tmp_path):
     assert torch.equal(logits(again), logits(model))
 
 
+@pytest.mark.usefixtures("accelerate_anew")
 @pytest.mark.parametrize("mode", ["plain", "factors", "lora"])
 def test_accelerate_saves_and_loads_the_state(mode, llama_dir, tmp_path):
     out = tmp_path / "out"
@@ -214,6 +225,7 @@ def test_accelerate_saves_and_loads_the_state(mode, llama_dir, tmp_path):
     assert torch.equal(logits(twin), logits(prepared))
 
 
+@pytest.mark.usefixtures("accelerate_anew")
 @pytest.mark.parametrize("mode", ["plain", "factors", "split", "lora", "scales"])
 def test_training_goes_on_from_the_state_that_accelerate_saved(mode, llama_dir, tmp_path):
     """In a model that was loaded anew, whose adapter was drawn anew: weights, optimizer and schedule, to the bit."""
