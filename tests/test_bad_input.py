@@ -68,7 +68,9 @@ class World:
     def decompose(self, *options: Any, model: Path | None = None, text: Path | None = None) -> list[str]:
         """A whitened decomposition of rank 8 unless `options` give a budget; short windows."""
         words = ["decompose", model or self.llama, self.out, "--calibration", text or self.rows]
-        budget = [] if {"--rank", "--kept-fraction", "--bits-per-weight"} & set(options) else ["--rank", 8]
+        budget = (
+            [] if {"--rank", "--average-rank", "--kept-fraction", "--bits-per-weight"} & set(options) else ["--rank", 8]
+        )
         short = ["--context-length", 64, "--calibration-tokens", 512]
         return list(map(str, [*words, *budget, *short, *options]))
 
@@ -275,6 +277,11 @@ WRONG_CALLS: list[Case] = [
     ("unknown verb", lambda w: ["decompos", str(w.llama), str(w.out)], "Did you mean 'decompose'?"),
     ("out missing", lambda w: ["decompose", str(w.llama)], "OUT is missing; see lord-tune decompose --help"),
     ("training key missing", lambda w: ["train", "--output_dir", str(w.out)], "--model_name_or_path is missing"),
+    (
+        "an average rank above every side",
+        lambda w: w.decompose("--backbone", "nf4", "--average-rank", 5000),
+        "Rank 5000 exceeds the smaller side of every layer",
+    ),
     (
         "neither budget",
         lambda w: w.data_free("--method", "svd"),

@@ -8,8 +8,9 @@ import pytest
 import torch
 from contracts import inputs, moments_of, weight
 
+from lord_tune.errors import UsageError
 from lord_tune.factorizations import METHODS
-from lord_tune.quantizers import QUANTIZERS, make_quantizer
+from lord_tune.quantizers import QUANTIZERS, ldlq, make_quantizer
 from lord_tune.quantizers.engines import gguf_blocks
 from lord_tune.quantizers.packing import unpack_values, word_table
 
@@ -82,6 +83,30 @@ def test_compressed_tensors_decodes_our_codes_to_the_same_numbers(name, symmetri
     arguments = QuantizationArgs(num_bits=form.bits, symmetric=symmetric, **strategy)
     theirs = dequantize(signed, scale.float(), zero, arguments, dtype=torch.float32)
     assert torch.equal(theirs, decoded(form, parts))
+
+
+@pytest.mark.parametrize("name", (*GGUF, "q2_0"))
+def test_blocks_of_another_size_are_refused(name):
+    """Options of a plan file: the manifest does not hold them, so that a reload would decode other groups."""
+    for options in ({"group_size": 16}, {"symmetric": not make_quantizer(name).symmetric}):
+        with pytest.raises(UsageError, match="are no choice"):
+            make_quantizer(name, options)
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotated"])
+def test_wide_layers_are_fitted_in_pieces_to_the_same_parts(name, rotated, monkeypatch):
+    """Rows do not depend on each other; the largest number of weights rounded side by side is that of 64 rows here."""
+    form, w = make_quantizer(name, {"incoherence": rotated}), weight((150, 40)).float()
+    gram = form.turned_gram(moments_of(inputs(40)).gram)
+    whole = ldlq.fitted(form, w, gram)
+    monkeypatch.setattr(ldlq, "STACKED", 64 * 40 * len(ldlq.STRETCHES))
+    pieces = ldlq.fitted(form, w, gram)
+    # another order of float32 sums may move a weight on an edge, and what follows it
+    assert float((whole.backbone - pieces.backbone).norm() / whole.backbone.norm()) < 0.02
+    assert {k: v.shape for k, v in pieces.parts.items()} == {
+        k: v.shape for k, v in form.empty((150, 40), "meta").items()
+    }
 
 
 @pytest.mark.parametrize("name", [name for name in QUANTIZERS if name[0] in "qw"])

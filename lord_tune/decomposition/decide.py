@@ -128,6 +128,8 @@ def _from_shapes(layers: Layers, request: Request, rest: int) -> Plan | None:
     if isinstance(budget, Bits):
         return _of_bits(layers, budget)
     budget.check()
+    if budget.unit == "average_rank":
+        _check_sides(_shapes(layers), int(budget.limit))
     if budget.allocator.needs:
         _check_nested(request)
     plan = share_out(layers, request.template, budget, rest)

@@ -34,7 +34,7 @@ def layer_flops(shape: tuple[int, int], method: Factorization) -> float:
     the relation is what counts."""
     out, inputs = shape
     if method.alternates:  # rounding by weights, products by inputs; equal at 1,000 inputs
-        return 10 * _ROUNDING * out * inputs * (1.0 + inputs / 1000)
+        return (_FITTING + _ROUNDING * (method.solves + 3)) * out * inputs * (1.0 + inputs / 1000)
     k = min(shape)
     rotation = 4.0 * out * k * k * _QR_SLOWNESS if out > inputs else 0.0
     eigen = 1.5 * _EIGH * _EIGH_SLOWNESS * k**3  # the float32 one of the baseline counts half

@@ -4,7 +4,7 @@ y ~ U_r U_r^T (W x + b - ybar) + ybar with U the eigenvectors of the centred out
 Cov(y) = W (H - mu mu^T) W^T, so L = U_r, R = U_r^T W and the bias becomes b + (I - U_r U_r^T) W mu (Bolaco,
 arXiv 2405.10616, eq. 2). Every decomposed layer gains a bias, whether or not the original had one.
 
-The default method of `decompose` is the uncentred `whitened`; choosing `afm` is the opt-in to centring. Among affine
+The default methods of `decompose` are uncentred; choosing `afm` is the opt-in to centring. Among affine
 maps centring is optimal for the calibration tokens, and worth at most one rank against the uncentred optimum. But an
 affine map puts out its bias also where the original puts out almost nothing: at the attention sink, whose value vectors
 near zero are multiplied by the largest attention weight. On SmolLM2-135M with 20 % of the linears removed uniformly,

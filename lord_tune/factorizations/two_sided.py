@@ -24,11 +24,12 @@ as `whitened` does, with a warning, and its predicted loss is 0.
 SmolLM2-135M, 20 % removed, pivoted, `loss_weighted`, 16,384 tokens of code to calibrate on: perplexity on held-out code
 and on WikiText-2 (4,096 tokens each) 10.73 and 45.7, against 11.35 and 50.2 of `whitened`; 34 layers stay dense instead
 of 59. With d = 0.01 it is 10.69 and 48.1.
-Beside NF4 at rank 16: 9.79 and 27.7, against 9.94 and 27.8.
+Beside NF4 at rank 16, rounded to the nearest: 9.79 and 27.7, against 9.94 and 27.8.
 
-Beside a backbone Q the residual W - Q is factorized; Q is rounded to the nearest. L and R in low precision are rounded
-to fit L R, with every output weighing alike. Errors in the records are those of the plain outputs, as for any other
-method, and so above those of `whitened` on the calibration text, by design.
+Beside a backbone Q the residual W - Q is factorized. Q is rounded row by row, so that the weights of the outputs change
+nothing there. L and R in low precision are rounded to fit L R, with every output weighing alike. Errors in the records
+are those of the plain outputs, as for any other method, and so above those of `whitened` on the calibration text, by
+design.
 """
 
 from __future__ import annotations

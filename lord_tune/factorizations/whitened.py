@@ -5,6 +5,9 @@ uncentred AFM. They whiten with a Cholesky factor or an inverse square root of H
 W' = U_r U_r^T W with U the eigenvectors of W H W^T, which needs no inverse: a singular H (dead channels, fewer tokens
 than channels) or massive activations are no special case.
 
+Beside a backbone Q is rounded with error feedback under the same H (quantizers/ldlq.py), then W - Q is factorized:
+`rounding="nearest"` is what QERA and EoRA do.
+
 `sink_weight` adds weight to the tokens at position 0 (see Moments.sink_moment). It moves the optimum by design, so the
 calibrated error is then slightly above the smallest possible.
 

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ..declared import Options, option
+from ..errors import UsageError
 from .base import stored_scales
 from .grouped import divisor_of
 from .integer import Int8, Integer
@@ -41,6 +42,14 @@ class _Block(Integer):
 
     group_size: int = 32
     symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        kind = type(self)
+        if (self.group_size, self.symmetric) != (kind.group_size, kind.symmetric):
+            raise UsageError(
+                f"Got groups of {self.group_size} weights{', symmetric' if self.symmetric else ''}, for {self.name}; "
+                f"its blocks of {kind.group_size} are no choice. Leave `group_size` and `symmetric` out, or use int*."
+            )
 
     def options(self) -> Options:
         return {}

@@ -41,7 +41,7 @@ class Feedback:
     lower: Tensor  # (in, in) float32, unit block lower triangular
     corners: Tensor  # (blocks, block, block) float64: the diagonal blocks of D; the last may be padded with zeros
     block: int
-    ridge: float = 0.0  # what the damping added to the diagonal of H
+    ridge: float  # what the damping added to the diagonal of H
 
     @classmethod
     def of(
