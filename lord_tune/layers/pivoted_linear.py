@@ -50,6 +50,8 @@ class PivotedLinear(nn.Linear):
 
     def places(self) -> Tensor:
         """(out,) int64: which entry of [z; C z] each output is."""
+        if torch.compiler.is_dynamo_compiling():
+            return places_of(self.rows, self.out_features) if self._places is None else self._places
         if self._places is not None and not is_fake(self.rows):
             return self._places
         with torch.inference_mode(False):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..kept import Standin
 from ..quantizers import Quantizer
+from .compiled import compiled_linear, form_key
 
 NO_WRITING = (
     "Something writes into the weight of a decomposed layer, which is made of stored parts, so the change would be "
@@ -70,6 +71,7 @@ class QuantizedLinear(nn.Linear):
         """Take over the stored parts (not copied)."""
         self.drop_dense()
         self._part_names = list(parts)
+        self._form = form_key(self.quantizer, self._part_names)
         for name, value in parts.items():
             self.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
@@ -113,7 +115,10 @@ class QuantizedLinear(nn.Linear):
         if self._dense is not None and x.dtype != torch.float64:
             return nn.functional.linear(x, self._dense.to(x.dtype))
         # the parameters themselves: formats remember what they looked up of a tensor (`on_host`)
-        return self.quantizer.linear(x, {name: getattr(self, name) for name in self._part_names}, self.shape)
+        parts = {name: getattr(self, name) for name in self._part_names}
+        if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+            return compiled_linear(x, list(parts.values()), self._form, self.shape)
+        return self.quantizer.linear(x, parts, self.shape)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, format={self.quantizer.name}"

@@ -85,6 +85,10 @@ class Quantizer(Protocol):
         """x Q^T with a gradient to x, (..., in) -> (..., out)."""
         ...
 
+    def transposed(self, y: Tensor, parts: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
+        """y Q, (..., out) -> (..., in): what the gradient of `linear` is."""
+        ...
+
     @property
     def block(self) -> int:
         """Columns rounded together."""
@@ -151,6 +155,12 @@ class Format:
 
     def completed(self, parts: dict[str, Tensor], shape: tuple[int, int]) -> dict[str, Tensor]:
         return parts
+
+    def linear(self, x: Tensor, parts: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
+        return decoded_linear(x, cast(Quantizer, self), parts, shape)
+
+    def transposed(self, y: Tensor, parts: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
+        return decoded_transposed(y, cast(Quantizer, self), parts, shape)
 
 
 class Decoder(Protocol):
@@ -300,19 +310,29 @@ class _DecodedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: _Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = gradients[0]
         parts = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-        total: Tensor | None = None
-        for start, stop in spans(ctx.shape, ctx.quantizer.row_step(ctx.shape), tile_of(gradient.device)):
-            share = gradient[..., start:stop] @ _tile(ctx.quantizer, parts, ctx.shape, start, stop, gradient.dtype)
-            if stop - start == ctx.shape[0]:
-                total = share
-            elif total is None:  # sums of tiles in float32 at least
-                total = share.to(torch.promote_types(share.dtype, torch.float32))
-            else:
-                total += share
-        assert total is not None
-        return (total.to(gradient.dtype), None, None, None, *(None for _ in parts))
+        return (
+            decoded_transposed(gradients[0], ctx.quantizer, parts, ctx.shape),
+            None,
+            None,
+            None,
+            *(None for _ in parts),
+        )
+
+
+def decoded_transposed(y: Tensor, quantizer: Quantizer, parts: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
+    """The `transposed` of any format, by decoding tiles of rows. (..., out) -> (..., in)"""
+    total: Tensor | None = None
+    for start, stop in spans(shape, quantizer.row_step(shape), tile_of(y.device)):
+        share = y[..., start:stop] @ _tile(quantizer, parts, shape, start, stop, y.dtype)
+        if stop - start == shape[0]:
+            return share
+        if total is None:  # sums of tiles in float32 at least
+            total = share.to(torch.promote_types(share.dtype, torch.float32))
+        else:
+            total += share
+    assert total is not None, "a matrix has rows"
+    return total.to(y.dtype)
 
 
 def _tile(

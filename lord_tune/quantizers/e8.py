@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..declared import Options
-from .base import Format, constant, decoded_linear, in_chunks, stored_half, stored_scales
+from .base import Format, constant, in_chunks, stored_half, stored_scales
 from .packing import gather
 
 BLOCK = 8
@@ -271,9 +271,6 @@ class _E8(Format):
             "weight": torch.empty(size, dtype=torch.uint8, device=device),
             "scales": torch.empty(shape[0], 1, dtype=torch.float16, device=device),
         }
-
-    def linear(self, x: Tensor, parts: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
-        return decoded_linear(x, self, parts, shape)
 
     def rounder(self, weight: Tensor, stretch: float | Tensor = 1.0, importance: Tensor | None = None) -> BlockRounder:
         """Rounds 8 columns at a time in the row scales of `weight` times `stretch`."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..declared import Options, option
 from ..errors import UsageError
-from .base import Format, constant, decoded_linear, in_chunks, stored_half
+from .base import Format, constant, in_chunks, stored_half
 from .packing import aligned_codes, pack, packed_bytes, unpack_values, word_table
 
 
@@ -131,9 +131,6 @@ class Grouped(Format):
         for name, dtype in self.scale_dtypes().items():
             parts[name] = torch.empty(shape[0], self.groups_of(shape[1]), dtype=dtype, device=device)
         return parts
-
-    def linear(self, x: Tensor, parts: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
-        return decoded_linear(x, self, parts, shape)
 
     def rounder(self, weight: Tensor, stretch: float | Tensor = 1.0, importance: Tensor | None = None) -> GroupRounder:
         """Rounds columns one by one in the scales of `weight` times `stretch`."""

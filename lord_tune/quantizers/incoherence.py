@@ -198,6 +198,10 @@ class Rotated:
         turned = _shared.into(x, parts["in_signs"])
         return out_of(self.inner.linear(turned, parts, shape), out)
 
+    def transposed(self, y: Tensor, parts: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
+        out, inputs = _unpacked(parts["out_signs"], shape[0]), _unpacked(parts["in_signs"], shape[1])
+        return out_of(self.inner.transposed(into(y, out), parts, shape), inputs)
+
     def rounder(self, weight: Tensor, stretch: float | Tensor = 1.0, importance: Tensor | None = None) -> Rounder:
         """Of a matrix that is turned already."""
         return self.inner.rounder(weight, stretch, importance)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..declared import Options, option
 from ..errors import UsageError
-from .base import Format, decoded_linear, on_host, stored_half
+from .base import Format, on_host, stored_half
 from .grouped import Grouped, divisor_of
 from .integer import Int2, Int3, Int4
 from .packing import pack
@@ -140,8 +140,10 @@ class SpQR(Format):
     def rows(self, parts: dict[str, Tensor], shape: tuple[int, int], start: int, stop: int) -> dict[str, Tensor]:
         size = (shape[0], self.inner.groups_of(shape[1]))
         pointers = parts["outlier_rows"][start : stop + 1]
-        known = on_host(parts["outlier_rows"])
-        first, last = int(known[start]), int(known[stop])
+        first, last = 0, len(parts["outlier_values"])
+        if (start, stop) != (0, shape[0]):
+            known = on_host(parts["outlier_rows"])
+            first, last = int(known[start]), int(known[stop])
         return (
             parts
             | {"weight": self.inner.code_rows(parts["weight"], shape, start, stop)}
@@ -150,9 +152,6 @@ class SpQR(Format):
             | {"outlier_rows": pointers - first}
             | {name: parts[name][first:last] for name in ("outlier_columns", "outlier_values")}
         )
-
-    def linear(self, x: Tensor, parts: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
-        return decoded_linear(x, self, parts, shape)
 
     def rounder(self, weight: Tensor, stretch: float | Tensor = 1.0, importance: Tensor | None = None) -> SpQRRounder:
         """Rounds columns one by one in the scales of `weight` times `stretch`; outliers are chosen here."""

@@ -231,7 +231,8 @@ def vocabulary_of(model: nn.Module) -> int:
 
 class FirstStep(TrainerCallback):
     """Counts the first batch of the first optimiser step that a trainer makes, by part; the rest runs as if it were not
-    there. Compiled and sharded models are not looked into, and their logits not counted."""
+    there. Sharded models are not looked into, and their logits not counted; of compiled ones not even what they keep,
+    since a hook would break their graphs."""
 
     def __init__(self) -> None:
         self.parts: dict[str, int] = {}
@@ -249,7 +250,9 @@ class FirstStep(TrainerCallback):
         if model is not None and not self.parts:
             weights, adapters, known = held(model)
             self.parts = {"weights": weights, "adapters": adapters}
-            if not (args.torch_compile or args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"):
+            if args.torch_compile:
+                return
+            if not (args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"):
                 self._live = Live(model, known)
                 self._live.__enter__()
             self._saved = Saved(model, known).__enter__()
