@@ -312,7 +312,11 @@ def prose(bench: Bench) -> tuple[Path, list[str]]:
 _PLANS: dict[str, dict[str, Any]] = {
     "NF4 alone": {"method": "svd", "rank": 0, "backbone": "nf4"},
     "NF4 + LoftQ, rank 16": {"method": "loftq", "rank": 16, "backbone": "nf4"},
-    "NF4 + whitened, rank 16": {"rank": 16, "backbone": "nf4"},
+    **{
+        f"{form} + whitened, rank 16, rounded {how}": {"rank": 16, "backbone": form, "rounding": rounding}
+        for form in ("nf4", "q4_0", "int4")
+        for how, rounding in (("to nearest", "nearest"), ("with feedback", "feedback"))
+    },
     "LoRD, 10 % removed, uniform": {"kept_fraction": 0.9, "allocation": "uniform"},
     "LoRD, 10 % removed, loss_weighted": {"kept_fraction": 0.9},
 }

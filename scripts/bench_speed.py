@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM
 
 import lord_tune
 from lord_tune.console import show_table
-from lord_tune.integrations.models import quiet, resolve_model
+from lord_tune.integrations.models import quiet
+from lord_tune.integrations.sources import resolve_model
 
 PROMPT, GENERATED = 16, 24
 KEPT = 0.8
