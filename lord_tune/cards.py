@@ -69,6 +69,11 @@ _LOADING = {
     "peft": "import torch\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
     'base = AutoModelForCausalLM.from_pretrained("THIS_FOLDER/base", dtype=torch.float32)\n'
     'model = PeftModel.from_pretrained(base, "THIS_FOLDER/adapter")',
+    "compressed-tensors": "import torch\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+    'base = AutoModelForCausalLM.from_pretrained("THIS_FOLDER/base")\n'
+    "base(input_ids=torch.tensor([[0]]))  # decodes the packed layers, on which PEFT puts no adapter\n"
+    "# with zero points, instead: from_pretrained(..., quantization_config=CompressedTensorsConfig(dequantize=True))\n"
+    'model = PeftModel.from_pretrained(base, "THIS_FOLDER/adapter")',
 }
 
 
@@ -80,6 +85,10 @@ def export_card(form: str, source: str, command: str) -> str:
         "factored": "The adapter was folded back into L and R. Needs lord_tune to load.",
         "peft": "A bitsandbytes NF4 base (Q) and an ordinary LoRA adapter (L and R, lora_alpha = r); load both. "
         "The base alone is Q only. Merging the adapter into the 4-bit base would round the factors away.",
+        "compressed-tensors": "An integer base (Q, pack-quantized) and an ordinary LoRA adapter (L and R, lora_alpha = "
+        "r) for inference engines; load both. The base alone is Q only. In vLLM: `vllm serve THIS_FOLDER/base "
+        "--enable-lora --lora-modules lord=THIS_FOLDER/adapter --max-lora-rank N`, N the next of 8, 16, 32, 64, 128, "
+        "256, 320, 512 from the largest rank on.",
     }[form]
     return head + (
         f"{notes}\n\n```python\n{_LOADING[form]}\n```\n\nExported from `{source}` by lord_tune; the written files were "

@@ -10,7 +10,7 @@ import time
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
 from .adapters.loading import load, load_to_fold
 from .calibration.corpus import file_windows
@@ -36,6 +36,7 @@ from .keywords import documented
 from .layers import dequantize_once
 from .layers.sizes import sizes
 from .memory import PeakMemory
+from .options import Export
 from .parallel import Workers
 from .plan_tables import backbones_of, show_compared, with_budget, write_sweep
 from .planning import plan_on_text
@@ -313,10 +314,8 @@ def evaluate(model: str, text: list[str], **options: Unpack[EvaluateOptions]) ->
 
 
 @documented(ExportConfig)
-def export(
-    model: str, out: str, format: Literal["dense", "factored", "peft"], **options: Unpack[ExportOptions]
-) -> dict[str, Any]:
-    """Write a factored checkpoint or training output as dense, factored or peft; returns export.json's content."""
+def export(model: str, out: str, format: Export, **options: Unpack[ExportOptions]) -> dict[str, Any]:
+    """Write a factored checkpoint or training output in another form; returns export.json's content."""
     config = ExportConfig.build({"model": model, "out": out, "format": format, **options})
     if config.dry_run:
         return show_plan(config)
@@ -338,12 +337,13 @@ def _export(config: ExportConfig) -> dict[str, Any]:
             tokenizer,
             folder,
             config.format,
-            config.dtype or "float32",
+            config.dtype,
             config.threshold,
             text,
             Path(config.out),
             beside,
             lambda form: export_card(form, config.model, command),
+            config.pad_ranks,
         )
         result: dict[str, Any] = {
             "format_version": FORMAT_VERSION,

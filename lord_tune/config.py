@@ -551,10 +551,16 @@ class ExportConfig(RunConfig):
     model: str = Field(description="factored checkpoint or output of train")
     out: str = Field(description="folder to write to")
     format: Export = Field(
-        description="dense (any loader), factored (adapter folded in), peft (NF4 base + LoRA, stock loaders)"
+        description="dense (any loader), factored (adapter folded in), peft (NF4 base + LoRA, stock loaders), "
+        "compressed-tensors (integer base + LoRA, inference engines; backbones w2a16, w4a16, w8a16)"
     )
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
-        None, description="dense: dtype of the written weights; default float32"
+        None,
+        description="dense, compressed-tensors: dtype of the written weights; default float32, and the model's own",
+    )
+    pad_ranks: bool = Field(
+        False,
+        description="peft, compressed-tensors: one rank for all layers, filled with zeros, for engines that read one",
     )
     threshold: float | None = Field(
         None,
@@ -567,8 +573,10 @@ class ExportConfig(RunConfig):
     dry_run: bool = Field(False, description="print the resolved configuration and stop")
 
     def check(self) -> None:
-        if self.given("dtype") and self.format != "dense":
+        if self.given("dtype") and self.format not in ("dense", "compressed-tensors"):
             raise UsageError("`dtype` has no effect with this `format` (stored formats are kept); remove it.")
+        if self.pad_ranks and self.format not in ("peft", "compressed-tensors"):
+            raise UsageError("`pad_ranks` has no effect with this `format`, which writes no adapter; remove it.")
 
 
 class InspectConfig(RunConfig):

@@ -247,6 +247,7 @@ class ExportOptions(TypedDict, total=False):
     """Keywords of `export`."""
 
     dtype: Literal["float32", "float16", "bfloat16"] | None
+    pad_ranks: bool
     threshold: float | None
     text: str | None
     overwrite: bool

@@ -22,6 +22,7 @@ class Job:
     final: Path  # where `folder` will be moved
     dtype: str  # that was asked for; a key of DTYPE_NAMES
     ids: Tensor  # (window, length) of the comparison
+    pad_ranks: bool = False  # of an adapter, to one that all layers share
 
 
 class Export(Protocol):

@@ -4,6 +4,7 @@ dense: an ordinary Hugging Face checkpoint, W = Q + L R per layer, any loader.
 factored: the adapter folded back into L and R, exactly; needs lord_tune to load.
 peft: a bitsandbytes NF4 base holding Q and an ordinary LoRA adapter holding L and R with lora_alpha == r; loads with
   stock transformers + peft, without lord_tune. Only for an NF4 backbone: LoRD has no Q, its base would be zeros.
+compressed-tensors: the same with an integer base that inference engines read (backbones w2a16, w4a16, w8a16).
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ from ..integrations.vocabulary import check_vocabulary
 from ..layers import factored_layers, plain_model
 from ..protocols import CausalModel, Tokenizer
 from .base import Export, Job
+from .compressed_tensors import CompressedTensorsExport
 from .dense import DenseExport
 from .factored import FactoredExport
 from .peft import PeftExport
 from .verify import PROBE_TOKENS, Comparison, compare, outputs_of, probe_ids, probe_windows
 
-EXPORTS: dict[str, Export] = {form.name: form for form in (DenseExport(), FactoredExport(), PeftExport())}
+EXPORTS: dict[str, Export] = {
+    form.name: form for form in (DenseExport(), FactoredExport(), PeftExport(), CompressedTensorsExport())
+}
 
 
 def export_model(
@@ -35,12 +39,13 @@ def export_model(
     tokenizer: Tokenizer,
     folder: Path,  # empty, exists; becomes the export
     form: str,
-    dtype: str = "float32",
+    dtype: str | None = None,  # of the written weights; None: float32 of a dense export, the model's own of others
     threshold: float | None = None,
     text: str | None = None,
     final: Path | None = None,  # where `folder` will be moved
     beside: Companions | None = None,  # what belongs to the model and is not weights
     card: Callable[[str], str] | None = None,  # format -> README text
+    pad_ranks: bool = False,
 ) -> Comparison:
     """Write `model` as `form` into `folder` and verify it; raises ExportMismatch over the threshold.
 
@@ -48,7 +53,7 @@ def export_model(
     """
     if form not in EXPORTS:
         raise unknown_name("format", form, list(EXPORTS))
-    if dtype not in DTYPE_NAMES:
+    if dtype is not None and dtype not in DTYPE_NAMES:
         raise UsageError(f"Got `dtype` {dtype!r}; expected one of {', '.join(DTYPE_NAMES)}.")
     plain = plain_model(model)
     if not factored_layers(plain):
@@ -64,7 +69,8 @@ def export_model(
     check_vocabulary(plain, tokenizer, [ids])
     ids, tokens = probe_windows(plain, ids), kind_of(plain) != "bare"
     reference = outputs_of(model, ids)
-    job = Job(tokenizer, folder, final or folder, dtype, ids)
+    own = "float32" if form == "dense" else str(model_dtype).removeprefix("torch.")
+    job = Job(tokenizer, folder, final or folder, dtype or own, ids, pad_ranks)
     written = export.write(fold(model) if has_adapters(model) else plain, job)
     if beside is not None:
         beside.copy(folder / export.model_folder)

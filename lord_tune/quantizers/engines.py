@@ -126,7 +126,7 @@ class Q8_0(_Block, Int8):
 
 
 @dataclass(frozen=True)
-class _Weights(Integer):
+class Weights(Integer):
     """Weights of compressed-tensors' schemes."""
 
     group_size: int = option(128, "weights per scale", gt=0)
@@ -157,25 +157,33 @@ def _shared_half(scales: Tensor) -> Tensor:
     return stored_scales(scales.bfloat16().float())
 
 
-class W2A16(_Weights):
+class W2A16(Weights):
     """2.125 bits per weight at groups of 128."""
 
     name: ClassVar[str] = "w2a16"
     bits: ClassVar[int] = 2
 
 
-class W4A16(_Weights):
+class W4A16(Weights):
     """4.125 bits per weight at groups of 128."""
 
     name: ClassVar[str] = "w4a16"
     bits: ClassVar[int] = 4
 
 
-class W8A16(_Weights):
+class W8A16(Weights):
     """8.125 bits per weight at groups of 128."""
 
     name: ClassVar[str] = "w8a16"
     bits: ClassVar[int] = 8
+
+
+def signed_codes(form: Weights, parts: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+    """(codes (out, in), zero points (out, groups) where there are any), int8: as compressed-tensors counts them."""
+    table = word_table(torch.arange(2**form.bits, dtype=torch.float32, device=parts["weight"].device), form.bits)
+    middle = 2 ** (form.bits - 1)
+    codes = (unpack_values(parts["weight"], table, form.bits, shape) - middle).to(torch.int8)
+    return codes, None if form.symmetric else (parts["zeros"].int() - middle).to(torch.int8)
 
 
 def gguf_blocks(form: _Block, parts: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:

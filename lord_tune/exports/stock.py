@@ -1,0 +1,175 @@
+"""What exports for stock loaders share: a base without L and R, an ordinary LoRA adapter with them (lora_alpha == r),
+and the outputs of the two in a process that never imports lord_tune."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..errors import ExportMismatch, UsageError
+from ..integrations.transformers_quantizer import detach
+from ..layers import FactoredLinear, factored_layers, unfused_parameters
+from ..protocols import Tokenizer
+
+BASE, ADAPTER = "base", "adapter"
+SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank may be
+
+
+def check_adapter_form(model: PreTrainedModel, form: str) -> None:
+    """Refuse what no LoRA adapter can hold."""
+    experts = unfused_parameters(model)
+    if experts:
+        raise UsageError(
+            f"The experts '{experts[0]}' are decomposed, which `format` {form} cannot hold one by one; export with "
+            "`format` factored or dense."
+        )
+    for name, layer in factored_layers(model).items():
+        if layer.plan.backbone_options.get("incoherence"):
+            raise UsageError(
+                f"'{name}' has a rotated backbone, which a stock loader cannot decode; export with `format` factored "
+                "or dense, or decompose with `incoherence` false."
+            )
+        if layer.bias is not None and layer.plan.method == "afm":
+            raise UsageError(
+                f"'{name}' has an afm bias, which a LoRA adapter cannot carry; export with `format` factored."
+            )
+
+
+def base_state(model: PreTrainedModel, layers: Mapping[str, FactoredLinear]) -> dict[str, Tensor]:
+    """Everything but the weights of the factored layers."""
+    state = {}
+    for key, value in model.state_dict().items():
+        owner = next((name for name in layers if key.startswith(name + ".")), None)
+        if owner is None or key == f"{owner}.bias":
+            state[key] = value.detach().cpu()
+    for tied in getattr(model, "all_tied_weights_keys", None) or {}:  # a tied head is stored once, as the embedding
+        state.pop(tied, None)
+    return state
+
+
+def write_base(
+    model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, state: Mapping[str, Tensor], config: dict[str, Any]
+) -> None:
+    """A checkpoint folder. config: what comes into config.json beside the model's own."""
+    folder.mkdir()
+    tensors = {name: value.contiguous() for name, value in state.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    detach(model)
+    merged = model.config.to_dict() | config
+    merged.pop("_name_or_path", None)  # of this machine
+    (folder / "config.json").write_text(json.dumps(merged, indent=2, sort_keys=True) + "\n")
+    if getattr(model, "generation_config", None) is not None and model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_adapter(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    folder: Path,
+    layers: Mapping[str, FactoredLinear],  # with L R
+    base: Path,  # as the adapter names it
+    dtype: torch.dtype = torch.float32,
+    pad: bool = False,  # all ranks to one that engines take, with zeros
+) -> None:
+    """L and R as an adapter folder of PEFT."""
+    folder.mkdir()
+    ranks = {name: layer.rank for name, layer in layers.items()}
+    largest = padded_rank(max(ranks.values())) if pad else max(ranks.values())
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        left, right = (factor.to("cpu", dtype) for factor in layer.dense_factors())
+        if pad:
+            missing = largest - ranks[name]
+            left = torch.nn.functional.pad(left, (0, missing))
+            right = torch.nn.functional.pad(right, (0, 0, 0, missing))
+        tensors[f"base_model.model.{name}.lora_A.weight"] = right.contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = left.contiguous()
+    tokenizer.save_pretrained(folder)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    other = {} if pad else {name: rank for name, rank in ranks.items() if rank != largest}
+    patterns = {rf"^{name}$".replace(".", r"\."): rank for name, rank in other.items()}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if model.can_generate() else None,
+        "base_model_name_or_path": str(base.resolve()),
+        "r": largest,
+        "lora_alpha": largest,
+        "rank_pattern": patterns,
+        "alpha_pattern": patterns,
+        "target_modules": sorted(ranks),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def padded_rank(largest: int) -> int:
+    """The smallest rank that vLLM takes and every layer fits in."""
+    fitting = [rank for rank in SERVED_RANKS if rank >= largest]
+    if not fitting:
+        raise UsageError(
+            f"The largest rank is {largest}, and engines take at most {SERVED_RANKS[-1]}; decompose with a smaller "
+            "rank, or leave `pad_ranks` out."
+        )
+    return fitting[0]
+
+
+_STOCK_LOADER = """
+import sys, torch, transformers, peft
+from safetensors.torch import save_file, load_file
+base, adapter, ids, out, kind, how = sys.argv[1:]
+transformers.logging.disable_progress_bar()
+options = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)} if how == "decode" else {}
+model = getattr(transformers, kind).from_pretrained(base, **options).eval()
+windows = load_file(ids)["ids"].to(next(model.parameters()).device)
+if how == "run":
+    with torch.no_grad():
+        model(input_ids=windows[:1, :2])
+if adapter:
+    model = peft.PeftModel.from_pretrained(model, adapter).eval()
+assert "lord_tune" not in sys.modules
+found = []
+with torch.no_grad():
+    for window in windows:
+        result = model(input_ids=window[None])
+        named = [value for key, value in result.items() if key.endswith("logits")] or [result.last_hidden_state]
+        found += [value.float().reshape(-1, value.shape[-1]) for value in named]
+logits = torch.cat([value for value in found if value.shape[-1] == found[0].shape[-1]])
+save_file({"logits": logits.cpu().contiguous()}, out)
+"""
+
+
+def stock_outputs(
+    folder: Path,  # with a base and, unless no layer has L R, an adapter
+    ids: Tensor,
+    kind: str,  # class of the model
+    how: Literal["", "run", "decode"] = "",  # PEFT takes no packed layers of compressed-tensors: they are decoded when
+    # they run for the first time, or when they are loaded
+) -> Tensor:
+    """The outputs of stock transformers + peft in a process that never imports lord_tune."""
+    scratch, adapter = folder / ".verify", folder / ADAPTER
+    scratch.mkdir()
+    try:
+        save_file({"ids": ids}, scratch / "ids.safetensors")
+        words = [str(folder / BASE), str(adapter) if adapter.is_dir() else "", str(scratch / "ids.safetensors")]
+        words += [str(scratch / "out.safetensors"), kind, how]
+        run = subprocess.run([sys.executable, "-c", _STOCK_LOADER, *words], capture_output=True, text=True)
+        if run.returncode != 0:
+            last = run.stderr.strip().splitlines()[-1] if run.stderr.strip() else "no message"
+            raise ExportMismatch(f"Stock transformers + peft could not load the written checkpoint: {last}")
+        return load_file(scratch / "out.safetensors")["logits"]
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
