@@ -74,6 +74,7 @@ _LOADING = {
     "base(input_ids=torch.tensor([[0]]))  # decodes the packed layers, on which PEFT puts no adapter\n"
     "# with zero points, instead: from_pretrained(..., quantization_config=CompressedTensorsConfig(dequantize=True))\n"
     'model = PeftModel.from_pretrained(base, "THIS_FOLDER/adapter")',
+    "gguf": "llama-cli -m model.gguf --lora adapter.gguf -p 'def main():'  # without --lora if there is no adapter",
 }
 
 
@@ -89,8 +90,11 @@ def export_card(form: str, source: str, command: str) -> str:
         "r) for inference engines; load both. The base alone is Q only. In vLLM: `vllm serve THIS_FOLDER/base "
         "--enable-lora --lora-modules lord=THIS_FOLDER/adapter --max-lora-rank N`, N the next of 8, 16, 32, 64, 128, "
         "256, 320, 512 from the largest rank on.",
+        "gguf": "For llama.cpp: a base (Q) and a LoRA adapter (L and R; alpha 0 means a scale of 1 for every layer). "
+        "The base alone is Q only.",
     }[form]
+    language = "bash" if form == "gguf" else "python"
     return head + (
-        f"{notes}\n\n```python\n{_LOADING[form]}\n```\n\nExported from `{source}` by lord_tune; the written files were "
-        f"reloaded and compared with the unmerged model, see `export.json`.\n```bash\n{command}\n```\n"
+        f"{notes}\n\n```{language}\n{_LOADING[form]}\n```\n\nExported from `{source}` by lord_tune; the written files "
+        f"were reloaded and compared with the unmerged model, see `export.json`.\n```bash\n{command}\n```\n"
     )

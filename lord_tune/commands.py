@@ -30,7 +30,7 @@ from .integrations.companions import companions_of
 from .integrations.files import ADAPTER_FILE, relative_folder
 from .integrations.models import attention_of, default_device, launched_processes, load_tokenizer, model_class, quiet
 from .integrations.running import kind_of, run_model, task_of, window_length
-from .integrations.sources import base_of_adapter, resolve_model, weights_identity
+from .integrations.sources import base_of_adapter, gguf_file, resolve_model, weights_identity
 from .integrations.vocabulary import check_vocabulary
 from .keywords import documented
 from .layers import dequantize_once
@@ -331,6 +331,7 @@ def _export(config: ExportConfig) -> dict[str, Any]:
     beside = companions_of(resolve_model(config.model))
     text = None if config.text is None else "\n\n".join(documents([config.text], tokenizer))
     command = command_line("export", config)
+    notes: list[str] = []
     with atomic_directory(Path(config.out), config.overwrite) as folder:
         comparison = export_model(
             loaded,
@@ -343,7 +344,11 @@ def _export(config: ExportConfig) -> dict[str, Any]:
             Path(config.out),
             beside,
             lambda form: export_card(form, config.model, command),
-            config.pad_ranks,
+            pad_ranks=config.pad_ranks,
+            like=gguf_file(config.like),
+            dense_type=config.dense_type,
+            adapter_type=config.adapter_type,
+            notes=notes,
         )
         result: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
@@ -352,11 +357,14 @@ def _export(config: ExportConfig) -> dict[str, Any]:
             "dtype": config.dtype or ("float32" if config.format == "dense" else None),
             "command": command,
             "comparison": asdict(comparison),
-            "bytes": sum(path.stat().st_size for path in folder.rglob("*.safetensors")),
+            "notes": notes,
+            "bytes": sum(p.stat().st_size for p in folder.rglob("*") if p.suffix in (".safetensors", ".gguf")),
             "versions": versions(),
         }
         write_json(folder / "export.json", result)
     size = human_bytes(result["bytes"])
+    for words in notes:
+        say(words)
     say(f"wrote {config.out} ({config.format}, {size}); reloaded and compared on {comparison}")
     return result
 

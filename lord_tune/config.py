@@ -552,7 +552,8 @@ class ExportConfig(RunConfig):
     out: str = Field(description="folder to write to")
     format: Export = Field(
         description="dense (any loader), factored (adapter folded in), peft (NF4 base + LoRA, stock loaders), "
-        "compressed-tensors (integer base + LoRA, inference engines; backbones w2a16, w4a16, w8a16)"
+        "compressed-tensors (integer base + LoRA, vLLM; backbones w2a16, w4a16, w8a16), gguf (base + LoRA, llama.cpp; "
+        "backbones q4_0 ... q8_0)"
     )
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
         None,
@@ -561,6 +562,13 @@ class ExportConfig(RunConfig):
     pad_ranks: bool = Field(
         False,
         description="peft, compressed-tensors: one rank for all layers, filled with zeros, for engines that read one",
+    )
+    like: str | None = Field(
+        None, description="gguf: a GGUF file of the original (or demo), whose metadata and other tensors are taken"
+    )
+    adapter_type: Literal["f16", "q8_0", "f32"] = Field("f16", description="gguf: of L and R")
+    dense_type: Literal["f16", "q8_0", "f32"] = Field(
+        "f16", description="gguf: of decomposed layers whose Q has no type there, multiplied out"
     )
     threshold: float | None = Field(
         None,
@@ -577,6 +585,11 @@ class ExportConfig(RunConfig):
             raise UsageError("`dtype` has no effect with this `format` (stored formats are kept); remove it.")
         if self.pad_ranks and self.format not in ("peft", "compressed-tensors"):
             raise UsageError("`pad_ranks` has no effect with this `format`, which writes no adapter; remove it.")
+        if self.format == "gguf" and self.like is None:
+            raise UsageError("`format` gguf needs a GGUF file of the original model; pass `like` FILE.gguf.")
+        for name in ("like", "adapter_type", "dense_type"):
+            if self.given(name) and self.format != "gguf":
+                raise UsageError(f"`{name}` has no effect with this `format`; remove it.")
 
 
 class InspectConfig(RunConfig):

@@ -248,6 +248,9 @@ class ExportOptions(TypedDict, total=False):
 
     dtype: Literal["float32", "float16", "bfloat16"] | None
     pad_ranks: bool
+    like: str | None
+    adapter_type: Literal["f16", "q8_0", "f32"]
+    dense_type: Literal["f16", "q8_0", "f32"]
     threshold: float | None
     text: str | None
     overwrite: bool

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -23,6 +23,10 @@ class Job:
     dtype: str  # that was asked for; a key of DTYPE_NAMES
     ids: Tensor  # (window, length) of the comparison
     pad_ranks: bool = False  # of an adapter, to one that all layers share
+    like: Path | None = None  # a GGUF file of the original
+    dense_type: str = "f16"  # in GGUF, of decomposed layers that have no type there
+    adapter_type: str = "f16"  # in GGUF, of L and R
+    notes: list[str] = field(default_factory=list)  # what the export has to say
 
 
 class Export(Protocol):

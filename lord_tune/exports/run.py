@@ -4,7 +4,8 @@ dense: an ordinary Hugging Face checkpoint, W = Q + L R per layer, any loader.
 factored: the adapter folded back into L and R, exactly; needs lord_tune to load.
 peft: a bitsandbytes NF4 base holding Q and an ordinary LoRA adapter holding L and R with lora_alpha == r; loads with
   stock transformers + peft, without lord_tune. Only for an NF4 backbone: LoRD has no Q, its base would be zeros.
-compressed-tensors: the same with an integer base that inference engines read (backbones w2a16, w4a16, w8a16).
+gguf: a base with our own codes and a LoRA adapter for llama.cpp, on the model of a GGUF file of the original.
+compressed-tensors: the same as peft with an integer base that inference engines read (backbones w2a16, w4a16, w8a16).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ..adapters.attach import has_adapters
 from ..adapters.fold import fold
@@ -26,11 +28,12 @@ from .base import Export, Job
 from .compressed_tensors import CompressedTensorsExport
 from .dense import DenseExport
 from .factored import FactoredExport
+from .gguf import GGUFExport
 from .peft import PeftExport
 from .verify import PROBE_TOKENS, Comparison, compare, outputs_of, probe_ids, probe_windows
 
 EXPORTS: dict[str, Export] = {
-    form.name: form for form in (DenseExport(), FactoredExport(), PeftExport(), CompressedTensorsExport())
+    form.name: form for form in (DenseExport(), FactoredExport(), PeftExport(), CompressedTensorsExport(), GGUFExport())
 }
 
 
@@ -45,7 +48,7 @@ def export_model(
     final: Path | None = None,  # where `folder` will be moved
     beside: Companions | None = None,  # what belongs to the model and is not weights
     card: Callable[[str], str] | None = None,  # format -> README text
-    pad_ranks: bool = False,
+    **options: Any,  # further fields of Job
 ) -> Comparison:
     """Write `model` as `form` into `folder` and verify it; raises ExportMismatch over the threshold.
 
@@ -70,7 +73,7 @@ def export_model(
     ids, tokens = probe_windows(plain, ids), kind_of(plain) != "bare"
     reference = outputs_of(model, ids)
     own = "float32" if form == "dense" else str(model_dtype).removeprefix("torch.")
-    job = Job(tokenizer, folder, final or folder, dtype or own, ids, pad_ranks)
+    job = Job(tokenizer, folder, final or folder, dtype or own, ids, **options)
     written = export.write(fold(model) if has_adapters(model) else plain, job)
     if beside is not None:
         beside.copy(folder / export.model_folder)

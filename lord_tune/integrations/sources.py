@@ -51,6 +51,17 @@ def demo_model() -> str:
     return str(files[0])
 
 
+def gguf_file(name: str | None) -> Path | None:
+    """The GGUF file that is meant by `like`."""
+    if name is None:
+        return None
+    path = Path(demo_model() if name == DEMO else name).expanduser()
+    if not path.is_file():
+        raise UsageError(f"The file {name} does not exist; pass a GGUF file of the original model.")
+    check_not_pointers([path])
+    return path
+
+
 def resolve_model(name: str) -> str:
     """A directory or Hub id for `name`; `.gguf` files are converted into the cache first; `demo` is SmolLM2-135M."""
     if name == DEMO:

@@ -37,7 +37,7 @@ _SHARES = (1.0, 0.9, 0.8, 0.7, 0.6)  # of the scale that reaches the largest wei
 
 
 @dataclass(frozen=True)
-class _Block(Integer):
+class Block(Integer):
     """A block of GGUF, whose size is no choice."""
 
     group_size: int = 32
@@ -56,7 +56,7 @@ class _Block(Integer):
 
 
 @dataclass(frozen=True)
-class _Signed(_Block):
+class _Signed(Block):
     """Symmetric codes with a scale of either sign."""
 
     symmetric: bool = True
@@ -103,14 +103,14 @@ class Q5_0(_Signed):
     bits: ClassVar[int] = 5
 
 
-class Q4_1(_Block):
+class Q4_1(Block):
     """5 bits per weight."""
 
     name: ClassVar[str] = "q4_1"
     bits: ClassVar[int] = 4
 
 
-class Q5_1(_Block):
+class Q5_1(Block):
     """6 bits per weight."""
 
     name: ClassVar[str] = "q5_1"
@@ -118,7 +118,7 @@ class Q5_1(_Block):
 
 
 @dataclass(frozen=True)
-class Q8_0(_Block, Int8):
+class Q8_0(Block, Int8):
     """8.5 bits per weight."""
 
     name: ClassVar[str] = "q8_0"
@@ -186,7 +186,7 @@ def signed_codes(form: Weights, parts: dict[str, Tensor], shape: tuple[int, int]
     return codes, None if form.symmetric else (parts["zeros"].int() - middle).to(torch.int8)
 
 
-def gguf_blocks(form: _Block, parts: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
+def gguf_blocks(form: Block, parts: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
     """(out, bytes of a row) uint8, as ggml lays blocks out: float16 scale, float16 minimum, fifth bits, low bits. `in`
     is a multiple of the block."""
     assert shape[1] % form.group_size == 0, "ggml has no short blocks"

@@ -1,0 +1,78 @@
+"""What llama.cpp itself computes from exported files, where the package xllamacpp is installed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import ExportMismatch
+
+POSITIONS = 8  # of the comparison text, each a request
+LIMIT = 0.05  # KL in nats per token; llama.cpp rounds activations to 8 bits, and its cache to float16
+_SERVER = """
+import json, sys, urllib.request
+import xllamacpp
+model, adapter, requests, size = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4])
+params = xllamacpp.CommonParams()
+params.model.path = model
+params.n_ctx = max(map(len, requests)) + 16
+params.n_parallel = params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+params.warmup = False
+if adapter:
+    lora = xllamacpp.CommonAdapterLoraInfo()
+    lora.path, lora.scale = adapter, 1.0
+    params.lora_adapters = [lora]
+server = xllamacpp.Server(params)
+for prompt in requests:
+    wanted = {"prompt": prompt, "n_predict": 1, "n_probs": size, "temperature": 0, "cache_prompt": False}
+    request = urllib.request.Request(
+        server.listening_address + "/completion", json.dumps(wanted).encode(), {"Content-Type": "application/json"}
+    )
+    found = json.load(urllib.request.urlopen(request))["completion_probabilities"][0]["top_logprobs"]
+    print("RESULT " + json.dumps([[entry["id"], entry["logprob"]] for entry in found]), flush=True)
+"""
+
+
+def compared_in_engine(model: Path, adapter: Path | None, ids: Tensor, expected: Tensor) -> str:
+    """A sentence about next-token distributions at several positions of a text. ids: (1, length); expected: (length,
+    vocabulary) logits of what was written. Raises ExportMismatch over LIMIT."""
+    if importlib.util.find_spec("xllamacpp") is None:
+        return "decoded by the gguf package; with the package xllamacpp, the files are run in llama.cpp as well"
+    text = ids[0].tolist()
+    ends = sorted({round(1 + i * (len(text) - 1) / (POSITIONS - 1)) for i in range(POSITIONS)})
+    words = [str(model), "" if adapter is None else str(adapter), json.dumps([text[:end] for end in ends])]
+    command = [sys.executable, "-c", _SERVER, *words, str(expected.shape[1])]
+    run = subprocess.run(command, capture_output=True, text=True)
+    found = [json.loads(line.removeprefix("RESULT ")) for line in run.stdout.splitlines() if line.startswith("RESULT ")]
+    if run.returncode or len(found) != len(ends):
+        last = (run.stderr.strip() or "no message").splitlines()[-1]
+        raise ExportMismatch(
+            f"llama.cpp could not run the written files: {last} It runs no file without a tokenizer, or of an "
+            "architecture that it does not have; without the package xllamacpp, they are compared by the gguf package."
+        )
+    total, agreed = 0.0, 0
+    for end, pairs in zip(ends, found, strict=True):
+        own = expected[end - 1].double().log_softmax(-1)
+        theirs = torch.full_like(own, -torch.inf)
+        places, values = zip(*pairs, strict=True)
+        theirs[torch.tensor(places)] = torch.tensor(values, dtype=torch.float64)
+        known = theirs > -torch.inf
+        total += float((own.exp() * (own - theirs))[known].sum()) / len(ends)
+        agreed += int(own.argmax() == theirs.argmax())
+    if not total <= LIMIT:
+        raise ExportMismatch(
+            f"llama.cpp computes another model from the written files: KL {total:.3g} nats per token at {len(ends)} "
+            f"positions, expected at most {LIMIT}. Nothing was kept; please report this."
+        )
+    version = importlib.metadata.version("xllamacpp")
+    return (
+        f"run in llama.cpp (xllamacpp {version}): KL {total:.2g} nats per token at {len(ends)} positions, "
+        f"top-1 agreement {agreed}/{len(ends)}"
+    )
