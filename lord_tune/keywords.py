@@ -30,7 +30,7 @@ def documented(record: type[RunConfig]) -> Callable[[_Verb], _Verb]:
             if key not in names:
                 added.append(parameter)
             shown = str(parameter.replace(annotation=Parameter.empty)) + (" (required)" if required else "")
-            lines += [f"    {shown}", *textwrap.wrap(field.description or "", 112, **_INDENTED)]
+            lines += [f"    {shown}", *textwrap.wrap(field.description or "", 112, break_on_hyphens=False, **_INDENTED)]
         if record.model_config["extra"] == "allow":
             added.append(Parameter("trl_options", Parameter.VAR_KEYWORD, annotation=Any))
         vars(verb)["__signature__"] = Signature([*own, *added], return_annotation=signature.return_annotation)

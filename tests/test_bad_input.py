@@ -398,7 +398,7 @@ WRONG_CALLS: list[Case] = [
     ("bad block size", lambda w: w.decompose("--backbone", "nf4", "--block-size", 48), "use one of 32, 64"),
     ("calibration tokens 0", lambda w: w.decompose("--calibration-tokens", 0), "Got 0 for --calibration-tokens"),
     ("negative sink weight", lambda w: w.decompose("--sink-weight", -1), "Got -1.0 for --sink-weight"),
-    ("export format unknown", lambda w: w.export("gguf"), "'dense', 'factored' or 'peft'"),
+    ("export format unknown", lambda w: w.export("onnx"), "'dense', 'factored', 'peft'"),
     ("export dtype without effect", lambda w: w.export("factored", "--dtype", "float16"), "--dtype has no effect"),
     ("unknown training key", lambda w: w.train("--learnin_rate", "1e-4"), "did you mean 'learning_rate'?"),
     ("unknown training key in YAML", _train_yaml, "did you mean 'learning_rate'?"),

@@ -9,8 +9,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from gguf_files import reordered, write_like
 from tiny import save_tiny, tiny_gpt2, tiny_llama, write_code_rows
-from transformers.pytorch_utils import Conv1D
 
 import lord_tune
 from lord_tune.errors import ExportMismatch, UsageError
@@ -22,42 +22,6 @@ from lord_tune.quantizers.engines import Block
 
 CALIBRATION = {"calibration_tokens": 512, "context_length": 64}
 Q, DOWN = "blk.1.attn_q.weight", "blk.1.ffn_down.weight"
-
-
-def reordered(value: torch.Tensor, heads: int) -> torch.Tensor:
-    """llama.cpp's converter on q and k of the Llama family, as its source has it."""
-    return value.reshape(heads, 2, value.shape[0] // heads // 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
-
-
-def write_like(model, path: Path, arch: str, extra: dict[str, int] | None = None) -> Path:
-    """A GGUF file of a model, as llama.cpp's converter lays it out."""
-    writer = gguf.GGUFWriter(path, arch)
-    config = model.config
-    blocks = getattr(config, "num_hidden_layers", None) or config.n_layer
-    writer.add_block_count(blocks)
-    heads = getattr(config, "num_attention_heads", None) or config.n_head
-    narrow = getattr(config, "num_key_value_heads", heads)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(narrow)
-    writer.add_name("tiny")
-    writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
-    names = gguf.get_tensor_name_map({v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[arch], blocks)
-    turned = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
-    for key, value in model.state_dict().items():
-        if key == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        value = value.T if key.removesuffix(".weight") in turned else value
-        if arch == "llama" and ".q_proj" in key:
-            value = reordered(value, heads)
-        if arch == "llama" and ".k_proj" in key:
-            value = reordered(value, narrow)
-        writer.add_tensor(names.get_name(key, (".weight", ".bias")), value.contiguous().numpy())
-    writer.add_tensor("rope_freqs.weight", np.ones(8, np.float32))  # of the file alone
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 @pytest.fixture(autouse=True)

@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import gguf
 import pytest
 import torch
+from gguf_files import write_like
 from safetensors.torch import load_file
 from tiny import HIDDEN, INTERMEDIATE, LAYERS, gpt2_config, read_tensors, save_tiny, write_code_rows
 from torch import Tensor
-from transformers import GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 from trl import SFTConfig
 
 import lord_tune
+import lord_tune.exports.gguf
 from lord_tune import commands
 from lord_tune.allocation import ALIGNMENT
 from lord_tune.cli import main
@@ -1429,6 +1432,49 @@ def case_export_dtype(b: Bench) -> None:
         assert {tensor.dtype for tensor in read_tensors(out).values()} == {dtype} and result["dtype"] == name
 
 
+def case_export_pad_ranks(b: Bench) -> None:
+    options = {"backbone": "w4a16", "group_size": 32, "targets": "q_proj$", "rank": 5}
+    packed = str(b.decompose(calibrated=False, method="svd", **options).folder)
+    for padded, rank in ((False, 5), (True, 8)):
+        _, out = export(b, "compressed-tensors", model=packed, pad_ranks=padded)
+        assert adapter_config(out / "adapter")["r"] == rank
+    with pytest.raises(UsageError, match="writes no adapter"):
+        export(b, "dense", pad_ranks=True)
+
+
+def gguf_of(b: Bench, **options: Any) -> tuple[dict[str, Any], Path]:
+    """Rank 32 beside q4_0, unless another `backbone` is named."""
+    like = b.folder / "like.gguf"
+    if not like.exists():
+        write_like(AutoModelForCausalLM.from_pretrained(b.model), like, "llama")
+    with pytest.MonkeyPatch.context() as patch:  # the file has no tokenizer, without which llama.cpp does not run it
+        patch.setattr(lord_tune.exports.gguf, "compared_in_engine", lambda *files: "not run")
+        model = b.decompose(calibrated=False, method="svd", backbone=options.pop("backbone", "q4_0"), rank=32)
+        return export(b, "gguf", model=str(model.folder), like=str(like), threshold=0.1, **options)
+
+
+def gguf_kinds(path: Path) -> set[str]:
+    return {tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+
+
+def case_export_like(b: Bench) -> None:
+    _, out = gguf_of(b)
+    assert gguf_kinds(out / "model.gguf") == {"Q4_0", "F32"} and (out / "adapter.gguf").is_file()
+    with pytest.raises(UsageError, match="pass `like` FILE.gguf"):
+        export(b, "gguf")
+
+
+def case_export_adapter_type(b: Bench) -> None:
+    for name in ("f16", "q8_0", "f32"):
+        assert name.upper() in gguf_kinds(gguf_of(b, adapter_type=name)[1] / "adapter.gguf")
+
+
+def case_export_dense_type(b: Bench) -> None:
+    for name in ("f16", "q8_0"):
+        _, out = gguf_of(b, backbone="nf4", dense_type=name)
+        assert gguf_kinds(out / "model.gguf") == {name.upper(), "F32"} and not (out / "adapter.gguf").exists()
+
+
 def case_export_threshold(b: Bench) -> None:
     result, _ = export(b, "dense", dtype="bfloat16", threshold=10.0)
     kl, before = result["comparison"]["kl"], sorted(b.folder.iterdir())
@@ -1465,6 +1511,10 @@ EXPORT: dict[str, Case] = {
     "out": case_export_out,
     "format": case_export_format,
     "dtype": case_export_dtype,
+    "pad_ranks": case_export_pad_ranks,
+    "like": case_export_like,
+    "adapter_type": case_export_adapter_type,
+    "dense_type": case_export_dense_type,
     "threshold": case_export_threshold,
     "text": case_export_text,
     "overwrite": case_export_overwrite,
@@ -1616,7 +1666,9 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
         (
             ExportConfig,
             "m o --format dense --dtype float16 --threshold 0.5 --text a.txt --overwrite --dry-run",
-        )
+        ),
+        (ExportConfig, "m o --format gguf --like a.gguf --adapter-type q8_0 --dense-type f32"),
+        (ExportConfig, "m o --format peft --pad-ranks"),
     ],
     "inspect": [(InspectConfig, "m --json j")],
     "doctor": [(DoctorConfig, "--json j")],

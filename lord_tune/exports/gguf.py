@@ -13,6 +13,7 @@ In the adapter, alpha is 0, which means a scale of 1 for every layer whatever it
 
 from __future__ import annotations
 
+import importlib.util
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -78,6 +79,8 @@ class GGUFExport:
     model_folder: ClassVar[str] = "."
 
     def check(self, model: PreTrainedModel) -> None:
+        if importlib.util.find_spec("gguf") is None:
+            raise UsageError("`format` gguf needs the package of this name; run: pip install gguf")
         experts = unfused_parameters(model)
         if experts:
             raise UsageError(
