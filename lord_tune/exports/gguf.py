@@ -68,6 +68,7 @@ class _Piece:
     name: str
     shape: tuple[int, ...]  # in bytes where it is quantized
     kind: Any  # gguf.GGMLQuantizationType
+    dtype: np.dtype  # of the array that holds it
     make: Callable[[], np.ndarray]
 
 
@@ -258,14 +259,14 @@ def _pieces(
                     made = gguf_blocks(layer.backbone.quantizer, parts, layer.plan.shape)
                     return (made if place.order is None else made[place.order]).contiguous().numpy()
 
-                yield _Piece(tensor.name, (layer.out_features, width), typed[name], blocks)
+                yield _Piece(tensor.name, (layer.out_features, width), typed[name], np.dtype(np.uint8), blocks)
             else:
                 kind = _stored_kind(job.dense_type, layer.in_features)
 
                 def whole(layer: FactoredLinear = layer, place: _Place = place, kind: Any = kind) -> np.ndarray:
                     return _quantized(place.into(layer.dense_weight(torch.float32).cpu()), kind)
 
-                yield _Piece(tensor.name, _bytes_shape(layer.plan.shape, kind), kind, whole)
+                yield _Piece(tensor.name, _bytes_shape(layer.plan.shape, kind), kind, _dtype(kind), whole)
         elif tensor.name in biases:
             layer, place = layers[biases[tensor.name]], places[f"{biases[tensor.name]}.bias"]
 
@@ -273,13 +274,14 @@ def _pieces(
                 assert layer.bias is not None, "it has a place"
                 return place.into(layer.bias.detach().float().cpu()).contiguous().numpy()
 
-            yield _Piece(tensor.name, (layer.out_features,), gguf.GGMLQuantizationType.F32, bias)
+            f32 = gguf.GGMLQuantizationType.F32
+            yield _Piece(tensor.name, (layer.out_features,), f32, _dtype(f32), bias)
         else:
 
             def same(tensor: Any = tensor) -> np.ndarray:
                 return np.asarray(tensor.data)
 
-            yield _Piece(tensor.name, tensor.data.shape, tensor.tensor_type, same)
+            yield _Piece(tensor.name, tensor.data.shape, tensor.tensor_type, tensor.data.dtype, same)
 
 
 def _is_layer(piece: _Piece, layers: dict[str, FactoredLinear], places: dict[str, _Place]) -> bool:
@@ -301,6 +303,10 @@ def _bytes_shape(shape: tuple[int, ...], kind: Any) -> tuple[int, ...]:
         return shape
     size, stored = gguf.GGML_QUANT_SIZES[kind]
     return *shape[:-1], shape[-1] // size * stored
+
+
+def _dtype(kind: Any) -> np.dtype:
+    return np.dtype({"F16": np.float16, "F32": np.float32}.get(kind.name, np.uint8))
 
 
 def _quantized(value: Tensor, kind: Any) -> np.ndarray:
@@ -326,10 +332,8 @@ def _write_model(reader: Any, pieces: list[_Piece], path: Path) -> None:
     writer.add_file_type(getattr(gguf.LlamaFileType, f"MOSTLY_{most}", gguf.LlamaFileType.ALL_F32))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for piece in pieces:
-        quantized = piece.kind.name not in ("F16", "F32")
-        dtype = np.dtype(np.uint8 if quantized else np.float16 if piece.kind.name == "F16" else np.float32)
-        size = int(np.prod(piece.shape)) * dtype.itemsize
-        writer.add_tensor_info(piece.name, piece.shape, dtype, size, piece.kind)
+        size = int(np.prod(piece.shape)) * piece.dtype.itemsize
+        writer.add_tensor_info(piece.name, piece.shape, piece.dtype, size, piece.kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
