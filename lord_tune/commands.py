@@ -211,7 +211,8 @@ def plan(model: str, **options: Unpack[PlanOptions]) -> dict[str, Any]:
     compared = Compared()
     if config.save is not None:
         if chosen is None:
-            chosen, compared = plan_on_text(config, source_name, request, Path(config.save))
+            with LiveTable(LAYER_COLUMNS, LAYER_WIDTHS) as table:
+                chosen, compared = plan_on_text(config, source_name, request, Path(config.save), layer_rows(table))
             foreseen = estimate_of(shape, found, request, chosen, size, rates, config.processes, device)
         made = chosen.made or made_from(config, identity_of(config.model, source_name), None)
         replace(chosen, made=made).save(Path(config.save))
@@ -327,6 +328,7 @@ def export(model: str, out: str, format: Export, **options: Unpack[ExportOptions
 
 def _export(config: ExportConfig) -> dict[str, Any]:
     """The export itself, whose output is written by nobody else."""
+    like = gguf_file(config.like)
     loaded, tokenizer = load_to_fold(config.model)
     beside = companions_of(resolve_model(config.model))
     text = None if config.text is None else "\n\n".join(documents([config.text], tokenizer))
@@ -334,20 +336,10 @@ def _export(config: ExportConfig) -> dict[str, Any]:
     notes: list[str] = []
     with atomic_directory(Path(config.out), config.overwrite) as folder:
         comparison = export_model(
-            loaded,
-            tokenizer,
-            folder,
-            config.format,
-            config.dtype,
-            config.threshold,
-            text,
-            Path(config.out),
-            beside,
+            *(loaded, tokenizer, folder, config.format, config.dtype, config.threshold, text, Path(config.out), beside),
             lambda form: export_card(form, config.model, command),
-            pad_ranks=config.pad_ranks,
-            like=gguf_file(config.like),
-            dense_type=config.dense_type,
-            adapter_type=config.adapter_type,
+            **config.model_dump(include={"pad_ranks", "dense_type", "adapter_type"}),
+            like=like,
             notes=notes,
         )
         result: dict[str, Any] = {

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import PlanConfig
-from .console import human_bytes, say, show_table
+from .console import LiveTable, human_bytes, say, show_table
 from .decomposition import SOLUTION, Compared, Request
 from .errors import UsageError
 from .integrations.checkpoint import skeleton
@@ -18,6 +18,7 @@ from .planning import Point, sweep
 from .plans import Plan
 from .storage import check_json_file, write_json
 from .sweep_plot import draw
+from .tables import LAYER_COLUMNS, LAYER_WIDTHS, layer_rows
 
 _NOT_SWEPT = ("backbone", "allocation", "json", "refine", "measure_control", "recover_epochs", "propagate")
 _BUDGETS = ("rank", "average_rank", "kept_fraction", "bits_per_weight", "max_bytes", "plan")
@@ -84,7 +85,8 @@ def write_sweep(config: PlanConfig, source_name: str, request: Request) -> dict[
     files = [Path(f"{config.sweep}.{kind}") for kind in ("json", "png", "svg")]
     for file in files:
         check_json_file(str(file))
-    points, dense_loss, made = sweep(config, source_name, request, files[0])
+    with LiveTable(LAYER_COLUMNS, LAYER_WIDTHS) as table:
+        points, dense_loss, made = sweep(config, source_name, request, files[0], layer_rows(table))
     whole = int(sizes(skeleton(source_name, config.dtype))["model_bytes"])
     result = {"dense_bytes": whole, "dense_loss": dense_loss, **made, "points": [asdict(point) for point in points]}
     write_json(files[0], result)

@@ -14,10 +14,10 @@ from typing import Any
 
 from .allocation import ALLOCATORS
 from .config import PlanConfig
-from .decomposition import Compared, Journal, Phase, Request, Sized, decide_measured
+from .decomposition import Compared, Journal, Notify, Phase, Request, Sized, decide_measured
 from .decomposition.choices import Measured
 from .decomposition.decide import decide
-from .decomposition.engine import look
+from .decomposition.engine import costs_of, look
 from .decomposition.measuring import measure, scored
 from .decomposition.passes import Passes
 from .decomposition.sharing import Layers, share_out
@@ -52,8 +52,11 @@ class Point:
 
 
 @contextmanager
-def _passes(config: PlanConfig, source_name: str, request: Request, beside: Path) -> Iterator[_Work]:
-    """Everything that the calibrating pass needs, and its files beside `beside` for the length of a `with`."""
+def _passes(
+    config: PlanConfig, source_name: str, request: Request, beside: Path, notify: Notify, plans: int = 0
+) -> Iterator[_Work]:
+    """Everything that the calibrating pass needs, and its files beside `beside` for the length of a `with`. plans: how
+    many are measured."""
     device = default_device()
     tokenizer = load_tokenizer(source_name)
     with tempfile.TemporaryDirectory(dir=beside.parent, prefix=".lord_tune_plan_") as folder:
@@ -66,7 +69,9 @@ def _passes(config: PlanConfig, source_name: str, request: Request, beside: Path
         check_vocabulary(source.model, tokenizer, [windows.calibration, windows.heldout])
         found = survey(source.model, request.targets, request.exclude, run_model)
         task = task_of(tokenizer, kind_of(source.model))
-        run = Passes(source, found, windows, task, journal, dict.fromkeys(Phase, 1.0), lambda step: None)
+        costs = costs_of(request, None) | {Phase.WRITING: 0.0}
+        costs[Phase.MEASURING] += 0.1 * plans
+        run = Passes(source, found, windows, task, journal, costs, notify)
         made = made_from(config, identity_of(config.model, source_name), calibration)
         yield _Work(run, found.layers, rest_of(sizes(source.model), found), made)
         journal.discard()
@@ -80,31 +85,36 @@ class _Work:
     made: dict[str, Any]
 
 
-def plan_on_text(config: PlanConfig, source_name: str, request: Request, beside: Path) -> tuple[Plan, Compared]:
+def plan_on_text(
+    config: PlanConfig, source_name: str, request: Request, beside: Path, notify: Notify
+) -> tuple[Plan, Compared]:
     """What `decompose` with the same options would decide."""
-    with _passes(config, source_name, request, beside) as work:
+    with _passes(config, source_name, request, beside, notify) as work:
         plan, compared = decide_measured(work.run, request, work.rest)
         return replace(plan, made=work.made), compared
 
 
 def sweep(
-    config: PlanConfig, source_name: str, request: Request, beside: Path
+    config: PlanConfig, source_name: str, request: Request, beside: Path, notify: Notify
 ) -> tuple[list[Point], float | None, dict[str, Any]]:
     """Plans of several allocators and sizes from one calibration; the measured loss of the model as it is, with
     `measure`; and what it was made from. request: a mixture of all formats that the sweep shall look at."""
-    with _passes(config, source_name, request, beside) as work:
+    mixture = request.budget
+    assert isinstance(mixture, Sized)
+    plans = 4 * len(_SHARES) + len(_BITS) + len(_BESIDE) * len(mixture.backbones) if config.measure else 0
+    with _passes(config, source_name, request, beside, notify, plans) as work:
         decide(work.layers, request, work.rest)  # refuses methods without nested ranks
         if config.measure:
             scored(work.run.task)
         measured = look(work.run, request)
-        plans = _plans(work, request, measured)
+        made = _plans(work, request, measured)
         losses: dict[str, float] = {}
         if config.measure:
-            whole = next(iter(plans.values())).dense()
-            losses = measure(work.run, {"dense": whole} | plans, analysed=True)
+            whole = next(iter(made.values())).dense()
+            losses = measure(work.run, {"dense": whole} | made, analysed=True)
         points = []
         weights = sum(site.numbers for site in work.layers.values())
-        for name, plan in plans.items():
+        for name, plan in made.items():
             series, _, setting = name.partition(": ")
             stored = sum(stored_bytes(site, plan.layers[n]) for n, site in work.layers.items())
             biases = sum(added_bias_bytes(site, plan.layers[n]) for n, site in work.layers.items())

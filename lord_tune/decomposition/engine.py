@@ -115,7 +115,7 @@ def decompose_checkpoint(
         raise CalibrationError(
             f"Method '{request.template.method}' with this budget needs calibration text; pass `calibration` files."
         )
-    run = Passes(source, survey, windows, task, journal, _costs(request, plan), notify)
+    run = Passes(source, survey, windows, task, journal, costs_of(request, plan), notify)
     from_analysis, compared = False, Compared()
     if plan is None:
         plan, compared = decide_measured(run, request, rest)
@@ -168,7 +168,7 @@ def decide_measured(run: Passes, request: Request, rest: int) -> tuple[Plan, Com
     return plan, Compared(losses, best, control)
 
 
-def _costs(request: Request, plan: Plan | None) -> dict[Phase, float]:
+def costs_of(request: Request, plan: Plan | None) -> dict[Phase, float]:
     """Of one block in each pass, relative to running and analysing it; in their order."""
     epochs = 0 if request.recovery is None else request.recovery.epochs
     again = request.propagate == "sequential" or request.template.rounds_factors or plan is not None
