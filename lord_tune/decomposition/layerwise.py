@@ -235,6 +235,7 @@ def split_layer(
     fisher: Fisher | None = None,
     compare: bool = False,  # with feedback rounding alone at other widths
     output_gram: Tensor | None = None,
+    judged: bool = True,  # with its errors, which take as long as the layer
 ) -> Finished:
     """W = Q + L R with a quantized backbone."""
     start = time.perf_counter()
@@ -254,7 +255,7 @@ def split_layer(
         factors = _rounded(factors, weight.double() - split.backbone, calibration, choice, split.centre)
     layer = _build(module, factors, split.parts, choice)
     record = _record(layer, {}, rank, _facts(method, None, output_gram if rank else None))
-    if calibration is not None:
+    if calibration is not None and judged:
         dense = weight.double()
         record.error_backbone = relative_error(dense - split.backbone, dense, calibration)
         centre = split.centre

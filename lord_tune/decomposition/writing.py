@@ -119,7 +119,7 @@ def factorize(
     index: int,
     statistics: Statistics | None,
     from_analysis: bool,  # L R without Q is cut from what the calibrating pass kept
-    only: list[str] | None = None,  # of the block's layers
+    only: list[str] | None = None,  # of the block's layers, without their errors
 ) -> dict[str, Finished]:
     """The layers of the block in memory."""
     members = {n: site for n, site in run.survey.members(index).items() if only is None or n in only}
@@ -149,7 +149,7 @@ def factorize(
             return project_layer(module, calibration, heldout, choice, gradients.get(f"{name}:gram"))
         compare = choice.rank > 0 and compared.get(site.shape) == name
         fisher, output_gram = _fisher(name, gradients), gradients.get(f"{name}:gram")
-        return split_layer(module, calibration, heldout, choice, fisher, compare, output_gram)
+        return split_layer(module, calibration, heldout, choice, fisher, compare, output_gram, judged=only is None)
 
     return run.deal(index, methods, finish)
 
