@@ -584,7 +584,8 @@ class ExportConfig(RunConfig):
         if self.given("dtype") and self.format not in ("dense", "compressed-tensors"):
             raise UsageError("`dtype` has no effect with this `format` (stored formats are kept); remove it.")
         if self.pad_ranks and self.format not in ("peft", "compressed-tensors"):
-            raise UsageError("`pad_ranks` has no effect with this `format`, which writes no adapter; remove it.")
+            why = "whose layers keep a rank of their own" if self.format == "gguf" else "which writes no adapter"
+            raise UsageError(f"`pad_ranks` has no effect with this `format`, {why}; remove it.")
         if self.format == "gguf" and self.like is None:
             raise UsageError("`format` gguf needs a GGUF file of the original model; pass `like` FILE.gguf.")
         for name in ("like", "adapter_type", "dense_type"):

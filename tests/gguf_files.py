@@ -16,7 +16,7 @@ def reordered(value: torch.Tensor, heads: int) -> torch.Tensor:
     return value.reshape(heads, 2, value.shape[0] // heads // 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
 
 
-def write_like(model: Any, path: Path, arch: str) -> Path:
+def write_like(model: Any, path: Path, arch: str, alignment: int | None = None, heads_by_block: bool = False) -> Path:
     """In float32."""
     writer = gguf.GGUFWriter(path, arch)
     config = model.config
@@ -25,7 +25,9 @@ def write_like(model: Any, path: Path, arch: str) -> Path:
     heads = getattr(config, "num_attention_heads", None) or config.n_head
     narrow = getattr(config, "num_key_value_heads", heads)
     writer.add_head_count(heads)
-    writer.add_head_count_kv(narrow)
+    writer.add_head_count_kv([narrow] * blocks if heads_by_block else narrow)
+    if alignment is not None:
+        writer.add_custom_alignment(alignment)
     writer.add_name("tiny")
     writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
     names = gguf.get_tensor_name_map({v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[arch], blocks)

@@ -15,6 +15,7 @@ from tiny import save_tiny, tiny_gpt2, tiny_llama, write_code_rows
 import lord_tune
 from lord_tune.errors import ExportMismatch, UsageError
 from lord_tune.exports import gguf as export_file
+from lord_tune.exports import gguf_places
 from lord_tune.exports.llama_cpp import compared_in_engine
 from lord_tune.integrations.models import load_dense_or_factored
 from lord_tune.layers import factored_layers
@@ -167,10 +168,46 @@ def test_layers_stored_transposed(rows_file, tmp_path):
     assert torch.equal(decoded(written), layer.backbone.dequantize(torch.float32))
 
 
+def test_square_layers_stored_transposed_may_stay_as_they_are(rows_file, tmp_path):
+    model = tiny_gpt2()
+    folder = save_tiny(model, tmp_path / "model")
+    like = write_like(model, tmp_path / "like.gguf", "gpt2")
+    given = {"backbone": "q4_0", "rank": 8, "targets": "c_fc", "calibration": [str(rows_file)], **CALIBRATION}
+    lord_tune.decompose(str(folder), str(tmp_path / "d"), **given)
+    assert lord_tune.export(str(tmp_path / "d"), str(tmp_path / "e"), "gguf", like=str(like))["comparison"]["kl"] < 1e-6
+
+
+def test_a_bias_that_the_method_changed_is_written_as_it_is(rows_file, tmp_path):
+    """Its values say nothing about where it lies: nothing is added to it."""
+    model = tiny_gpt2()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("c_fc.bias"):
+                parameter.zero_()
+    folder = save_tiny(model, tmp_path / "model")
+    like = write_like(model, tmp_path / "like.gguf", "gpt2")
+    given = {"backbone": "q4_0", "method": "afm", "rank": 4, "calibration": [str(rows_file)], **CALIBRATION}
+    lord_tune.decompose(str(folder), str(tmp_path / "d"), **given)
+    lord_tune.export(str(tmp_path / "d"), str(tmp_path / "e"), "gguf", like=str(like))
+    written = tensors(tmp_path / "e" / "model.gguf")
+    for number in range(2):
+        layer = factored_layers(load_dense_or_factored(str(tmp_path / "d")))[f"transformer.h.{number}.mlp.c_fc"]
+        assert float(layer.bias.abs().max()) > 0
+        assert torch.equal(decoded(written[f"blk.{number}.ffn_up.bias"]), layer.bias.float())
+
+
+def test_what_a_file_may_say_beside_its_tensors(source, decomposed, tmp_path):
+    """Another alignment, empty lists, a number of heads for each block."""
+    model = load_dense_or_factored(str(source[0]))
+    like = write_like(model, tmp_path / "like.gguf", "llama", alignment=64, heads_by_block=True)
+    result = lord_tune.export(str(decomposed(backbone="q4_0", rank=8)), str(tmp_path / "e"), "gguf", like=str(like))
+    assert result["comparison"]["kl"] < 1e-6
+
+
 def test_ones_that_a_converter_adds_are_seen():
     """Gemma's norms."""
     own = torch.randn(64, generator=torch.Generator().manual_seed(0)) * 0.1
-    place = export_file._place("model.norm.weight", own, "output_norm.weight", own + 1, {4}, Path("like.gguf"))
+    place = gguf_places._place("model.norm.weight", own, "output_norm.weight", own + 1, {4}, Path("like.gguf"))
     assert place.added == 1 and torch.allclose(place.back(place.into(own)), own, atol=1e-6)
 
 
@@ -201,6 +238,10 @@ def test_a_file_of_another_model(source, decomposed, tmp_path):
     refused(given, wider, tmp_path, r"\(300, 64\) and .* is \(300, 128\)")
     fewer = write_like(tiny_llama(intermediate=192, layers=2), tmp_path / "fewer.gguf", "llama")
     refused(given, fewer, tmp_path, "has no tensor in")
+    extra = tiny_llama(intermediate=192, layers=4)  # its last block would run
+    extra.load_state_dict(tiny_llama(intermediate=192).state_dict(), strict=False)
+    like = write_like(extra, tmp_path / "extra.gguf", "llama")
+    refused(given, like, tmp_path, "'blk.3.* is not in the model")
     sibling = tiny_llama(intermediate=192)
     with torch.no_grad():
         sibling.model.norm.weight += 0.1 * torch.randn(64, generator=torch.Generator().manual_seed(0))
@@ -211,8 +252,13 @@ def test_a_file_of_another_model(source, decomposed, tmp_path):
 def test_files_that_are_none(source, decomposed, tmp_path):
     given = decomposed(backbone="q4_0", rank=8)
     cut = tmp_path / "cut.gguf"
-    cut.write_bytes(source[1].read_bytes()[:5000])
+    whole = source[1].read_bytes()
+    cut.write_bytes(whole[:5000])
     refused(given, cut, tmp_path, "is not a GGUF file that can be read")
+    for length in range(4, 1500, 7):
+        cut.write_bytes(whole[:length])
+        with pytest.raises(UsageError, match="is not a GGUF file that can be read"):
+            gguf_places.opened(cut)
     cut.write_text("hello")
     refused(given, cut, tmp_path, "is not a GGUF file that can be read")
     refused(given, tmp_path / "missing.gguf", tmp_path, "does not exist")

@@ -8,17 +8,18 @@ the bit: the formats w2a16, w4a16 and w8a16 are this grid (quantizers/engines.py
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UsageError
 from ..integrations.models import DTYPE_NAMES
-from ..layers import FactoredLinear, factored_layers, is_linear
+from ..layers import FactoredLinear, factored_layers
 from ..quantizers.engines import Weights, signed_codes
 from .base import Job
 from .stock import ADAPTER, BASE, base_state, check_adapter_form, stock_outputs, write_adapter, write_base
@@ -54,7 +55,7 @@ class CompressedTensorsExport:
         state = {n: v.to(dtype) if v.is_floating_point() else v for n, v in base_state(model, layers).items()}
         for name, layer in layers.items():
             state |= {f"{name}.{key}": value.cpu() for key, value in _stored(layer, dtype).items()}
-        dense = sorted({n for n, m in model.named_modules() if is_linear(m)} - set(layers))
+        dense = sorted(name for name, module in model.named_modules() if _is_dense(name, module, layers))
         config = {"quantization_config": _description(layers, dense), "dtype": job.dtype}
         write_base(model, job.tokenizer, job.folder / BASE, state, config)
         ranked = {name: layer for name, layer in layers.items() if layer.rank}
@@ -66,6 +67,14 @@ class CompressedTensorsExport:
 
     def rounds_to(self, model_dtype: torch.dtype, job: Job) -> list[str]:
         return [str(model_dtype).removeprefix("torch."), job.dtype]
+
+
+def _is_dense(name: str, module: nn.Module, layers: Mapping[str, FactoredLinear]) -> bool:
+    """What the target "Linear" would take for packed as well: any subclass, but no part of a decomposed layer."""
+    parts = [name.rpartition(".")[0]]
+    while parts[-1]:
+        parts.append(parts[-1].rpartition(".")[0])
+    return isinstance(module, nn.Linear) and name not in layers and not any(part in layers for part in parts)
 
 
 def _check_layer(name: str, layer: FactoredLinear) -> None:

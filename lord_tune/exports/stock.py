@@ -26,7 +26,9 @@ SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_ra
 
 
 def check_adapter_form(model: PreTrainedModel, form: str) -> None:
-    """Refuse what no LoRA adapter can hold."""
+    """Refuse what no LoRA adapter can hold, and what cannot be compared."""
+    if model.config.is_encoder_decoder:
+        raise UsageError(f"`format` {form} is for models without an encoder; export with `format` factored or dense.")
     experts = unfused_parameters(model)
     if experts:
         raise UsageError(
