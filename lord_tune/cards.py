@@ -69,10 +69,11 @@ _LOADING = {
     "peft": "import torch\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
     'base = AutoModelForCausalLM.from_pretrained("THIS_FOLDER/base", dtype=torch.float32)\n'
     'model = PeftModel.from_pretrained(base, "THIS_FOLDER/adapter")',
-    "compressed-tensors": "import torch\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-    'base = AutoModelForCausalLM.from_pretrained("THIS_FOLDER/base")\n'
-    "base(input_ids=torch.tensor([[0]]))  # decodes the packed layers, on which PEFT puts no adapter\n"
-    "# with zero points, instead: from_pretrained(..., quantization_config=CompressedTensorsConfig(dequantize=True))\n"
+    "compressed-tensors": "from peft import PeftModel\n"
+    "from transformers import AutoModelForCausalLM, CompressedTensorsConfig\n\n"
+    "# PEFT puts no adapter on packed layers. Where they differ in bits or groups, leave this out, and run the base once\n"
+    "decoded = CompressedTensorsConfig(dequantize=True)\n"
+    'base = AutoModelForCausalLM.from_pretrained("THIS_FOLDER/base", quantization_config=decoded)\n'
     'model = PeftModel.from_pretrained(base, "THIS_FOLDER/adapter")',
     "gguf": "llama-cli -m model.gguf --lora adapter.gguf -p 'def main():'  # without --lora if there is no adapter",
 }

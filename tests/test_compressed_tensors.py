@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import save_tiny, tiny_gpt2, tiny_llama
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 import lord_tune
 from lord_tune.errors import UsageError
@@ -171,6 +171,18 @@ def test_conv1d_layers_are_refused(rows_file, tmp_path):
     lord_tune.decompose(str(model), str(tmp_path / "d"), **given)
     with pytest.raises(UsageError, match="nn.Linear alone"):
         lord_tune.export(str(tmp_path / "d"), str(tmp_path / "e"), "compressed-tensors")
+
+
+@pytest.mark.slow
+def test_an_encoder_decoder_is_compared_as_it_runs(rows_file, tmp_path):
+    torch.manual_seed(0)
+    shape = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "vocab_size": 300}
+    config = T5Config(**shape, decoder_start_token_id=0, pad_token_id=257, eos_token_id=256)
+    model = save_tiny(T5ForConditionalGeneration(config), tmp_path / "model")
+    given = {"backbone": "w4a16", "rank": 4, "group_size": 32, "calibration": [str(rows_file)], **CALIBRATION}
+    lord_tune.decompose(str(model), str(tmp_path / "d"), **given)
+    result = lord_tune.export(str(tmp_path / "d"), str(tmp_path / "e"), "compressed-tensors")
+    assert result["comparison"]["kl"] < 1e-6
 
 
 def test_without_the_package_a_sentence_says_what_to_install(decomposed, tmp_path, monkeypatch):

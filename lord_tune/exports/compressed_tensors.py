@@ -62,8 +62,9 @@ class CompressedTensorsExport:
         if ranked:
             base = job.final / BASE
             write_adapter(model, job.tokenizer, job.folder / ADAPTER, ranked, base, dtype, job.pad_ranks)
-        symmetric = all(layer.backbone.quantizer.symmetric for layer in layers.values())
-        return stock_outputs(job.folder, job.ids, type(model).__name__, "run" if symmetric else "decode")
+        kinds = [_arguments(layer) for layer in layers.values()]
+        one = all(kind == kinds[0] for kind in kinds)  # transformers decodes all layers as the first kind
+        return stock_outputs(job.folder, job.ids, model, "decode" if one else "run")
 
     def rounds_to(self, model_dtype: torch.dtype, job: Job) -> list[str]:
         return [str(model_dtype).removeprefix("torch."), job.dtype]

@@ -83,6 +83,10 @@ class GGUFExport:
         other = sorted({_why(layer) for name, layer in layers.items() if name not in typed} - {""})
         if other:
             job.notes.append(f"multiplied out, since GGUF has no type for them: {', '.join(other)}")
+        if not ranked and job.adapter_type != "f16":
+            job.notes.append("no adapter was written, so that `adapter_type` had no effect")
+        if len(typed) == len(layers) and job.dense_type != "f16":
+            job.notes.append("nothing was multiplied out, so that `dense_type` had no effect")
         broken = sum(
             _stored_kind(job.adapter_type, layer.rank).name != job.adapter_type.upper() for layer in ranked.values()
         )

@@ -65,7 +65,7 @@ class PeftExport:
         ranked = {name: layer for name, layer in layers.items() if layer.rank}
         if ranked:
             write_adapter(model, job.tokenizer, job.folder / ADAPTER, ranked, base, pad=job.pad_ranks)
-        return stock_outputs(job.folder, job.ids, type(model).__name__)
+        return stock_outputs(job.folder, job.ids, model)
 
     def rounds_to(self, model_dtype: torch.dtype, job: Job) -> list[str]:
         return [str(model_dtype).removeprefix("torch.")]

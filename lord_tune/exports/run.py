@@ -36,6 +36,12 @@ EXPORTS: dict[str, Export] = {
     form.name: form for form in (DenseExport(), FactoredExport(), PeftExport(), CompressedTensorsExport(), GGUFExport())
 }
 
+_REMEDIES = {
+    "dense": "try `dtype` float32, or ",
+    "compressed-tensors": "try `dtype` float32, or ",
+    "gguf": "try `adapter_type` or `dense_type` f32 or a `like` that is less quantized, or ",
+}
+
 
 def export_model(
     model: CausalModel,
@@ -88,6 +94,6 @@ def export_model(
         raise ExportMismatch(
             f"The written {form} checkpoint differs from the model: got a {what} of {deviation:.3g}, expected at most "
             f"{limit:.3g} (largest difference of an output {comparison.max_logit_difference:.3g}). Nothing was kept; "
-            "try `dtype` float32, or raise `threshold` if this loss is acceptable."
+            f"{_REMEDIES.get(form, '')}raise `threshold` if this loss is acceptable."
         )
     return comparison

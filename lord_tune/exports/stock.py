@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import ExportMismatch, UsageError
+from ..integrations.running import decoder_inputs
 from ..integrations.transformers_quantizer import detach
 from ..layers import FactoredLinear, factored_layers, unfused_parameters
 from ..protocols import Tokenizer
@@ -26,9 +27,7 @@ SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_ra
 
 
 def check_adapter_form(model: PreTrainedModel, form: str) -> None:
-    """Refuse what no LoRA adapter can hold, and what cannot be compared."""
-    if model.config.is_encoder_decoder:
-        raise UsageError(f"`format` {form} is for models without an encoder; export with `format` factored or dense.")
+    """Refuse what no LoRA adapter can hold."""
     experts = unfused_parameters(model)
     if experts:
         raise UsageError(
@@ -136,17 +135,17 @@ base, adapter, ids, out, kind, how = sys.argv[1:]
 transformers.logging.disable_progress_bar()
 options = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)} if how == "decode" else {}
 model = getattr(transformers, kind).from_pretrained(base, **options).eval()
-windows = load_file(ids)["ids"].to(next(model.parameters()).device)
+inputs = {name: value.to(next(model.parameters()).device) for name, value in load_file(ids).items()}
 if how == "run":
     with torch.no_grad():
-        model(input_ids=windows[:1, :2])
+        model(**{name: value[:1, :2] for name, value in inputs.items()})
 if adapter:
     model = peft.PeftModel.from_pretrained(model, adapter).eval()
 assert "lord_tune" not in sys.modules
 found = []
 with torch.no_grad():
-    for window in windows:
-        result = model(input_ids=window[None])
+    for number in range(len(inputs["input_ids"])):
+        result = model(**{name: value[number : number + 1] for name, value in inputs.items()})
         named = [value for key, value in result.items() if key.endswith("logits")] or [result.last_hidden_state]
         found += [value.float().reshape(-1, value.shape[-1]) for value in named]
 logits = torch.cat([value for value in found if value.shape[-1] == found[0].shape[-1]])
@@ -157,7 +156,7 @@ save_file({"logits": logits.cpu().contiguous()}, out)
 def stock_outputs(
     folder: Path,  # with a base and, unless no layer has L R, an adapter
     ids: Tensor,
-    kind: str,  # class of the model
+    model: PreTrainedModel,  # what was exported, for its class and what it reads
     how: Literal["", "run", "decode"] = "",  # PEFT takes no packed layers of compressed-tensors: they are decoded when
     # they run for the first time, or when they are loaded
 ) -> Tensor:
@@ -165,9 +164,10 @@ def stock_outputs(
     scratch, adapter = folder / ".verify", folder / ADAPTER
     scratch.mkdir()
     try:
-        save_file({"ids": ids}, scratch / "ids.safetensors")
+        inputs = {"input_ids": ids.contiguous(), **decoder_inputs(model, ids)}
+        save_file(inputs, scratch / "ids.safetensors")
         words = [str(folder / BASE), str(adapter) if adapter.is_dir() else "", str(scratch / "ids.safetensors")]
-        words += [str(scratch / "out.safetensors"), kind, how]
+        words += [str(scratch / "out.safetensors"), type(model).__name__, how]
         run = subprocess.run([sys.executable, "-c", _STOCK_LOADER, *words], capture_output=True, text=True)
         if run.returncode != 0:
             last = run.stderr.strip().splitlines()[-1] if run.stderr.strip() else "no message"

@@ -39,10 +39,17 @@ def run_model(model: nn.Module, ids: Tensor) -> Any:
     ids = ids.to(_device(plain))
     accepted = inspect.signature(type(plain).forward).parameters
     given: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
-    if getattr(plain.config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
-        given["decoder_input_ids"] = _shifted(plain.config, ids)
+    given |= decoder_inputs(plain, ids)
     with _no_cache(plain.config):
         return model(input_ids=ids, **given)
+
+
+def decoder_inputs(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
+    """What the decoder of an encoder-decoder reads beside `ids`; empty for other models."""
+    if not getattr(model.config, "is_encoder_decoder", False):
+        return {}
+    accepted = inspect.signature(type(model).forward).parameters
+    return {"decoder_input_ids": _shifted(model.config, ids)} if "decoder_input_ids" in accepted else {}
 
 
 def _device(model: PreTrainedModel) -> torch.device:
