@@ -71,7 +71,8 @@ _LOADING = {
     'model = PeftModel.from_pretrained(base, "THIS_FOLDER/adapter")',
     "compressed-tensors": "from peft import PeftModel\n"
     "from transformers import AutoModelForCausalLM, CompressedTensorsConfig\n\n"
-    "# PEFT puts no adapter on packed layers. Where they differ in bits or groups, leave this out, and run the base once\n"
+    "# PEFT puts no adapter on packed layers. Where they differ in bits or groups, leave this out and run the base\n"
+    "# once, which decodes them.\n"
     "decoded = CompressedTensorsConfig(dequantize=True)\n"
     'base = AutoModelForCausalLM.from_pretrained("THIS_FOLDER/base", quantization_config=decoded)\n'
     'model = PeftModel.from_pretrained(base, "THIS_FOLDER/adapter")',
