@@ -349,7 +349,7 @@ def _export(config: ExportConfig) -> dict[str, Any]:
             "dtype": config.dtype or ("float32" if config.format == "dense" else None),
             "command": command,
             "comparison": asdict(comparison),
-            "notes": notes,
+            **({"notes": notes} if notes else {}),
             "bytes": sum(p.stat().st_size for p in folder.rglob("*") if p.suffix in (".safetensors", ".gguf")),
             "versions": versions(),
         }
