@@ -22,7 +22,7 @@ from ..integrations.models import DTYPE_NAMES
 from ..layers import FactoredLinear, factored_layers
 from ..quantizers.engines import Weights, signed_codes
 from .base import Job
-from .stock import ADAPTER, BASE, base_state, check_adapter_form, stock_outputs, write_adapter, write_base
+from .stock import ADAPTER, BASE, NO_ADAPTER, base_state, check_adapter_form, stock_outputs, write_adapter, write_base
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ class CompressedTensorsExport:
         config = {"quantization_config": _description(layers, dense), "dtype": job.dtype}
         write_base(model, job.tokenizer, job.folder / BASE, state, config)
         ranked = {name: layer for name, layer in layers.items() if layer.rank}
+        if job.pad_ranks and not ranked:
+            job.notes.append(NO_ADAPTER)
         if ranked:
             base = job.final / BASE
             write_adapter(model, job.tokenizer, job.folder / ADAPTER, ranked, base, dtype, job.pad_ranks)

@@ -13,7 +13,7 @@ from ..errors import UsageError
 from ..layers import factored_layers, is_linear
 from ..quantizers import NF4
 from .base import Job
-from .stock import ADAPTER, BASE, base_state, check_adapter_form, stock_outputs, write_adapter, write_base
+from .stock import ADAPTER, BASE, NO_ADAPTER, base_state, check_adapter_form, stock_outputs, write_adapter, write_base
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ class PeftExport:
         base = job.final / BASE
         write_base(model, job.tokenizer, job.folder / BASE, state, {"quantization_config": quantization})
         ranked = {name: layer for name, layer in layers.items() if layer.rank}
+        if job.pad_ranks and not ranked:
+            job.notes.append(NO_ADAPTER)
         if ranked:
             write_adapter(model, job.tokenizer, job.folder / ADAPTER, ranked, base, pad=job.pad_ranks)
         return stock_outputs(job.folder, job.ids, model)

@@ -23,6 +23,7 @@ from ..layers import FactoredLinear, factored_layers, unfused_parameters
 from ..protocols import Tokenizer
 
 BASE, ADAPTER = "base", "adapter"
+NO_ADAPTER = "no adapter was written, so that `pad_ranks` had no effect"
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank may be
 
 
