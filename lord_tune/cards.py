@@ -76,6 +76,8 @@ _LOADING = {
     "decoded = CompressedTensorsConfig(dequantize=True)\n"
     'base = AutoModelForCausalLM.from_pretrained("THIS_FOLDER/base", quantization_config=decoded)\n'
     'model = PeftModel.from_pretrained(base, "THIS_FOLDER/adapter")',
+    "vllm": "from transformers import AutoModelForCausalLM\n\n"
+    'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER", trust_remote_code=True, dtype="auto")',
     "gguf": "llama-cli -m model.gguf --lora adapter.gguf -p 'def main():'  # without --lora if there is no adapter",
 }
 
@@ -92,6 +94,9 @@ def export_card(form: str, source: str, command: str) -> str:
         "r) for inference engines; load both. The base alone is Q only. In vLLM: `vllm serve THIS_FOLDER/base "
         "--enable-lora --lora-modules lord=THIS_FOLDER/adapter --max-lora-rank N`, N the next of 8, 16, 32, 64, 128, "
         "256, 320, 512 from the largest rank on.",
+        "vllm": "Low-rank layers as ordinary linear layers, which `modeling_low_rank.py` puts into the model of "
+        "transformers; lord_tune is not needed. In vLLM: `vllm serve THIS_FOLDER --trust-remote-code`, which takes its "
+        "Transformers backend; the layers are not split over several GPUs.",
         "gguf": "For llama.cpp: a base (Q) and a LoRA adapter (L and R; alpha 0 means a scale of 1 for every layer). "
         "The base alone is Q only.",
     }[form]

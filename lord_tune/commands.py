@@ -6,8 +6,10 @@ Keyword arguments are the fields of the verb's record in config.py.
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 import warnings
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -36,6 +38,7 @@ from .keywords import documented
 from .layers import dequantize_once
 from .layers.sizes import sizes
 from .memory import PeakMemory
+from .merges import ORIGINAL, UNMERGED, Merges, weigh
 from .options import Export
 from .parallel import Workers
 from .plan_tables import backbones_of, show_compared, with_budget, write_sweep
@@ -328,19 +331,26 @@ def export(model: str, out: str, format: Export, **options: Unpack[ExportOptions
 
 def _export(config: ExportConfig) -> dict[str, Any]:
     """The export itself, whose output is written by nobody else."""
-    like = gguf_file(config.like)
-    loaded, tokenizer = load_to_fold(config.model)
+    like, weighed = gguf_file(config.like), {}
     beside = companions_of(resolve_model(config.model))
-    text = None if config.text is None else "\n\n".join(documents([config.text], tokenizer))
     command = command_line("export", config)
     notes: list[str] = []
-    with atomic_directory(Path(config.out), config.overwrite) as folder:
+    with ExitStack() as stack, atomic_directory(Path(config.out), config.overwrite) as folder:
+        if config.advise or config.merge is not None:
+            work = stack.enter_context(tempfile.TemporaryDirectory(dir=folder.parent, prefix=".lord_tune_merge_"))
+            merges = Merges(config, Path(work), decompose)
+            weighed = weigh(merges, config)
+            loaded, tokenizer = merges.model(config.merge or UNMERGED), merges.tokenizer
+        else:
+            loaded, tokenizer = load_to_fold(config.model)
+        text = None if config.text is None else "\n\n".join(documents([config.text], tokenizer))
         comparison = export_model(
             *(loaded, tokenizer, folder, config.format, config.dtype, config.threshold, text, Path(config.out), beside),
             lambda form: export_card(form, config.model, command),
             **config.model_dump(include={"pad_ranks", "dense_type", "adapter_type"}),
             like=like,
             notes=notes,
+            merged=config.merge == ORIGINAL,
         )
         result: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
@@ -350,6 +360,7 @@ def _export(config: ExportConfig) -> dict[str, Any]:
             "command": command,
             "comparison": asdict(comparison),
             **({"notes": notes} if notes else {}),
+            **weighed,
             "bytes": sum(p.stat().st_size for p in folder.rglob("*") if p.suffix in (".safetensors", ".gguf")),
             "versions": versions(),
         }

@@ -553,11 +553,12 @@ class ExportConfig(RunConfig):
     format: Export = Field(
         description="dense (any loader), factored (adapter folded in), peft (NF4 base + LoRA, stock loaders), "
         "compressed-tensors (integer base + LoRA, vLLM; backbones w2a16, w4a16, w8a16), gguf (base + LoRA, llama.cpp; "
-        "backbones q4_0 ... q8_0)"
+        "backbones q4_0 ... q8_0), vllm (L R without backbone as linear layers and a modelling file, vLLM)"
     )
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
         None,
-        description="dense, compressed-tensors: dtype of the written weights; default float32, and the model's own",
+        description="dense, compressed-tensors, vllm: dtype of the written weights; default float32 of dense, the "
+        "model's own of the others",
     )
     pad_ranks: bool = Field(
         False,
@@ -576,18 +577,45 @@ class ExportConfig(RunConfig):
         description="largest KL to the unmerged model, nats per token; default 1e-4, more for 16 bits; without "
         "a language head the relative difference of the outputs, default 1e-3",
     )
-    text: str | None = Field(None, description="file whose first 256 tokens the logits are compared on")
+    text: str | None = Field(
+        None,
+        description="file whose first 256 tokens the logits are compared on; `advise` and `merge` measure on 4,096",
+    )
+    merge: Literal["original", "nearest", "feedback"] | None = Field(
+        None,
+        description="put L R away: what training changed goes into the original weights (with dense), or Q + L R is "
+        "rounded into Q's format again, to nearest or with error feedback (other formats)",
+    )
+    advise: bool = Field(
+        False, description="measure on `text` what each way of merging L R costs, before writing, and say which to take"
+    )
+    merge_limit: float = Field(
+        0.05, ge=0, description="`merge`, `advise`: largest rise of the loss on `text`, nats per token"
+    )
+    calibration: list[str] = Field([], description="merge feedback, advise: texts for the feedback, as in decompose")
+    calibration_tokens: int = Field(16384, gt=0, description="tokens of `calibration`")
     overwrite: bool = Field(False, description="replace OUT if an earlier run of lord-tune wrote it")
     dry_run: bool = Field(False, description="print the resolved configuration and stop")
 
     def check(self) -> None:
-        if self.given("dtype") and self.format not in ("dense", "compressed-tensors"):
+        if self.given("dtype") and self.format not in ("dense", "compressed-tensors", "vllm"):
             raise UsageError("`dtype` has no effect with this `format` (stored formats are kept); remove it.")
         if self.pad_ranks and self.format not in ("peft", "compressed-tensors"):
             why = "whose layers keep a rank of their own" if self.format == "gguf" else "which writes no adapter"
             raise UsageError(f"`pad_ranks` has no effect with this `format`, {why}; remove it.")
         if self.format == "gguf" and self.like is None:
             raise UsageError("`format` gguf needs a GGUF file of the original model; pass `like` FILE.gguf.")
+        weighed = self.advise or self.merge is not None
+        if weighed and self.text is None:
+            raise UsageError("`advise` and `merge` are measured on held-out text; pass `text` FILE.")
+        if weighed and self.text in self.calibration:
+            raise UsageError("`text` is among `calibration`, so that it is not held out; pass another.")
+        for name in ("merge_limit", "calibration", "calibration_tokens"):
+            if self.given(name) and not weighed:
+                raise UsageError(f"`{name}` has no effect without `advise` or `merge`; remove it.")
+        if self.merge is not None and (self.merge == "original") != (self.format == "dense"):
+            form = "dense" if self.merge == "original" else "factored, or a base and an adapter"
+            raise UsageError(f"`merge` {self.merge} is written as {form}; got `format` {self.format}.")
         for name in ("like", "adapter_type", "dense_type"):
             if self.given(name) and self.format != "gguf":
                 raise UsageError(f"`{name}` has no effect with this `format`; remove it.")

@@ -35,7 +35,7 @@ Quantized = Literal[
     "w8a16",
 ]
 Allocation = Literal["uniform", "loss_weighted", "mixed", "energy", "typed"]
-Export = Literal["dense", "factored", "peft", "compressed-tensors", "gguf"]
+Export = Literal["dense", "factored", "peft", "compressed-tensors", "gguf", "vllm"]
 
 
 class MethodOptions(BaseModel):

@@ -253,6 +253,11 @@ class ExportOptions(TypedDict, total=False):
     dense_type: Literal["f16", "q8_0", "f32"]
     threshold: float | None
     text: str | None
+    merge: Literal["original", "nearest", "feedback"] | None
+    advise: bool
+    merge_limit: float
+    calibration: list[str]
+    calibration_tokens: int
     overwrite: bool
     dry_run: bool
 

@@ -43,7 +43,7 @@ from lord_tune.config import (
     TrainConfig,
 )
 from lord_tune.decomposition import Rates
-from lord_tune.errors import ExportMismatch, UsageError
+from lord_tune.errors import ExportMismatch, LordError, UsageError
 from lord_tune.factorizations import METHODS, pivoted_left
 from lord_tune.factorizations.whitened import SHRINKAGES
 from lord_tune.plans import Plan
@@ -1430,6 +1430,8 @@ def case_export_dtype(b: Bench) -> None:
         # 8 mantissa bits on every weight of a random model: far above the threshold meant for real ones
         result, out = export(b, "dense", dtype=name, threshold=10.0)
         assert {tensor.dtype for tensor in read_tensors(out).values()} == {dtype} and result["dtype"] == name
+    _, out = export(b, "vllm", dtype="bfloat16", threshold=10.0)
+    assert torch.bfloat16 in {tensor.dtype for tensor in read_tensors(out).values()}
 
 
 def case_export_pad_ranks(b: Bench) -> None:
@@ -1440,6 +1442,46 @@ def case_export_pad_ranks(b: Bench) -> None:
         assert adapter_config(out / "adapter")["r"] == rank
     with pytest.raises(UsageError, match="writes no adapter"):
         export(b, "dense", pad_ranks=True)
+
+
+def merged(b: Bench, way: str, form: str, **options: Any) -> tuple[dict[str, Any], Path]:
+    heldout = write_code_rows(b.folder / "heldout.jsonl", rows=30)
+    source = b.decompose(calibrated=False, method="svd", backbone="int3", rank=8)
+    given = {"text": str(heldout), "calibration": [str(b.rows)], "calibration_tokens": 512, "merge_limit": 9.0}
+    return export(b, form, model=str(source.folder), **(given | {"merge": way} | options))
+
+
+def case_export_merge(b: Bench) -> None:
+    results = {way: merged(b, way, "factored") for way in ("nearest", "feedback")}
+    for _, out in results.values():
+        assert {layer["rank"] for layer in Run({}, out).manifest["layers"].values()} == {0}
+    first, second = (read_tensors(out) for _, out in results.values())
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    with pytest.raises(UsageError, match="is no training output"):
+        merged(b, "original", "dense")
+
+
+def case_export_advise(b: Bench) -> None:
+    result, out = merged(b, "nearest", "factored", merge=None, advise=True)
+    assert {"unmerged", "decoded", "nearest", "feedback"} == set(result["merges"]) and result["advice"]
+    assert {layer["rank"] for layer in Run({}, out).manifest["layers"].values()} == {8}
+
+
+def case_export_merge_limit(b: Bench) -> None:
+    with pytest.raises(LordError, match="costs too much"):
+        merged(b, "nearest", "factored", merge_limit=0.0)
+
+
+def case_export_calibration(b: Bench) -> None:
+    first = read_tensors(merged(b, "feedback", "factored")[1])
+    other = write_code_rows(b.folder / "other.jsonl", rows=12)
+    second = read_tensors(merged(b, "feedback", "factored", calibration=[str(other)])[1])
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+def case_export_calibration_tokens(b: Bench) -> None:
+    first, second = (read_tensors(merged(b, "feedback", "factored", calibration_tokens=n)[1]) for n in (512, 1024))
+    assert any(not torch.equal(first[name], second[name]) for name in first)
 
 
 def gguf_of(b: Bench, **options: Any) -> tuple[dict[str, Any], Path]:
@@ -1511,6 +1553,11 @@ EXPORT: dict[str, Case] = {
     "out": case_export_out,
     "format": case_export_format,
     "dtype": case_export_dtype,
+    "merge": case_export_merge,
+    "advise": case_export_advise,
+    "merge_limit": case_export_merge_limit,
+    "calibration": case_export_calibration,
+    "calibration_tokens": case_export_calibration_tokens,
     "pad_ranks": case_export_pad_ranks,
     "like": case_export_like,
     "adapter_type": case_export_adapter_type,

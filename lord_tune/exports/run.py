@@ -6,6 +6,7 @@ peft: a bitsandbytes NF4 base holding Q and an ordinary LoRA adapter holding L a
   stock transformers + peft, without lord_tune. Only for an NF4 backbone: LoRD has no Q, its base would be zeros.
 gguf: a base with our own codes and a LoRA adapter for llama.cpp, on the model of a GGUF file of the original.
 compressed-tensors: the same as peft with an integer base that inference engines read (backbones w2a16, w4a16, w8a16).
+vllm: low rank as pairs of nn.Linear, and a modelling file of a page, for vLLM and stock loaders. Without a backbone.
 """
 
 from __future__ import annotations
@@ -31,14 +32,17 @@ from .factored import FactoredExport
 from .gguf import GGUFExport
 from .peft import PeftExport
 from .verify import PROBE_TOKENS, Comparison, compare, outputs_of, probe_ids, probe_windows
+from .vllm import VLLMExport
 
 EXPORTS: dict[str, Export] = {
-    form.name: form for form in (DenseExport(), FactoredExport(), PeftExport(), CompressedTensorsExport(), GGUFExport())
+    form.name: form
+    for form in (DenseExport(), FactoredExport(), PeftExport(), CompressedTensorsExport(), GGUFExport(), VLLMExport())
 }
 
 _REMEDIES = {
     "dense": "try `dtype` float32, or ",
     "compressed-tensors": "try `dtype` float32, or ",
+    "vllm": "try `dtype` float32, or ",
     "gguf": "try `adapter_type` or `dense_type` f32 or a `like` that is less quantized, or ",
 }
 
@@ -54,6 +58,7 @@ def export_model(
     final: Path | None = None,  # where `folder` will be moved
     beside: Companions | None = None,  # what belongs to the model and is not weights
     card: Callable[[str], str] | None = None,  # format -> README text
+    merged: bool = False,  # whether `model` is dense already
     **options: Any,  # further fields of Job
 ) -> Comparison:
     """Write `model` as `form` into `folder` and verify it; raises ExportMismatch over the threshold.
@@ -65,7 +70,7 @@ def export_model(
     if dtype is not None and dtype not in DTYPE_NAMES:
         raise UsageError(f"Got `dtype` {dtype!r}; expected one of {', '.join(DTYPE_NAMES)}.")
     plain = plain_model(model)
-    if not factored_layers(plain):
+    if not factored_layers(plain) and not merged:
         if has_adapters(model):
             raise UsageError(
                 f"The adapter's base model, {plain.name_or_path}, has no factored layers; fold the adapter by PEFT's "

@@ -63,7 +63,7 @@ def write_base(
     model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, state: Mapping[str, Tensor], config: dict[str, Any]
 ) -> None:
     """A checkpoint folder. config: what comes into config.json beside the model's own."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     tensors = {name: value.contiguous() for name, value in state.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     detach(model)
@@ -134,7 +134,10 @@ import sys, torch, transformers, peft
 from safetensors.torch import save_file, load_file
 base, adapter, ids, out, kind, how = sys.argv[1:]
 transformers.logging.disable_progress_bar()
-options = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)} if how == "decode" else {}
+options = {
+    "decode": lambda: {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)},
+    "remote": lambda: {"trust_remote_code": True},
+}.get(how, dict)()
 model = getattr(transformers, kind).from_pretrained(base, **options).eval()
 inputs = {name: value.to(next(model.parameters()).device) for name, value in load_file(ids).items()}
 if how == "run":
@@ -160,6 +163,7 @@ def stock_outputs(
     model: PreTrainedModel,  # what was exported, for its class and what it reads
     how: Literal["", "run", "decode"] = "",  # PEFT takes no packed layers of compressed-tensors: they are decoded when
     # they run for the first time, or when they are loaded
+    remote: str | None = None,  # the Auto class that loads a model with code of its own, in `folder` itself
 ) -> Tensor:
     """The outputs of stock transformers + peft in a process that never imports lord_tune."""
     scratch, adapter = folder / ".verify", folder / ADAPTER
@@ -167,8 +171,9 @@ def stock_outputs(
     try:
         inputs = {"input_ids": ids.contiguous(), **decoder_inputs(model, ids)}
         save_file(inputs, scratch / "ids.safetensors")
-        words = [str(folder / BASE), str(adapter) if adapter.is_dir() else "", str(scratch / "ids.safetensors")]
-        words += [str(scratch / "out.safetensors"), type(model).__name__, how]
+        base, kind = (folder / BASE, type(model).__name__) if remote is None else (folder, remote)
+        words = [str(base), str(adapter) if adapter.is_dir() else "", str(scratch / "ids.safetensors")]
+        words += [str(scratch / "out.safetensors"), kind, how if remote is None else "remote"]
         run = subprocess.run([sys.executable, "-c", _STOCK_LOADER, *words], capture_output=True, text=True)
         if run.returncode != 0:
             last = run.stderr.strip().splitlines()[-1] if run.stderr.strip() else "no message"
