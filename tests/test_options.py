@@ -26,6 +26,7 @@ from trl import SFTConfig
 
 import lord_tune
 import lord_tune.exports.gguf
+import lord_tune.merges
 from lord_tune import commands
 from lord_tune.allocation import ALIGNMENT
 from lord_tune.cli import main
@@ -1454,7 +1455,7 @@ def merged(b: Bench, way: str, form: str, **options: Any) -> tuple[dict[str, Any
 def case_export_merge(b: Bench) -> None:
     results = {way: merged(b, way, "factored") for way in ("nearest", "feedback")}
     for _, out in results.values():
-        assert {layer["rank"] for layer in Run({}, out).manifest["layers"].values()} == {0}
+        assert {layer["rank"] for layer in Run({}, out).manifest.values()} == {0}
     first, second = (read_tensors(out) for _, out in results.values())
     assert any(not torch.equal(first[name], second[name]) for name in first)
     with pytest.raises(UsageError, match="is no training output"):
@@ -1464,12 +1465,16 @@ def case_export_merge(b: Bench) -> None:
 def case_export_advise(b: Bench) -> None:
     result, out = merged(b, "nearest", "factored", merge=None, advise=True)
     assert {"unmerged", "decoded", "nearest", "feedback"} == set(result["merges"]) and result["advice"]
-    assert {layer["rank"] for layer in Run({}, out).manifest["layers"].values()} == {8}
+    assert {layer["rank"] for layer in Run({}, out).manifest.values()} == {8}
 
 
 def case_export_merge_limit(b: Bench) -> None:
-    with pytest.raises(LordError, match="costs too much"):
-        merged(b, "nearest", "factored", merge_limit=0.0)
+    losses = iter([1.0, 1.2] * 2)  # unmerged, merged
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lord_tune.merges, "perplexity", lambda *of: (next(losses), 1))
+        merged(b, "nearest", "factored", merge_limit=0.3)
+        with pytest.raises(LordError, match=r"got a rise of the loss in nats per token of 0.2, expected at most 0.1"):
+            merged(b, "nearest", "factored", merge_limit=0.1)
 
 
 def case_export_calibration(b: Bench) -> None:
@@ -1716,6 +1721,11 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
         ),
         (ExportConfig, "m o --format gguf --like a.gguf --adapter-type q8_0 --dense-type f32"),
         (ExportConfig, "m o --format peft --pad-ranks"),
+        (
+            ExportConfig,
+            "m o --format factored --merge feedback --advise --merge-limit 0.1 --text t.txt --calibration a.txt b.txt "
+            "--calibration-tokens 9",
+        ),
     ],
     "inspect": [(InspectConfig, "m --json j")],
     "doctor": [(DoctorConfig, "--json j")],
