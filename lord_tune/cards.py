@@ -82,8 +82,8 @@ _LOADING = {
 }
 
 
-def export_card(form: str, source: str, command: str) -> str:
-    """For an exported checkpoint."""
+def export_card(form: str, source: str, command: str, base: str | None = None) -> str:
+    """For an exported checkpoint. base: the earlier export that holds the base of an adapter alone."""
     head = _HEAD.format(library="transformers", base=source, tag=form, title="Exported model")
     notes = {
         "dense": "An ordinary checkpoint, as large as the original: L R was multiplied out in every layer.",
@@ -100,8 +100,15 @@ def export_card(form: str, source: str, command: str) -> str:
         "gguf": "For llama.cpp: a base (Q) and a LoRA adapter (L and R; alpha 0 means a scale of 1 for every layer). "
         "The base alone is Q only.",
     }[form]
-    language = "bash" if form == "gguf" else "python"
+    language, loading = "bash" if form == "gguf" else "python", _LOADING[form]
+    if base is not None:
+        head += f"The adapter alone: its base is in `{base}`, an earlier export with the same Q.\n\n"
+        notes, loading = (
+            notes.replace("THIS_FOLDER/base", f"{base}/base"),
+            loading.replace("THIS_FOLDER/base", f"{base}/base"),
+        )
+        loading = loading.replace("-m model.gguf", f"-m {base}/model.gguf")
     return head + (
-        f"{notes}\n\n```{language}\n{_LOADING[form]}\n```\n\nExported from `{source}` by lord_tune; the written files "
+        f"{notes}\n\n```{language}\n{loading}\n```\n\nExported from `{source}` by lord_tune; the written files "
         f"were reloaded and compared with the unmerged model, see `export.json`.\n```bash\n{command}\n```\n"
     )

@@ -26,6 +26,7 @@ from .decomposition.sizes import totals_of
 from .decomposition.survey import survey
 from .errors import LordWarning, UsageError
 from .evaluation.run import evaluate_model
+from .exports.alone import check_base
 from .exports.run import export_model
 from .integrations.checkpoint import Checkpoint, skeleton, write_index
 from .integrations.companions import companions_of
@@ -332,6 +333,9 @@ def export(model: str, out: str, format: Export, **options: Unpack[ExportOptions
 def _export(config: ExportConfig) -> dict[str, Any]:
     """The export itself, whose output is written by nobody else."""
     like, weighed = gguf_file(config.like), {}
+    base = None if config.base is None else Path(config.base)
+    if base is not None:
+        check_base(base, config.format)
     beside = companions_of(resolve_model(config.model))
     command = command_line("export", config)
     notes: list[str] = []
@@ -346,11 +350,12 @@ def _export(config: ExportConfig) -> dict[str, Any]:
         text = None if config.text is None else "\n\n".join(documents([config.text], tokenizer))
         comparison = export_model(
             *(loaded, tokenizer, folder, config.format, config.dtype, config.threshold, text, Path(config.out), beside),
-            lambda form: export_card(form, config.model, command),
+            lambda form: export_card(form, config.model, command, config.base),
             **config.model_dump(include={"pad_ranks", "dense_type", "adapter_type"}),
             like=like,
             notes=notes,
             merged=config.merge == ORIGINAL,
+            base=base,
         )
         result: dict[str, Any] = {
             "format_version": FORMAT_VERSION,

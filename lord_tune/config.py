@@ -564,6 +564,11 @@ class ExportConfig(RunConfig):
         False,
         description="peft, compressed-tensors: one rank for all layers, filled with zeros, for engines that read one",
     )
+    base: str | None = Field(
+        None,
+        description="peft, compressed-tensors, gguf: an earlier export with the same Q; the adapter alone is written, "
+        "to be served on its base",
+    )
     like: str | None = Field(
         None, description="gguf: a GGUF file of the original (or demo), whose metadata and other tensors are taken"
     )
@@ -605,6 +610,8 @@ class ExportConfig(RunConfig):
             raise UsageError(f"`pad_ranks` has no effect with this `format`, {why}; remove it.")
         if self.format == "gguf" and self.like is None:
             raise UsageError("`format` gguf needs a GGUF file of the original model; pass `like` FILE.gguf.")
+        if self.base is not None and self.format not in ("peft", "compressed-tensors", "gguf"):
+            raise UsageError("`base` has no effect with this `format`, which writes no adapter; remove it.")
         weighed = self.advise or self.merge is not None
         if weighed and self.text is None:
             raise UsageError("`advise` and `merge` are measured on held-out text; pass `text` FILE.")

@@ -248,6 +248,7 @@ class ExportOptions(TypedDict, total=False):
 
     dtype: Literal["float32", "float16", "bfloat16"] | None
     pad_ranks: bool
+    base: str | None
     like: str | None
     adapter_type: Literal["f16", "q8_0", "f32"]
     dense_type: Literal["f16", "q8_0", "f32"]

@@ -1504,6 +1504,12 @@ def gguf_kinds(path: Path) -> set[str]:
     return {tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
 
 
+def case_export_base(b: Bench) -> None:
+    _, whole = gguf_of(b)
+    _, alone = gguf_of(b, base=str(whole))
+    assert not (alone / "model.gguf").exists() and (alone / "adapter.gguf").is_file()
+
+
 def case_export_like(b: Bench) -> None:
     _, out = gguf_of(b)
     assert gguf_kinds(out / "model.gguf") == {"Q4_0", "F32"} and (out / "adapter.gguf").is_file()
@@ -1564,6 +1570,7 @@ EXPORT: dict[str, Case] = {
     "calibration": case_export_calibration,
     "calibration_tokens": case_export_calibration_tokens,
     "pad_ranks": case_export_pad_ranks,
+    "base": case_export_base,
     "like": case_export_like,
     "adapter_type": case_export_adapter_type,
     "dense_type": case_export_dense_type,
@@ -1719,7 +1726,7 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
             ExportConfig,
             "m o --format dense --dtype float16 --threshold 0.5 --text a.txt --overwrite --dry-run",
         ),
-        (ExportConfig, "m o --format gguf --like a.gguf --adapter-type q8_0 --dense-type f32"),
+        (ExportConfig, "m o --format gguf --base b --like a.gguf --adapter-type q8_0 --dense-type f32"),
         (ExportConfig, "m o --format peft --pad-ranks"),
         (
             ExportConfig,

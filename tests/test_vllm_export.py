@@ -108,6 +108,22 @@ print(sum(type(module).__name__ == "Pivoted" for module in model.modules()))
     assert int(run.stdout) == len(json.loads((folder / "config.json").read_text())["low_rank"]) > 0
 
 
+def test_a_trained_adapter_is_in_it(decomposed, rows_file, tmp_path):
+    source = decomposed("llama", kept_fraction=0.7)
+    common = {
+        "dataset_name": str(rows_file),
+        "max_steps": 3,
+        "max_length": 64,
+        "learning_rate": 3e-3,
+        "mode": "factors",
+    }
+    lord_tune.train(model_name_or_path=str(source), output_dir=str(tmp_path / "a"), **common)
+    result = lord_tune.export(str(tmp_path / "a"), str(tmp_path / "e"), "vllm")
+    assert result["comparison"]["kl"] < 1e-6
+    forms = {layer["form"] for layer in json.loads((tmp_path / "e" / "config.json").read_text())["low_rank"].values()}
+    assert forms == {"pivoted"}
+
+
 def test_it_saves_trains_and_takes_an_adapter(decomposed, tmp_path):
     lord_tune.export(str(decomposed("llama", kept_fraction=0.7)), str(tmp_path / "e"), "vllm")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "e", trust_remote_code=True)

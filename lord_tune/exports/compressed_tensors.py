@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import UsageError
 from ..integrations.models import DTYPE_NAMES
 from ..layers import FactoredLinear, factored_layers
+from ..quantizers import Quantizer, make_quantizer
 from ..quantizers.engines import Weights, signed_codes
 from .base import Job
 from .stock import ADAPTER, BASE, NO_ADAPTER, base_state, check_adapter_form, stock_outputs, write_adapter, write_base
@@ -87,7 +88,7 @@ def _check_layer(name: str, layer: FactoredLinear) -> None:
             f"'{name}' has L and R alone, so that its compressed-tensors base would be zeros; export with `format` "
             "factored or dense, or decompose with a `backbone`."
         )
-    quantizer = layer.backbone.quantizer
+    quantizer = _quantizer(layer)
     if not isinstance(quantizer, Weights):
         raise UsageError(
             f"'{name}' has backbone {plan.backbone}, which compressed-tensors does not have; decompose with `backbone` "
@@ -105,9 +106,15 @@ def _check_layer(name: str, layer: FactoredLinear) -> None:
         )
 
 
+def _quantizer(layer: FactoredLinear) -> Quantizer:
+    """Of Q, which is no child of the layer while an adapter trains the factors."""
+    return make_quantizer(layer.plan.backbone, layer.plan.backbone_options)
+
+
 def _arguments(layer: FactoredLinear) -> dict[str, Any]:
     """compressed-tensors' QuantizationArgs of a layer."""
-    quantizer = layer.backbone.quantizer
+    quantizer = _quantizer(layer)
+    assert isinstance(quantizer, Weights), "checked before"
     found: dict[str, Any] = {"num_bits": quantizer.bits, "type": "int", "symmetric": quantizer.symmetric}
     if layer.in_features < quantizer.group_size:  # one group is a row
         return found | {"strategy": "channel"}

@@ -25,6 +25,7 @@ from ..integrations.running import kind_of, max_length
 from ..integrations.vocabulary import check_vocabulary
 from ..layers import factored_layers, plain_model
 from ..protocols import CausalModel, Tokenizer
+from .alone import keep_adapter
 from .base import Export, Job
 from .compressed_tensors import CompressedTensorsExport
 from .dense import DenseExport
@@ -58,6 +59,7 @@ def export_model(
     final: Path | None = None,  # where `folder` will be moved
     beside: Companions | None = None,  # what belongs to the model and is not weights
     card: Callable[[str], str] | None = None,  # format -> README text
+    base: Path | None = None,  # an earlier export, whose base is not written again
     merged: bool = False,  # whether `model` is dense already
     **options: Any,  # further fields of Job
 ) -> Comparison:
@@ -86,7 +88,9 @@ def export_model(
     own = "float32" if form == "dense" else str(model_dtype).removeprefix("torch.")
     job = Job(tokenizer, folder, final or folder, dtype or own, ids, **options)
     written = export.write(fold(model) if has_adapters(model) else plain, job)
-    if beside is not None:
+    if base is not None:
+        keep_adapter(folder, form, base)
+    elif beside is not None:
         beside.copy(folder / export.model_folder)
     if card is not None:
         (folder / "README.md").write_text(card(form))

@@ -103,7 +103,7 @@ class VLLMExport:
                 "exported one; export with `format` factored or dense."
             )
         for name, layer in factored_layers(model).items():
-            if layer.backbone is not None:
+            if layer.plan.backbone != "none":
                 raise UsageError(
                     f"'{name}' has backbone {layer.plan.backbone} beside L and R, and `format` vllm holds L R alone; "
                     "export with `format` compressed-tensors (backbones w2a16, w4a16, w8a16), or decompose without "
