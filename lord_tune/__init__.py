@@ -23,6 +23,7 @@ _NAMES = {
     "train": "commands",
     "evaluate": "commands",
     "export": "commands",
+    "correct": "commands",
     "inspect": "commands",
     "plan": "commands",
     "quickstart": "demo",
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from .adapters.fold import fold, merge, unmerge
     from .adapters.loading import load, load_adapter
     from .checkup import doctor
-    from .commands import decompose, evaluate, export, inspect, plan, train
+    from .commands import correct, decompose, evaluate, export, inspect, plan, train
     from .demo import quickstart
     from .errors import LordError, UsageError
     from .plans import LayerChoice, Plan
@@ -58,6 +59,7 @@ __all__ = [
     "UsageError",
     "add_lora",
     "add_scales",
+    "correct",
     "decompose",
     "doctor",
     "evaluate",

@@ -56,6 +56,7 @@ app = typer.Typer(
     rich_markup_mode=_RICH,
 )
 _MANY = ("--calibration", "--text", "--mix")
+_POSITIONAL = ("quantized", "original", "model", "out")
 _OUTPUT_KEYS = set(DecomposeConfig.model_fields) - set(MethodConfig.model_fields)
 
 
@@ -118,7 +119,7 @@ def _add(verb: str, record: type[RunConfig], summary: str, call: Callable[[dict[
     """
     fields = record.model_fields
     open_ended = record.model_config["extra"] == "allow"  # train: trl's names, with underscores
-    positional = [name for name in ("model", "out") if name in fields and verb != "quickstart"]
+    positional = [name for name in _POSITIONAL if name in fields and verb != "quickstart"]
     groups = record.grouped()
     ordered = dict.fromkeys([*positional, *groups, *fields, "config"])
     text = "YAML file with any of these keys; the command line wins"
@@ -174,10 +175,10 @@ def _verb(name: str) -> Callable[[dict[str, object]], object]:
     def call(values: dict[str, object]) -> object:
         import lord_tune
 
-        required = [k for k in ("model", "out", "text", "format") if k in RECORDS[name].model_fields]
+        required = [k for k in (*_POSITIONAL, "text", "format") if k in RECORDS[name].model_fields]
         missing = [k for k in required if k not in values and RECORDS[name].model_fields[k].is_required()]
         if missing:
-            shown = missing[0].upper() if missing[0] in ("model", "out") else "--" + missing[0]
+            shown = missing[0].upper() if missing[0] in _POSITIONAL else "--" + missing[0]
             raise UsageError(f"{shown} is missing; see lord-tune {name} --help.")
         return getattr(lord_tune, name)(**values)
 
@@ -191,6 +192,7 @@ _SUMMARIES = {
     "train": "Train L and R, or LoRA on them, with any option of trl.",
     "evaluate": "Perplexity, size, bits per weight and speed of a checkpoint.",
     "export": "Write a checkpoint as dense, factored or peft, and verify it.",
+    "correct": "Fit L R to what a quantized checkpoint left out.",
     "inspect": "Per-layer table of a factored checkpoint.",
     "doctor": "Versions, devices, threads, and what is missing.",
 }
@@ -215,6 +217,9 @@ EXAMPLES = {
     "export": [
         "lord-tune export runs/sft runs/peft --format peft",
         "lord-tune export runs/sft runs/dense --format dense --dtype bfloat16",
+    ],
+    "correct": [
+        "lord-tune correct model-Q4_K_M.gguf ORIGINAL runs/corrected --rank 16 --calibration text.jsonl",
     ],
     "inspect": ["lord-tune inspect runs/nf4", "lord-tune inspect runs/nf4 --json layers.json"],
     "doctor": ["lord-tune doctor", "lord-tune doctor --json report.json"],

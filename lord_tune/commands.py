@@ -9,6 +9,7 @@ import json
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,11 +18,16 @@ from typing import Any, Unpack
 from .adapters.loading import load, load_to_fold
 from .calibration.corpus import file_windows
 from .cards import decomposition_card, export_card, training_card
-from .config import DecomposeConfig, EvaluateConfig, ExportConfig, InspectConfig, PlanConfig, TrainConfig
+from .config import CorrectConfig, DecomposeConfig, EvaluateConfig, ExportConfig, InspectConfig, PlanConfig, TrainConfig
 from .console import LiveTable, human_bytes, is_main_process, note, progress, say, show_table
+from .correction.adapter import SERVED, adapter_in, open_quantized, show_gain
+from .correction.base import Corrected, Quantized
+from .correction.gguf_file import GGUFFile
 from .data.texts import documents
+from .declared import PLAIN
 from .decomposition import Compared, Journal, Phase, Rates, decompose_checkpoint, is_block
-from .decomposition.decide import decide
+from .decomposition.base import Source
+from .decomposition.decide import Given, decide
 from .decomposition.sizes import totals_of
 from .decomposition.survey import survey
 from .errors import LordWarning, UsageError
@@ -58,7 +64,7 @@ from .resolve import (
     training_dtype,
     windows_of,
 )
-from .signatures import DecomposeOptions, EvaluateOptions, ExportOptions, InspectOptions, PlanOptions
+from .signatures import CorrectOptions, DecomposeOptions, EvaluateOptions, ExportOptions, InspectOptions, PlanOptions
 from .storage import (
     atomic_directory,
     check_destination,
@@ -96,6 +102,16 @@ def decompose(model: str, out: str, **options: Unpack[DecomposeOptions]) -> dict
         return show_plan(config)
     quiet()
     check_formats(config)
+    return _decompose(config, command_line("decompose", config))
+
+
+def _decompose(
+    config: DecomposeConfig,
+    command: str,
+    quantized: Quantized | None = None,  # whose codes are Q
+    served: str | None = None,  # how L and R are stored beside these
+    finish: Callable[[Path], dict[str, Any]] = lambda folder: {},  # adds files and entries of the report
+) -> dict[str, Any]:
     workers, device = launched_processes()
     journal = Journal(Path(config.out), workers)
     perhaps_finished = config.resume and not config.overwrite and (journal.out / "decomposition.json").is_file()
@@ -134,17 +150,22 @@ def decompose(model: str, out: str, **options: Unpack[DecomposeOptions]) -> dict
         blocks = sum(is_block(step, Phase.WRITING) for step in journal.steps)
         note(f"continuing the run in {journal.folder}: {blocks} blocks are written")
     try:
-        source = Checkpoint(source_name, config.dtype, journal.work / f"converted-{workers.rank}", device)
+        source: Source = Checkpoint(source_name, config.dtype, journal.work / f"converted-{workers.rank}", device)
         request = request_of(config)
         found = survey(source.model, request.targets, request.exclude, run_model)
         for text in found.notes():
             warnings.warn(text, LordWarning, stacklevel=2)
+        corrected = None
+        if quantized is not None:
+            source = corrected = Corrected(source, quantized, found.layers, served)
+            request = replace(request, budget=Given(corrected.plan(request.template, config.rank or 0)))
         before = sizes(source.model)
         chosen = decide(found.layers, request, rest := rest_of(before, found))
         on_meta = survey(shape, request.targets, request.exclude, run_model)
         size = text_size_of(windows)
         foreseen = estimate_of(shape, on_meta, request, chosen, size, None, workers.size, device)
-        say(f"decomposing {config.model}: {summary(config, backbones_of(chosen))}")
+        doing = f"decomposing {config.model}" if quantized is None else f"correcting {quantized.name} by {config.model}"
+        say(f"{doing}: {summary(config, backbones_of(chosen))}")
         say(
             f"{foreseen.parameters:,} parameters, {foreseen.layers} layers in {foreseen.blocks} blocks; estimated peak "
             f"memory {human_bytes(foreseen.peak_bytes)}, scratch files {human_bytes(foreseen.scratch_bytes)}"
@@ -152,14 +173,15 @@ def decompose(model: str, out: str, **options: Unpack[DecomposeOptions]) -> dict
         task = task_of(tokenizer, kind_of(source.model))
         with PeakMemory(device) as peak, LiveTable(LAYER_COLUMNS, LAYER_WIDTHS) as table:
             show = layer_rows(table)
-            outcome = decompose_checkpoint(source, found, request, chosen, windows, task, journal, show, rest)
+            given = windows, task, journal, show, rest, corrected
+            outcome = decompose_checkpoint(source, found, request, chosen, *given)
         totals = totals_of(outcome.records, before, sizes(source.model), time.perf_counter() - start)
         totals |= {"peak_memory_bytes": peak.bytes, "estimated_peak_memory_bytes": foreseen.peak_bytes}
         report = {
             "format_version": FORMAT_VERSION,
             "base": base,
             "base_folder": relative_folder(config.model, journal.out),
-            "command": command_line("decompose", config),
+            "command": command,
             "config": lasting(config),
             "versions": versions(),
             "seed": config.seed,
@@ -174,11 +196,12 @@ def decompose(model: str, out: str, **options: Unpack[DecomposeOptions]) -> dict
         if journal.writes:
             write_index(journal.folder, source.model, tokenizer, outcome.plans, outcome.weight_map)
             beside.copy(journal.folder)
-            write_json(journal.folder / "decomposition.json", report)
             replace(outcome.plan, made=made_from(config, base, calibration)).save(journal.folder / "plan.json")
             mixture = calibration.get("mixture", {})
             card = decomposition_card(config.model, lasting(config), totals, report["command"], mixture)
             (journal.folder / "README.md").write_text(card)
+            report |= finish(journal.folder)
+            write_json(journal.folder / "decomposition.json", report)
         journal.finish()
     except BaseException:
         if not journal.abandon():
@@ -188,6 +211,26 @@ def decompose(model: str, out: str, **options: Unpack[DecomposeOptions]) -> dict
     show_compared(outcome.plan, outcome.compared)
     say(f"wrote {config.out}")
     say(f"next: lord-tune evaluate {config.out} --text FILE   or   lord-tune inspect {config.out}")
+    return report
+
+
+@documented(CorrectConfig)
+def correct(quantized: str, original: str, out: str, **options: Unpack[CorrectOptions]) -> dict[str, Any]:
+    """Fit L R to what a quantized checkpoint left out of its original: a factored checkpoint with the checkpoint's own
+    codes at `out`, and the adapter for that very file in it; returns the content of decomposition.json."""
+    config = CorrectConfig.build({"quantized": quantized, "original": original, "out": out, **options})
+    if config.dry_run:
+        return show_plan(config)
+    quiet()
+    check_destination(Path(config.out), config.overwrite)
+    source = open_quantized(config.quantized)
+    fit = {name: getattr(config, name) for name in config.model_fields_set & set(DecomposeConfig.model_fields)}
+    fit |= {"model": config.original, "rank": config.rank, "method": "whitened", "form": PLAIN, "out": config.out}
+    own = DecomposeConfig.build(fit)
+    served = SERVED[config.adapter_type] if isinstance(source, GGUFFile) else None
+    command = command_line("correct", config)
+    report = _decompose(own, command, source, served, lambda folder: adapter_in(folder, config))
+    show_gain(report)
     return report
 
 

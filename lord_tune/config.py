@@ -628,6 +628,40 @@ class ExportConfig(RunConfig):
                 raise UsageError(f"`{name}` has no effect with this `format`; remove it.")
 
 
+class CorrectConfig(RunConfig):
+    """`lord-tune correct QUANTIZED ORIGINAL OUT`"""
+
+    positional: ClassVar[tuple[str, ...]] = ("quantized", "original", "out")
+
+    quantized: str = Field(
+        description="a .gguf file, or a folder quantized by bitsandbytes (NF4), compressed-tensors, GPTQ or AWQ"
+    )
+    original: str = Field(
+        description="the model that was quantized: Hugging Face directory, Hub id, .gguf file or demo"
+    )
+    out: str = Field(description="folder to write to: a factored checkpoint with the adapter in it")
+    calibration: list[str] = Field([], description="files or folders of text or rows, or Hub datasets, as in decompose")
+    rank: int = Field(16, gt=0, description="of L R")
+    calibration_tokens: int = Field(16384, gt=0, description="tokens to calibrate on; a sixteenth more is held out")
+    context_length: int = Field(1024, gt=1, description="tokens per calibration window")
+    targets: str | None = Field(None, description="regex of layer names to correct; default: all linears in blocks")
+    exclude: str | None = Field(None, description="regex of layer names to leave alone")
+    factor_format: Literal["fp32", "fp16", "bf16"] | None = Field(
+        None, description="storage of L and R in the factored checkpoint; default: the dtype of the original"
+    )
+    adapter_type: Literal["f16", "q8_0", "f32"] = Field("f16", description="of a GGUF adapter: how L and R are stored")
+    dtype: Literal["float32", "float16", "bfloat16"] | None = Field(None, description="load the original in this dtype")
+    seed: int = Field(0, description="of the draw of calibration windows")
+    overwrite: bool = Field(False, description="replace OUT if an earlier run of lord-tune wrote it")
+    dry_run: bool = Field(False, description="print the resolved configuration and stop")
+
+    def check(self) -> None:
+        if not self.calibration:
+            raise UsageError("L R is fitted on calibration text; pass `calibration` FILE.")
+        if self.given("adapter_type") and not self.quantized.lower().endswith(".gguf"):
+            raise UsageError("`adapter_type` is of GGUF adapters; remove it.")
+
+
 class InspectConfig(RunConfig):
     """`lord-tune inspect DIR`"""
 
@@ -669,6 +703,7 @@ RECORDS: dict[str, type[RunConfig]] = {
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
+    "correct": CorrectConfig,
     "inspect": InspectConfig,
     "doctor": DoctorConfig,
 }

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 def command_line(verb: str, config: RunConfig) -> str:
     """The command that repeats a run: positional fields, then every field that differs from its default."""
     words = ["lord-tune", verb]
-    positional = [n for n in ("model", "out") if n in type(config).model_fields and verb != "quickstart"]
+    known = () if verb == "quickstart" else ("quantized", "original", "model", "out")
+    positional = [name for name in known if name in type(config).model_fields]
     words += [str(getattr(config, name)) for name in positional]
     values = {name: getattr(config, name) for name in type(config).model_fields} | (config.model_extra or {})
     for name, value in values.items():

@@ -263,6 +263,23 @@ class ExportOptions(TypedDict, total=False):
     dry_run: bool
 
 
+class CorrectOptions(TypedDict, total=False):
+    """Keywords of `correct`."""
+
+    calibration: list[str]
+    rank: int
+    calibration_tokens: int
+    context_length: int
+    targets: str | None
+    exclude: str | None
+    factor_format: Literal["fp32", "fp16", "bf16"] | None
+    adapter_type: Literal["f16", "q8_0", "f32"]
+    dtype: Literal["float32", "float16", "bfloat16"] | None
+    seed: int
+    overwrite: bool
+    dry_run: bool
+
+
 class InspectOptions(TypedDict, total=False):
     """Keywords of `inspect`."""
 

@@ -204,10 +204,12 @@ def test_what_a_file_may_say_beside_its_tensors(source, decomposed, tmp_path):
     assert result["comparison"]["kl"] < 1e-6
 
 
-def test_ones_that_a_converter_adds_are_seen():
+def test_ones_that_a_converter_adds_are_seen(tmp_path):
     """Gemma's norms."""
+    model = tiny_llama(intermediate=192)
     own = torch.randn(64, generator=torch.Generator().manual_seed(0)) * 0.1
-    place = gguf_places._place("model.norm.weight", own, "output_norm.weight", own + 1, {4}, Path("like.gguf"))
+    model.model.norm.weight.data = own + 1
+    place, _ = gguf_places.Located(write_like(model, tmp_path / "l.gguf", "llama")).place("model.norm.weight", own)
     assert place.added == 1 and torch.allclose(place.back(place.into(own)), own, atol=1e-6)
 
 

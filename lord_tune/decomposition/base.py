@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypedDict
 
@@ -12,6 +12,9 @@ from ..allocation import PLAIN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from ..plans import LayerChoice, Plan
+    from ..sites import Site
 
 CHECKED_TOKENS = 128  # of held-out text, on which the walk is compared with an ordinary forward pass
 
@@ -52,6 +55,18 @@ class Source(Protocol):
 
     def stored(self, name: str) -> Tensor | None:
         """The tensor as the checkpoint stores it, in its own dtype; None where it is not stored under one name."""
+        ...
+
+
+class GivenCodes(Protocol):
+    """Codes of Q that another program has chosen."""
+
+    def parts(self, name: str, choice: LayerChoice) -> dict[str, Tensor] | None:
+        """Of a layer, where the choice is to have the given ones."""
+        ...
+
+    def compared(self, plan: Plan, layers: Mapping[str, Site]) -> dict[str, Plan]:
+        """Whole models that the plan is run beside, on held-out text; the plan among them."""
         ...
 
 

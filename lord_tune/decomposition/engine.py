@@ -47,7 +47,7 @@ from ..allocation import TILTS
 from ..calibration.task import Task
 from ..errors import CalibrationError, LordError, LordWarning, UsageError
 from ..plans import LayerPlan, Plan
-from .base import LayerRecord, Notify, Source, Windows
+from .base import GivenCodes, LayerRecord, Notify, Source, Windows
 from .calibrating import calibrate
 from .choices import Measured, Sized
 from .decide import Request, decide_from
@@ -109,13 +109,17 @@ def decompose_checkpoint(
     journal: Journal,
     notify: Notify = lambda step: None,
     rest: int = 0,  # bytes of everything in the checkpoint but the layers to decompose
+    given: GivenCodes | None = None,
 ) -> Outcome:
     """Write the shards of the decomposed checkpoint into the journal's folder."""
     if windows is None and request.needs_text():
         raise CalibrationError(
             f"Method '{request.template.method}' with this budget needs calibration text; pass `calibration` files."
         )
-    run = Passes(source, survey, windows, task, journal, costs_of(request, plan), notify)
+    costs = costs_of(request, plan)
+    if given is not None and task.scored is not None:
+        costs[Phase.MEASURING] += 1.5
+    run = Passes(source, survey, windows, task, journal, costs, notify, given)
     from_analysis, compared = False, Compared()
     if plan is None:
         plan, compared = decide_measured(run, request, rest)
@@ -126,6 +130,8 @@ def decompose_checkpoint(
     if not plan.factored():
         journal.discard()
         raise LordError("Every layer stays dense at this budget, so nothing is done; choose another budget.")
+    if given is not None and task.scored is not None:
+        compared = Compared(measure(run, given.compared(plan, survey.layers), analysed=False))
     write(run, plan, request, from_analysis)
     write_rest(run)
     return _outcome(run, plan, compared)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from ..factorizations import (
 )
 from ..layers import FactoredLinear, bias_of, build_layer, is_transposed, shape_of, weight_of
 from ..plans import LayerChoice
-from ..quantizers import DTYPES, E8P2, E8P3, E8P4, Rotated
+from ..quantizers import DTYPES, E8P2, E8P3, E8P4, Quantizer, Rotated
 from .base import EqualBits, LayerRecord
 from .choices import Noise
 from .noise import Formats, noise_by_format, noise_of, noise_tensors
@@ -236,10 +236,13 @@ def split_layer(
     compare: bool = False,  # with feedback rounding alone at other widths
     output_gram: Tensor | None = None,
     judged: bool = True,  # with its errors, which take as long as the layer
+    given: dict[str, Tensor] | None = None,  # the parts of Q, where it is not for the method to choose
 ) -> Finished:
     """W = Q + L R with a quantized backbone."""
     start = time.perf_counter()
     weight, rank, quantizer = weight_of(module), choice.rank, choice.quantizer()
+    if given is not None:
+        quantizer = cast(Quantizer, Fixed(quantizer, given))
     assert quantizer is not None and rank is not None, "the plan gives a rank beside every backbone"
     method: Factorization = choice.factorization()
     alternates = method.alternates  # its Q alone is not plain rounding
@@ -270,6 +273,19 @@ def split_layer(
             record.equal_bits = _equal_bits(weight, calibration, heldout)
     record.seconds = time.perf_counter() - start
     return Finished(record, layer)
+
+
+class Fixed:
+    """A format whose plain rounding is known already."""
+
+    def __init__(self, form: Any, parts: dict[str, Tensor]):
+        self._form, self._parts = form, parts
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._form, name)
+
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        return self._parts
 
 
 def _fitted(

@@ -22,7 +22,7 @@ from ..calibration.task import Task
 from ..console import human_bytes
 from ..errors import CalibrationError, LordWarning
 from ..factorizations import Factorization
-from .base import CHECKED_TOKENS, Notify, Source, Windows
+from .base import CHECKED_TOKENS, GivenCodes, Notify, Source, Windows
 from .clock import Clock
 from .exchange import Result, dealt_out
 from .journal import Journal
@@ -48,8 +48,10 @@ class Passes:
         journal: Journal,
         costs: dict[Phase, float],  # of one block, relative; for the remaining time
         notify: Notify,
+        given: GivenCodes | None = None,
     ):
         self.source, self.survey, self.windows, self.task, self.journal = source, survey, windows, task, journal
+        self.given = given
         self.model, self.blocks, self.workers = source.model, survey.blocks, journal.workers
         self.count = len(self.blocks.modules)
         self.shards = self.count + (0 if self.blocks.whole else 1)

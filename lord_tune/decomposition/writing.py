@@ -147,9 +147,10 @@ def factorize(
         assert calibration is None or isinstance(calibration, Moments)
         if choice.backbone == "none":
             return project_layer(module, calibration, heldout, choice, gradients.get(f"{name}:gram"))
-        compare = choice.rank > 0 and compared.get(site.shape) == name
+        given = None if run.given is None else run.given.parts(name, choice)
+        compare = choice.rank > 0 and compared.get(site.shape) == name and given is None
         fisher, output_gram = _fisher(name, gradients), gradients.get(f"{name}:gram")
-        return split_layer(module, calibration, heldout, choice, fisher, compare, output_gram, judged=only is None)
+        return split_layer(module, calibration, heldout, choice, fisher, compare, output_gram, only is None, given)
 
     return run.deal(index, methods, finish)
 

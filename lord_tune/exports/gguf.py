@@ -28,9 +28,10 @@ from ..errors import UsageError
 from ..integrations.running import kind_of
 from ..integrations.transformers_quantizer import detach
 from ..layers import FactoredLinear, densify, factored_layers, unfused_parameters
+from ..quantizers import GGML
 from ..quantizers.engines import Block, gguf_blocks
 from .base import Job
-from .gguf_places import Place, decoded, metadata, opened, places_in
+from .gguf_places import Located, Place, decoded, metadata, places_in
 from .llama_cpp import compared_in_engine
 from .verify import outputs_of
 
@@ -69,9 +70,8 @@ class GGUFExport:
         import gguf
 
         assert job.like is not None, "checked by the configuration"
-        reader = opened(job.like)
-        layers = factored_layers(model)
-        places = places_in(reader, model, layers, job.like)
+        layers, file = factored_layers(model), Located(job.like)
+        reader, places = file.reader, places_in(file, model, layers)
         typed = {name: kind for name, layer in layers.items() if (kind := _kind(layer)) is not None}
         pieces = list(_pieces(reader, layers, typed, places, job))
         _write_model(reader, pieces, job.folder / MODEL_FILE)
@@ -110,6 +110,8 @@ def _kind(layer: FactoredLinear) -> Any:
     import gguf
 
     form = None if layer.plan.backbone == "none" else layer.backbone.quantizer
+    if isinstance(form, GGML):
+        return form.kind
     if not isinstance(form, Block) or layer.in_features % form.group_size:
         return None
     return getattr(gguf.GGMLQuantizationType, form.name.upper(), None)
@@ -142,12 +144,13 @@ def _pieces(
             name = owners[tensor.name]
             layer, place = layers[name], places[f"{name}.weight"]
             if name in typed:
-                form = layer.backbone.quantizer
-                width = layer.in_features // form.group_size * gguf.GGML_QUANT_SIZES[typed[name]][1]
+                size, stored = gguf.GGML_QUANT_SIZES[typed[name]]
+                width = layer.in_features // size * stored
 
                 def blocks(layer: FactoredLinear = layer, place: Place = place) -> np.ndarray:
                     parts = {key: part.cpu() for key, part in layer.backbone.parts().items()}
-                    made = gguf_blocks(layer.backbone.quantizer, parts, layer.plan.shape)
+                    form = layer.backbone.quantizer
+                    made = parts["weight"] if isinstance(form, GGML) else gguf_blocks(form, parts, layer.plan.shape)
                     return (made if place.order is None else made[place.order]).contiguous().numpy()
 
                 yield _Piece(tensor.name, (layer.out_features, width), typed[name], np.dtype(np.uint8), blocks)
@@ -254,6 +257,19 @@ def _write_adapter(reader: Any, layers: dict[str, FactoredLinear], places: dict[
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def write_adapter_for(model: PreTrainedModel, layers: dict[str, FactoredLinear], file: Path, job: Job) -> None:
+    """L and R of these layers as an adapter of a GGUF file whose codes are their Q; run in llama.cpp if it is there."""
+    located = Located(file)
+    places = {f"{name}.weight": located.place(f"{name}.weight", _weight(layer))[0] for name, layer in layers.items()}
+    _write_adapter(located.reader, layers, places, job)
+    if kind_of(model) == "causal":
+        job.notes.append(compared_in_engine(file, job.folder / ADAPTER_FILE, job.ids, outputs_of(model, job.ids)))
+
+
+def _weight(layer: FactoredLinear) -> Tensor:
+    return layer.dense_weight(torch.float32).cpu()
 
 
 # --- reading back ---

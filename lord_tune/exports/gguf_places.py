@@ -7,7 +7,6 @@ which also tells a file of another model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ from ..layers import FactoredLinear
 
 _ALIKE = 0.2  # least cosine of a decomposed weight and its original; those of unrelated weights are near 0
 _ROUNDED = 0.2  # largest relative distance of what was not decomposed, where the file holds it quantized
+_CHUNK = 2**22  # weights decoded at once
+_COMPARED = 2048  # rows of a matrix that are looked at to tell where they lie
 _CAST = 0.02  # the same where the file holds it in 16 or 32 bits
 
 
@@ -37,6 +38,11 @@ class Place:
         """As the file holds it."""
         value = (value.T if self.turned else value) + self.added
         return value if self.order is None else value[self.order]
+
+    def rows_into(self, value: Tensor, rows: Tensor) -> Tensor:
+        """These rows, as the file holds them."""
+        value = value.T if self.turned else value
+        return (value[rows] if self.order is None else value[self.order[rows]]) + self.added
 
     def back(self, value: Tensor) -> Tensor:
         """As the model holds it."""
@@ -62,8 +68,19 @@ def metadata(reader: Any, key: str) -> Any:
     return reader.fields[key].contents() if key in reader.fields else None
 
 
-def decoded(gguf: Any, tensor: Any) -> Tensor:
-    return torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy()).float()
+def decoded(gguf: Any, tensor: Any, rows: Tensor | None = None) -> Tensor:
+    """Float32; of a matrix these rows alone, or all, a few million weights at a time."""
+    if rows is not None:
+        return torch.from_numpy(gguf.quants.dequantize(tensor.data[rows.numpy()], tensor.tensor_type).copy()).float()
+    shape = tuple(reversed(tensor.shape.tolist()))
+    if len(shape) != 2:
+        return torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy()).float()
+    found = torch.empty(shape)
+    step = max(1, _CHUNK // shape[1])
+    for start in range(0, shape[0], step):
+        part = gguf.quants.dequantize(tensor.data[start : start + step], tensor.tensor_type)
+        found[start : start + step] = torch.from_numpy(part.astype("float32"))
+    return found
 
 
 def _dense_names(model: PreTrainedModel, layers: dict[str, FactoredLinear]) -> dict[str, Tensor | None]:
@@ -78,101 +95,136 @@ def _dense_names(model: PreTrainedModel, layers: dict[str, FactoredLinear]) -> d
     return found | {f"{name}.weight": None for name in layers}
 
 
-def places_in(reader: Any, model: PreTrainedModel, layers: dict[str, FactoredLinear], like: Path) -> dict[str, Place]:
+class Located:
+    """A GGUF file, and which of its tensors a model's are."""
+
+    def __init__(self, like: Path):
+        import gguf
+
+        self.like, self.reader = like, opened(like)
+        arch = metadata(self.reader, gguf.Keys.General.ARCHITECTURE)
+        kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+        if arch not in kinds:
+            raise UsageError(f"{like} is of the architecture {arch}, which the installed gguf package does not know.")
+        blocks = metadata(self.reader, f"{arch}.block_count")
+        if blocks is None:
+            raise UsageError(
+                f"{like} says of no blocks, so it holds no language model; pass a GGUF file of the original."
+            )
+        self._names = gguf.get_tensor_name_map(kinds[arch], blocks)
+        self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
+        self._heads: set[int] = set()
+        for counted in ("head_count", "head_count_kv"):  # of some families a number per block
+            value = metadata(self.reader, f"{arch}.attention.{counted}")
+            self._heads |= {n for n in (value if isinstance(value, list) else [value]) if isinstance(n, int) and n > 0}
+
+    def tensor(self, key: str) -> Any:
+        """Of the file, None where it has none."""
+        return self.tensors.get(self._names.get_name(key, try_suffixes=(".weight", ".bias")))
+
+    def wanted(self, key: str) -> Any:
+        tensor = self.tensor(key)
+        if tensor is None:
+            raise UsageError(
+                f"'{key}' of the model has no tensor in {self.like}; pass a GGUF file of the original model."
+            )
+        return tensor
+
+    def place(self, key: str, own: Tensor) -> tuple[Place, float]:
+        """Where the model's tensor lies, and its relative distance from what is there."""
+        import gguf
+
+        tensor = self.wanted(key)
+        # stored transposed in the model, as Conv1D is; of a square matrix the values tell
+        theirs = tuple(reversed(tensor.shape.tolist()))
+        shapes = (
+            {False: tuple(own.shape), True: tuple(own.shape[::-1])} if own.dim() == 2 else {False: tuple(own.shape)}
+        )
+        turns = [turned for turned, shape in shapes.items() if shape == theirs]
+        if not turns:
+            raise UsageError(
+                f"'{key}' is {tuple(own.shape)} and '{tensor.name}' in {self.like} is {theirs}; pass a GGUF file of "
+                "the original model."
+            )
+        count = theirs[0]
+        orders: list[Tensor | None] = [None]
+        for heads in sorted(self._heads):
+            if count % (2 * heads) == 0:
+                orders.append(torch.arange(count).view(heads, 2, -1).transpose(1, 2).reshape(-1))
+        rows = None
+        if own.dim() == 2:
+            rows = torch.linspace(0, count - 1, min(count, _COMPARED)).round().long()
+        found = decoded(gguf, tensor, rows)
+        added = (0.0, 1.0) if own.dim() == 1 and "norm" in tensor.name else (0.0,)
+        tried = [Place(tensor.name, order, more, turned) for more in added for turned in turns for order in orders]
+
+        def alike(place: Place) -> float:
+            value = place.into(own) if rows is None else place.rows_into(own, rows)
+            return _cosine(value - place.added, found - place.added)
+
+        likeness, best = max(((alike(place), place) for place in tried), key=lambda entry: entry[0])
+        if own.dim() == 2 and likeness < _ALIKE:
+            raise UsageError(
+                f"'{tensor.name}' in {self.like} is not what '{key}' was made from (cosine of the two {likeness:.2f}); "
+                "pass a GGUF file of the original model."
+            )
+        expected = best.into(own) if rows is None else best.rows_into(own, rows)
+        return best, float((expected - found).norm() / expected.norm().clamp_min(1e-30))
+
+    def check_untouched(self, key: str, distance: float) -> None:
+        """Refuse a tensor that is not the model's."""
+        tensor = self.wanted(key)
+        limit = _CAST if tensor.tensor_type.name in ("F32", "F16", "BF16") else _ROUNDED
+        if not distance <= limit:
+            raise UsageError(
+                f"'{tensor.name}' in {self.like} is not '{key}' of the model (relative distance {distance:.2g}, "
+                f"expected at most {limit}); pass a GGUF file of the original model."
+            )
+
+
+def places_in(file: Located, model: PreTrainedModel, layers: dict[str, FactoredLinear]) -> dict[str, Place]:
     """Key of the model -> its place. Refuses a file of another model."""
     import gguf
 
-    arch = metadata(reader, gguf.Keys.General.ARCHITECTURE)
-    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    if arch not in kinds:
-        raise UsageError(f"{like} is of the architecture {arch}, which the installed gguf package does not know.")
-    blocks = metadata(reader, f"{arch}.block_count")
-    if blocks is None:
-        raise UsageError(f"{like} says of no blocks, so it holds no language model; pass a GGUF file of the original.")
-    names = gguf.get_tensor_name_map(kinds[arch], blocks)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    heads: set[int] = set()
-    for counted in ("head_count", "head_count_kv"):  # of some families a number per block
-        value = metadata(reader, f"{arch}.attention.{counted}")
-        heads |= {n for n in (value if isinstance(value, list) else [value]) if isinstance(n, int) and n > 0}
     wanted = _dense_names(model, layers)
-    named = {key: names.get_name(key, try_suffixes=(".weight", ".bias")) for key in wanted}
-    for key, name in named.items():
-        if name in tensors:
-            continue
-        if key.endswith(".bias") and key.removesuffix(".bias") in layers:
+    for key in wanted:
+        if key.endswith(".bias") and key.removesuffix(".bias") in layers and file.tensor(key) is None:
             raise UsageError(
-                f"'{key}' has no place in {like.name}: the method afm added it; export with `format` factored or "
+                f"'{key}' has no place in {file.like.name}: the method afm added it; export with `format` factored or "
                 "dense, or decompose with `method` whitened."
             )
-        raise UsageError(f"'{key}' of the model has no tensor in {like}; pass a GGUF file of the original model.")
+        file.wanted(key)
     found: dict[str, Place] = {}
     for key in sorted(wanted, key=lambda key: key.endswith(".bias")):  # a layer's bias lies as its weight does
-        value, tensor, owner = wanted[key], tensors[named[key]], key.rpartition(".")[0]
-        theirs = decoded(gguf, tensor)
+        value, owner = wanted[key], key.rpartition(".")[0]
         if key.endswith(".bias") and owner in layers:  # the method may have changed it: its values tell nothing
-            found[key] = Place(tensor.name, found[f"{owner}.weight"].order)
+            found[key] = Place(file.wanted(key).name, found[f"{owner}.weight"].order)
             continue
         own = layers[owner].dense_weight(torch.float32).cpu() if value is None else value
-        found[key] = _place(key, own, tensor.name, theirs, heads, like)
+        found[key], distance = file.place(key, own)
         if value is not None:
-            _check_untouched(key, own, found[key], theirs, tensor, like)
-    _check_others(tensors, found, like, gguf)
+            file.check_untouched(key, distance)
+    check_others(file, found, gguf)
     return found
 
 
-def _check_others(tensors: dict[str, Any], found: dict[str, Place], like: Path, gguf: Any) -> None:
+def check_others(file: Located, found: dict[str, Place], gguf: Any) -> None:
     """Refuse a file with more than the model has: its layers would run, and nothing that is compared would tell."""
     placed = {place.name: key for key, place in found.items()}
-    for name in tensors:
+    for name in file.tensors:
         if name in placed or name.startswith(("rope_freqs", "rope_factors")):
             continue
         if name == "output.weight" and "token_embd.weight" in placed:  # a tied head, written twice
-            head, embedding = (decoded(gguf, tensors[key]) for key in (name, "token_embd.weight"))
-            if head.shape == embedding.shape and float((head - embedding).norm() / embedding.norm()) <= _ROUNDED:
-                continue
-        raise UsageError(f"'{name}' in {like} is not in the model; pass a GGUF file of the original model.")
-
-
-def _place(key: str, own: Tensor, name: str, theirs: Tensor, heads: Iterable[int], like: Path) -> Place:
-    """The order in which the two agree best."""
-    # stored transposed in the model, as Conv1D is; of a square matrix the values tell
-    turns = [turned for turned in (False, True) if (own.T if turned else own).shape == theirs.shape]
-    turns = turns if own.dim() == 2 else turns[:1]
-    if not turns:
-        raise UsageError(
-            f"'{key}' is {tuple(own.shape)} and '{name}' in {like} is {tuple(theirs.shape)}; pass a GGUF file of the "
-            "original model."
-        )
-    rows = theirs.shape[0]
-    orders: list[Tensor | None] = [None]
-    for count in sorted(heads):
-        if rows % (2 * count) == 0:
-            orders.append(torch.arange(rows).view(count, 2, -1).transpose(1, 2).reshape(-1))
-    added = (0.0, 1.0) if own.dim() == 1 and "norm" in name else (0.0,)
-    tried = [Place(name, order, more, turned) for more in added for turned in turns for order in orders]
-    judged = [(_cosine(place.into(own) - place.added, theirs - place.added), place) for place in tried]
-    best = max(judged, key=lambda entry: entry[0])
-    if own.dim() == 2 and best[0] < _ALIKE:
-        raise UsageError(
-            f"'{name}' in {like} is not what '{key}' was made from (cosine of the two {best[0]:.2f}); pass a GGUF file "
-            "of the original model."
-        )
-    return best[1]
+            head, embedding = (file.tensors[key] for key in (name, "token_embd.weight"))
+            if head.shape.tolist() == embedding.shape.tolist():
+                rows = torch.linspace(0, int(head.shape[1]) - 1, min(int(head.shape[1]), _COMPARED)).round().long()
+                first, second = (decoded(gguf, tensor, rows) for tensor in (head, embedding))
+                if float((first - second).norm() / second.norm()) <= _ROUNDED:
+                    continue
+        raise UsageError(f"'{name}' in {file.like} is not in the model; pass a GGUF file of the original model.")
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:
     x, y = a.double().flatten(), b.double().flatten()
     norms = float(x.norm() * y.norm())
     return float(x @ y) / norms if norms else float(torch.equal(x, y))
-
-
-def _check_untouched(key: str, own: Tensor, place: Place, theirs: Tensor, tensor: Any, like: Path) -> None:
-    expected = place.into(own)
-    distance = float((expected - theirs).norm() / expected.norm().clamp_min(1e-30))
-    limit = _CAST if tensor.tensor_type.name in ("F32", "F16", "BF16") else _ROUNDED
-    if not distance <= limit:
-        raise UsageError(
-            f"'{tensor.name}' in {like} is not '{key}' of the model (relative distance {distance:.2g}, expected at "
-            f"most {limit}); pass a GGUF file of the original model."
-        )

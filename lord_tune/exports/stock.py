@@ -3,6 +3,7 @@ and the outputs of the two in a process that never imports lord_tune."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -157,6 +158,16 @@ save_file({"logits": logits.cpu().contiguous()}, out)
 """
 
 
+def served_outputs(base: Path, adapter: Path, ids: Tensor, model: PreTrainedModel) -> Tensor | None:
+    """The outputs of an adapter on a quantized base elsewhere; None where its package is not installed."""
+    method = json.loads((base / "config.json").read_text())["quantization_config"]["quant_method"]
+    needed = {"compressed-tensors": "compressed_tensors", "bitsandbytes": "bitsandbytes"}.get(method, "gptqmodel")
+    if importlib.util.find_spec(needed) is None:
+        return None
+    how = "decode" if method == "compressed-tensors" else ""
+    return _run_stock(adapter.parent, base, adapter, ids, model, type(model).__name__, how)
+
+
 def stock_outputs(
     folder: Path,  # with a base and, unless no layer has L R, an adapter
     ids: Tensor,
@@ -166,14 +177,23 @@ def stock_outputs(
     remote: str | None = None,  # the Auto class that loads a model with code of its own, in `folder` itself
 ) -> Tensor:
     """The outputs of stock transformers + peft in a process that never imports lord_tune."""
-    scratch, adapter = folder / ".verify", folder / ADAPTER
+    adapter = folder / ADAPTER
+    base, kind = (folder / BASE, type(model).__name__) if remote is None else (folder, remote)
+    told = how if remote is None else "remote"
+    return _run_stock(folder, base, adapter if adapter.is_dir() else None, ids, model, kind, told)
+
+
+def _run_stock(
+    folder: Path, base: Path, adapter: Path | None, ids: Tensor, model: PreTrainedModel, kind: str, how: str
+) -> Tensor:
+    """folder: where files may be put for a while."""
+    scratch = folder / ".verify"
     scratch.mkdir()
     try:
         inputs = {"input_ids": ids.contiguous(), **decoder_inputs(model, ids)}
         save_file(inputs, scratch / "ids.safetensors")
-        base, kind = (folder / BASE, type(model).__name__) if remote is None else (folder, remote)
-        words = [str(base), str(adapter) if adapter.is_dir() else "", str(scratch / "ids.safetensors")]
-        words += [str(scratch / "out.safetensors"), kind, how if remote is None else "remote"]
+        words = [str(base), "" if adapter is None else str(adapter), str(scratch / "ids.safetensors")]
+        words += [str(scratch / "out.safetensors"), kind, how]
         run = subprocess.run([sys.executable, "-c", _STOCK_LOADER, *words], capture_output=True, text=True)
         if run.returncode != 0:
             last = run.stderr.strip().splitlines()[-1] if run.stderr.strip() else "no message"

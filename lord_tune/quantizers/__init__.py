@@ -11,6 +11,7 @@ from ..errors import unknown_name
 from .base import Quantizer
 from .e8 import E8P2, E8P3, E8P4
 from .engines import Q2_0, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, W2A16, W4A16, W8A16
+from .ggml import GGML
 from .incoherence import Rotated
 from .integer import Int2, Int3, Int4, Int8
 from .lloyd import Lloyd2, Lloyd3, Lloyd4
@@ -24,10 +25,13 @@ QUANTIZERS: dict[str, type[Any]] = {
         *(Q2_0, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, W2A16, W4A16, W8A16),
     )
 }
+GIVEN: dict[str, type[Any]] = {GGML.name: GGML}  # formats of codes that another program has chosen
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # formats that need no quantizer
 
 __all__ = [
     "DTYPES",
+    "GGML",
+    "GIVEN",
     "E8P2",
     "E8P3",
     "E8P4",
@@ -59,12 +63,13 @@ __all__ = [
 def make_quantizer(name: str, options: Options | None = None) -> Quantizer:
     """A quantizer by name; UsageError with the nearest name if there is none. The options `incoherence` and `seed` wrap
     any format in a rotation."""
-    if name not in QUANTIZERS:
+    known = QUANTIZERS | GIVEN
+    if name not in known:
         raise unknown_name("format", name, [*QUANTIZERS, *DTYPES])
     own = dict(options or {})
     seed = own.pop("seed", 0)
     rotated = own.pop("incoherence", False)
-    inner: Quantizer = QUANTIZERS[name](**own)
+    inner: Quantizer = known[name](**own)
     if not rotated:
         return inner
     if not isinstance(seed, int):
