@@ -32,9 +32,10 @@ from .layers.sizes import sizes
 from .parallel import Workers
 from .plans import LayerChoice, Plan
 from .provenance import identity_of, made_from
+from .quantizers import DTYPES
 from .resolve import rest_of, windows_of
 
-_SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)  # of the linears' bytes that L R keeps, in a sweep
+_SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)  # of the linears' numbers that L R keeps, in a sweep
 _BITS = (2.25, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)  # per weight, of mixtures
 _BESIDE = (0, 16)  # ranks beside one format for all layers
 
@@ -129,7 +130,9 @@ def _plans(work: _Work, request: Request, measured: dict[str, Measured]) -> dict
     """'series: setting' -> plan; sizes that cannot be met are left out."""
     mixture = request.budget
     assert isinstance(mixture, Sized)
-    dense = sum(site.dense_bytes for site in work.layers.values())
+    held = DTYPES.get(request.template.factor_format or "")  # a float32 model's L R in 16 bits are half as large anyway
+    sizes_of = [site.numbers * held.itemsize if held else site.dense_bytes for site in work.layers.values()]
+    dense = sum(sizes_of)
     found: dict[str, Plan] = {}
 
     def add(name: str, sized: Sized) -> None:

@@ -61,6 +61,7 @@ from .steps import REST, Phase, of_block
 from .survey import Survey
 from .writing import write, write_rest
 
+CORRECTED = "corrected"  # the plan of a correction, among those it is run beside
 SOLUTION, CONTROL, DENSE = "solution", "control", "dense"  # plans that are measured, beside the tilts
 
 
@@ -118,7 +119,7 @@ def decompose_checkpoint(
         )
     costs = costs_of(request, plan)
     if given is not None and task.scored is not None:
-        costs[Phase.MEASURING] += 1.5
+        costs |= {Phase.MEASURING: 1.3, Phase.WRITING: 0.05}
     run = Passes(source, survey, windows, task, journal, costs, notify, given)
     from_analysis, compared = False, Compared()
     if plan is None:
@@ -131,7 +132,8 @@ def decompose_checkpoint(
         journal.discard()
         raise LordError("Every layer stays dense at this budget, so nothing is done; choose another budget.")
     if given is not None and task.scored is not None:
-        compared = Compared(measure(run, given.compared(plan, survey.layers), analysed=False))
+        compared = Compared(measure(run, given.compared(plan, survey.layers), analysed=False, kept=CORRECTED))
+        from_analysis = True
     write(run, plan, request, from_analysis)
     write_rest(run)
     return _outcome(run, plan, compared)

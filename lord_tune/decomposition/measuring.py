@@ -29,9 +29,9 @@ from .writing import factorize
 Pair = tuple[float, int]  # summed loss, tokens
 
 
-def measure(run: Passes, plans: Mapping[str, Plan], analysed: bool) -> dict[str, float]:
+def measure(run: Passes, plans: Mapping[str, Plan], analysed: bool, kept: str | None = None) -> dict[str, float]:
     """Plan's name -> loss on the held-out text, nats per token. `analysed`: the calibrating pass has looked at every
-    layer, from which L R without Q is cut."""
+    layer, from which L R without Q is cut. The layers of the plan `kept` are those that will be written."""
     score, text = scored(run.task), run.text
     heldout = torch.cat([run.task.prepare(window[None]) for window in text.heldout])
     streams = {name: f"plan{number}" for number, name in enumerate(plans)}
@@ -48,6 +48,10 @@ def measure(run: Passes, plans: Mapping[str, Plan], analysed: bool) -> dict[str,
             run.compare(walk, index)
             statistics: Statistics | None = collect(run, walk, index, index + 1 < run.count) if walked else None
             made: dict[str, FactoredLinear | None] = {}
+            if kept is not None:
+                done = factorize(run, plans[kept], index, statistics, analysed)
+                run.made.keep(run.journal, index, done)
+                made = {_key(layer, plans[kept].layers[layer]): finished.layer for layer, finished in done.items()}
             for name, plan in plans.items():
                 keys = _make(run, plan, index, statistics, analysed, made)
                 dense = {}

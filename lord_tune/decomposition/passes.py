@@ -26,6 +26,7 @@ from .base import CHECKED_TOKENS, GivenCodes, Notify, Source, Windows
 from .clock import Clock
 from .exchange import Result, dealt_out
 from .journal import Journal
+from .made import Made
 from .shards import Loaded
 from .steps import CHECKED, Phase, start_of
 from .survey import Survey
@@ -51,7 +52,7 @@ class Passes:
         given: GivenCodes | None = None,
     ):
         self.source, self.survey, self.windows, self.task, self.journal = source, survey, windows, task, journal
-        self.given = given
+        self.given, self.made = given, Made()
         self.model, self.blocks, self.workers = source.model, survey.blocks, journal.workers
         self.count = len(self.blocks.modules)
         self.shards = self.count + (0 if self.blocks.whole else 1)

@@ -42,7 +42,10 @@ def write(run: Passes, plan: Plan, request: Request, from_analysis: bool) -> Non
             if walk is not None:
                 run.compare(walk, index)
             statistics = _statistics(run, walk, index, request, from_analysis)
-            done = factorize(run, plan, index, statistics, from_analysis)
+            if run.made:
+                done = run.made.restored(run.journal, index, run.read)
+            else:
+                done = factorize(run, plan, index, statistics, from_analysis)
             del statistics
             layers = {name: finished.layer for name, finished in done.items() if finished.layer is not None}
             for name, layer in layers.items():
