@@ -5,11 +5,8 @@ Keyword arguments are the fields of the verb's record in config.py.
 
 from __future__ import annotations
 
-import json
 import tempfile
-import time
 import warnings
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,34 +14,31 @@ from typing import Any, Unpack
 
 from .adapters.loading import load, load_to_fold
 from .calibration.corpus import file_windows
-from .cards import decomposition_card, export_card, training_card
+from .cards import export_card, training_card
 from .config import CorrectConfig, DecomposeConfig, EvaluateConfig, ExportConfig, InspectConfig, PlanConfig, TrainConfig
 from .console import LiveTable, human_bytes, is_main_process, note, progress, say, show_table
 from .correction.adapter import SERVED, adapter_in, open_quantized, show_gain
-from .correction.base import Corrected, Quantized
 from .correction.gguf_file import GGUFFile
 from .data.texts import documents
 from .declared import PLAIN
-from .decomposition import Compared, Journal, Phase, Rates, decompose_checkpoint, is_block
-from .decomposition.base import Source
-from .decomposition.decide import Given, decide
-from .decomposition.sizes import totals_of
+from .decomposing import run_decomposition
+from .decomposition import Compared, Rates
+from .decomposition.decide import decide
 from .decomposition.survey import survey
 from .errors import LordWarning, UsageError
 from .evaluation.run import evaluate_model
 from .exports.alone import check_base
 from .exports.run import export_model
-from .integrations.checkpoint import Checkpoint, skeleton, write_index
+from .integrations.checkpoint import skeleton
 from .integrations.companions import companions_of
 from .integrations.files import ADAPTER_FILE, relative_folder
-from .integrations.models import attention_of, default_device, launched_processes, load_tokenizer, model_class, quiet
-from .integrations.running import kind_of, run_model, task_of, window_length
+from .integrations.models import default_device, quiet
+from .integrations.running import kind_of, run_model, window_length
 from .integrations.sources import base_of_adapter, gguf_file, resolve_model, weights_identity
 from .integrations.vocabulary import check_vocabulary
 from .keywords import documented
 from .layers import dequantize_once
 from .layers.sizes import sizes
-from .memory import PeakMemory
 from .merges import ORIGINAL, UNMERGED, Merges, weigh
 from .options import Export
 from .parallel import Workers
@@ -52,7 +46,7 @@ from .plan_tables import backbones_of, show_compared, with_budget, write_sweep
 from .planning import plan_on_text
 from .plans import FORMAT_VERSION
 from .protocols import CausalModel, TrlConfig
-from .provenance import architecture_of, command_line, identity_of, lasting, made_from, versions
+from .provenance import command_line, identity_of, made_from, versions
 from .resolve import (
     asked_text,
     check_formats,
@@ -60,9 +54,7 @@ from .resolve import (
     foresee,
     request_of,
     rest_of,
-    text_size_of,
     training_dtype,
-    windows_of,
 )
 from .signatures import CorrectOptions, DecomposeOptions, EvaluateOptions, ExportOptions, InspectOptions, PlanOptions
 from .storage import (
@@ -70,7 +62,6 @@ from .storage import (
     check_destination,
     check_json_file,
     read_json,
-    sha256_files,
     sole_writer,
     write_json,
     write_text,
@@ -80,13 +71,11 @@ from .tables import (
     LAYER_WIDTHS,
     layer_rows,
     notify_training,
-    show_decomposition,
     show_estimate,
     show_layers,
     show_memory,
     show_plan,
     show_totals,
-    summary,
 )
 from .training import TrainOptions, train_model, trainer_arguments
 
@@ -102,116 +91,7 @@ def decompose(model: str, out: str, **options: Unpack[DecomposeOptions]) -> dict
         return show_plan(config)
     quiet()
     check_formats(config)
-    return _decompose(config, command_line("decompose", config))
-
-
-def _decompose(
-    config: DecomposeConfig,
-    command: str,
-    quantized: Quantized | None = None,  # whose codes are Q
-    served: str | None = None,  # how L and R are stored beside these
-    finish: Callable[[Path], dict[str, Any]] = lambda folder: {},  # adds files and entries of the report
-) -> dict[str, Any]:
-    workers, device = launched_processes()
-    journal = Journal(Path(config.out), workers)
-    perhaps_finished = config.resume and not config.overwrite and (journal.out / "decomposition.json").is_file()
-    if not perhaps_finished:
-        journal.check(config.resume, config.overwrite)
-    source_name = resolve_model(config.model)
-    _, base_config = model_class(source_name)
-    tokenizer = load_tokenizer(source_name)
-    shape = skeleton(source_name, config.dtype)
-    windows, calibration = windows_of(config, shape, tokenizer)
-    check_vocabulary(shape, tokenizer, [] if windows is None else [windows.calibration, windows.heldout])
-    beside = companions_of(source_name)
-    base = workers.send(identity_of(config.model, source_name) if journal.writes else None, 0)
-    if perhaps_finished:
-        report = read_json(journal.out / "decomposition.json")
-        now = json.loads(json.dumps({"config": lasting(config), "base": base, "calibration": calibration}))
-        if now == {key: report[key] for key in now}:
-            journal.remove_work()
-            say(f"{config.out} is finished already.")
-            return report
-        journal.check(config.resume, config.overwrite)
-    identity = {
-        "architecture": architecture_of(base_config),
-        "attention": attention_of(source_name),
-        "device": device.type,
-        "config": lasting(config),
-        "base": base,
-        "calibration": calibration,
-        "versions": versions(),
-        "processes": workers.size,
-    }
-    if config.plan_file is not None:
-        identity["plan"] = sha256_files([Path(config.plan_file)])
-    start = time.perf_counter()
-    if journal.open(identity, config.resume):
-        blocks = sum(is_block(step, Phase.WRITING) for step in journal.steps)
-        note(f"continuing the run in {journal.folder}: {blocks} blocks are written")
-    try:
-        source: Source = Checkpoint(source_name, config.dtype, journal.work / f"converted-{workers.rank}", device)
-        request = request_of(config)
-        found = survey(source.model, request.targets, request.exclude, run_model)
-        for text in found.notes():
-            warnings.warn(text, LordWarning, stacklevel=2)
-        corrected = None
-        if quantized is not None:
-            source = corrected = Corrected(source, quantized, found.layers, served)
-            request = replace(request, budget=Given(corrected.plan(request.template, config.rank or 0)))
-        before = sizes(source.model)
-        chosen = decide(found.layers, request, rest := rest_of(before, found))
-        on_meta = survey(shape, request.targets, request.exclude, run_model)
-        size = text_size_of(windows)
-        foreseen = estimate_of(shape, on_meta, request, chosen, size, None, workers.size, device)
-        doing = f"decomposing {config.model}" if quantized is None else f"correcting {quantized.name} by {config.model}"
-        say(f"{doing}: {summary(config, backbones_of(chosen))}")
-        say(
-            f"{foreseen.parameters:,} parameters, {foreseen.layers} layers in {foreseen.blocks} blocks; estimated peak "
-            f"memory {human_bytes(foreseen.peak_bytes)}, scratch files {human_bytes(foreseen.scratch_bytes)}"
-        )
-        task = task_of(tokenizer, kind_of(source.model))
-        with PeakMemory(device) as peak, LiveTable(LAYER_COLUMNS, LAYER_WIDTHS) as table:
-            show = layer_rows(table)
-            given = windows, task, journal, show, rest, corrected
-            outcome = decompose_checkpoint(source, found, request, chosen, *given)
-        totals = totals_of(outcome.records, before, sizes(source.model), time.perf_counter() - start)
-        totals |= {"peak_memory_bytes": peak.bytes, "estimated_peak_memory_bytes": foreseen.peak_bytes}
-        report = {
-            "format_version": FORMAT_VERSION,
-            "base": base,
-            "base_folder": relative_folder(config.model, journal.out),
-            "command": command,
-            "config": lasting(config),
-            "versions": versions(),
-            "seed": config.seed,
-            "calibration": calibration,
-            "shards": journal.shards(),
-            "layers": {name: asdict(record) for name, record in outcome.records.items()},
-            "recovery": outcome.recovery,
-            **outcome.compared.to_dict(),
-            "skipped": found.skipped,
-            "totals": totals,
-        }
-        if journal.writes:
-            write_index(journal.folder, source.model, tokenizer, outcome.plans, outcome.weight_map)
-            beside.copy(journal.folder)
-            replace(outcome.plan, made=made_from(config, base, calibration)).save(journal.folder / "plan.json")
-            mixture = calibration.get("mixture", {})
-            card = decomposition_card(config.model, lasting(config), totals, report["command"], mixture)
-            (journal.folder / "README.md").write_text(card)
-            report |= finish(journal.folder)
-            write_json(journal.folder / "decomposition.json", report)
-        journal.finish()
-    except BaseException:
-        if not journal.abandon():
-            note(f"what is finished is kept in {journal.folder}; continue with the same command and --resume")
-        raise
-    show_decomposition(outcome.records, outcome.recovery, found.skipped, totals)
-    show_compared(outcome.plan, outcome.compared)
-    say(f"wrote {config.out}")
-    say(f"next: lord-tune evaluate {config.out} --text FILE   or   lord-tune inspect {config.out}")
-    return report
+    return run_decomposition(config, command_line("decompose", config))
 
 
 @documented(CorrectConfig)
@@ -229,7 +109,7 @@ def correct(quantized: str, original: str, out: str, **options: Unpack[CorrectOp
     own = DecomposeConfig.build(fit)
     served = SERVED[config.adapter_type] if isinstance(source, GGUFFile) else None
     command = command_line("correct", config)
-    report = _decompose(own, command, source, served, lambda folder: adapter_in(folder, config))
+    report = run_decomposition(own, command, source, served, lambda folder: adapter_in(folder, config))
     show_gain(report)
     return report
 

@@ -53,10 +53,10 @@ WAYS = {
 }
 _ADVICE = {
     UNMERGED: "keep L and R as they are",
-    DECODED: "`--format dense`",
-    ORIGINAL: "`--format dense --merge original`",
-    NEAREST: "`--merge nearest`, Q alone",
-    FEEDBACK: "`--merge feedback`, Q alone",
+    DECODED: "`format` dense",
+    ORIGINAL: "`format` dense, `merge` original",
+    NEAREST: "`merge` nearest, Q alone",
+    FEEDBACK: "`merge` feedback, Q alone",
 }
 TOKENS = 4096  # of the held-out text
 LENGTH = 512  # of a window of it
