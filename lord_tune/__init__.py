@@ -24,6 +24,7 @@ _NAMES = {
     "evaluate": "commands",
     "export": "commands",
     "correct": "commands",
+    "chat": "commands",
     "inspect": "commands",
     "plan": "commands",
     "quickstart": "demo",
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from .adapters.fold import fold, merge, unmerge
     from .adapters.loading import load, load_adapter
     from .checkup import doctor
-    from .commands import correct, decompose, evaluate, export, inspect, plan, train
+    from .commands import chat, correct, decompose, evaluate, export, inspect, plan, train
     from .demo import quickstart
     from .errors import LordError, UsageError
     from .plans import LayerChoice, Plan
@@ -59,6 +60,7 @@ __all__ = [
     "UsageError",
     "add_lora",
     "add_scales",
+    "chat",
     "correct",
     "decompose",
     "doctor",

@@ -193,6 +193,7 @@ _SUMMARIES = {
     "evaluate": "Perplexity, size, bits per weight and speed of a checkpoint.",
     "export": "Write a checkpoint as dense, factored or peft, and verify it.",
     "correct": "Fit L R to what a quantized checkpoint left out.",
+    "chat": "Talk to a checkpoint.",
     "inspect": "Per-layer table of a factored checkpoint.",
     "doctor": "Versions, devices, threads, and what is missing.",
 }
@@ -220,7 +221,9 @@ EXAMPLES = {
     ],
     "correct": [
         "lord-tune correct model-Q4_K_M.gguf ORIGINAL runs/corrected --rank 16 --calibration text.jsonl",
+        "lord-tune correct nf4_folder ORIGINAL runs/corrected --calibration code.jsonl:0.75 prose.txt:0.25",
     ],
+    "chat": ["lord-tune chat runs/sft", "lord-tune chat runs/sft --prompt 'Reverse a list in Python.' --temperature 0"],
     "inspect": ["lord-tune inspect runs/nf4", "lord-tune inspect runs/nf4 --json layers.json"],
     "doctor": ["lord-tune doctor", "lord-tune doctor --json report.json"],
 }

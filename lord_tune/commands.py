@@ -12,10 +12,22 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Unpack
 
+import torch
+
 from .adapters.loading import load, load_to_fold
 from .calibration.corpus import file_windows
 from .cards import export_card, training_card
-from .config import CorrectConfig, DecomposeConfig, EvaluateConfig, ExportConfig, InspectConfig, PlanConfig, TrainConfig
+from .chatting import Talk, converse, prompts_of
+from .config import (
+    ChatConfig,
+    CorrectConfig,
+    DecomposeConfig,
+    EvaluateConfig,
+    ExportConfig,
+    InspectConfig,
+    PlanConfig,
+    TrainConfig,
+)
 from .console import LiveTable, human_bytes, is_main_process, note, progress, say, show_table
 from .correction.adapter import SERVED, adapter_in, open_quantized, show_gain
 from .correction.gguf_file import GGUFFile
@@ -56,7 +68,15 @@ from .resolve import (
     rest_of,
     training_dtype,
 )
-from .signatures import CorrectOptions, DecomposeOptions, EvaluateOptions, ExportOptions, InspectOptions, PlanOptions
+from .signatures import (
+    ChatOptions,
+    CorrectOptions,
+    DecomposeOptions,
+    EvaluateOptions,
+    ExportOptions,
+    InspectOptions,
+    PlanOptions,
+)
 from .storage import (
     atomic_directory,
     check_destination,
@@ -305,6 +325,25 @@ def _keep_dense(model: CausalModel) -> None:
     if not held:
         raise UsageError("The model has no quantized layers, so `dequantize_once` has no effect; remove it.")
     say(f"quantized weights are decoded once: {human_bytes(held)} more memory")
+
+
+@documented(ChatConfig)
+def chat(model: str, **options: Unpack[ChatOptions]) -> list[dict[str, str]]:
+    """Talk to a model by its chat template, or continue text where it has none; returns prompts and answers."""
+    config = ChatConfig.build({"model": model, **options})
+    quiet()
+    check_json_file(config.json_file)
+    loaded, tokenizer = load(config.model, config.dtype)
+    if config.dequantize_once:
+        _keep_dense(loaded)
+    torch.manual_seed(config.seed)
+    talk = Talk(loaded, tokenizer, config)
+    if not talk.templated:
+        note("the tokenizer has no chat template: each prompt is continued as it is")
+    found = converse(talk, *prompts_of(config, tokenizer))
+    if config.json_file:
+        write_json(Path(config.json_file), found)
+    return found
 
 
 @documented(InspectConfig)

@@ -662,6 +662,30 @@ class CorrectConfig(RunConfig):
             raise UsageError("`adapter_type` is of GGUF adapters; remove it.")
 
 
+class ChatConfig(RunConfig):
+    """`lord-tune chat MODEL`"""
+
+    positional: ClassVar[tuple[str, ...]] = ("model",)
+
+    model: str = Field(description="dense or factored checkpoint, output of train, Hub id, .gguf file or demo")
+    prompt: str | None = Field(None, description="ask this, print the answer and stop")
+    file: str | None = Field(None, description="ask each prompt of this file: lines of .txt, or rows as of evaluate")
+    system: str | None = Field(None, description="the system message")
+    max_new_tokens: int = Field(256, gt=0, description="of one answer")
+    temperature: float | None = Field(None, ge=0, description="0: the likeliest token; default: as the model says")
+    top_p: float | None = Field(None, gt=0, le=1, description="sample from the likeliest tokens of this probability")
+    seed: int = Field(0, description="of sampling")
+    dtype: Literal["float32", "float16", "bfloat16"] | None = Field(None, description="load the model in this dtype")
+    dequantize_once: bool = Field(False, description="decode quantized weights once and keep them dense in memory")
+    json_file: str | None = Field(None, description="also write prompts and answers into this file", alias="json")
+
+    def check(self) -> None:
+        if self.prompt is not None and self.file is not None:
+            raise UsageError("Got `prompt` and `file`; pass one of them, or neither to type.")
+        if self.temperature == 0 and self.top_p is not None:
+            raise UsageError("`top_p` has no effect with `temperature` 0; remove it.")
+
+
 class InspectConfig(RunConfig):
     """`lord-tune inspect DIR`"""
 
@@ -704,6 +728,7 @@ RECORDS: dict[str, type[RunConfig]] = {
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
     "correct": CorrectConfig,
+    "chat": ChatConfig,
     "inspect": InspectConfig,
     "doctor": DoctorConfig,
 }

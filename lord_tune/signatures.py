@@ -280,6 +280,21 @@ class CorrectOptions(TypedDict, total=False):
     dry_run: bool
 
 
+class ChatOptions(TypedDict, total=False):
+    """Keywords of `chat`."""
+
+    prompt: str | None
+    file: str | None
+    system: str | None
+    max_new_tokens: int
+    temperature: float | None
+    top_p: float | None
+    seed: int
+    dtype: Literal["float32", "float16", "bfloat16"] | None
+    dequantize_once: bool
+    json: str | None
+
+
 class InspectOptions(TypedDict, total=False):
     """Keywords of `inspect`."""
 

@@ -29,7 +29,7 @@ STAIRS = [
     ["config"],
     ["signatures", "keywords"],
     ["provenance", "resolve", "checkup"],
-    ["planning", "correction", "merges"],
+    ["planning", "correction", "merges", "chatting"],
     ["sweep_plot", "tables"],
     ["plan_tables"],
     ["decomposing"],

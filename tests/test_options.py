@@ -33,6 +33,8 @@ from lord_tune.cli import main
 from lord_tune.config import (
     FACTOR_FORMATS,
     FORMATS,
+    ChatConfig,
+    CorrectConfig,
     DecomposeConfig,
     DoctorConfig,
     EvaluateConfig,
@@ -1596,6 +1598,118 @@ def test_export_compares_within_the_positions_of_the_model(tmp_path):
     assert result["comparison"]["tokens"] == 64
 
 
+# ---- correct -------------------------------------------------------------------------------------------------------
+
+
+def corrected(b: Bench, **options: Any) -> Run:
+    """Of the model in q4_0."""
+    like = b.folder / "like.gguf"
+    if not like.exists():
+        write_like(AutoModelForCausalLM.from_pretrained(b.model), like, "llama")
+    file = b.folder / "q4_0.gguf"
+    if not file.exists():
+        whole = b.decompose(calibrated=False, method="svd", backbone="q4_0", rank=0).folder
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(lord_tune.exports.gguf, "compared_in_engine", lambda *files: "not run")
+            lord_tune.export(str(whole), str(b.folder / "q4_0"), "gguf", like=str(like))
+        (b.folder / "q4_0" / "model.gguf").rename(file)
+    given = {"calibration": [str(b.rows)], "rank": 8, "targets": "q_proj$|up_proj$", **SHORT} | options
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lord_tune.exports.gguf, "compared_in_engine", lambda *files: "not run")
+        out = b.fresh("corrected")
+        return Run(lord_tune.correct(str(file), str(b.model), str(out), **given), out)
+
+
+def differs(first: Run, second: Run) -> bool:
+    return not torch.equal(first.product(), second.product())
+
+
+def case_correct_quantized(b: Bench) -> None:
+    run = corrected(b)
+    assert run.manifest[Q]["backbone"] == "ggml" and run.manifest[Q]["backbone_options"] == {"type": "Q4_0"}
+
+
+def case_correct_original(b: Bench) -> None:
+    assert corrected(b).report["base"]["name"] == str(b.model)
+
+
+def case_correct_out(b: Bench) -> None:
+    out = corrected(b).folder
+    assert (out / "adapter" / "adapter.gguf").is_file() and (out / "decomposition.json").is_file()
+
+
+def case_correct_calibration(b: Bench) -> None:
+    other = write_code_rows(b.folder / "elsewhere.jsonl", rows=12)
+    assert differs(corrected(b), corrected(b, calibration=[str(other)]))
+
+
+def case_correct_rank(b: Bench) -> None:
+    assert corrected(b, rank=3).manifest[Q]["rank"] == 3
+
+
+def case_correct_calibration_tokens(b: Bench) -> None:
+    assert corrected(b, calibration_tokens=1024).report["calibration"]["tokens"] == 1024
+
+
+def case_correct_context_length(b: Bench) -> None:
+    assert corrected(b, context_length=32).report["calibration"]["context_length"] == 32
+
+
+def case_correct_targets(b: Bench) -> None:
+    assert all("q_proj" in name for name in corrected(b, targets="q_proj$").manifest)
+
+
+def case_correct_exclude(b: Bench) -> None:
+    assert not any("up_proj" in name for name in corrected(b, exclude="up_proj").manifest)
+
+
+def case_correct_factor_format(b: Bench) -> None:
+    assert corrected(b, factor_format="bf16").manifest[Q]["left_format"] == "bf16"
+
+
+def case_correct_adapter_type(b: Bench) -> None:
+    run = corrected(b, rank=32, adapter_type="q8_0")
+    assert gguf_kinds(run.folder / "adapter" / "adapter.gguf") == {"Q8_0"}
+
+
+def case_correct_dtype(b: Bench) -> None:
+    assert corrected(b, dtype="float16").manifest[Q]["left_format"] == "fp16"
+
+
+def case_correct_seed(b: Bench) -> None:
+    assert differs(corrected(b), corrected(b, seed=3))
+
+
+def case_correct_overwrite(b: Bench) -> None:
+    out = corrected(b).folder
+    given = {"calibration": [str(b.rows)], "targets": "q_proj$", **SHORT}
+    with pytest.raises(UsageError, match="already holds files"):
+        lord_tune.correct(str(b.folder / "q4_0.gguf"), str(b.model), str(out), **given)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lord_tune.exports.gguf, "compared_in_engine", lambda *files: "not run")
+        lord_tune.correct(str(b.folder / "q4_0.gguf"), str(b.model), str(out), overwrite=True, **given)
+    assert all("q_proj" in name for name in Run({}, out).manifest)
+
+
+def case_correct_dry_run(b: Bench) -> None:
+    out = b.fresh("dry")
+    lord_tune.correct("q.gguf", str(b.model), str(out), calibration=["x.txt"], dry_run=True)
+    assert not out.exists()
+
+
+CORRECT: dict[str, Case] = {
+    name.removeprefix("case_correct_"): case
+    for name, case in list(globals().items())
+    if name.startswith("case_correct_")
+}
+
+
+@pytest.mark.one_in(4)
+@pytest.mark.parametrize("field", CORRECT)
+def test_correct(field, bench):
+    CORRECT[field](bench)
+
+
 # ---- inspect -------------------------------------------------------------------------------------------------------
 
 
@@ -1619,6 +1733,7 @@ def test_inspect_model_and_json(bench, tmp_path, capfd):
         (TrainConfig, TRAIN),
         (EvaluateConfig, EVALUATE),
         (ExportConfig, EXPORT),
+        (CorrectConfig, CORRECT),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -1735,6 +1850,17 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
         ),
     ],
     "inspect": [(InspectConfig, "m --json j")],
+    "correct": [
+        (
+            CorrectConfig,
+            "q.gguf m o --calibration a.txt b.txt --rank 3 --calibration-tokens 9 --context-length 8 --targets t "
+            "--exclude e --factor-format bf16 --adapter-type q8_0 --dtype float16 --seed 4 --overwrite --dry-run",
+        )
+    ],
+    "chat": [
+        (ChatConfig, "m --prompt p --system s --max-new-tokens 3 --temperature 0.5 --top-p 0.9 --seed 2 --json j"),
+        (ChatConfig, "m --file f --dtype float16 --dequantize-once"),
+    ],
     "doctor": [(DoctorConfig, "--json j")],
 }
 
