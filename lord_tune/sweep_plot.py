@@ -11,6 +11,7 @@ from .planning import Point
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 _INK, _GRID = "#1f2933", "#e4e7eb"
 _COLOURS = ("#1f6feb", "#2da44e", "#bf8700", "#cf222e", "#8250df", "#57606a", "#0a7ea4", "#a04040")
@@ -29,6 +30,7 @@ def draw(points: list[Point], dense_bytes: int, dense_loss: float | None, files:
     panels[0].set_ylabel("predicted increase of the loss (nats per token)")
     if measured:
         _plot(panels[1], points, {p: math.exp(min(p.loss, 80.0)) for p in points if p.loss is not None})
+        _plain_numbers(panels[1].yaxis)
         panels[1].set_ylabel("perplexity on the held-out text")
         panels[1].axhline(math.exp(dense_loss or 0.0), color=_INK, linewidth=0.8, linestyle=":")
         panels[1].annotate(
@@ -49,6 +51,15 @@ def draw(points: list[Point], dense_bytes: int, dense_loss: float | None, files:
         os.replace(temporary, file)
 
 
+def _plain_numbers(axis: Axis) -> None:
+    """200 and not 2 x 10^2, on an axis that spans less than a power of ten."""
+    from matplotlib.ticker import LogLocator
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)))
+    axis.set_major_formatter(lambda value, place: f"{value:g}")
+    axis.set_minor_formatter(lambda value, place: "")
+
+
 def _plot(axes: Axes, points: list[Point], values: dict[Point, float]) -> None:
     """A line per series; single formats, which are no series of sizes, as labelled dots."""
     by_series: dict[str, list[Point]] = {}
@@ -65,3 +76,4 @@ def _plot(axes: Axes, points: list[Point], values: dict[Point, float]) -> None:
                 axes.annotate(point.setting, (left, up), (4, 3), textcoords="offset points", fontsize=7, color=_INK)
     axes.set_yscale("log")
     axes.set_xscale("log")
+    _plain_numbers(axes.xaxis)
