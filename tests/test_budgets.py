@@ -70,6 +70,7 @@ SIZES = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("case", SIZES)
 def test_what_is_stored_is_within_the_size(made, case):
     """Layers of 64 and 176 have few choices: on real models the gap is below 0.5 %."""
@@ -173,6 +174,7 @@ def test_a_run_that_dies_while_it_measures_is_continued_to_the_same_bytes(
     assert shards(tmp_path / "out") == shards(folder)
 
 
+@pytest.mark.slow
 def test_two_processes_measure_and_choose_the_same(made, llama_dir, rows_file, tmp_path):
     folder, report = made(bits_per_weight=3.5, refine=3, measure_control=True, **MIX)
     words = ["decompose", str(llama_dir), "two", "--bits-per-weight", "3.5", "--refine", "3", "--measure-control"]

@@ -168,6 +168,7 @@ print("MEMORY", json.dumps(lord_tune.train(**json.loads(sys.argv[1]))["memory"])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read as Linux tells it")
 def test_the_peak_of_a_process_is_near_the_foreseen_one(tmp_path, rows_file):
     """Resident memory above what the libraries hold, in a process of its own, which allocates as every run does. Files

@@ -219,6 +219,7 @@ def test_accelerate_launch_runs_a_recipe(small_run, tmp_path):
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_two_processes_split_the_work(small_run, tmp_path):
     words = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
     words += ["--dynamo_backend", "no", "--main_process_port", "0", "scripts/train.py", "--config", RECIPE]

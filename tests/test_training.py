@@ -515,6 +515,7 @@ for _ in range(4):
 """
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("mode", ["factors", "lora"])
 def test_fsdp2_shards_factors_and_packed_codes(aligned_llama_dir, tmp_path, mode):
     """torch's fully_shard on two CPU processes, which accelerate does not offer: the same losses as one process."""

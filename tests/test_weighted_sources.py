@@ -274,6 +274,7 @@ def mixed_run(llama_dir, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_decomposition_of_a_mixture(mixed_run):
     assert_equal_decompositions(mixed_run / "out", mixed_run / "two")
 
@@ -302,6 +303,7 @@ def test_a_card_without_a_mixture_does_not_speak_of_one(llama_dir, rows_file, tm
     assert "Calibrated on" not in (out / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_with_other_weights_is_not_resumed(mixed_run, llama_dir, tmp_path):
     server = ForkServer()
     folder = tmp_path / "run"
