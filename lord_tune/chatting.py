@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,7 +13,6 @@ from transformers import GenerationConfig, TextStreamer
 
 from .config import ChatConfig
 from .console import note, say
-from .data.texts import documents
 from .errors import UsageError
 from .integrations.running import max_length
 from .layers import plain_model
@@ -89,18 +89,34 @@ class Talk:
         return GenerationConfig(**told)
 
 
-def prompts_of(config: ChatConfig, tokenizer: Tokenizer) -> tuple[Iterable[str], bool]:
+def prompts_of(config: ChatConfig) -> tuple[Iterable[str], bool]:
     """What is asked, and whether each prompt is a conversation of its own."""
     if config.prompt is not None:
         return [config.prompt], True
     if config.file is not None:
-        if Path(config.file).suffix == ".txt":
-            lines = Path(config.file).read_text().splitlines() if Path(config.file).is_file() else []
-            if not lines:
-                raise UsageError(f"The file {config.file} does not exist or is empty; pass one prompt per line.")
-            return [line for line in lines if line.strip()], True
-        return documents([config.file], tokenizer), True
+        return _of_file(Path(config.file)), True
     return _typed(), False
+
+
+def _of_file(path: Path) -> list[str]:
+    """Lines of text, or the `prompt`s of .jsonl rows."""
+    lines = [line for line in path.read_text().splitlines() if line.strip()] if path.is_file() else []
+    if not lines:
+        raise UsageError(f"The file {path} does not exist or is empty; pass one prompt per line.")
+    if path.suffix != ".jsonl":
+        return lines
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            prompt = json.loads(line)["prompt"]
+        except (ValueError, KeyError, TypeError):
+            prompt = None
+        if not isinstance(prompt, str):
+            raise UsageError(
+                f"Line {number} of {path} is no row with a text `prompt`; pass such rows, or lines of text."
+            )
+        found.append(prompt)
+    return found
 
 
 def _typed() -> Iterator[str]:
@@ -118,15 +134,20 @@ def _typed() -> Iterator[str]:
             yield line
 
 
-def converse(talk: Talk, prompts: Iterable[str], apart: bool) -> list[dict[str, str]]:
-    """Ask everything. apart: each prompt anew."""
-    found: list[dict[str, str]] = []
+def converse(talk: Talk, prompts: Iterable[str], apart: bool) -> Iterator[dict[str, str]]:
+    """Ask everything. apart: each prompt anew; else what cannot be asked is told of, and the conversation goes on."""
+    asked = 0
     for prompt in prompts:
         if apart or prompt.strip() == RESET:
             talk.reset()
         if prompt.strip() == RESET:
             continue
-        if apart and found:
+        if apart and asked:
             say()
-        found.append({"prompt": prompt, "answer": talk.answer(prompt)})
-    return found
+        asked += 1
+        try:
+            yield {"prompt": prompt, "answer": talk.answer(prompt)}
+        except UsageError as error:
+            if apart:
+                raise
+            say(str(error))

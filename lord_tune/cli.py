@@ -191,7 +191,7 @@ _SUMMARIES = {
     "decompose": "Write a factored checkpoint: W = L R, or W = Q + L R.",
     "train": "Train L and R, or LoRA on them, with any option of trl.",
     "evaluate": "Perplexity, size, bits per weight and speed of a checkpoint.",
-    "export": "Write a checkpoint as dense, factored or peft, and verify it.",
+    "export": "Write a checkpoint in another form, for an engine or loader, and verify it.",
     "correct": "Fit L R to what a quantized checkpoint left out.",
     "chat": "Talk to a checkpoint.",
     "inspect": "Per-layer table of a factored checkpoint.",

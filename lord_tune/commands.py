@@ -340,9 +340,13 @@ def chat(model: str, **options: Unpack[ChatOptions]) -> list[dict[str, str]]:
     talk = Talk(loaded, tokenizer, config)
     if not talk.templated:
         note("the tokenizer has no chat template: each prompt is continued as it is")
-    found = converse(talk, *prompts_of(config, tokenizer))
-    if config.json_file:
-        write_json(Path(config.json_file), found)
+    found: list[dict[str, str]] = []
+    try:
+        for answer in converse(talk, *prompts_of(config)):
+            found.append(answer)
+    finally:
+        if config.json_file:
+            write_json(Path(config.json_file), found)
     return found
 
 

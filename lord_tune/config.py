@@ -615,7 +615,10 @@ class ExportConfig(RunConfig):
         weighed = self.advise or self.merge is not None
         if weighed and self.text is None:
             raise UsageError("`advise` and `merge` are measured on held-out text; pass `text` FILE.")
-        if weighed and self.text in self.calibration:
+        if self.base is not None and Path(self.out).resolve() in [p := Path(self.base).resolve(), *p.parents]:
+            raise UsageError("`base` lies in OUT, which the export would replace; choose another folder.")
+        sources = [Path(source.name).resolve() for source in weighted_sources(self.calibration)]
+        if weighed and self.text is not None and Path(self.text).resolve() in sources:
             raise UsageError("`text` is among `calibration`, so that it is not held out; pass another.")
         for name in ("merge_limit", "calibration", "calibration_tokens"):
             if self.given(name) and not weighed:
@@ -669,7 +672,9 @@ class ChatConfig(RunConfig):
 
     model: str = Field(description="dense or factored checkpoint, output of train, Hub id, .gguf file or demo")
     prompt: str | None = Field(None, description="ask this, print the answer and stop")
-    file: str | None = Field(None, description="ask each prompt of this file: lines of .txt, or rows as of evaluate")
+    file: str | None = Field(
+        None, description="ask each prompt of this file: lines of text, or `prompt` of .jsonl rows"
+    )
     system: str | None = Field(None, description="the system message")
     max_new_tokens: int = Field(256, gt=0, description="of one answer")
     temperature: float | None = Field(None, ge=0, description="0: the likeliest token; default: as the model says")

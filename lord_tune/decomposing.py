@@ -147,13 +147,20 @@ def run_decomposition(
             beside.copy(journal.folder)
             replace(outcome.plan, made=made_from(config, base, calibration)).save(journal.folder / "plan.json")
             mixture = calibration.get("mixture", {})
-            card = decomposition_card(config.model, lasting(config), totals, report["command"], mixture)
+            shown = lasting(config) | ({} if quantized is None else {"backbone": backbones_of(chosen)})
+            card = decomposition_card(config.model, shown, totals, report["command"], mixture)
             (journal.folder / "README.md").write_text(card)
-            report |= finish(journal.folder)
+            report |= (added := finish(journal.folder))
             write_json(journal.folder / "decomposition.json", report)
+        if quantized is not None:
+            known = workers.send(added if journal.writes else None, 0)
+            assert known is not None, "the first process has it"
+            report |= known
         journal.finish()
     except BaseException:
-        if not journal.abandon():
+        if quantized is not None:  # what is fitted is kept in memory alone
+            journal.discard()
+        elif not journal.abandon():
             note(f"what is finished is kept in {journal.folder}; continue with the same command and --resume")
         raise
     show_decomposition(outcome.records, outcome.recovery, found.skipped, totals)

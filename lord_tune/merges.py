@@ -33,7 +33,7 @@ from .exports.base import Job
 from .exports.dense import DenseExport
 from .exports.verify import compare, outputs_of
 from .integrations.files import ADAPTER_FILE
-from .integrations.models import DTYPE_NAMES, load_dense_or_factored
+from .integrations.models import load_dense_or_factored
 from .integrations.running import kind_of, window_length
 from .integrations.sources import base_of_adapter, original_of, resolve_model
 from .integrations.vocabulary import check_vocabulary
@@ -41,6 +41,7 @@ from .layers import FactoredLinear, expert_of, factored_layers, plain_model
 from .layers.sizes import sizes
 from .plans import LayerChoice, Plan
 from .protocols import CausalModel, Tokenizer
+from .quantizers import GIVEN
 
 DECODED, ORIGINAL, NEAREST, FEEDBACK = "decoded", "original", "nearest", "feedback"
 UNMERGED = "unmerged"
@@ -102,6 +103,9 @@ class Merges:
         elif way in (NEAREST, FEEDBACK):
             if alone is not None:
                 return f"'{alone}' has L and R alone, without a Q to round into"
+            given = next((name for name, layer in self._layers.items() if layer.plan.backbone in GIVEN), None)
+            if given is not None:
+                return f"'{given}' holds the blocks of a GGUF file, which nothing here rounds into"
             if way == FEEDBACK and not self._config.calibration:
                 return "error feedback needs calibration text; pass `calibration` FILE"
         return None
@@ -152,9 +156,7 @@ class Merges:
         """W + (L R - L0 R0), the difference taken in float64; all other weights are the trained model's."""
         trained = factored_layers(folded := plain_model(self._folded()))
         start = factored_layers(load_dense_or_factored(base_of_adapter(Path(resolve_model(self._config.model)))))
-        model = load_dense_or_factored(self._original())
-        if self._config.dtype is not None:
-            model.to(DTYPE_NAMES[self._config.dtype])  # type: ignore[arg-type]  # transformers hides the signature
+        model = load_dense_or_factored(self._original(), self._config.dtype or "float32")
         for name, layer in trained.items():
             change = layer.dense_weight(torch.float64) - start[name].dense_weight(torch.float64)
             owner = model.get_submodule(name)

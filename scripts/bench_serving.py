@@ -5,10 +5,10 @@
 
 SmolLM2 (`demo`), whose GGUF file is the original. Rows: the original in F16, llama.cpp's plain types Q4_0 and Q5_0,
 mixtures of the two at the bytes of q4_0 + L R, and q4_0 + L R of ranks 16 and 32 with factors in Q8_0, made here with
-error feedback and without. KL and perplexity are computed here, in float32 from the decoded files, on TOKENS tokens of
-each text; the engine's perplexity is compared with them at PLACES places of the code, and its rate is a median. Bytes
-are those of the blocks' linears: the embedding is the same in all. Rows are kept in OUT/rows. About 6 minutes a
-decomposition on one thread. SmolLM2's weights are a Q4_1 grid: Q4_1 and what holds it are no controls.
+error feedback and without. KL and perplexity are computed here from the decoded files (log-probabilities in float16),
+on TOKENS tokens of each text; the engine's perplexity is compared with them at PLACES places of the code, and its rate
+is a median. Bytes are those of the blocks' linears: the embedding is the same in all. Rows stay in OUT/rows. About 6
+minutes a decomposition on one thread. SmolLM2's weights are a Q4_1 grid: Q4_1 and what holds it are no controls.
 """
 
 from __future__ import annotations

@@ -45,7 +45,10 @@ def engine(folder: Path, given: dict[str, Any], dtype: str, decode: bool) -> flo
     request = None
     if adapter is not None and adapter.is_dir():
         rank = json.loads((adapter / "adapter_config.json").read_text())["r"]
-        options |= {"enable_lora": True, "max_lora_rank": next(r for r in (8, 16, 32, 64, 128, 256) if r >= rank)}
+        options |= {
+            "enable_lora": True,
+            "max_lora_rank": next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= rank),
+        }
         request = LoRARequest("lord", 1, str(adapter))
     llm = LLM(
         str(folder / "base" if pair else folder),

@@ -79,3 +79,6 @@ def test_another_base_is_refused_by_its_first_tensor(runs, tmp_path):
     with pytest.raises(UsageError, match="no L R that goes into an adapter"):
         lord_tune.export(str(tmp_path / "q"), str(tmp_path / "e"), "compressed-tensors", base=str(tmp_path / "alone"))
     assert not (tmp_path / "e").exists()
+    with pytest.raises(UsageError, match="`base` lies in OUT"):
+        lord_tune.export(str(runs / "w4a16_sft"), str(other), "compressed-tensors", base=str(other), overwrite=True)
+    assert (other / "base").is_dir()

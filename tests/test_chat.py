@@ -50,6 +50,11 @@ def test_every_prompt_of_a_file_is_asked_anew(model, tmp_path):
     found = lord_tune.chat(str(model), file=str(tmp_path / "p.txt"), **GREEDY)
     assert [entry["prompt"] for entry in found] == ["one", "two"]
     assert found[1]["answer"] == continued(model, "<user>two<a>")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "two", "completion": "no"}\n')
+    assert lord_tune.chat(str(model), file=str(tmp_path / "p.jsonl"), **GREEDY) == found[1:]
+    (tmp_path / "p.jsonl").write_text('{"text": "two"}\n')
+    with pytest.raises(UsageError, match=r"Line 1 of \S+ is no row with a text `prompt`"):
+        lord_tune.chat(str(model), file=str(tmp_path / "p.jsonl"), **GREEDY)
 
 
 def test_typed_turns_remember_those_before(model, monkeypatch):
@@ -73,6 +78,13 @@ def test_the_oldest_turns_leave_where_they_do_not_fit(model, monkeypatch):
     assert lord_tune.chat(str(model), **GREEDY)[1]["answer"] == continued(model, f"<user>{long}y<a>")
     with pytest.raises(UsageError, match="shorten one of them"):
         lord_tune.chat(str(model), prompt="x " * 300, **GREEDY)
+
+
+def test_a_typed_message_that_is_too_long_ends_nothing(model, monkeypatch, capsys):
+    typed = iter(["x " * 300, "one", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    assert lord_tune.chat(str(model), **GREEDY)[0]["answer"] == continued(model, "<user>one<a>")
+    assert "shorten one of them" in capsys.readouterr().out
 
 
 def test_without_a_template_text_is_continued(model, tmp_path):

@@ -130,6 +130,9 @@ def test_it_is_trained_and_exported_like_any_other(original, tmp_path):
     correct(file, original, tmp_path / "o", rank=32)
     common = {"dataset_name": str(original / "r.jsonl"), "max_steps": 2, "max_length": 64, "mode": "factors"}
     lord_tune.train(model_name_or_path=str(tmp_path / "o"), output_dir=str(tmp_path / "a"), **common)
+    text = {"text": str(original / "r.jsonl"), "merge_limit": 9.0}
+    with pytest.raises(UsageError, match="holds the blocks of a GGUF file, which nothing here rounds into"):
+        lord_tune.export(str(tmp_path / "a"), str(tmp_path / "e"), "factored", merge="nearest", **text)
     result = lord_tune.export(str(tmp_path / "a"), str(tmp_path / "e"), "gguf", like=str(file), threshold=0.01)
     assert result["comparison"]["kl"] < 1e-4
     first, second = (
@@ -154,7 +157,7 @@ def test_bitsandbytes_nf4(original, tmp_path, double):
 
 def rounded(weight, bits, group, symmetric):
     """(codes (out, in), scales (out, groups), zeros (out, groups)), by hand."""
-    groups = weight.view(weight.shape[0], -1, group)
+    groups = torch.nn.functional.pad(weight, (0, -weight.shape[1] % group)).view(weight.shape[0], -1, group)
     if symmetric:
         scales = (groups.abs().amax(-1) / (2 ** (bits - 1) - 1)).half().float()
         zeros = torch.full_like(scales, 2 ** (bits - 1))
@@ -163,7 +166,7 @@ def rounded(weight, bits, group, symmetric):
         scales = ((high - low) / (2**bits - 1)).half().float()
         zeros = (-low / scales).round()
     codes = ((groups / scales[..., None]).round() + zeros[..., None]).clamp(0, 2**bits - 1)
-    return codes.view(weight.shape).int(), scales, zeros.int()
+    return codes.flatten(1)[:, : weight.shape[1]].int(), scales, zeros.int()
 
 
 def words(fields, bits):
@@ -174,17 +177,17 @@ def words(fields, bits):
     return torch.where(packed >= 2**31, packed - 2**32, packed).int().contiguous()
 
 
-def other_folder(original, folder, method, bits, group, symmetric):
+def other_folder(original, folder, method, bits, group, symmetric, layers=lambda name: name.endswith("_proj")):
     """The original, quantized in the layout of another program; name -> weight as it decodes."""
     tensors = load_file(original / "m" / "model.safetensors")
     stored, expected = {}, {}
     for key, value in tensors.items():
         name = key.removesuffix(".weight")
-        if not name.endswith("_proj"):
+        if not layers(name):
             stored[key] = value
             continue
         codes, scales, zeros = rounded(value, bits, group, symmetric)
-        spread = scales.repeat_interleave(group, 1), zeros.repeat_interleave(group, 1)
+        spread = [part.repeat_interleave(group, 1)[:, : value.shape[1]] for part in (scales, zeros)]
         expected[name] = (codes - spread[1]) * spread[0]
         if method == "gptq":
             stored[f"{name}.qweight"] = words(codes, bits).T.contiguous()
@@ -219,6 +222,33 @@ def test_gptq_and_awq(original, tmp_path, method, bits, symmetric):
         "the adapter was not loaded on its base: the package that runs it is not installed"
     ]
     gains(report)
+
+
+def test_groups_that_end_short_and_layers_that_are_left_alone(original, tmp_path):
+    """Groups of 96 in rows of 256 and 512; and a head that is quantized, which is no layer to correct."""
+
+    def layers(name):
+        return name.endswith("_proj") or name == "lm_head"
+
+    expected = other_folder(original, tmp_path / "q", "gptq", 4, 96, False, layers)
+    correct(tmp_path / "q", original, tmp_path / "o", targets="mlp")
+    model = load_dense_or_factored(str(tmp_path / "o"))
+    corrected = factored_layers(model)
+    assert corrected.keys() == {name for name in expected if "mlp" in name}
+    for name, weight in expected.items():
+        own = corrected[name].backbone.dequantize() if name in corrected else model.get_submodule(name).weight
+        assert torch.allclose(own, weight, atol=1e-6), name
+
+
+def test_scales_that_a_quantizer_moved_are_noticed(original, tmp_path):
+    """As AWQ does: the norm is divided by what the next weights are multiplied by."""
+    other_folder(original, tmp_path / "q", "awq", 4, 64, False)
+    tensors = load_file(tmp_path / "q" / "model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"] /= torch.linspace(0.7, 1.4, 256)
+    save_file(tensors, tmp_path / "q" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError, match=r"moved scales between layers \(AWQ, SmoothQuant\)"):
+        correct(tmp_path / "q", original, tmp_path / "o")
+    assert not (tmp_path / "o").exists() and not list(tmp_path.glob("*.partial"))
 
 
 @pytest.mark.parametrize("symmetric", [False, pytest.param(True, marks=pytest.mark.slow)])

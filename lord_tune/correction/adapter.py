@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ..config import CorrectConfig
 from ..console import human_bytes, say, show_table
@@ -19,7 +18,7 @@ from ..integrations.files import check_not_pointers
 from ..integrations.models import load_dense_or_factored, load_tokenizer
 from ..integrations.running import kind_of, max_length
 from ..layers import factored_layers
-from ..storage import read_json
+from ..storage import read_json, sha256_files
 from .base import Quantized
 from .folder import QuantizedFolder
 from .gguf_file import GGUFFile
@@ -33,6 +32,8 @@ def open_quantized(name: str) -> Quantized:
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise UsageError(f"The file {name} does not exist; pass the quantized GGUF file.")
+        if importlib.util.find_spec("gguf") is None:
+            raise UsageError("A GGUF file is read by the package gguf; run: pip install gguf")
         check_not_pointers([path])
         return GGUFFile(path)
     if not (path / "config.json").is_file():
@@ -55,15 +56,17 @@ def adapter_in(folder: Path, config: CorrectConfig) -> dict[str, Any]:
         job = Job(tokenizer, target, target, "float32", ids, adapter_type=config.adapter_type, notes=notes)
         write_adapter_for(model, layers, quantized, job)
     else:
-        own = torch.float32 if model.dtype == torch.float32 else model.dtype
-        write_adapter(model, tokenizer, target, layers, quantized, own)
+        write_adapter(model, tokenizer, target, layers, quantized, model.dtype)
         served = served_outputs(quantized, target, ids, model)
         if served is None:
             notes.append("the adapter was not loaded on its base: the package that runs it is not installed")
         else:
             found = compare(outputs_of(model, ids), served, kind_of(model) != "bare")
             what, deviation = found.deviation()
-            limit = found.limit(["float32", str(model.dtype).removeprefix("torch."), "bfloat16"])
+            config_file = read_json(quantized / "config.json")
+            computes = [config_file.get(key) for key in ("dtype", "torch_dtype")]
+            computes.append(config_file["quantization_config"].get("bnb_4bit_compute_dtype"))
+            limit = found.limit(["float32", str(model.dtype).removeprefix("torch."), *map(str, computes)])
             if not deviation <= limit:
                 raise ExportMismatch(
                     f"The adapter on {quantized} is not the corrected model: got a {what} of {deviation:.3g}, expected "
@@ -73,7 +76,9 @@ def adapter_in(folder: Path, config: CorrectConfig) -> dict[str, Any]:
     for words in notes:
         say(words)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.suffix in (".gguf", ".safetensors"))
-    return {"quantized": config.quantized, "adapter_bytes": size, "adapter_notes": notes}
+    files = [quantized] if quantized.is_file() else sorted(quantized.glob("*.safetensors"))
+    known = {"quantized": config.quantized, "quantized_sha256": sha256_files(files)}
+    return known | {"adapter_bytes": size, "adapter_notes": notes}
 
 
 def show_gain(report: dict[str, Any]) -> None:

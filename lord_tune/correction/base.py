@@ -106,6 +106,7 @@ class Corrected:
                 f"{self._quantized.name} holds none of the selected layers quantized; there is nothing to correct."
             )
         self.choices = found
+        self._weights = {f"{name}.weight" for name, choice in found.items() if choice.rank is not None}
         return Plan(found)
 
     def parts(self, name: str, choice: LayerChoice) -> dict[str, Tensor] | None:

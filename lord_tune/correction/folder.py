@@ -28,6 +28,7 @@ from ..storage import read_json
 from .base import Code
 
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # place in the word of output 0, 1, ... of eight
+_CHANGED = 0.02  # relative: what is not quantized was cast at most
 _PARTS = {
     "compressed-tensors": "weight_packed",
     "gptq": "qweight",
@@ -98,21 +99,40 @@ class QuantizedFolder:
             "awq": self._awq,
         }[self.method]
         codes, scales, zeros, bits = read(layer, shape)
-        if bits not in (2, 4, 8):
-            raise UsageError(f"'{layer}' in {self.name} has codes of {bits} bits; correct reads 2, 4 and 8.")
         half = scales.half()
         if not torch.equal(half.float(), scales.float()):
             raise UsageError(f"'{layer}' in {self.name} has scales that float16 does not hold, so Q would change.")
         if bits == 8:
             self._finest.add(layer)
-        middle = 2 ** (bits - 1)
+        groups, middle = scales.shape[1], 2 ** (bits - 1)
+        group = next((size for size in self._group_sizes(shape[1]) if -(-shape[1] // size) == groups), None)
+        if tuple(codes.shape) != shape or scales.shape[0] != shape[0] or group is None:
+            raise UsageError(
+                f"'{layer}' in {self.name} is {codes.shape[0]}x{codes.shape[1]} in {groups} groups, which does not fit "
+                f"the original's {shape[0]}x{shape[1]} and the groups that its config.json names."
+            )
         parts = {"weight": pack(codes, bits), "scales": half.contiguous()}
         symmetric = zeros is None or bool((zeros == middle).all())
         if not symmetric and zeros is not None:
             parts["zeros"] = zeros.to(torch.uint8).contiguous()
-        group = -(-shape[1] // scales.shape[1])
         options: Options = {"group_size": group, "symmetric": symmetric}
         return Code(f"w{bits}a16", options, parts)
+
+    def _group_sizes(self, width: int) -> list[int]:
+        """That config.json names, of a row of this width."""
+        schemes = [group.get("weights") or {} for group in self._config.get("config_groups", {}).values()]
+        named = [scheme.get("group_size") for scheme in schemes] or [self._config.get("group_size")]
+        return [int(size) if size and int(size) > 0 else width for size in named]
+
+    def _bits_of(self, layer: str, words: int, width: int) -> int:
+        """Of codes that fill so many words of 32 bits."""
+        bits = words * 32 // width
+        if bits not in (2, 4, 8):
+            raise UsageError(
+                f"'{layer}' in {self.name} has {bits} bits for each of the original's {width} inputs; correct reads 2, "
+                "4 and 8. Pass the model that was quantized."
+            )
+        return bits
 
     def _packed(self, layer: str, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor | None, int]:
         if f"{layer}.weight_g_idx" in self._files:
@@ -120,7 +140,7 @@ class QuantizedFolder:
                 f"'{layer}' in {self.name} has reordered groups (weight_g_idx), which no format here holds."
             )
         words, scales = self._read(f"{layer}.weight_packed"), self._read(f"{layer}.weight_scale")
-        bits = words.shape[1] * 32 // shape[1]
+        bits = self._bits_of(layer, words.shape[1], shape[1])
         zeros, key = None, f"{layer}.weight_zero_point"
         if key in self._files:
             zeros = _fields(self._read(key).T, bits)[:, : shape[0]].T
@@ -128,10 +148,10 @@ class QuantizedFolder:
 
     def _gptq(self, layer: str, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor | None, int]:
         words, scales = self._read(f"{layer}.qweight"), self._read(f"{layer}.scales")
-        bits, groups = words.shape[0] * 32 // shape[1], scales.shape[0]
+        bits = self._bits_of(layer, words.shape[0], shape[1])
         if (key := f"{layer}.g_idx") in self._files:
-            group = -(-shape[1] // groups)
-            if not torch.equal(self._read(key).long(), torch.arange(shape[1]) // group):
+            plain = [torch.arange(shape[1]) // size for size in self._group_sizes(shape[1])]
+            if not any(torch.equal(self._read(key).long(), order) for order in plain):
                 raise UsageError(
                     f"'{layer}' in {self.name} has reordered groups (desc_act), which no format here holds."
                 )
@@ -152,7 +172,7 @@ class QuantizedFolder:
         if tuple(told["shape"]) != shape:
             raise UsageError(f"'{layer}' in {self.name} is {told['shape']}, the original's {list(shape)}.")
         parts = {
-            "weight": self._read(f"{layer}.weight").view(torch.uint8),
+            "weight": self._read(f"{layer}.weight").contiguous().view(torch.uint8).reshape(-1, 1),
             "absmax": self._read(f"{layer}.weight.absmax"),
         }
         nested = f"{layer}.weight.nested_absmax"
@@ -165,11 +185,22 @@ class QuantizedFolder:
         return Code("nf4", options, parts)
 
     def tensor(self, key: str, original: Tensor) -> Tensor:
+        if original.dim() == 2 and key.endswith(".weight"):
+            code = self.code(key.removesuffix(".weight"), original)
+            if code is not None:  # quantized as well, and not to be corrected
+                return code.weight((original.shape[0], original.shape[1])).to(original.dtype)
         found = self._read(key)
         if found.shape != original.shape:
             raise UsageError(
                 f"'{key}' in {self.name} is {tuple(found.shape)}, the original's {tuple(original.shape)}; pass the "
                 "model that was quantized."
+            )
+        distance = float((found.float() - original.float()).norm() / original.float().norm().clamp_min(1e-30))
+        if not distance <= _CHANGED:
+            raise UsageError(
+                f"'{key}' in {self.name} differs from the original's (relative distance {distance:.2g}): the quantizer "
+                "moved scales between layers (AWQ, SmoothQuant), or it is another model. Pass the model with these "
+                "scales as the original."
             )
         return found.to(original.dtype)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -32,14 +33,16 @@ def keep_adapter(folder: Path, form: str, base: Path) -> None:
     if not adapter.exists():
         raise UsageError("The model has no L R that goes into an adapter, so nothing would be left; leave `base` out.")
     ours, theirs = (_tensors(path) for path in (written, served))
-    for (name, value), (other, known) in zip(ours, theirs, strict=False):
+    for (name, value), (other, known) in zip_longest(ours, theirs, fillvalue=("", None)):
+        if value is None or known is None:
+            raise UsageError(
+                f"'{name or other}' is only in one of the base in {base} and this model's; export without `base`."
+            )
         if name != other or value.dtype != known.dtype or not torch.equal(value, known):
             raise UsageError(
                 f"The base in {base} differs from this model's in '{name}', so that the adapter does not belong to it; "
                 "export without `base`."
             )
-    if next(ours, None) is not None or next(theirs, None) is not None:
-        raise UsageError(f"The base in {base} has other tensors than this model's; export without `base`.")
     if form == "gguf":
         written.unlink()
         return

@@ -57,6 +57,12 @@ class CompressedTensorsExport:
         for name, layer in layers.items():
             state |= {f"{name}.{key}": value.cpu() for key, value in _stored(layer, dtype).items()}
         dense = sorted(name for name, module in model.named_modules() if _is_dense(name, module, layers))
+        inexact = [name for name, layer in layers.items() if _rounds_scales(layer, dtype)]
+        if inexact:
+            job.notes.append(
+                f"scales of {len(inexact)} layers, like '{inexact[0]}', have more digits than {job.dtype} and were "
+                "rounded, so that Q is not to the bit"
+            )
         config = {"quantization_config": _description(layers, dense), "dtype": job.dtype}
         write_base(model, job.tokenizer, job.folder / BASE, state, config)
         ranked = {name: layer for name, layer in layers.items() if layer.rank}
@@ -111,6 +117,11 @@ def _quantizer(layer: FactoredLinear) -> Quantizer:
     return make_quantizer(layer.plan.backbone, layer.plan.backbone_options)
 
 
+def _rounds_scales(layer: FactoredLinear, dtype: torch.dtype) -> bool:
+    scales = layer.backbone.parts()["scales"]
+    return not torch.equal(scales.to(dtype).float(), scales.float())
+
+
 def _arguments(layer: FactoredLinear) -> dict[str, Any]:
     """compressed-tensors' QuantizationArgs of a layer."""
     quantizer = _quantizer(layer)
@@ -129,7 +140,7 @@ def _stored(layer: FactoredLinear, dtype: torch.dtype) -> dict[str, Tensor]:
     codes, zeros = signed_codes(quantizer, {name: part.cpu() for name, part in parts.items()}, shape)
     found = {
         "weight_packed": pack_to_int32(codes, quantizer.bits),
-        "weight_scale": parts["scales"].to(dtype),  # exact: 8 significant bits
+        "weight_scale": parts["scales"].to(dtype),  # exact where the scales were made here: 8 significant bits
         "weight_shape": torch.tensor(shape),
     }
     if zeros is not None:
