@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaModel, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 import lord_tune
-from lord_tune import commands
+from lord_tune import decomposing
 from lord_tune.cli import _show_warning, _with_flags, main
 from lord_tune.errors import CheckpointError, LordError, LordWarning, UsageError
 from lord_tune.integrations import sources
@@ -699,7 +699,7 @@ def test_failed_writing_leaves_what_was_there_and_can_be_resumed(error, code, sa
     before = contents(world.runs)
     command = world.data_free("--method", "svd", "--rank", 8, "--overwrite")
     with monkeypatch.context() as patched:
-        patched.setattr(commands, "write_index", _write_and_fail(error))
+        patched.setattr(decomposing, "write_index", _write_and_fail(error))
         came, stderr = run(command, capfd)
     assert came == code
     assert says in stderr.splitlines()[-1] and "Traceback" not in stderr

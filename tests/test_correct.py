@@ -172,6 +172,7 @@ def rounded(weight, bits, group, symmetric):
 def words(fields, bits):
     """(rows, n) -> int32 (rows, n bits / 32), the low bits first."""
     per = 32 // bits
+    fields = torch.nn.functional.pad(fields, (0, -fields.shape[1] % per))
     grouped = fields.view(fields.shape[0], -1, per).long()
     packed = (grouped << (torch.arange(per) * bits)).sum(-1)
     return torch.where(packed >= 2**31, packed - 2**32, packed).int().contiguous()

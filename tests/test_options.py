@@ -27,7 +27,7 @@ from trl import SFTConfig
 import lord_tune
 import lord_tune.exports.gguf
 import lord_tune.merges
-from lord_tune import commands
+from lord_tune import commands, decomposing
 from lord_tune.allocation import ALIGNMENT
 from lord_tune.cli import main
 from lord_tune.config import (
@@ -531,7 +531,7 @@ def case_resume(b: Bench) -> None:
     out = b.fresh("resumed")
     command = {"rank": 8, "form": "plain", "calibration": [str(b.rows)], **SHORT}
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(commands, "write_index", fail)
+        patch.setattr(decomposing, "write_index", fail)
         lord_tune.decompose(str(b.model), str(out), **command)
     with pytest.raises(UsageError, match="`resume`"):
         lord_tune.decompose(str(b.model), str(out), **command)

@@ -21,7 +21,7 @@ from tiny import code_document, save_tiny, tiny_bert, tiny_family, tiny_gpt2, ti
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import lord_tune
-from lord_tune import commands
+from lord_tune import commands, decomposing
 from lord_tune.cli import main
 from lord_tune.decomposition import Rates, TextSize
 from lord_tune.layers import FactoredLinear
@@ -101,7 +101,8 @@ def test_the_foreseen_text_is_what_is_read(tokens, length, weighted, models, tmp
         seen.extend(value for value in given if isinstance(value, TextSize))
         raise StopIteration
 
-    monkeypatch.setattr(commands, "estimate_of", estimate_of)
+    for module in (commands, decomposing):
+        monkeypatch.setattr(module, "estimate_of", estimate_of)
     whole, _ = models("llama")
     options = {"calibration_tokens": tokens, "context_length": length, "sensitivity_tokens": weighted}
     options |= {"kept_fraction": 0.8, "calibration": [str(write_code_rows(tmp_path / "rows.jsonl"))]}
