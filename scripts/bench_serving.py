@@ -30,6 +30,7 @@ import torch
 import lord_tune
 from lord_tune.calibration.corpus import file_windows
 from lord_tune.console import show_table
+from lord_tune.exports.llama_cpp import SERVER
 from lord_tune.integrations.models import quiet
 from lord_tune.integrations.sources import gguf_file
 from lord_tune.storage import read_json, write_json
@@ -38,21 +39,8 @@ LENGTH, TOKENS, PLACES = 512, 4096, 16
 ROUNDS, DECODED = 5, 64
 RANKS = (16, 32)
 
-_SERVER = """
-import json, sys, urllib.request
-import xllamacpp
-model, adapter, wanted = sys.argv[1], sys.argv[2], json.load(open(sys.argv[3]))
-params = xllamacpp.CommonParams()
-params.model.path = model
-params.n_ctx = wanted["context"]
-params.n_parallel = params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-params.warmup = False
-if adapter:
-    lora = xllamacpp.CommonAdapterLoraInfo()
-    lora.path, lora.scale = adapter, 1.0
-    params.lora_adapters = [lora]
-server = xllamacpp.Server(params)
-for request in wanted["requests"]:
+_ANSWERS = """
+for request in json.load(open(sys.argv[4])):
     given = urllib.request.Request(
         server.listening_address + "/completion", json.dumps(request).encode(), {"Content-Type": "application/json"}
     )
@@ -67,9 +55,9 @@ for request in wanted["requests"]:
 def served(model: Path, adapter: Path | None, requests: list[dict[str, Any]], scratch: Path) -> list[dict[str, Any]]:
     """llama.cpp's answers, in a process of its own."""
     asked = scratch / "requests.json"
-    write_json(asked, {"context": LENGTH + DECODED + 16, "requests": requests})
-    words = [sys.executable, "-c", _SERVER, str(model), "" if adapter is None else str(adapter), str(asked)]
-    run = subprocess.run(words, capture_output=True, text=True)
+    write_json(asked, requests)
+    words = [str(model), "" if adapter is None else str(adapter), str(LENGTH + DECODED + 16), str(asked)]
+    run = subprocess.run([sys.executable, "-c", SERVER + _ANSWERS, *words], capture_output=True, text=True)
     found = [json.loads(line[7:]) for line in run.stdout.splitlines() if line.startswith("RESULT ")]
     if len(found) != len(requests):
         raise SystemExit(f"llama.cpp answered {len(found)} of {len(requests)} requests: {run.stderr[-500:]}")

@@ -16,13 +16,13 @@ from ..errors import ExportMismatch
 
 POSITIONS = 8  # of the comparison text, each a request
 LIMIT = 0.05  # KL in nats per token; llama.cpp rounds activations to 8 bits, and its cache to float16
-_SERVER = """
+SERVER = """
 import json, sys, urllib.request
 import xllamacpp
-model, adapter, requests, size = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4])
+model, adapter, context = sys.argv[1], sys.argv[2], int(sys.argv[3])
 params = xllamacpp.CommonParams()
 params.model.path = model
-params.n_ctx = max(map(len, requests)) + 16
+params.n_ctx = context
 params.n_parallel = params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
 params.warmup = False
 if adapter:
@@ -30,6 +30,9 @@ if adapter:
     lora.path, lora.scale = adapter, 1.0
     params.lora_adapters = [lora]
 server = xllamacpp.Server(params)
+"""  # the beginning of a program: file, adapter or nothing, tokens at most, then arguments of its own
+_PROBABILITIES = """
+requests, size = json.loads(sys.argv[4]), int(sys.argv[5])
 for prompt in requests:
     wanted = {"prompt": prompt, "n_predict": 1, "n_probs": size, "temperature": 0, "cache_prompt": False}
     request = urllib.request.Request(
@@ -47,8 +50,9 @@ def compared_in_engine(model: Path, adapter: Path | None, ids: Tensor, expected:
         return "decoded by the gguf package; with the package xllamacpp, the files are run in llama.cpp as well"
     text = ids[0].tolist()
     ends = sorted({round(1 + i * (len(text) - 1) / (POSITIONS - 1)) for i in range(POSITIONS)})
-    words = [str(model), "" if adapter is None else str(adapter), json.dumps([text[:end] for end in ends])]
-    command = [sys.executable, "-c", _SERVER, *words, str(expected.shape[1])]
+    words = [str(model), "" if adapter is None else str(adapter), str(len(text) + 16)]
+    words += [json.dumps([text[:end] for end in ends]), str(expected.shape[1])]
+    command = [sys.executable, "-c", SERVER + _PROBABILITIES, *words]
     run = subprocess.run(command, capture_output=True, text=True)
     found = [json.loads(line.removeprefix("RESULT ")) for line in run.stdout.splitlines() if line.startswith("RESULT ")]
     if run.returncode or len(found) != len(ends):
