@@ -50,7 +50,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..allocation import PIVOTED, break_even, factor_cost
+from ..allocation import PIVOTED, break_even
 from ..plans import LayerChoice, Plan
 from ..quantizers.ldlq import DAMPINGS, STACKED, STRETCHES
 from ..sites import Site
@@ -179,7 +179,7 @@ def estimate_run(
     phases["rest"] = rest_bytes
     if request.recovery is not None:
         # beside the block: float32 L and R, gradients, Adam's moments, the best so far; activations with gradients
-        tuned = sum(20 * factor_cost(shapes[n], kept_ranks[n], choices[n].form) for n in layers)
+        tuned = sum(20 * kept_ranks[n] * sum(shapes[n]) for n in layers)
         phases["recovering"] = resident + block_bytes[widest] + factors + tuned + 3 * window
 
     scratch = 0

@@ -170,15 +170,16 @@ class FactoredLinear(nn.Module):
             _store(self.top_left, factors.top.left, factors.top.left_parts)
             _store(self.top_right, factors.top.right, factors.top.right_parts)
 
-    def pivot(self) -> None:
-        """Bring plain L and R, after an adapter was folded into them, into the form of the plan; more components than
-        outputs stay plain."""
+    def pivot(self, dtype: torch.dtype | None = None) -> None:
+        """Bring plain L and R, after something was learnt, into the form of the plan, stored as `dtype` (theirs);
+        more components than outputs stay plain."""
         pair = self.left, self.right
         if self.plan.form != PIVOTED or self.top_left is not None or not all(type(f) is CastLinear for f in pair):
             return
-        rank, dtype = self.left.in_features, self.left.weight.dtype
+        rank, dtype = self.left.in_features, dtype or self.left.weight.dtype
         if rank < self.out_features:
             factors = Factors(*self.dense_factors())
+            self.right = CastLinear(self.in_features, rank, dtype, device="meta")
             rest = CastLinear(rank, self.out_features - rank, dtype, device="meta")
             self.left = PivotedLinear(rest, device="meta")
             self.set_factors(factors)
