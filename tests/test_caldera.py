@@ -171,6 +171,18 @@ def test_tall_wide_and_odd_matrices(shape, form):
     assert low < 0.97 * alone  # coarse factors of small matrices gain least; measured: 0.25 to 0.94
 
 
+@pytest.mark.parametrize("rank", [2, 30])  # of tall ones the first through the root of H
+@pytest.mark.parametrize("shape", [(96, 48), (48, 96)], ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_error_of_optimal_factors_is_what_their_residual_costs(rank, shape, weighted):
+    """It is read off the eigenvalues; here W - Q - L R is multiplied out."""
+    problem = _Problem(weight(shape).double(), moments_of(inputs(shape[1], tokens=1024)), None, Int2(), None, None)
+    problem.rows = torch.linspace(0.5, 2, shape[0], dtype=torch.float64) if weighted else None
+    for iterate in (first := problem.with_factors(problem.start(), rank), *problem.iterate(first, rank, True)):
+        left = problem.weight - iterate.split.backbone - iterate.split.factors.product()
+        assert iterate.error == pytest.approx(float(problem._energies(left).sum() / problem.energy), rel=1e-9)
+
+
 def test_both_ways_to_the_optimal_factors_agree():
     """Tall matrices go through the root of H, others through W H W^T; both are the truncation of W H^(1/2)."""
     for shape in ((96, 48), (48, 96)):
@@ -304,7 +316,7 @@ def test_a_component_apart_pays_where_one_direction_dominates(rest, top_form):
     """The first component is large, and so is the error of its coarse rounding."""
     moments = moments_of(dominated())
     residual = W - decoded(Int2().quantize(W), Int2(), SHAPE)
-    exact = _Problem(W, moments, None, Int2(), None, None)._optimal(residual, 6)
+    exact, _ = _Problem(W, moments, None, Int2(), None, None)._optimal(residual, 6)
 
     def energy(matrix) -> float:
         return float((matrix @ moments.gram * matrix).sum())

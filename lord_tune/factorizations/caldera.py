@@ -25,6 +25,7 @@ rows of Q are rounded one by one, where they change nothing (in rotated coordina
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -201,13 +202,16 @@ class _Problem:
     def nothing(self, start: _Iterate) -> _Iterate:
         """Q = 0, from which L R is that of W itself; its parts mean nothing."""
         assert start.split.parts is not None
-        return self._iterate(start.split.parts, torch.zeros_like(self.weight), None)
+        return _Iterate(1.0, replace(start.split, backbone=torch.zeros_like(self.weight)))
 
     def iterate(self, before: _Iterate, rank: int, downdate: bool) -> list[_Iterate]:
-        """The Q step for these factors, and the L R step after it; both iterates."""
+        """The Q step for these factors, and the L R step after it; both iterates. Of L R that are not rounded the
+        second alone: they are the best for this Q."""
         factors = before.split.factors
         feedback = self._feedback(factors, downdate)
         parts, backbone = round_with_feedback(self.quantizer, self.weight - factors.product(), feedback, self.stretch)
+        if self.form is None:
+            return [self.with_factors(_Iterate(math.inf, Split(factors, parts, backbone)), rank)]
         rounded = self._iterate(parts, backbone, factors)
         return [rounded, self.with_factors(rounded, rank)]
 
@@ -216,31 +220,34 @@ class _Problem:
         parts, backbone = before.split.parts, before.split.backbone
         assert parts is not None and backbone is not None
         residual = self.weight - backbone
-        factors = self._optimal(residual, rank)
-        if self.form is not None:
-            assert self.factor_feedback is not None
-            factors = refine(residual, self.gram, factors, self.form, self.factor_feedback, self.rows)
+        factors, left = self._optimal(residual, rank)
+        if self.form is None:
+            return _Iterate(left / float(self.energy), Split(factors, parts, backbone))
+        assert self.factor_feedback is not None
+        factors = refine(residual, self.gram, factors, self.form, self.factor_feedback, self.rows)
         return self._iterate(parts, backbone, factors)
 
-    def _optimal(self, residual: Tensor, rank: int) -> Factors:
-        """L and R, balanced, of the best rank-r approximation of the residual's outputs."""
+    def _optimal(self, residual: Tensor, rank: int) -> tuple[Factors, float]:
+        """L and R, balanced, of the best rank-r approximation of the residual's outputs; the energy of what they
+        leave, which is that of the other components."""
         weighted = self._weighted(residual)
         out, inputs = weighted.shape
         if out > inputs and 4 * rank <= inputs:  # the small side is that of the inputs; no QR of the whole residual
             if self._root is None:
-                energies, vectors = principal_axes(self.gram)
-                self._root = vectors * energies.sqrt()
+                inputs_energies, vectors = principal_axes(self.gram)
+                self._root = vectors * inputs_energies.sqrt()
             seen = weighted @ self._root
-            _, axes = principal_axes(seen.T @ seen)
+            energies, axes = principal_axes(seen.T @ seen)
             basis = torch.linalg.qr(seen @ axes[:, :rank]).Q
         else:
             rotation, core = smaller_side(weighted)
-            _, axes = principal_axes(core @ self.gram @ core.T)
+            energies, axes = principal_axes(core @ self.gram @ core.T)
             basis = axes[:, :rank] if rotation is None else rotation @ axes[:, :rank]
         right = basis.T @ weighted
         scale = right.norm(dim=1).clamp_min(1e-300).sqrt()
         left = basis * scale
-        return Factors(left if self.rows is None else left / self.rows[:, None], right / scale[:, None])
+        factors = Factors(left if self.rows is None else left / self.rows[:, None], right / scale[:, None])
+        return factors, float(energies[rank:].sum())
 
     def _feedback(self, factors: Factors, downdate: bool) -> Feedback:
         if downdate:
