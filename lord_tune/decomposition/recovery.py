@@ -110,7 +110,7 @@ class _Pair:
         left, right = (factor.weight for factor in self.stored)
         self.dtype = right.dtype
         if isinstance(self.stored[0], PivotedLinear):
-            left, right = principal(self.stored[0].dense(torch.float64), right)
+            left, right = principal(*layer.dense_factors())
         self.opened = (_linear(left.detach().float(), True), _linear(right.detach().float(), True))
 
     def place(self, modules: tuple[nn.Linear, nn.Linear]) -> None:

@@ -234,8 +234,8 @@ class _Problem:
         out, inputs = weighted.shape
         if out > inputs and 4 * rank <= inputs:  # the small side is that of the inputs; no QR of the whole residual
             if self._root is None:
-                inputs_energies, vectors = principal_axes(self.gram)
-                self._root = vectors * inputs_energies.sqrt()
+                input_energies, vectors = principal_axes(self.gram)
+                self._root = vectors * input_energies.sqrt()
             seen = weighted @ self._root
             energies, axes = principal_axes(seen.T @ seen)
             basis = torch.linalg.qr(seen @ axes[:, :rank]).Q

@@ -171,8 +171,8 @@ class FactoredLinear(nn.Module):
             _store(self.top_right, factors.top.right, factors.top.right_parts)
 
     def pivot(self, dtype: torch.dtype | None = None) -> None:
-        """Bring plain L and R, after something was learnt, into the form of the plan, stored as `dtype` (theirs);
-        more components than outputs stay plain."""
+        """Bring plain L and R, after something was learnt, into the form of the plan, in `dtype` (default: the dtype
+        that L has); more components than outputs stay plain."""
         pair = self.left, self.right
         if self.plan.form != PIVOTED or self.top_left is not None or not all(type(f) is CastLinear for f in pair):
             return
