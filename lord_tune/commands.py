@@ -32,6 +32,7 @@ from .console import LiveTable, human_bytes, is_main_process, note, progress, sa
 from .correction.adapter import SERVED, adapter_in, open_quantized, show_gain
 from .correction.gguf_file import GGUFFile
 from .data.texts import documents
+from .data.weighted import names_of
 from .declared import PLAIN
 from .decomposing import run_decomposition
 from .decomposition import Compared, Rates
@@ -43,6 +44,7 @@ from .exports.alone import check_base
 from .exports.run import export_model
 from .integrations.checkpoint import skeleton
 from .integrations.companions import companions_of
+from .integrations.destination import protect, protect_file
 from .integrations.files import ADAPTER_FILE, relative_folder
 from .integrations.models import default_device, quiet
 from .integrations.running import kind_of, run_model, window_length
@@ -97,7 +99,7 @@ from .tables import (
     show_plan,
     show_totals,
 )
-from .training import TrainOptions, train_model, trainer_arguments
+from .training import TrainOptions, begun, train_model, trainer_arguments
 
 
 @documented(DecomposeConfig)
@@ -111,6 +113,7 @@ def decompose(model: str, out: str, **options: Unpack[DecomposeOptions]) -> dict
         return show_plan(config)
     quiet()
     check_formats(config)
+    protect(Path(config.out), [config.model], [*config.sources(), config.plan_file], config.overwrite)
     return run_decomposition(config, command_line("decompose", config))
 
 
@@ -122,6 +125,7 @@ def correct(quantized: str, original: str, out: str, **options: Unpack[CorrectOp
     if config.dry_run:
         return show_plan(config)
     quiet()
+    protect(Path(config.out), [config.quantized, config.original], names_of(config.calibration), config.overwrite)
     check_destination(Path(config.out), config.overwrite)
     source = open_quantized(config.quantized)
     fit = {name: getattr(config, name) for name in config.model_fields_set & set(DecomposeConfig.model_fields)}
@@ -139,6 +143,9 @@ def plan(model: str, **options: Unpack[PlanOptions]) -> dict[str, Any]:
     """What `decompose` with these options would need and produce, from shapes alone; returns the keys of `--json`."""
     config = PlanConfig.build(with_budget({"model": model, **options}))
     quiet()
+    sweep = [] if config.sweep is None else [f"{config.sweep}.{kind}" for kind in ("json", "png", "svg")]
+    for file in (config.json_file, config.save, *sweep):
+        protect_file(file, [config.model], [*config.sources(), config.plan_file])
     check_json_file(config.json_file)
     source_name = resolve_model(config.model)
     shape = skeleton(source_name, config.dtype)
@@ -200,6 +207,9 @@ def train(**options: object) -> dict[str, Any]:
             f"{source} is the output of a training run. To continue that run, start it again with the same options; to "
             "train on from its result, export it with `format` factored and train that."
         )
+    protect(Path(config.output_dir), [source, config.teacher_model_name_or_path])
+    if config.teacher_logits is not None:
+        protect(Path(config.teacher_logits), [source, config.teacher_model_name_or_path])
     # before any loading
     arguments = trainer_arguments(config.trainer_values(), config.mode, True, own, held, config.objective)
     with sole_writer(Path(config.output_dir), Workers.launched()):
@@ -209,6 +219,8 @@ def train(**options: object) -> dict[str, Any]:
 def _train(config: TrainConfig, source: str, arguments: TrlConfig, own: list[str], held: bool) -> dict[str, Any]:
     """The run itself, whose output is written by nobody else. own: names of options that are not trl's."""
     resolved = config.model_dump()
+    if (earlier := begun(Path(config.output_dir), arguments)) is not None:
+        say(f"continuing the run in {config.output_dir} from {earlier.name}")
     foreseen = foresee(config, source, arguments)
     model, tokenizer = load(source, training_dtype(config))
     if config.dequantize_once:
@@ -237,12 +249,14 @@ def evaluate(model: str, text: list[str], **options: Unpack[EvaluateOptions]) ->
     if config.dry_run:
         return show_plan(config)
     quiet()
+    protect_file(config.json_file, [config.model], config.text)
     check_json_file(config.json_file)
     loaded, tokenizer = load(config.model, config.dtype)
     if config.dequantize_once:
         _keep_dense(loaded)
     length = window_length(config.context_length, loaded)
-    windows = {path: file_windows(path, tokenizer, length, config.max_tokens) for path in config.text}
+    given = length, config.max_tokens, config.plain_prompts, note
+    windows = {path: file_windows(path, tokenizer, *given) for path in config.text}
     check_vocabulary(loaded, tokenizer, windows.values())
     with progress() as update:
         result = evaluate_model(loaded, tokenizer, windows, length, update)
@@ -268,6 +282,8 @@ def export(model: str, out: str, format: Export, **options: Unpack[ExportOptions
     if config.dry_run:
         return show_plan(config)
     quiet()
+    models, data = [config.model, config.base, config.like], [config.text, *names_of(config.calibration)]
+    protect(Path(config.out), models, data, config.overwrite)
     check_destination(Path(config.out), config.overwrite)
     with sole_writer(Path(config.out)):
         return _export(config)
@@ -290,7 +306,11 @@ def _export(config: ExportConfig) -> dict[str, Any]:
             loaded, tokenizer = merges.model(config.merge or UNMERGED), merges.tokenizer
         else:
             loaded, tokenizer = load_to_fold(config.model)
-        text = None if config.text is None else "\n\n".join(documents([config.text], tokenizer))
+        text = (
+            None
+            if config.text is None
+            else "\n\n".join(documents([config.text], tokenizer, config.plain_prompts, note))
+        )
         comparison = export_model(
             *(loaded, tokenizer, folder, config.format, config.dtype, config.threshold, text, Path(config.out), beside),
             lambda form: export_card(form, config.model, command, config.base),
@@ -332,6 +352,7 @@ def chat(model: str, **options: Unpack[ChatOptions]) -> list[dict[str, str]]:
     """Talk to a model by its chat template, or continue text where it has none; returns prompts and answers."""
     config = ChatConfig.build({"model": model, **options})
     quiet()
+    protect_file(config.json_file, [config.model], [config.file])
     check_json_file(config.json_file)
     loaded, tokenizer = load(config.model, config.dtype)
     if config.dequantize_once:
@@ -354,6 +375,7 @@ def chat(model: str, **options: Unpack[ChatOptions]) -> list[dict[str, str]]:
 def inspect(model: str, **options: Unpack[InspectOptions]) -> dict[str, Any]:
     """The per-layer record of a factored checkpoint, from its decomposition.json (or its manifest alone)."""
     config = InspectConfig.build({"model": model, **options})
+    protect_file(config.json_file, [config.model])
     check_json_file(config.json_file)
     folder = Path(config.model)
     if (folder / ADAPTER_FILE).is_file() and not (folder / "decomposition.json").is_file():

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .console import size_of
-from .data.weighted import weighted_sources
+from .data.weighted import names_of, weighted_sources
 from .declared import PIVOTED, PLAIN, chosen, options_of
 from .errors import UsageError, unknown_name
 from .options import FORMAT_KEYS, METHOD_KEYS, Allocation, Export, Method, MethodOptions, Quantized
@@ -89,7 +89,7 @@ class MethodConfig(MethodOptions, RunConfig):
         ),
         "What is decomposed": ("targets", "exclude", "dtype"),
         "Sharing a size out": ("allocation", "mix", "refine", "measure_control"),
-        "Calibration": ("context_length", "sensitivity_tokens", "propagate"),
+        "Calibration": ("context_length", "sensitivity_tokens", "propagate", "plain_prompts"),
         "Method": METHOD_KEYS,
         "Formats": ("factor_format", "form", "top_rank", "top_format", "incoherence", *FORMAT_KEYS),
         "Recovery": ("recover_epochs", "recover_learning_rate"),
@@ -173,8 +173,13 @@ class MethodConfig(MethodOptions, RunConfig):
     )
     calibration: list[str] = Field(
         default_factory=list,
-        description="files or folders of text or rows (.jsonl, .parquet, .csv, ...), or Hub datasets; of several, each "
-        "may have a weight: code.jsonl:0.5 prose.txt:0.5",
+        description="files, folders or patterns (data/*.csv) of text or rows (.jsonl, .json, .csv, .tsv, .parquet, "
+        ".arrow, compressed or not), or Hub datasets; of several, each may have a weight: code.jsonl:0.5 prose.txt:0.5",
+    )
+    plain_prompts: bool = Field(
+        False,
+        description="prompt + completion (or response) and instruction + output as plain text, also for a model "
+        "with a chat template",
     )
     calibration_tokens: int = Field(16384, gt=0, description="tokens to calibrate on; a sixteenth more is held out")
     context_length: int = Field(1024, gt=1, description="tokens per calibration window")
@@ -260,6 +265,10 @@ class MethodConfig(MethodOptions, RunConfig):
         """Of the sources of calibration text, adding up to 1; empty where they have none and are one text."""
         found = weighted_sources(self.calibration)
         return {source.name: source.weight for source in found if source.weight is not None}
+
+    def sources(self) -> list[str]:
+        """Of the calibration text, without their weights."""
+        return names_of(self.calibration)
 
     def resolved(self) -> dict[str, Any]:
         found = self.model_dump() | {"form": self.stored_form}
@@ -367,6 +376,7 @@ class MethodConfig(MethodOptions, RunConfig):
             "calibration_tokens": calibrated,
             "context_length": calibrated,
             "propagate": calibrated,
+            "plain_prompts": calibrated,
             "recover_learning_rate": self.recover_epochs > 0,
             "seed": calibrated or rotated or bool(self.incoherence),
         }
@@ -432,6 +442,8 @@ class PlanConfig(MethodConfig):
         if self.sweep is None:
             self.check_budget()
         self.check_method(True)
+        if self.plain_prompts and not self.calibration:
+            raise UsageError("`plain_prompts` has no effect without `calibration`; remove it.")
         if self.measure and self.sweep is None:
             raise UsageError("`measure` runs the plans of `sweep`; give `sweep` NAME, or remove it.")
         if self.sweep is not None and self.save is not None:
@@ -447,7 +459,7 @@ class TrainConfig(RunConfig):
 
     groups: ClassVar[dict[str, tuple[str, ...]]] = {
         "Common": ("model_name_or_path", "dataset_name", "output_dir", "mode", "objective", "config"),
-        "Data": ("dataset_config", "dataset_train_split", "dataset_test_split", "eval_dataset_name"),
+        "Data": ("dataset_config", "dataset_train_split", "dataset_test_split", "eval_dataset_name", "plain_prompts"),
         "What is trained": ("targets", "lora_r", "lora_alpha", "lora_dropout", "lora_on", "scales_on"),
         "Distillation": (
             *("teacher_model_name_or_path", "teacher_logits", "teacher_top_k"),
@@ -459,13 +471,19 @@ class TrainConfig(RunConfig):
     model_name_or_path: str = Field(description="factored checkpoint written by decompose")
     output_dir: str = Field(description="folder for the adapter, checkpoints and logs")
     dataset_name: str = Field(
-        description="file or folder of rows (.jsonl, .parquet, .csv, ...) or text, or a Hub dataset"
+        description="file, folder or pattern (data/*.csv) of rows (.jsonl, .json, .csv, .tsv, .parquet, .arrow, "
+        "compressed or not) or text, or a Hub dataset"
     )
     dataset_config: str | None = Field(None, description="configuration name of a Hub dataset")
     dataset_train_split: str = Field("train", description="split to train on")
     dataset_test_split: str | None = Field(None, description="split to evaluate on during training")
     eval_dataset_name: str | None = Field(
         None, description="file, folder or Hub dataset to evaluate on during training"
+    )
+    plain_prompts: bool = Field(
+        False,
+        description="prompt + completion (or response) and instruction + output as plain text, also for a model "
+        "with a chat template",
     )
     mode: Literal["factors", "split", "lora", "scales"] = Field(
         "factors",
@@ -512,6 +530,8 @@ class TrainConfig(RunConfig):
             if self.mode != mode:
                 raise UsageError(f"{name} has no effect in mode: {self.mode}; remove it or set mode: {mode}.")
 
+        if self.plain_prompts and self.objective == "dpo":
+            raise UsageError("plain_prompts has no effect with objective: dpo, whose text is always plain; remove it.")
         of_distill = [name for name in type(self).model_fields if name.startswith(("teacher_", "distill_"))]
         for name in self.given(*of_distill):
             if self.objective != "distill":
@@ -530,7 +550,14 @@ class EvaluateConfig(RunConfig):
     positional: ClassVar[tuple[str, ...]] = ("model", "text")
 
     model: str = Field(description="dense or factored checkpoint, output of train, Hub id or .gguf file")
-    text: list[str] = Field(description="files or folders of text or rows, or Hub datasets, to measure perplexity on")
+    text: list[str] = Field(
+        description="files, folders or patterns (data/*.csv) of text or rows, or Hub datasets, to measure perplexity on"
+    )
+    plain_prompts: bool = Field(
+        False,
+        description="prompt + completion (or response) and instruction + output as plain text, also for a model "
+        "with a chat template",
+    )
     context_length: int = Field(1024, gt=1, description="tokens per window")
     max_tokens: int | None = Field(None, gt=1, description="at most this many tokens of each text")
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(None, description="load the model in this dtype")
@@ -599,6 +626,11 @@ class ExportConfig(RunConfig):
     )
     calibration: list[str] = Field([], description="merge feedback, advise: texts for the feedback, as in decompose")
     calibration_tokens: int = Field(16384, gt=0, description="tokens of `calibration`")
+    plain_prompts: bool = Field(
+        False,
+        description="of `text` and `calibration`: prompt + completion (or response) and instruction + output as plain text, also for a model "
+        "with a chat template",
+    )
     overwrite: bool = Field(False, description="replace OUT if an earlier run of lord-tune wrote it")
     dry_run: bool = Field(False, description="print the resolved configuration and stop")
 
@@ -620,6 +652,8 @@ class ExportConfig(RunConfig):
         sources = [Path(source.name).resolve() for source in weighted_sources(self.calibration)]
         if weighed and self.text is not None and Path(self.text).resolve() in sources:
             raise UsageError("`text` is among `calibration`, so that it is not held out; pass another.")
+        if self.plain_prompts and self.text is None:
+            raise UsageError("`plain_prompts` has no effect without `text`; remove it.")
         for name in ("merge_limit", "calibration", "calibration_tokens"):
             if self.given(name) and not weighed:
                 raise UsageError(f"`{name}` has no effect without `advise` or `merge`; remove it.")
@@ -645,6 +679,11 @@ class CorrectConfig(RunConfig):
     out: str = Field(description="folder to write to: a factored checkpoint with the adapter in it")
     calibration: list[str] = Field([], description="files or folders of text or rows, or Hub datasets, as in decompose")
     rank: int = Field(16, gt=0, description="of L R")
+    plain_prompts: bool = Field(
+        False,
+        description="prompt + completion (or response) and instruction + output as plain text, also for a model "
+        "with a chat template",
+    )
     calibration_tokens: int = Field(16384, gt=0, description="tokens to calibrate on; a sixteenth more is held out")
     context_length: int = Field(1024, gt=1, description="tokens per calibration window")
     targets: str | None = Field(None, description="regex of layer names to correct; default: all linears in blocks")

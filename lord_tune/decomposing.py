@@ -17,15 +17,17 @@ from .correction.base import Corrected, Quantized
 from .decomposition import Journal, Phase, decompose_checkpoint, is_block
 from .decomposition.base import Source
 from .decomposition.decide import Given, decide
+from .decomposition.estimate import Estimate
 from .decomposition.sizes import totals_of
 from .decomposition.survey import survey
-from .errors import LordWarning
+from .errors import LordError, LordWarning
 from .integrations.checkpoint import Checkpoint, skeleton, write_index
 from .integrations.companions import companions_of
 from .integrations.files import relative_folder
 from .integrations.models import attention_of, launched_processes, load_tokenizer, model_class
 from .integrations.running import kind_of, run_model, task_of
 from .integrations.sources import resolve_model
+from .integrations.space import bytes_in, check_space
 from .integrations.vocabulary import check_vocabulary
 from .layers.sizes import sizes
 from .memory import PeakMemory
@@ -119,6 +121,7 @@ def run_decomposition(
             f"{foreseen.parameters:,} parameters, {foreseen.layers} layers in {foreseen.blocks} blocks; estimated peak "
             f"memory {human_bytes(foreseen.peak_bytes)}, scratch files {human_bytes(foreseen.scratch_bytes)}"
         )
+        _check_space(journal, foreseen)
         task = task_of(tokenizer, kind_of(source.model))
         with PeakMemory(device) as peak, LiveTable(LAYER_COLUMNS, LAYER_WIDTHS) as table:
             show = layer_rows(table)
@@ -168,3 +171,18 @@ def run_decomposition(
     say(f"wrote {config.out}")
     say(f"next: lord-tune evaluate {config.out} --text FILE   or   lord-tune inspect {config.out}")
     return report
+
+
+def _check_space(journal: Journal, foreseen: Estimate) -> None:
+    """LordError, in every process, where the scratch files and, as far as its size is known, the checkpoint do not fit
+    beside what an earlier run left in the folder."""
+    problem = None
+    if journal.writes:
+        needed = foreseen.scratch_bytes + (foreseen.model_bytes_after or 0) - bytes_in(journal.folder)
+        try:
+            check_space(journal.folder, needed, f"Writing {journal.out}, with its scratch files,")
+        except LordError as error:
+            problem = error
+    problem = journal.workers.send(problem, 0)
+    if problem is not None:
+        raise problem

@@ -20,6 +20,7 @@ from typing import Any, Unpack
 from .commands import decompose, evaluate, export, train
 from .config import QuickstartConfig
 from .console import human_bytes, say, show_table
+from .integrations.destination import protect
 from .integrations.models import quiet
 from .integrations.sources import resolve_model
 from .keywords import documented
@@ -58,6 +59,7 @@ def quickstart(**options: Unpack[QuickstartOptions]) -> dict[str, Any]:
         return show_plan(config)
     quiet()
     out = Path(config.out)
+    protect(out, [config.model], replaces=config.overwrite)
     with sole_writer(out):
         check_destination(out, config.overwrite)
         return _stories(config, out)

@@ -140,7 +140,8 @@ class Merges:
         exactly = "|".join(map(re.escape, self._layers))
         options: dict[str, Any] = {"plan": str(self._work / f"{way}.json"), "targets": f"^({exactly})$"}
         if way == FEEDBACK:
-            options |= {"calibration": self._config.calibration, "calibration_tokens": self._config.calibration_tokens}
+            text = {"calibration": self._config.calibration, "calibration_tokens": self._config.calibration_tokens}
+            options |= text | ({"plain_prompts": True} if self._config.plain_prompts else {})
         note(f"rounding Q + L R ({way})")
         with redirect_stdout(StringIO()):
             self._decompose(str(dense), str(folder), **options)
@@ -191,7 +192,7 @@ def _rounded(layer: FactoredLinear, way: str) -> LayerChoice:
 def held_out(config: ExportConfig, model: CausalModel, tokenizer: Tokenizer) -> Tensor:
     """Windows of `text`."""
     assert config.text is not None
-    windows = file_windows(config.text, tokenizer, window_length(LENGTH, model), TOKENS)
+    windows = file_windows(config.text, tokenizer, window_length(LENGTH, model), TOKENS, config.plain_prompts, note)
     check_vocabulary(plain_model(model), tokenizer, [windows])
     return windows
 

@@ -15,7 +15,7 @@ from .calibration.corpus import token_windows
 from .calibration.mixture import Part, SourceShare, describe, even_sample, in_words, interleaved, mixed_windows
 from .config import MIX, MethodConfig, TrainConfig
 from .console import note, say
-from .data.texts import documents, text_sha256
+from .data.texts import documents, text_sha256, texts_of
 from .declared import PLAIN, Options, chosen, options_of
 from .decomposition import (
     Bits,
@@ -212,13 +212,14 @@ def windows_of(config: MethodConfig, model: nn.Module, tokenizer: Tokenizer) -> 
     asked = asked_text(config, window_length(config.context_length, model))
     length, short, weights = asked.length, asked.sensitivity_length, config.weights()
     if weights:
-        of_source = {name: documents([name], tokenizer) for name in weights}
-        texts = [text for found in of_source.values() for text in found]
+        found = texts_of(list(weights), tokenizer, config.plain_prompts, note)
+        of_source = dict(zip(weights, found, strict=True))
+        texts = [text for own in found for text in own]
         counts = asked.tokens // length, asked.heldout // length
         mixed = mixed_windows(of_source, weights, tokenizer, *counts, length, config.seed)
         parts = list(mixed.values())
     else:
-        texts = documents(list(config.calibration), tokenizer)
+        texts = documents(list(config.calibration), tokenizer, config.plain_prompts, note)
         parts = [Part(*token_windows(texts, tokenizer, asked.tokens, asked.heldout, length, config.seed))]
     calibration, heldout = interleaved([p.calibration for p in parts]), interleaved([p.heldout for p in parts])
     # an even sample over all windows, not the first ones only

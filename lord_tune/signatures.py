@@ -112,6 +112,7 @@ class PlanOptions(TypedDict, total=False):
     refine: int
     measure_control: bool
     calibration: list[str]
+    plain_prompts: bool
     calibration_tokens: int
     context_length: int
     sensitivity_tokens: int
@@ -216,6 +217,7 @@ class DecomposeOptions(TypedDict, total=False):
     refine: int
     measure_control: bool
     calibration: list[str]
+    plain_prompts: bool
     calibration_tokens: int
     context_length: int
     sensitivity_tokens: int
@@ -235,6 +237,7 @@ class DecomposeOptions(TypedDict, total=False):
 class EvaluateOptions(TypedDict, total=False):
     """Keywords of `evaluate`."""
 
+    plain_prompts: bool
     context_length: int
     max_tokens: int | None
     dtype: Literal["float32", "float16", "bfloat16"] | None
@@ -259,6 +262,7 @@ class ExportOptions(TypedDict, total=False):
     merge_limit: float
     calibration: list[str]
     calibration_tokens: int
+    plain_prompts: bool
     overwrite: bool
     dry_run: bool
 
@@ -268,6 +272,7 @@ class CorrectOptions(TypedDict, total=False):
 
     calibration: list[str]
     rank: int
+    plain_prompts: bool
     calibration_tokens: int
     context_length: int
     targets: str | None

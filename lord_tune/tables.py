@@ -381,7 +381,7 @@ def _beginning(spans: list[tuple[str, bool]], length: int = 300) -> list[tuple[s
 def notify_training(event: str, payload: object) -> None:
     """What a training run tells before its first step."""
     if event == "data" and isinstance(payload, dict):
-        say(f"data: {payload['rows']:,} rows of {payload['source']}, recognised as {payload['format']}")
+        say(f"data: {payload['source']}: {payload['described']}")
     elif event == "sample" and isinstance(payload, list):
         show_spans("beginning of the first training sequence (trained tokens are marked):", _beginning(payload))
     elif isinstance(payload, Coverage):

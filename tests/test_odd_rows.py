@@ -247,15 +247,18 @@ def joined(row: dict[str, Any], tokenizer: Any) -> str:
 def test_odd_rows_are_taken_told_of_or_refused_everywhere_alike(case, tmp_path, llama_dir, capfd, monkeypatch):
     name, content, expected, warned = CASES[case]
     source, tokenizer = write(tmp_path / name, content), chatty()
-    calibrated, error, told_of = told(lambda: documents([source], tokenizer))
-    trained, error_of_training, told_in_training = told(lambda: prepare_rows(source, "train", None, tokenizer)[0])
+    plain = case in ("empty answer", "number as input", "prompt text, answer list", "chats among texts")
+    calibrated, error, told_of = told(lambda: documents([source], tokenizer, plain))
+    trained, error_of_training, told_in_training = told(
+        lambda: prepare_rows(source, "train", None, tokenizer, plain=plain)[0]
+    )
     assert error == error_of_training and told_of == told_in_training
     if isinstance(expected, str):
         assert expected in error and len(error.splitlines()) == 1, error
     else:
         assert not error and calibrated == expected
         assert [joined(row, tokenizer) for row in trained] == expected
-        windows, _, told_in_evaluation = told(lambda: file_windows(source, tokenizer, 32, 64))
+        windows, _, told_in_evaluation = told(lambda: file_windows(source, tokenizer, 32, 64, plain))
         assert told_in_evaluation == told_of and windows.numel() > 0
         assert len(told_of) == (1 if warned else 0) and warned in "".join(told_of)
     if "chat" in error or (isinstance(expected, list) and any(":" in text[:9] for text in expected)):

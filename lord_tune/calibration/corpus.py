@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -101,13 +102,20 @@ def _take_heldout(encoded: list[list[int]], available: int, wanted: int, length:
     return taken[: min(wanted, len(taken) // length * length)]
 
 
-def file_windows(path: str, tokenizer: Tokenizer, length: int, limit: int | None = None) -> Tensor:
+def file_windows(
+    path: str,
+    tokenizer: Tokenizer,
+    length: int,
+    limit: int | None = None,
+    plain: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Tensor:
     """Non-overlapping evaluation windows of one text source, all documents joined. (window, length)
 
-    Text shorter than a window gives one shorter window of at least two tokens.
+    plain, tell: see `documents`. Text shorter than a window gives one shorter window of at least two tokens.
     """
     ids: list[int] = []
-    for text in documents([path], tokenizer):
+    for text in documents([path], tokenizer, plain, tell):
         ids.extend(token_ids(text, tokenizer))
         if limit is not None and len(ids) >= limit:
             ids = ids[:limit]

@@ -1,4 +1,4 @@
-"""From a name to a dataset: rows of data files, text and code, folders of either, Hub datasets.
+"""From a name to a dataset: rows of data files, text and code, folders and patterns of either, Hub datasets.
 
 `datasets` reads the formats. What it does not do as a reader expects is done here: CSV columns stay the text that the
 file holds (pandas would make numbers of them and nothing of "NA"), a text file is one row, and a file that cannot be
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bz2
 import csv
+import glob
 import gzip
 import json
 import logging
@@ -37,7 +38,8 @@ _BESIDE = re.compile(r"(readme|license|licence)(\..*)?", re.IGNORECASE)  # belon
 
 
 def load_rows(source: str, split: str = "train", config: str | None = None) -> Dataset:
-    """The rows of a data file, of text (one row per file, in the column `text`), of a folder, or of a Hub dataset.
+    """The rows of a data file, of text (one row per file, in the column `text`), of a folder, of all files of a pattern
+    (data/*.csv), or of a Hub dataset.
 
     `split`, `config`: of a Hub dataset or a folder of data files; other files have the split train alone. Raises
     UsageError, in one sentence, for what does not exist or cannot be read.
@@ -45,6 +47,8 @@ def load_rows(source: str, split: str = "train", config: str | None = None) -> D
     path = Path(source).expanduser()
     if not path.exists() and is_hub_id(source):
         return _load(source, source, config, split=split)
+    if not path.exists() and glob.has_magic(source):
+        return _matches(source, split, config)
     if not path.exists():
         what = "data" if row_kind(path) else "text"
         raise UsageError(f"The {what} file {source} does not exist; check the path.")
@@ -53,6 +57,15 @@ def load_rows(source: str, split: str = "train", config: str | None = None) -> D
     if path.is_dir():
         return _folder(path, source, split, config)
     return _data_file(path, source, split) if row_kind(path) else _texts([path], source, split)
+
+
+def local_paths(source: str) -> list[Path]:
+    """The file or folder of this name, or the files that the pattern matches; nothing for a Hub dataset."""
+    path = Path(source).expanduser()
+    if path.exists() or not glob.has_magic(source):
+        return [path] if path.exists() else []
+    found = (Path(match) for match in sorted(glob.glob(str(path), recursive=True)))
+    return [match for match in found if match.is_file()]
 
 
 def row_kind(path: Path) -> str | None:
@@ -65,7 +78,7 @@ def is_hub_id(source: str) -> bool:
     """Whether a name is meant for the Hub: nothing local has it, and it is a bare word, or org/name without the suffix
     of a file; a dataset's name may hold dots."""
     path = Path(source).expanduser()
-    if path.exists() or row_kind(path):
+    if path.exists() or row_kind(path) or glob.has_magic(source):
         return False
     suffix = path.suffix.lower()
     named = re.fullmatch(r"[\w\-][\w.\-]*/[\w.\-]+", source) and suffix not in _TEXT_FILES and suffix not in _UNPACK
@@ -251,13 +264,47 @@ def _folder(path: Path, source: str, split: str, config: str | None) -> Dataset:
         raise UsageError(f"{source} is the folder of a model; give its files that hold text, or another folder.")
     if rows and not other:
         return _load(source, str(path.resolve()), config, split=split, **_options_of_all(rows, source))
+    return _mixed(visible, rows, source, split, config)
+
+
+def _matches(source: str, split: str, config: str | None) -> Dataset:
+    """All files of a pattern, as if they were a folder."""
+    found = local_paths(source)
+    rows = [path for path in found if row_kind(path)]
+    if not found:
+        raise UsageError(f"No file matches {source}; check the pattern.")
+    if len(rows) < len(found):
+        return _mixed(found, rows, source, split, config)
+    if config is not None:
+        raise UsageError(f"dataset_config {config} has no effect on the files {source}; remove it.")
+    if len(found) == 1:
+        return _data_file(found[0], source, split)
+    empty = next((path for path in rows if path.stat().st_size == 0), None)
+    if empty is not None:
+        raise UsageError(f"The dataset '{empty}' is empty; give rows, or remove it.")
+    options = _options_of_all(rows, source)
+    files = [glob.escape(str(path.resolve())) for path in rows]
+    try:
+        return _load(source, str(row_kind(rows[0])), None, data_files=files, split=split, **options)
+    except LordError as error:
+        if "Unknown split" not in str(error):
+            for path in rows:
+                defect = _defect(path)
+                if defect is not None:
+                    raise UsageError(f"The dataset '{path}' {defect}.") from error
+        raise
+
+
+def _mixed(paths: list[Path], rows: list[Path], source: str, split: str, config: str | None) -> Dataset:
+    """Text, among which files of rows may lie. rows: those of `paths`."""
+    other = [path for path in paths if path not in rows and not _BESIDE.fullmatch(path.name)] or paths
     if config is not None:
         raise UsageError(f"dataset_config {config} has no effect on the text in {source}; remove it.")
     if any(row_kind(p) != "json" or ".json" not in p.suffixes for p in rows):
         raise UsageError(f"{source} holds both rows ({rows[0].name}) and text ({other[0].name}); give its files.")
     if rows:  # settings of a program
         _warn(f"{source}: {len(rows):,} JSON files are left out of a folder of text; the first is {rows[0].name}.")
-    return _texts([p for p in visible if p not in rows], source, split)
+    return _texts([p for p in paths if p not in rows], source, split)
 
 
 def _options_of_all(paths: list[Path], source: str) -> dict[str, Any]:

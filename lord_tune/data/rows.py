@@ -2,7 +2,8 @@
 
 Recognised rows (in this order): `messages` or ShareGPT's `conversations` (chat), `prompt` + `completion` or `response`,
 `instruction` (+ `input`) + `output` (alpaca), `text`, and for DPO `chosen` + `rejected` with or without `prompt`. Chats
-bring their `tools` and `chat_template_kwargs`. A row becomes what trl tokenizes. One that trl could not, or that says
+bring their `tools` and `chat_template_kwargs`. A prompt that is text becomes the turn of a user, and its answer that of
+the assistant, for a model with a chat template (`RowFormat.chat`). A row becomes what trl tokenizes. One that trl could not, or that says
 nothing, is left out: a warning counts these and names row and column of the first. Rows count from 1.
 """
 
@@ -35,6 +36,7 @@ class RowFormat:
     prompt: str = ""  # column; of messages the one that holds them, of pairs "" where the prompt is inside the answers
     completion: str = ""
     text: str = "text"
+    chat: bool = False  # prompt_completion: whether prompt and answer that are text become turns of a chat
 
     def __str__(self) -> str:
         if self.kind == "pairs":
@@ -72,8 +74,9 @@ def recognise(columns: Iterable[str], text: str = "text") -> RowFormat:
     if {"chosen", "rejected"} <= names:
         return RowFormat("pairs", "prompt" if "prompt" in names else "")
     raise UsageError(
-        f"Got a dataset with the columns {sorted(names)}; expected {text}, or messages, or prompt + completion, "
-        "or instruction (+ input) + output. Rename the columns."
+        f"Got a dataset with the columns {sorted(names)}; expected {text}, or messages, or conversations, or prompt + "
+        "completion (or response), or instruction (+ input) + output, or, for DPO, (prompt +) chosen + rejected. "
+        "Rename the columns."
     )
 
 
@@ -139,6 +142,8 @@ def in_trl_columns(rows: Dataset, form: RowFormat, kept: list[int]) -> Dataset:
             wanted[name] = datasets.Value("string")
         elif name == "chat_template_kwargs":
             wanted[name] = datasets.Json()  # one mapping may have other keys than the next
+        elif form.chat and before == datasets.Value("string"):
+            wanted[name] = datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")})
         else:
             wanted[name] = datasets.List(datasets.Json()) if form.prompt == "conversations" else before
     if form.prompt != "instruction" and all(features.get(name) == kind for name, kind in wanted.items()):
@@ -193,11 +198,19 @@ def _answered(row: Row, form: RowFormat) -> Row:
         if extra is not None and not isinstance(extra, str):
             raise Unusable(f"'input' is {_kind(extra)}, expected text")
         instruction, answer = _words(prompt, "instruction"), _words(completion, form.completion)
+        if form.chat:
+            return _turns(f"{instruction}\n\n{extra}" if extra else instruction, answer)
         return {"prompt": alpaca_prompt(instruction, extra), "completion": answer}
     _same_kind({form.prompt: prompt, form.completion: completion})
     if isinstance(prompt, list):
         return {"prompt": _messages(prompt, form.prompt), "completion": _messages(completion, form.completion)}
-    return {"prompt": prompt, "completion": _words(completion, form.completion)}
+    answer = _words(completion, form.completion)
+    return _turns(prompt, answer) if form.chat else {"prompt": prompt, "completion": answer}
+
+
+def _turns(prompt: str, answer: str) -> Row:
+    asked, said = {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}
+    return {"prompt": [asked], "completion": [said]}
 
 
 def _pair(row: Row, form: RowFormat) -> Row:

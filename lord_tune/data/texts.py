@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 from ..errors import UsageError
 from ..protocols import Tokenizer
@@ -11,6 +12,7 @@ from .files import load_rows
 from .rows import Row, RowFormat, Unusable, recognise, usable
 
 _OPTION = "chat_template_kwargs"
+_SHOWN = 72  # characters of the row that is shown
 
 
 class Rendered(str):
@@ -36,6 +38,27 @@ def render(row: Row, turns: list[Row], tokenizer: Tokenizer, template: str | Non
     return Rendered(text)
 
 
+def as_chats(form: RowFormat, tokenizer: Tokenizer | None, template: str | None, plain: bool) -> RowFormat:
+    """The same format, with prompts and answers that are text as turns where the model has a chat template."""
+    templated = tokenizer is not None and bool(template or getattr(tokenizer, "chat_template", None))
+    return replace(form, chat=form.kind == "prompt_completion" and templated and not plain)
+
+
+def described(form: RowFormat, rows: int, plain: bool) -> str:
+    """What was recognised, and how prompts are rendered."""
+    how = ""
+    if form.chat:
+        how = ", by the model's chat template (`plain_prompts` keeps text plain)"
+    elif form.kind == "prompt_completion":
+        how = ", text among them as it is" + ("" if plain else " (the model has no chat template)")
+    return f"{rows:,} row{'s' * (rows != 1)}, recognised as {form}{how}"
+
+
+def beginning(text: str) -> str:
+    """As it is shown, in one line."""
+    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
+
+
 def renderer(tokenizer: Tokenizer | None, template: str | None, form: RowFormat, source: str) -> Callable[..., str]:
     """What `usable` checks rows with: (row in trl's columns, whether it is a chat) -> its text. Of a pair, that with
     the chosen answer. UsageError for chats of a model that has no chat template."""
@@ -56,14 +79,38 @@ def renderer(tokenizer: Tokenizer | None, template: str | None, form: RowFormat,
     return text_of
 
 
-def documents(sources: list[str], tokenizer: Tokenizer | None = None) -> list[str]:
-    """The texts of all sources: text files are one document each, rows of data files one document each."""
-    found: list[str] = []
+def texts_of(
+    sources: list[str],
+    tokenizer: Tokenizer | None = None,
+    plain: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
+) -> list[list[str]]:
+    """The texts of each source: text files are one document each, rows of data files one document each.
+
+    plain: keep prompts and answers as plain text where the tokenizer has a chat template; UsageError where no source
+    has any. tell: gets one line for each source, see `described`.
+    """
+    found: list[list[str]] = []
+    prompts = False
     for source in sources:
         rows = load_rows(source)
-        form = recognise(rows.column_names)
-        found.extend(text for _, _, text in usable(rows, form, source, renderer(tokenizer, None, form, source)))
+        form = as_chats(recognise(rows.column_names), tokenizer, None, plain)
+        prompts = prompts or form.kind == "prompt_completion"
+        found.append([text for _, _, text in usable(rows, form, source, renderer(tokenizer, None, form, source))])
+        tell(f"{source}: {described(form, len(rows), plain)}; the first: {beginning(found[-1][0])}")
+    if plain and not prompts:
+        raise UsageError(f"`plain_prompts` has no effect on {' and '.join(sources)}, without prompts; remove it.")
     return found
+
+
+def documents(
+    sources: list[str],
+    tokenizer: Tokenizer | None = None,
+    plain: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
+) -> list[str]:
+    """The texts of all sources, see `texts_of`."""
+    return [text for found in texts_of(sources, tokenizer, plain, tell) for text in found]
 
 
 def token_ids(text: str, tokenizer: Tokenizer, limit: int | None = None) -> list[int]:

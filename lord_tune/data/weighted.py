@@ -50,6 +50,11 @@ def weighted_sources(given: list[str]) -> list[Source]:
     return [Source(source.name, weight / sum(relative)) for source, weight in zip(found, relative, strict=True)]
 
 
+def names_of(given: list[str]) -> list[str]:
+    """The sources without their weights."""
+    return [source.name for source in weighted_sources(given)]
+
+
 def _split(text: str) -> Source:
     """A source with the weight as it is written."""
     name, _, number = text.rpartition(":")

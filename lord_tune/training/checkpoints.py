@@ -20,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from ..integrations.files import ADAPTER_FILE
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ..protocols import TrlConfig
 
 LOG_FILE = "log_state.json"  # trainers.py
@@ -75,3 +77,13 @@ def newest_complete(output: Path, arguments: TrlConfig) -> tuple[Path | None, di
             return found[step], broken
         broken[found[step]] = wrong
     return None, broken
+
+
+def bytes_to_write(model: nn.Module, arguments: TrlConfig) -> int:
+    """Of the adapter, and of one checkpoint where the run writes them: the adapter again, and torch's AdamW state."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    own = sum(parameter.numel() * parameter.element_size() for parameter in trained)
+    if arguments.save_strategy == "no":
+        return own
+    state = not arguments.save_only_model and str(arguments.optim).startswith("adamw_torch")
+    return 2 * own + (2 * own if state else 0)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, TypedDict, Unpack, cast
 
 import numpy as np
 
-from ..data.files import load_rows
+from ..data.files import load_rows, local_paths
 from ..data.rows import Row, RowFormat, Unusable, in_trl_columns, recognise, usable
-from ..data.texts import renderer
+from ..data.texts import as_chats, renderer
 from ..errors import LordError, LordWarning, UsageError
 from ..integrations.files import first_line
 from ..integrations.models import load_tokenizer
@@ -49,14 +49,18 @@ def prepare_rows(
     text: str = "text",
     template: str | None = None,
     assistant_only: bool = False,
+    plain: bool = False,
 ) -> tuple[Dataset, RowFormat]:
     """A dataset in trl's columns (text; messages; prompt + completion; tools) and what was recognised.
 
     text: trl's dataset_text_field. template: a chat template other than the tokenizer's. assistant_only: leave out
-    chats in which no assistant speaks. Raises UsageError for rows that trl could not train on.
+    chats in which no assistant speaks. plain: keep prompts and answers that are text as they are where there is a chat
+    template. Raises UsageError for rows that trl could not train on.
     """
     rows = load_rows(source, split, config)
-    form = recognise(rows.column_names, text)
+    form = as_chats(recognise(rows.column_names, text), tokenizer, template, plain)
+    if plain and form.kind != "prompt_completion":
+        raise UsageError(f"`plain_prompts` has no effect: '{source}' holds {form} and no prompts; remove it.")
     if form.kind == "pairs":
         raise UsageError(f"'{source}' holds pairs of answers, {form}; set objective: dpo, or give other rows.")
     text_of = renderer(tokenizer, template, form, source)
@@ -226,9 +230,10 @@ def sample_spans(trainer: TrainerLike, tokenizer: Tokenizer, require_eos: bool) 
 
 
 def rows_sha256(source: str | None) -> str | None:
-    """Of the bytes of a local data file, or of all files of a folder; None for a Hub dataset."""
+    """Of the bytes of a local data file, or of all files of a folder or pattern; None for a Hub dataset."""
     if source is None:
         return None
-    path = Path(source)
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    paths = local_paths(source)
+    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*")))]
+    files = [file for file in files if file.is_file()]
     return sha256_files(files) if files else None

@@ -17,16 +17,18 @@ from ..adapters.attach import coverage
 from ..adapters.loading import load
 from ..console import is_main_process, note
 from ..data.rows import RowFormat
+from ..data.texts import described
 from ..errors import LordError, UsageError
 from ..integrations.files import ADAPTER_FILE, RUN_FILE
 from ..integrations.models import DTYPE_NAMES, load_tokenizer
 from ..integrations.running import max_length
 from ..integrations.sources import weights_identity
+from ..integrations.space import check_space
 from ..layers import expert_of, factored_layers, plain_model
 from ..memory import large_blocks_apart
 from ..storage import read_json, write_json
 from .arguments import DISTILL, DPO, TrainOptions
-from .checkpoints import defect, newest_complete
+from .checkpoints import bytes_to_write, defect, newest_complete
 from .data import (
     chat_template,
     check_embedded,
@@ -96,7 +98,8 @@ def train_model(
     if options.objective != "sft" and kind != "causal":
         raise UsageError(f"objective: {options.objective} needs a model that predicts the next token; use sft.")
     rows, form = _rows(options.dataset_name, options.dataset_train_split, options, arguments, tokenizer)
-    notify("data", {"rows": len(rows), "format": str(form), "source": options.dataset_name})
+    told = described(form, len(rows), options.plain_prompts)
+    notify("data", {"source": options.dataset_name, "described": told})
     held = None
     if options.eval_dataset_name or options.dataset_test_split:
         name = options.eval_dataset_name or options.dataset_name
@@ -104,6 +107,7 @@ def train_model(
     set_seed(arguments.seed)  # before adapters are drawn; the trainer seeds again
     exposed = expose(model, options)
     notify("coverage", coverage(exposed))
+    check_space(output, bytes_to_write(exposed, arguments), f"The adapter in {output}, with a checkpoint of the run,")
     before = output.exists()
     made = _make_trainer(exposed, tokenizer, arguments, rows, held, options)
     if not before:  # the trainer makes an empty folder; what is refused below leaves none
@@ -169,6 +173,12 @@ def train_model(
     return metrics
 
 
+def begun(output: Path, arguments: TrlConfig) -> Path | None:
+    """The checkpoint that a run into `output` will continue from, before any work; None for a run of its own."""
+    found, _ = _checkpoint(output, arguments)
+    return None if found is None or _finished(output, found, arguments) else found
+
+
 def check_experts(model: nn.Module, arguments: TrlConfig) -> None:
     """An expert that no token of a batch chose has no gradient, which plain data parallelism waits for."""
     if arguments.world_size > 1 and arguments.ddp_find_unused_parameters is False:
@@ -188,7 +198,7 @@ def _rows(
     text = getattr(arguments, "dataset_text_field", "text")
     template = other_template(getattr(arguments, "chat_template_path", None))
     assistant_only = getattr(arguments, "assistant_only_loss", False)
-    return prepare_rows(source, split, config, tokenizer, text, template, assistant_only)
+    return prepare_rows(source, split, config, tokenizer, text, template, assistant_only, options.plain_prompts)
 
 
 def _checkpoint(output: Path, arguments: TrlConfig) -> tuple[Path | None, dict[Path, str]]:

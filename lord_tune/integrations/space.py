@@ -1,0 +1,45 @@
+"""Whether a disk has room for what will be written, asked before any work where the size is known."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from torch import nn
+
+from ..console import human_bytes
+from ..errors import LordError
+from ..layers import factored_layers
+
+
+def check_space(out: Path, needed: float, what: str) -> None:
+    """LordError if the disk of `out`, which need not exist, has less than `needed` bytes free.
+
+    what: the beginning of the sentence. A disk that does not say what is free is not refused.
+    """
+    real = out.resolve()
+    folder = next(parent for parent in (real, *real.parents) if parent.is_dir())
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError:
+        return
+    if needed > free:
+        raise LordError(
+            f"{what} needs {human_bytes(needed)} of disk space in {folder}, where {human_bytes(free)} are free; make "
+            "space, or choose an output on another disk."
+        )
+
+
+def bytes_in(folder: Path) -> int:
+    """Of all files in a folder; 0 where there is none."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def dense_bytes(model: nn.Module, element: int) -> int:
+    """Of the parameters of a model, its layers multiplied out, at `element` bytes per number."""
+    layers = factored_layers(model)
+    inside = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
+    rest = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside)
+    own = sum(layer.plan.shape[0] * layer.plan.shape[1] for layer in layers.values())
+    biases = sum(layer.bias.numel() for layer in layers.values() if layer.bias is not None)
+    return element * (rest + own + biases)
