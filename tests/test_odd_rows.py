@@ -247,7 +247,7 @@ def joined(row: dict[str, Any], tokenizer: Any) -> str:
 def test_odd_rows_are_taken_told_of_or_refused_everywhere_alike(case, tmp_path, llama_dir, capfd, monkeypatch):
     name, content, expected, warned = CASES[case]
     source, tokenizer = write(tmp_path / name, content), chatty()
-    plain = case in ("empty answer", "number as input", "prompt text, answer list", "chats among texts")
+    plain = case in ("empty answer", "number as input", "prompt text, answer list", "chats among texts", "TSV")
     calibrated, error, told_of = told(lambda: documents([source], tokenizer, plain))
     trained, error_of_training, told_in_training = told(
         lambda: prepare_rows(source, "train", None, tokenizer, plain=plain)[0]

@@ -3,8 +3,8 @@
 Recognised rows (in this order): `messages` or ShareGPT's `conversations` (chat), `prompt` + `completion` or `response`,
 `instruction` (+ `input`) + `output` (alpaca), `text`, and for DPO `chosen` + `rejected` with or without `prompt`. Chats
 bring their `tools` and `chat_template_kwargs`. A prompt that is text becomes the turn of a user, and its answer that of
-the assistant, for a model with a chat template (`RowFormat.chat`). A row becomes what trl tokenizes. One that trl could not, or that says
-nothing, is left out: a warning counts these and names row and column of the first. Rows count from 1.
+the assistant, for a model with a chat template (`RowFormat.chat`). A row becomes what trl tokenizes. One that trl could
+not, or that says nothing, is left out: a warning counts these and names row and column of the first. Rows count from 1.
 """
 
 from __future__ import annotations

@@ -85,7 +85,9 @@ def export_model(
     export.check(plain)
     own = "float32" if form == "dense" else str(model_dtype).removeprefix("torch.")
     if form in ("dense", "factored"):  # of the others the size is known when they are written
-        size = dense_bytes(plain, DTYPE_NAMES[dtype or own].itemsize) if form == "dense" else sizes(plain)["model_bytes"]
+        size = (
+            dense_bytes(plain, DTYPE_NAMES[dtype or own].itemsize) if form == "dense" else sizes(plain)["model_bytes"]
+        )
         check_space(folder, size, f"The {form} export")
     ids = probe_ids(tokenizer, text, min(PROBE_TOKENS, max_length(plain)))
     check_vocabulary(plain, tokenizer, [ids])
