@@ -628,8 +628,8 @@ class ExportConfig(RunConfig):
     calibration_tokens: int = Field(16384, gt=0, description="tokens of `calibration`")
     plain_prompts: bool = Field(
         False,
-        description="of `text` and `calibration`: prompt + completion (or response) and instruction + output as plain text, also for a model "
-        "with a chat template",
+        description="of `text` and `calibration`: prompt + completion (or response) and instruction + output as plain "
+        "text, also for a model with a chat template",
     )
     overwrite: bool = Field(False, description="replace OUT if an earlier run of lord-tune wrote it")
     dry_run: bool = Field(False, description="print the resolved configuration and stop")

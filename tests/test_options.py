@@ -19,7 +19,7 @@ import pytest
 import torch
 from gguf_files import write_like
 from safetensors.torch import load_file
-from tiny import HIDDEN, INTERMEDIATE, LAYERS, gpt2_config, read_tensors, save_tiny, write_code_rows
+from tiny import HIDDEN, INTERMEDIATE, LAYERS, gpt2_config, read_tensors, save_tiny, tiny_llama, write_code_rows
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 from trl import SFTConfig
@@ -45,6 +45,7 @@ from lord_tune.config import (
     RunConfig,
     TrainConfig,
 )
+from lord_tune.data.texts import documents
 from lord_tune.decomposition import Rates
 from lord_tune.errors import ExportMismatch, LordError, UsageError
 from lord_tune.factorizations import METHODS, pivoted_left
@@ -331,6 +332,31 @@ def case_context_length(b: Bench) -> None:
     long, short = b.decompose(), b.decompose(context_length=32)
     assert long.report["calibration"]["context_length"] == 64 and short.report["calibration"]["context_length"] == 32
     assert not torch.allclose(long.product(), short.product())
+
+
+def prompts(b: Bench) -> tuple[Path, Path]:
+    """A model with a chat template, and rows of prompts."""
+    model, rows = b.folder / "templated", b.folder / "prompts.jsonl"
+    if not model.exists():
+        save_tiny(tiny_llama(layers=1), model)
+        turns = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        settings = json.loads((model / "tokenizer_config.json").read_text())
+        (model / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": turns}))
+        pairs = [{"prompt": f"Count to {n}, please.", "completion": " ".join(map(str, range(n)))} for n in range(9, 60)]
+        rows.write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    return model, rows
+
+
+def case_plain_prompts(b: Bench) -> None:
+    model, rows = prompts(b)
+    given: dict[str, Any] = {"model": str(model), "calibration": [str(rows)]}
+    chats, plain = b.decompose(**given), b.decompose(plain_prompts=True, **given)
+    assert chats.report["calibration"]["sha256"] != plain.report["calibration"]["sha256"]
+    assert not torch.allclose(chats.product(), plain.product())
+    with pytest.raises(UsageError, match="`plain_prompts` has no effect"):
+        b.decompose(plain_prompts=True)
+    with pytest.raises(UsageError, match="`plain_prompts` has no effect"):
+        b.decompose(plain_prompts=True, calibrated=False, method="svd")
 
 
 def case_sensitivity_tokens(b: Bench) -> None:
@@ -629,6 +655,7 @@ DECOMPOSE: dict[str, Case] = {
     "calibration_tokens": case_calibration_tokens,
     "context_length": case_context_length,
     "sensitivity_tokens": case_sensitivity_tokens,
+    "plain_prompts": case_plain_prompts,
     "sink_weight": case_sink_weight,
     "centred": case_centred,
     "iterations": case_iterations,
@@ -940,7 +967,21 @@ def case_plan_symmetric(b: Bench) -> None:
     assert bits[0] > bits[1]
 
 
+def case_plan_plain_prompts(b: Bench) -> None:
+    model, rows = prompts(b)
+    given = {"kept_fraction": 0.8, "calibration": [str(rows)], "context_length": 64, "calibration_tokens": 1024}
+    found = []
+    for number, plain in enumerate((False, True)):
+        file = b.folder / f"prompts{number}.json"
+        lord_tune.plan(str(model), save=str(file), plain_prompts=plain, **given)
+        found.append(json.loads(file.read_text())["made"]["calibration"]["sha256"])
+    assert found[0] != found[1]
+    with pytest.raises(UsageError, match="`plain_prompts` has no effect"):
+        b.plan(plain_prompts=True)
+
+
 PLAN: dict[str, Case] = {
+    "plain_prompts": case_plan_plain_prompts,
     "plan_file": case_plan_plan_file,
     "save": case_plan_save,
     "model": case_plan_model,
@@ -1258,7 +1299,19 @@ def case_temperature(b: Bench) -> None:
         distil(b, distill_temperature=0)
 
 
+def case_train_plain_prompts(b: Bench) -> None:
+    model, rows = prompts(b)
+    base = str(b.decompose(model=str(model), calibrated=False, method="svd").folder)
+    given = {"model_name_or_path": base, "dataset_name": str(rows)}
+    assert losses(b.train(**given)[0]) != losses(b.train(plain_prompts=True, **given)[0])
+    with pytest.raises(UsageError, match="plain_prompts has no effect"):
+        b.train(plain_prompts=True, objective="dpo")
+    with pytest.raises(UsageError, match="`plain_prompts` has no effect"):
+        b.train(plain_prompts=True)
+
+
 TRAIN: dict[str, Case] = {
+    "plain_prompts": case_train_plain_prompts,
     "model_name_or_path": case_train_model,
     "output_dir": case_train_output,
     "dataset_name": case_train_dataset,
@@ -1378,7 +1431,16 @@ def case_evaluate_dry_run(b: Bench) -> None:
     assert plan["context_length"] == 64 and not (b.folder / "dry.json").exists()
 
 
+def case_evaluate_plain_prompts(b: Bench) -> None:
+    model, rows = prompts(b)
+    given = {"model": str(model), "text": [str(rows)]}
+    assert evaluate(b, **given)["loss"] != evaluate(b, plain_prompts=True, **given)["loss"]
+    with pytest.raises(UsageError, match="`plain_prompts` has no effect"):
+        evaluate(b, plain_prompts=True)
+
+
 EVALUATE: dict[str, Case] = {
+    "plain_prompts": case_evaluate_plain_prompts,
     "model": case_evaluate_model,
     "text": case_evaluate_text,
     "context_length": case_evaluate_context,
@@ -1561,7 +1623,21 @@ def case_export_dry_run(b: Bench) -> None:
     assert plan["format"] == "dense" and sorted(b.folder.iterdir()) == before
 
 
+def case_export_plain_prompts(b: Bench) -> None:
+    model, rows = prompts(b)
+    base = str(b.decompose(model=str(model), calibrated=False, method="svd").folder)
+    seen: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commands, "documents", lambda *given: seen.extend(found := documents(*given)) or found)
+        for plain in (False, True):
+            lord_tune.export(base, str(b.fresh("prompts")), "factored", text=str(rows), plain_prompts=plain)
+    assert [text.startswith("<user>") for text in seen] == [True] * 51 + [False] * 51
+    with pytest.raises(UsageError, match="`plain_prompts` has no effect"):
+        lord_tune.export(base, str(b.fresh("prompts")), "factored", plain_prompts=True)
+
+
 EXPORT: dict[str, Case] = {
+    "plain_prompts": case_export_plain_prompts,
     "model": case_export_model,
     "out": case_export_out,
     "format": case_export_format,
@@ -1678,6 +1754,13 @@ def case_correct_dtype(b: Bench) -> None:
 
 def case_correct_seed(b: Bench) -> None:
     assert differs(corrected(b), corrected(b, seed=3))
+
+
+def case_correct_plain_prompts(b: Bench) -> None:
+    with pytest.raises(UsageError, match="`plain_prompts` has no effect"):  # of a corrected model's calibration
+        corrected(b, plain_prompts=True)
+    _, rows = prompts(b)
+    assert corrected(b, plain_prompts=True, calibration=[str(rows)]).report["config"]["plain_prompts"]
 
 
 def case_correct_overwrite(b: Bench) -> None:

@@ -100,7 +100,8 @@ def test_rows_have_the_tokens_of_trl_in_training_calibration_and_evaluation(case
     ours = tokenized(prepare_rows(file, "train", None, made, plain=plain)[0])
     assert ours["input_ids"][:] == wanted["input_ids"][:] and ours["labels"][:] == wanted["labels"][:]
     assert [token_ids(text, made) for text in documents([file], made, plain)] == wanted["input_ids"][:]
-    assert file_windows(file, made, 10_000, plain=plain)[0].tolist() == [token for row in wanted["input_ids"] for token in row]
+    evaluated = file_windows(file, made, 10_000, plain=plain)[0].tolist()
+    assert evaluated == [token for row in wanted["input_ids"] for token in row]
     if "tools" in ROWS[case][0]:
         assert "TOOLS" in made.decode(wanted[0]["input_ids"])
 
