@@ -122,6 +122,9 @@ class TrlConfig(Protocol):
     def fsdp(self) -> object: ...
 
     @property
+    def save_strategy(self) -> object: ...
+
+    @property
     def world_size(self) -> int: ...
 
     @property
