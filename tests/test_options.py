@@ -1840,7 +1840,7 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
             DecomposeConfig,
             "m o --method whitened --backbone nf4 --factor-format bf16 --rank 3 --calibration a.txt b.txt "
             "--calibration-tokens 99 --context-length 9 --sink-weight 0.5 --block-size 128 --double-quant "
-            "--targets q --exclude k --seed 7 --dtype float16 --overwrite --dry-run",
+            "--targets q --exclude k --seed 7 --dtype float16 --plain-prompts --overwrite --dry-run",
         ),
         (
             DecomposeConfig,
@@ -1876,7 +1876,7 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
             PlanConfig,
             "m --backbone nf4 --factor-format bf16 --rank 3 --calibration a.txt b.txt --calibration-tokens 99 "
             "--context-length 9 --sink-weight 0.5 --shrinkage auto --block-size 128 --double-quant --targets q "
-            "--exclude k --seed 7 --dtype float16 --propagate sequential --processes 2 --json j",
+            "--exclude k --seed 7 --dtype float16 --propagate sequential --processes 2 --plain-prompts --json j",
         ),
         (PlanConfig, "m --method afm --no-centred --kept-fraction 0.7 --allocation uniform --form pivoted"),
         (PlanConfig, "m --method loftq --backbone nf4 --rank 3 --iterations 2 --save s"),
@@ -1904,7 +1904,7 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
             "--dataset_test_split t --eval_dataset_name e --mode lora --lora_r 3 --lora_alpha 5.5 --lora_dropout 0.1 "
             "--lora_on smaller --targets q --dtype float16 --dequantize_once --dry_run --learning_rate 0.5 --packing "
             "--objective distill --teacher_model_name_or_path t --teacher_logits l --teacher_top_k 5 "
-            "--distill_ce_weight 0.5 --distill_temperature 2",
+            "--distill_ce_weight 0.5 --distill_temperature 2 --plain_prompts",
         ),
         (
             TrainConfig,
@@ -1916,13 +1916,13 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
         (
             EvaluateConfig,
             "m --text a.txt b.txt --context-length 9 --max-tokens 8 --dtype float16 --dequantize-once --json j "
-            "--dry-run",
+            "--plain-prompts --dry-run",
         )
     ],
     "export": [
         (
             ExportConfig,
-            "m o --format dense --dtype float16 --threshold 0.5 --text a.txt --overwrite --dry-run",
+            "m o --format dense --dtype float16 --threshold 0.5 --text a.txt --plain-prompts --overwrite --dry-run",
         ),
         (ExportConfig, "m o --format gguf --base b --like a.gguf --adapter-type q8_0 --dense-type f32"),
         (ExportConfig, "m o --format peft --pad-ranks"),
@@ -1937,7 +1937,8 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
         (
             CorrectConfig,
             "q.gguf m o --calibration a.txt b.txt --rank 3 --calibration-tokens 9 --context-length 8 --targets t "
-            "--exclude e --factor-format bf16 --adapter-type q8_0 --dtype float16 --seed 4 --overwrite --dry-run",
+            "--exclude e --factor-format bf16 --adapter-type q8_0 --dtype float16 --seed 4 --plain-prompts --overwrite "
+            "--dry-run",
         )
     ],
     "chat": [
