@@ -69,6 +69,8 @@ LORD: dict[str, dict[str, Any]] = {
     "pivoted_uniform": {"allocation": "uniform"},
     "pivoted_energy": {"allocation": "energy"},
     "pivoted_typed": {"allocation": "typed"},
+    "pivoted_bolaco": {"allocation": "bolaco"},
+    "pivoted_bolaco_two_sided": {"allocation": "bolaco", "method": "two_sided"},
 }
 BITS = {
     "mixed": {"allocation": "mixed", "mix": MIX, "measure_control": True},

@@ -34,6 +34,7 @@ class Windows:
     calibration: Tensor
     heldout: Tensor
     sensitivity: Tensor  # for the backward pass; shorter windows hold fewer activations
+    validation: Tensor | None = None  # held out from all others, for allocators that run whole models
 
     def tokens(self) -> int:
         """Of the streams that every layer's errors are measured on."""
