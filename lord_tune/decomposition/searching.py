@@ -3,7 +3,8 @@
 A trial is a walk over the blocks: each block is loaded once, its layers are put in their places, cut from the bases
 that the calibrating pass kept, the hidden states go through it, and the original layers come back. Nothing is
 factorized and no model is copied: a trial holds one block, in the form plain, which computes what pivoted factors do.
-The states behind the original's last block stay in a file, from which its head gives the logits to compare with.
+The logarithms of the original's probabilities stay in a file, in float16: to run its head again for every trial took
+as long as a trial's blocks.
 
 First random models run on all of the text, which chooses the windows that the search itself runs on (its own walk).
 Every model that was run is a line of the journal: a run that was killed continues with the next one.
@@ -12,7 +13,7 @@ Every model that was run is a line of the journal: a run that was killed continu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..allocation import PLAIN, Bolaco, Score, Search, Trial
+from ..calibration.states import StateFile, StateWriter
 from ..calibration.task import Task
 from ..errors import CalibrationError, UsageError
 from ..plans import Plan
@@ -101,7 +103,18 @@ class _Models:
                     self._walk.advance(index, ORIGINAL)
                 run.journal.commit(step)
                 self._walk.forget(index - 1, [ORIGINAL])
-        self._walk.hand_out(ORIGINAL, windows)  # a masked model's corrupted ids are drawn again by its head
+        self._file = run.journal.work / f"states-{phase}" / f"original-{run.workers.rank}.bin"
+        if self._walk.streamed and not self._file.is_file():
+            self._walk.hand_out(ORIGINAL, windows)  # a masked model's corrupted ids are drawn again by its head
+            with run.outside_loaded(), StateWriter(self._file) as target:
+                for logits, _ in self._walk.answers(ORIGINAL, self._padded):
+                    target.append(logits)
+
+    def _padded(self, model: Any, window: Tensor) -> tuple[Tensor, int]:
+        """Log-probabilities (length, vocabulary) of as many tokens as a window may predict, and of how many it does."""
+        logits, labels = self._predicted(model, window)
+        found = logs_of(logits).half()
+        return torch.nn.functional.pad(found, (0, 0, 0, window.shape[1] - len(found))), len(labels)
 
     def scores(self, plan: Plan) -> list[Score]:
         """Of every window, in their order."""
@@ -113,6 +126,7 @@ class _Models:
     def forget(self) -> None:
         """Remove the files: no model will be run any more."""
         if self._walk.streamed:
+            self._file.unlink(missing_ok=True)
             for index in range(self._run.count + 1):
                 self._walk.forget(index, [ORIGINAL, TRIAL])
 
@@ -125,17 +139,19 @@ class _Models:
             if index > 0:  # what block 0 needs is the same for every model
                 walk.forget(index, [TRIAL])
         walk.hand_out(TRIAL, self._windows)
-        with run.outside_loaded():
-            pairs = zip(walk.answers(ORIGINAL, self._predicted), walk.answers(TRIAL, self._predicted), strict=True)
-            return [compared(original, own) for original, own in pairs]
+        if not len(walk.windows[TRIAL]):  # fewer windows than processes
+            return []
+        with run.outside_loaded(), closing(StateFile(self._file)) as original:
+            found = enumerate(walk.answers(TRIAL, self._predicted))
+            return [compared(original[position], *own) for position, own in found]
 
     def _whole(self, plan: Plan) -> list[Score]:
         found = []
         with self._run.loaded(0), torch.no_grad():
             for window in self._walk.share(TRIAL, self._windows):
-                original = self._predicted(self._run.model, window[None])
+                original = logs_of(self._predicted(self._run.model, window[None])[0])
                 with self._installed(plan, 0):
-                    found.append(compared(original, self._predicted(self._run.model, window[None])))
+                    found.append(compared(original, *self._predicted(self._run.model, window[None])))
         return found
 
     @contextmanager
@@ -154,14 +170,19 @@ class _Models:
                 to_meta(layer)
 
 
+def logs_of(logits: Tensor) -> Tensor:
+    """Logarithms of the probabilities, finite in float16: a vocabulary may have entries that are never predicted."""
+    return logits.log_softmax(-1).clamp_(min=-1e4)
+
+
 def compared(
-    original: tuple[Tensor, Tensor],  # logits (tokens, vocabulary), labels (tokens,)
-    own: tuple[Tensor, Tensor],
+    original: Tensor,  # (at least tokens, vocabulary) logarithms of the probabilities
+    logits: Tensor,  # (tokens, vocabulary)
+    labels: Tensor,  # (tokens,)
 ) -> Score:
     """Loss, and KL(own || original), summed over the tokens."""
-    reference, logs = original[0].log_softmax(-1), own[0].log_softmax(-1)
-    labels = own[1].to(logs.device)
-    loss = torch.nn.functional.nll_loss(logs, labels, reduction="sum")
-    shares = logs.exp()  # where this is 0, a logarithm may be -inf
-    terms = torch.where(shares > 0, shares * (logs - reference.to(logs)), 0.0)
-    return Score(float(loss), float(terms.sum()), len(labels))
+    logs = logs_of(logits)
+    loss = torch.nn.functional.nll_loss(logs, labels.to(logs.device), reduction="sum")
+    difference = logs - original[: len(logs)].to(logs)
+    divergence = torch.linalg.vecdot(logs.exp_(), difference).double().sum()
+    return Score(float(loss), float(divergence), len(labels))

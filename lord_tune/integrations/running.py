@@ -187,8 +187,9 @@ def task_of(tokenizer: Tokenizer, kind: str = "causal") -> Task:
 
     def predicted(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
         logits, labels = _predictions(model, ids.to(_device(plain_model(model))), mask_token)
+        logits, labels = logits.flatten(0, 1), labels.flatten()
         chosen = labels != -100
-        return logits[chosen], labels[chosen]
+        return (logits, labels) if bool(chosen.all()) else (logits[chosen], labels[chosen])
 
     known = (None, None) if kind == "bare" else (scored, predicted)
     return Task(run_model, lambda model, ids: scored(model, ids)[0], counted_outputs, prepare, *known)
