@@ -203,6 +203,11 @@ def asked_text(config: MethodConfig, length: int) -> TextSize:
             f"`calibration_tokens` {config.calibration_tokens} fills fewer windows of {length} tokens than the "
             f"{sources} sources of `calibration`; give at least {sources * length}, or a smaller `context_length`."
         )
+    if config.covariance_groups > windows:
+        raise UsageError(
+            f"`covariance_groups` asks for {config.covariance_groups} groups of the {windows} windows that "
+            f"`calibration_tokens` fills; give at most {windows}."
+        )
     heldout = max(sources, -(-(config.calibration_tokens // 16) // length))
     short = min(SENSITIVITY_LENGTH, length)
     weighted = min(max(sources, config.sensitivity_tokens // short), windows * (length // short))

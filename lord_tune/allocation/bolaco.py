@@ -73,20 +73,23 @@ class Shares:
         check_budget(layers, budget)
         removed = {group: max(0.0, 1.0 - fraction) for group, fraction in self.point.items()}
         least = min((weight for weight in removed.values() if weight > 0), default=1.0)
-        shared = {name: removed.get(self.groups.get(layer.role, ""), 0.0) for name, layer in layers.items()}
+        shared = {name: removed.get(self.groups.get(layer.role, "")) for name, layer in layers.items()}
 
         def choose(factor: float) -> dict[str, int]:
-            beyond = max(0.0, factor - 1.0 / least)  # everything that gives is at its cheapest: the others as well
+            # where all that give are at their cheapest, groups that the point has dense give way, then other layers
+            last = factor - 1.0 / least
             chosen = {}
             for name, layer in layers.items():
-                fits = layer.within((1.0 - factor * shared[name] - beyond) * layer.dense)
+                weight = shared[name]
+                gone = max(0.0, last - 1.0) if weight is None else factor * weight if weight else max(0.0, last)
+                fits = layer.within((1.0 - gone) * layer.dense)
                 chosen[name] = layer.cheapest() if fits is None else fits
             return chosen
 
         def cost(choice: Mapping[str, int]) -> float:
             return sum(float(layers[name].costs[index]) for name, index in choice.items())
 
-        low, high = 0.0, 1.0 / least + 1.0  # at `high` every layer takes its cheapest choice
+        low, high = 0.0, 1.0 / least + 2.0  # at `high` every layer takes its cheapest choice
         if cost(found := choose(low)) <= budget:
             return found
         for _ in range(_HALVINGS):

@@ -109,8 +109,8 @@ class LayerRecord:
 class Progress:
     """One step of a run, for whoever shows it."""
 
-    phase: str  # calibrating, sensitivity, writing
-    done: int  # blocks
+    phase: str  # calibrating, sensitivity, writing, ...
+    done: int  # blocks; of probing and searching, models
     total: int
     remaining: float | None  # seconds to the end of the run, estimated
     layers: dict[str, LayerRecord]  # finished in this step
