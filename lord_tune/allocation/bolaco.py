@@ -78,12 +78,16 @@ class Shares:
         def choose(factor: float) -> dict[str, int]:
             # where all that give are at their cheapest, groups that the point has dense give way, then other layers
             last = factor - 1.0 / least
-            chosen = {}
+            chosen: dict[str, int] = {}
+            alike: dict[tuple[int, float | None], int] = {}  # layers of one shape have one table of costs
             for name, layer in layers.items():
                 weight = shared[name]
+                if (id(layer.costs), weight) in alike:
+                    chosen[name] = alike[id(layer.costs), weight]
+                    continue
                 gone = max(0.0, last - 1.0) if weight is None else factor * weight if weight else max(0.0, last)
                 fits = layer.within((1.0 - gone) * layer.dense)
-                chosen[name] = layer.cheapest() if fits is None else fits
+                chosen[name] = alike[id(layer.costs), weight] = layer.cheapest() if fits is None else fits
             return chosen
 
         def cost(choice: Mapping[str, int]) -> float:
