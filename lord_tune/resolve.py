@@ -232,6 +232,11 @@ def windows_of(config: MethodConfig, model: nn.Module, tokenizer: Tokenizer) -> 
         texts = documents(list(config.calibration), tokenizer)
         parts = [Part(*token_windows(texts, tokenizer, asked.tokens, held * length, length, config.seed))]
     calibration, heldout = interleaved([p.calibration for p in parts]), interleaved([p.heldout for p in parts])
+    if config.covariance_groups > len(calibration):
+        raise UsageError(
+            f"`covariance_groups` asks for {config.covariance_groups} groups, and the text fills {len(calibration)} "
+            "windows; give more text, or fewer groups."
+        )
     validation = None
     if asked.validation:
         own = max(1, min(own, len(heldout) - 1))  # of a short text, at least one window of each

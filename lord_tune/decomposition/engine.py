@@ -1,13 +1,14 @@
 """The driver: decompose a checkpoint block by block, in memory bounded by its largest block.
 
-Up to four passes over the blocks. In each, a block's weights are loaded, used and released; hidden states lie in
-files between blocks; a finished block is a file and a line in the journal.
+Up to four passes over the blocks, and one for every whole model that is run. In each, a block's weights are loaded,
+used and released; hidden states lie in files between blocks; a finished block is a file and a line in the journal.
 
     forward       (only for methods that weigh by gradients: what the next pass needs) runs the blocks
     sensitivity   (the same) gradients of the loss, from the last block to the first
     calibrating   (only when the allocator needs all spectra first) run the text through the block, factorize its layers
                   at every rank, keep basis and error curves in a file; dense outputs go on to the next block
     sensitivity   (only for allocators that weigh by the loss, where the method does not) gradients as above
+    probing, searching   (only for allocators that run whole models) a pass per model over text held out for it
     writing       the factors of the chosen rank. With ranks known from the start this is the only pass and calibrates
                   too; `propagate: sequential` makes it calibrate on the outputs of the blocks already decomposed
 
