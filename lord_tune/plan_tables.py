@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .allocation import Search
 from .config import PlanConfig
 from .console import LiveTable, human_bytes, say, show_table
 from .decomposition import SOLUTION, Compared, Request
@@ -46,6 +47,8 @@ def backbones_of(chosen: Plan | None) -> str:
 
 def show_compared(plan: Plan | None, compared: Compared) -> None:
     """What a plan that was shared out by the loss is made of, and the control at equal bytes."""
+    if plan is not None and compared.search is not None:
+        _show_search(compared.search)
     own = None if plan is None else plan.predicted_loss()
     if plan is None or own is None:
         return
@@ -60,6 +63,20 @@ def show_compared(plan: Plan | None, compared: Compared) -> None:
         show_table("whole models on the held-out text", ["plan", "nats per token", "perplexity"], cells)
         if len(losses) > 1 and compared.chosen != SOLUTION:
             say(f"kept: {compared.chosen}")
+
+
+def _show_search(search: Search) -> None:
+    """The best models of a search, best first."""
+    values = [search.rule.objective(trial.scores) for trial in search.trials]
+    order = sorted(range(len(values)), key=lambda number: values[number])[:5]
+    rows = []
+    for number in order:
+        trial = search.trials[number]
+        kept = ", ".join(f"{group} {min(fraction, 1.0):.2f}" for group, fraction in trial.point.items())
+        perplexity = math.exp(search.rule.log_perplexity(trial.scores))
+        rows.append([str(number), kept, f"{perplexity:.3f}", f"{search.rule.divergence(trial.scores):.4f}"])
+    columns = ["trial", "fractions asked for, before the budget", "perplexity", "KL to the original"]
+    show_table(f"the best of {len(values)} models on {len(search.windows)} held-out windows", columns, rows)
 
 
 def show_sweep(points: list[Point], dense_loss: float | None) -> None:

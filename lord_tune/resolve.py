@@ -51,6 +51,7 @@ class CalibrationText(TypedDict):
 
     tokens: int
     heldout_tokens: NotRequired[int]
+    validation_tokens: NotRequired[int]  # for an allocator that runs whole models
     context_length: NotRequired[int]
     source: list[str]
     sha256: str | None
@@ -70,6 +71,7 @@ def text_size_of(windows: Windows | None) -> TextSize | None:
         windows.calibration.shape[1],
         sensitivity.numel(),
         sensitivity.shape[1],
+        0 if windows.validation is None else windows.validation.numel(),
     )
 
 
@@ -117,7 +119,7 @@ def request_of(config: MethodConfig) -> Request:
     template = _template(config)
     budget = _budget(config, template)
     where = config.targets, config.exclude, config.propagate
-    return Request(template, budget, *where, recovery, config.refine, config.measure_control)
+    return Request(template, budget, *where, recovery, config.refine, config.measure_control, config.seed)
 
 
 def _template(config: MethodConfig) -> LayerChoice:
@@ -183,7 +185,8 @@ def _sized(config: MethodConfig, template: LayerChoice) -> Sized:
         names = list(dict.fromkeys([*(() if config.mixes else (config.backbone,)), *_mix(config)]))
         control = _with_backbones(config, beside, names)
     low_rank = config.backbone == "none" and config.rank is None
-    return Sized(limit, ALLOCATORS[config.allocation](), unit, backbones, low_rank, ranks, control)
+    rule = ALLOCATORS[config.allocation]
+    return Sized(limit, rule(**chosen(rule, config)), unit, backbones, low_rank, ranks, control)
 
 
 def _mix(config: MethodConfig) -> list[str]:
@@ -200,10 +203,17 @@ def asked_text(config: MethodConfig, length: int) -> TextSize:
             f"`calibration_tokens` {config.calibration_tokens} fills fewer windows of {length} tokens than the "
             f"{sources} sources of `calibration`; give at least {sources * length}, or a smaller `context_length`."
         )
+    if config.covariance_groups > windows:
+        raise UsageError(
+            f"`covariance_groups` asks for {config.covariance_groups} groups of the {windows} windows that "
+            f"`calibration_tokens` fills; give at most {windows}."
+        )
     heldout = max(sources, -(-(config.calibration_tokens // 16) // length))
     short = min(SENSITIVITY_LENGTH, length)
     weighted = min(max(sources, config.sensitivity_tokens // short), windows * (length // short))
-    return TextSize(windows * length, heldout * length, length, weighted * short, short)
+    searched = -(-2 * config.validation_tokens // length) if config.searches else 0
+    validation = max(2 * short, searched * (length // short) * short) if searched else 0
+    return TextSize(windows * length, heldout * length, length, weighted * short, short, validation)
 
 
 def windows_of(config: MethodConfig, model: nn.Module, tokenizer: Tokenizer) -> tuple[Windows | None, CalibrationText]:
@@ -211,19 +221,29 @@ def windows_of(config: MethodConfig, model: nn.Module, tokenizer: Tokenizer) -> 
         return None, {"tokens": 0, "source": [], "sha256": None}
     asked = asked_text(config, window_length(config.context_length, model))
     length, short, weights = asked.length, asked.sensitivity_length, config.weights()
+    own = asked.heldout // length
+    held = own + -(-asked.validation // length)
     if weights:
         found = texts_of(list(weights), tokenizer, config.plain_prompts, note)
         of_source = dict(zip(weights, found, strict=True))
-        texts = [text for own in found for text in own]
-        counts = asked.tokens // length, asked.heldout // length
-        mixed = mixed_windows(of_source, weights, tokenizer, *counts, length, config.seed)
+        texts = [text for own_texts in found for text in own_texts]
+        mixed = mixed_windows(of_source, weights, tokenizer, asked.tokens // length, held, length, config.seed)
         parts = list(mixed.values())
     else:
         texts = documents(list(config.calibration), tokenizer, config.plain_prompts, note)
-        parts = [Part(*token_windows(texts, tokenizer, asked.tokens, asked.heldout, length, config.seed))]
+        parts = [Part(*token_windows(texts, tokenizer, asked.tokens, held * length, length, config.seed))]
     calibration, heldout = interleaved([p.calibration for p in parts]), interleaved([p.heldout for p in parts])
+    if config.covariance_groups > len(calibration):
+        raise UsageError(
+            f"`covariance_groups` asks for {config.covariance_groups} groups, and the text fills {len(calibration)} "
+            "windows; give more text, or fewer groups."
+        )
+    validation = None
+    if asked.validation:
+        own = max(1, min(own, len(heldout) - 1))  # of a short text, at least one window of each
+        heldout, validation = heldout[:own], _cut(heldout[own:], short)
     # an even sample over all windows, not the first ones only
-    pieces = [part.calibration[:, : length // short * short].reshape(-1, short) for part in parts]
+    pieces = [_cut(part.calibration, short) for part in parts]
     described: CalibrationText = {
         "tokens": calibration.numel(),
         "heldout_tokens": heldout.numel(),
@@ -234,7 +254,14 @@ def windows_of(config: MethodConfig, model: nn.Module, tokenizer: Tokenizer) -> 
     if weights:
         described["mixture"] = describe(mixed, weights)
         say(f"calibrating on {in_words(described['mixture'])}")
-    return Windows(calibration, heldout, even_sample(pieces, asked.sensitivity // short)), described
+    if validation is not None:
+        described["validation_tokens"] = validation.numel()
+    return Windows(calibration, heldout, even_sample(pieces, asked.sensitivity // short), validation), described
+
+
+def _cut(windows: torch.Tensor, short: int) -> torch.Tensor:
+    """Windows of `short` tokens."""
+    return windows[:, : windows.shape[1] // short * short].reshape(-1, short)
 
 
 def training_dtype(config: TrainConfig) -> str | None:

@@ -34,6 +34,7 @@ class PlanOptions(TypedDict, total=False):
     rounding: Literal["feedback", "nearest"]
     damping: float
     centred: bool
+    covariance_groups: int
     iterations: int | None
     downdate: Literal["auto", "on", "off"]
     order: Literal["auto", "q", "lr"]
@@ -44,6 +45,11 @@ class PlanOptions(TypedDict, total=False):
     symmetric: bool | None
     spqr_bits: int
     outliers: float
+    trials: int
+    probes: int
+    validation_tokens: int
+    kl_weight: float
+    searched: str | None
     method: Literal["whitened", "svd", "two_sided", "afm", "loftq", "caldera"] | None
     backbone: Literal[
         "none",
@@ -107,7 +113,7 @@ class PlanOptions(TypedDict, total=False):
     bits_per_weight: float | None
     max_bytes: str | None
     plan: str | None
-    allocation: Literal["uniform", "loss_weighted", "mixed", "energy", "typed"]
+    allocation: Literal["uniform", "loss_weighted", "mixed", "energy", "typed", "bolaco"]
     mix: list[str] | None
     refine: int
     measure_control: bool
@@ -139,6 +145,7 @@ class DecomposeOptions(TypedDict, total=False):
     rounding: Literal["feedback", "nearest"]
     damping: float
     centred: bool
+    covariance_groups: int
     iterations: int | None
     downdate: Literal["auto", "on", "off"]
     order: Literal["auto", "q", "lr"]
@@ -149,6 +156,11 @@ class DecomposeOptions(TypedDict, total=False):
     symmetric: bool | None
     spqr_bits: int
     outliers: float
+    trials: int
+    probes: int
+    validation_tokens: int
+    kl_weight: float
+    searched: str | None
     method: Literal["whitened", "svd", "two_sided", "afm", "loftq", "caldera"] | None
     backbone: Literal[
         "none",
@@ -212,7 +224,7 @@ class DecomposeOptions(TypedDict, total=False):
     bits_per_weight: float | None
     max_bytes: str | None
     plan: str | None
-    allocation: Literal["uniform", "loss_weighted", "mixed", "energy", "typed"]
+    allocation: Literal["uniform", "loss_weighted", "mixed", "energy", "typed", "bolaco"]
     mix: list[str] | None
     refine: int
     measure_control: bool

@@ -15,6 +15,7 @@ from .console import LiveTable, duration, human_bytes, say, show_spans, show_tab
 from .decomposition import Estimate, LayerRecord, Notify, Progress, Survey
 from .decomposition.recovery import Recovered
 from .decomposition.sizes import Totals
+from .decomposition.steps import Phase
 from .layers import SHARED, expert_of
 from .training import MemoryEstimate
 
@@ -34,7 +35,8 @@ def layer_rows(table: LiveTable) -> Notify:
             shape = f"{record.shape[0]}x{record.shape[1]}"
             table.row([name, shape, str(record.rank), *cells, f"{record.seconds:.2f}"])
         left = "" if step.remaining is None else f", about {duration(step.remaining)} left"
-        table.status(f"{step.phase}: block {step.done}/{step.total}{left}", step.phase, step.done, step.total)
+        what = "model" if step.phase in (Phase.PROBING, Phase.SEARCHING) else "block"
+        table.status(f"{step.phase}: {what} {step.done}/{step.total}{left}", step.phase, step.done, step.total)
 
     return show
 

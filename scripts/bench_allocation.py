@@ -38,7 +38,7 @@ class Bench(RecoveryBench):
     def row(self, name: str, mixed_text: bool = False, **options: Any) -> dict[str, Any] | None:
         def measure() -> dict[str, Any]:
             text = [f"{self.code}:0.5", f"{self.prose}:0.5"] if mixed_text else [str(self.code)]
-            start = time.perf_counter()
+            start, used = time.perf_counter(), time.process_time()
             report = lord_tune.decompose(
                 self.dense,
                 str(self.folder / name),
@@ -47,12 +47,13 @@ class Bench(RecoveryBench):
                 calibration_tokens=16384,
                 **options,
             )
-            seconds = time.perf_counter() - start
-            kept = {key: report[key] for key in ("control", "heldout_losses", "refined") if key in report}
+            seconds, used = time.perf_counter() - start, time.process_time() - used
+            kept = {key: report[key] for key in ("control", "heldout_losses", "refined", "search") if key in report}
             kept.get("control", {}).pop("plan", None)
             return {
                 "totals": report["totals"],
                 "seconds": seconds,
+                "cpu_seconds": used,
                 "loss": self.losses(str(self.folder / name)),
                 **kept,
             }
@@ -60,6 +61,7 @@ class Bench(RecoveryBench):
         return self.once(name, measure)
 
 
+BOLACO: dict[str, Any] = {"allocation": "bolaco", "probes": 10, "validation_tokens": 2048}  # minutes on one core
 LORD: dict[str, dict[str, Any]] = {
     "plain_whitened": {"form": "plain"},
     "pivoted_whitened": {},
@@ -69,6 +71,8 @@ LORD: dict[str, dict[str, Any]] = {
     "pivoted_uniform": {"allocation": "uniform"},
     "pivoted_energy": {"allocation": "energy"},
     "pivoted_typed": {"allocation": "typed"},
+    "pivoted_bolaco": BOLACO,
+    "pivoted_bolaco_two_sided": BOLACO | {"method": "two_sided"},
 }
 BITS = {
     "mixed": {"allocation": "mixed", "mix": MIX, "measure_control": True},

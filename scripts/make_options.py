@@ -1,9 +1,9 @@
 """Write lord_tune/options.py and lord_tune/signatures.py: python scripts/make_options.py [--check]
 
-The command line must not import torch to print its help, so what the dataclasses of `factorizations/` and `quantizers/`
-declare is written into a plain file, options.py. The records of config.py are built on it, and a type checker cannot
-read them as keywords of the verbs, so these are written into signatures.py. --check writes nothing and exits with 1
-where a file is not up to date.
+The command line must not import torch to print its help, so what the dataclasses of `factorizations/`, `quantizers/`
+and `allocation/` declare is written into a plain file, options.py. The records of config.py are built on it, and a type
+checker cannot read them as keywords of the verbs, so these are written into signatures.py. --check writes nothing and
+exits with 1 where a file is not up to date.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from lord_tune.quantizers import QUANTIZERS
 
 PACKAGE = Path(__file__).resolve().parent.parent / "lord_tune"
 DEFAULT_METHOD = "whitened"
-HEAD = '''"""The names of methods and formats, and the options they declare. Written by scripts/make_options.py:
-do not edit.
+HEAD = '''"""The names of methods, formats and allocators, and the options they declare.
 
-A method or a format declares its options in its own file, with `option(...)`; see declared.py.
+Written by scripts/make_options.py: do not edit.
+
+A method, a format or an allocator declares its options in its own file, with `option(...)`; see declared.py.
 """
 
 from __future__ import annotations
@@ -94,15 +95,16 @@ def formatted(text: str) -> str:
 
 def options_text() -> str:
     owners: dict[str, dict[str, Option]] = {}
-    for name, owner in {**METHODS, **QUANTIZERS}.items():
+    for name, owner in {**METHODS, **QUANTIZERS, **ALLOCATORS}.items():
         for item in options_of(owner):
             owners.setdefault(item.key, {})[name] = item
     methods = [DEFAULT_METHOD, *(name for name in METHODS if name != DEFAULT_METHOD)]
     quoted = {"Method": methods, "Quantized": list(QUANTIZERS), "Allocation": list(ALLOCATORS), "Export": list(EXPORTS)}
     lines = [f"{name} = Literal[{', '.join(map(json.dumps, names))}]" for name, names in quoted.items()]
-    lines += ["", "", "class MethodOptions(BaseModel):", '    """What methods and formats declare."""', ""]
+    lines += ["", "", "class MethodOptions(BaseModel):", '    """What methods, formats and allocators declare."""', ""]
     lines += [field_of(key, found) for key, found in owners.items()]
-    for title, family_of in (("METHOD_KEYS", METHODS), ("FORMAT_KEYS", QUANTIZERS)):
+    families = {"METHOD_KEYS": METHODS, "FORMAT_KEYS": QUANTIZERS, "ALLOCATION_KEYS": ALLOCATORS}
+    for title, family_of in families.items():
         keys = [key for key, found in owners.items() if next(iter(found)) in family_of]
         lines += ["", f"{title} = ({', '.join(map(json.dumps, keys))})"]
     return formatted(HEAD + "\n".join(lines) + "\n")

@@ -379,6 +379,44 @@ def case_centred(b: Bench) -> None:
     assert torch.allclose(plain.product(), b.decompose(sink_weight=0.0).product(), atol=1e-5)  # the uncentred optimum
 
 
+def case_covariance_groups(b: Bench) -> None:
+    """tests/test_bolaco.py compares it with the averaged covariances."""
+    one, many = (b.decompose(method="afm", covariance_groups=groups) for groups in (1, 8))
+    assert torch.equal(one.product(), b.decompose(method="afm").product())
+    assert not torch.allclose(one.product(), many.product())
+
+
+BOLACO = {"kept_fraction": 0.8, "allocation": "bolaco", "probes": 2, "trials": 2, "validation_tokens": 128}
+
+
+def case_trials(b: Bench) -> None:
+    assert [len(b.decompose(**BOLACO | {"trials": n}).report["search"]["trials"]) for n in (2, 3)] == [2, 3]
+
+
+def case_probes(b: Bench) -> None:
+    """They choose the windows, and what the process knows."""
+    few, more = (b.decompose(**BOLACO | {"trials": 3, "probes": n}).report["search"]["trials"] for n in (2, 5))
+    assert few[0]["point"] == more[0]["point"] and few[2]["point"] != more[2]["point"]
+
+
+def case_validation_tokens(b: Bench) -> None:
+    few, more = (b.decompose(**BOLACO | {"validation_tokens": n}).report for n in (128, 256))
+    assert [len(report["search"]["windows"]) for report in (few, more)] == [2, 4]
+    assert [report["calibration"]["validation_tokens"] for report in (few, more)] == [256, 512]
+
+
+def case_kl_weight(b: Bench) -> None:
+    for weight in (0.0, 4.0):
+        for trial in b.decompose(**BOLACO | {"kl_weight": weight}).report["search"]["trials"]:
+            assert trial["objective"] == pytest.approx(trial["perplexity"] + weight * trial["kl"])
+
+
+def case_searched(b: Bench) -> None:
+    run = b.decompose(**BOLACO, searched="gate+up,down")
+    assert {name.rpartition(".")[2] for name in run.manifest} <= {"gate_proj", "up_proj", "down_proj"}
+    assert set(run.report["search"]["trials"][0]["point"]) == {"gate+up", "down"}
+
+
 def case_iterations(b: Bench) -> None:
     dense = load_file(b.model / "model.safetensors")[f"{Q}.weight"].double()
     errors = []
@@ -658,6 +696,12 @@ DECOMPOSE: dict[str, Case] = {
     "plain_prompts": case_plain_prompts,
     "sink_weight": case_sink_weight,
     "centred": case_centred,
+    "covariance_groups": case_covariance_groups,
+    "trials": case_trials,
+    "probes": case_probes,
+    "validation_tokens": case_validation_tokens,
+    "kl_weight": case_kl_weight,
+    "searched": case_searched,
     "iterations": case_iterations,
     "downdate": case_downdate,
     "order": case_order,
@@ -936,6 +980,26 @@ def case_plan_centred(b: Bench) -> None:
     assert centred["model_bytes_after"] - plain["model_bytes_after"] == 4 * outputs
 
 
+def case_plan_trials(b: Bench) -> None:
+    few, many = (b.plan(**BOLACO | {"trials": n})["seconds"] for n in (2, 50))
+    assert few < many
+
+
+def case_plan_probes(b: Bench) -> None:
+    few, many = (b.plan(**BOLACO | {"probes": n})["seconds"] for n in (2, 50))
+    assert few < many
+
+
+def case_plan_validation_tokens(b: Bench) -> None:
+    few, many = (b.plan(**BOLACO | {"validation_tokens": n}) for n in (128, 4096))
+    assert few["seconds"] < many["seconds"] and few["scratch_bytes"] < many["scratch_bytes"]
+
+
+def case_plan_searched(b: Bench) -> None:
+    with pytest.raises(UsageError, match="role of `searched`"):
+        b.plan(**BOLACO, searched="upp")
+
+
 def case_plan_incoherence(b: Bench) -> None:
     bits = [b.plan(backbone="int2", incoherence=on)["linear_bits_per_weight"] for on in (True, False)]
     assert bits[0] > bits[1]  # one bit for each input and output
@@ -1014,6 +1078,12 @@ PLAN: dict[str, Case] = {
     "shrinkage": case_plan_shrinkage,
     "damping": unchanged(damping=0.5, method="two_sided"),
     "centred": case_plan_centred,
+    "covariance_groups": unchanged(covariance_groups=2, method="afm"),
+    "trials": case_plan_trials,
+    "probes": case_plan_probes,
+    "validation_tokens": case_plan_validation_tokens,
+    "kl_weight": unchanged(kl_weight=2.0, **BOLACO),
+    "searched": case_plan_searched,
     "iterations": case_plan_iterations,
     "downdate": unchanged(downdate="on", method="caldera", backbone="e8-2"),
     "order": unchanged(order="lr", method="caldera", backbone="e8-2"),
@@ -1853,6 +1923,11 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
         (DecomposeConfig, "m o --method two_sided --damping 0.3 --rank 3 --calibration a.txt"),
         (
             DecomposeConfig,
+            "m o --method afm --covariance-groups 2 --kept-fraction 0.7 --allocation bolaco --trials 5 --probes 4 "
+            "--validation-tokens 99 --kl-weight 2.5 --searched qk,up+gate --calibration a.txt",
+        ),
+        (
+            DecomposeConfig,
             "m o --max-bytes 80MB --allocation mixed --mix int2 nf4 --refine 3 --measure-control --calibration a.txt",
         ),
         (DecomposeConfig, "m o --rank 3 --calibration a.txt --propagate sequential --shrinkage auto --resume"),
@@ -1883,6 +1958,11 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
         (PlanConfig, "m --plan p.json"),
         (PlanConfig, "m --average-rank 16 --backbone nf4 --rounding nearest"),
         (PlanConfig, "m --method two_sided --damping 0.3 --rank 3"),
+        (
+            PlanConfig,
+            "m --method afm --covariance-groups 2 --kept-fraction 0.7 --allocation bolaco --trials 5 --probes 4 "
+            "--validation-tokens 99 --kl-weight 2.5 --searched qk,up+gate",
+        ),
         (PlanConfig, "m --max-bytes 9 --allocation mixed --mix int2 nf4 --refine 3 --measure-control"),
         (PlanConfig, "m --sweep s --measure --calibration a.txt --bits-per-weight 8 --allocation mixed"),
         (

@@ -114,7 +114,7 @@ def decomposed(tmp_path_factory, rows_file):
             tokenizer.save_pretrained(base)
             values = load_yaml(str(path))
             config = DecomposeConfig.build(values)
-            limits = {"rank": 12, "top_rank": 4, "iterations": 1}
+            limits = {"rank": 12, "top_rank": 4, "iterations": 1, "trials": 2, "probes": 2, "validation_tokens": 64}
             small = {key: min(values[key], most) for key, most in limits.items() if values.get(key)}
             if config.calibration:
                 weights = enumerate(config.weights().values())

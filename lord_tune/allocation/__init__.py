@@ -4,6 +4,7 @@ from typing import Any
 
 from ..declared import FORMS, PIVOTED, PLAIN
 from .base import Allocator, Choices, Infeasible
+from .bolaco import Bolaco, Score, Search, Shares, Trial
 from .budget import ALIGNMENT, break_even, factor_cost, rank_grid, rank_within
 from .energy import Energy
 from .loss_weighted import LossWeighted
@@ -19,6 +20,7 @@ ALLOCATORS: dict[str, type[Any]] = {
     "mixed": Mixed,
     "energy": Energy,
     "typed": Typed,
+    "bolaco": Bolaco,
 }
 
 __all__ = [
@@ -29,10 +31,15 @@ __all__ = [
     "PLAIN",
     "TILTS",
     "Allocator",
+    "Bolaco",
     "Choices",
     "Infeasible",
     "LossWeighted",
+    "Score",
+    "Search",
+    "Shares",
     "Tilt",
+    "Trial",
     "Uniform",
     "break_even",
     "factor_cost",

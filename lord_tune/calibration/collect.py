@@ -8,7 +8,7 @@ earlier blocks (replay.py). `start` finds out which, on every window.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from .blocks import Blocks, Run, first_input
 from .handed import HandedOn, NotHandedOn
 from .moments import InputStatistics, MomentAccumulator, Moments, Sample, SampleAccumulator
 from .replay import Replayed
-from .route import Ground, Loss, Route, Score
+from .route import Answer, Ask, Ground, Loss, Route, Score
 
 Slot = tuple[str, int]  # an input: the layer that is given it first, and which of that layer's calls it is
 Accumulator = MomentAccumulator | SampleAccumulator
@@ -42,7 +42,9 @@ class BlockWalk:
         forward: Run,  # runs the model on (1, length) ids
         folder: Path,
         workers: Workers | None = None,
+        alike: bool = False,  # a process gets the same windows of all streams, which are one text
     ):
+        self._alike = alike
         self._blocks, self._model, self._forward = blocks, model, forward
         self._workers = workers or Workers()
         self._tokens = {name: windows.numel() for name, windows in streams.items()}
@@ -56,7 +58,7 @@ class BlockWalk:
     def share(self, stream: str, windows: Tensor) -> Tensor:
         """This process's part of a stream's windows (or of what belongs to them, one entry each)."""
         # every other stream is dealt from the other end, so that one process does not get every odd window
-        odd = [*self._tokens].index(stream) % 2
+        odd = not self._alike and [*self._tokens].index(stream) % 2
         first = self._workers.size - 1 - self._workers.rank if odd else self._workers.rank
         return windows[first :: self._workers.size]
 
@@ -219,7 +221,12 @@ class BlockWalk:
 
     def scores(self, stream: str, score: Score) -> list[tuple[float, int]]:
         """(loss, tokens) of this process's windows, from the stored outputs. Needs all parts outside the blocks."""
-        return self._route.scores(stream, score)
+        return [(float(loss), count) for loss, count in self.answers(stream, score)]
+
+    def answers(self, stream: str, ask: Ask[Answer]) -> Iterator[Answer]:
+        """What `ask` finds of each of this process's windows, one after the other. Needs all parts outside the
+        blocks."""
+        return self._route.answers(stream, ask)
 
     # --- the way back: gradients of the loss, from the last block to the first ---
 

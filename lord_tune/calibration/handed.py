@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..errors import LordError
 from ..kept import Kept
 from .blocks import AnyScalar, Blocks, Forward, Run, Stop, hidden_argument, hidden_of, replaced_forward
-from .route import Ground, Loss, Score
+from .route import Answer, Ask, Ground, Loss
 from .states import StateFile, StateWriter
 from .trees import mapped, same, tensors
 
@@ -175,15 +175,12 @@ class HandedOn:
         with self._ending_with(hidden.to(self._ground.device_outside())):
             return self._ground.forward(self._ground.model, window[None])
 
-    @torch.no_grad()
-    def scores(self, stream: str, score: Score) -> list[tuple[float, int]]:
-        found = []
+    def answers(self, stream: str, ask: Ask[Answer]) -> Iterator[Answer]:
         for position, window in enumerate(self._ground.windows[stream]):
             hidden = self._state(len(self._blocks.modules), stream, position)
-            with self._ending_with(hidden.to(self._ground.device_outside())):
-                loss, count = score(self._ground.model, window[None])
-            found.append((float(loss), count))
-        return found
+            with torch.no_grad(), self._ending_with(hidden.to(self._ground.device_outside())):
+                found = ask(self._ground.model, window[None])
+            yield found
 
     def write_gradients(self, stream: str, loss: Loss) -> None:
         last = len(self._blocks.modules)

@@ -45,6 +45,8 @@ class Moments:
     mean: Tensor  # (in,) float64, mean of x
     first: Tensor  # (windows, in) float64, the inputs at position 0
     tokens: int
+    sums: Tensor | None = None  # (windows, in) float64, sums of x over each window
+    counts: Tensor | None = None  # (windows,) float64, tokens of each
 
     @classmethod
     def joined(cls, parts: Sequence[Moments]) -> Moments:
@@ -57,7 +59,32 @@ class Moments:
         mean = sum(
             (part.mean * share for part, share in zip(parts, shares, strict=True)), torch.zeros_like(parts[0].mean)
         )
-        return cls(gram, mean, torch.cat([part.first for part in parts]), tokens)
+        sums, counts = [p.sums for p in parts if p.sums is not None], [p.counts for p in parts if p.counts is not None]
+        first, known = torch.cat([part.first for part in parts]), len(sums) == len(counts) == len(parts)
+        return cls(gram, mean, first, tokens, torch.cat(sums) if known else None, torch.cat(counts) if known else None)
+
+    def between(
+        self,
+        matrix: Tensor,  # (k, in)
+        groups: int,
+    ) -> Tensor:
+        """matrix C matrix^T with C the covariance of the means of `groups` groups of windows, each weighted by its
+        tokens. (k, k)
+
+        The covariance of all tokens is that within groups plus that between their means. So what is left without C is
+        the average of the groups' own covariances: Bolaco's pooled covariance (Ji et al., arXiv 2405.10616, section
+        3.2). Of plain second moments the average over groups is that of all tokens, whatever the groups. The groups are
+        runs of neighbouring windows, in the order in which they were read, as many as there are windows at most.
+        """
+        assert self.sums is not None and self.counts is not None, "the moments were accumulated"
+        found = self.gram.new_zeros(len(matrix), len(matrix))
+        parts = zip(self.sums.tensor_split(groups), self.counts.tensor_split(groups), strict=True)
+        for sums, counts in parts:
+            tokens = counts.sum()
+            if tokens > 0:
+                shift = matrix @ (sums.sum(0) / tokens - self.mean)
+                found += tokens / self.tokens * torch.outer(shift, shift)
+        return found
 
     @property
     def sink_gram(self) -> Tensor:
@@ -132,12 +159,17 @@ class MomentAccumulator:
         self._gram = torch.zeros(width, width, dtype=torch.float64, device=device)
         self._first: list[Tensor] = []  # rows at position 0: few, so they are kept
         self._sum = torch.zeros(width, dtype=torch.float64, device=device)
+        self._sums: list[Tensor] = []  # of the rows of each call: their means tell groups of windows apart
+        self._counts: list[int] = []
         self._tokens = 0
 
     def update(self, inputs: Tensor) -> None:  # (batch, position, in), or (token, in): no position 0 is known then
         rows = _rows_of(inputs)
         add_gram(self._gram, rows)
-        self._sum += rows.sum(0)
+        own = rows.sum(0)
+        self._sum += own
+        self._sums.append(own.double())
+        self._counts.append(rows.shape[0])
         self._tokens += rows.shape[0]
         if inputs.dim() == 3:
             self._first.append(inputs.detach()[:, 0].double())
@@ -154,7 +186,10 @@ class MomentAccumulator:
         if not torch.isfinite(self._gram.sum()):
             raise _not_finite(name)
         own = torch.cat(self._first) if self._first else self._gram.new_zeros(0, self.width)
-        return Moments(self._gram, self._sum / max(tokens, 1), workers.concatenate(own), tokens)
+        sums = torch.stack(self._sums) if self._sums else self._gram.new_zeros(0, self.width)
+        each = torch.tensor(self._counts, dtype=torch.float64, device=self._device)
+        mean, first = self._sum / max(tokens, 1), workers.concatenate(own)
+        return Moments(self._gram, mean, first, tokens, workers.concatenate(sums), workers.concatenate(each))
 
 
 class SampleAccumulator:

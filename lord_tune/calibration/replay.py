@@ -30,7 +30,7 @@ from ..errors import CalibrationError
 from ..kept import Kept, plain
 from ..storage import read_json, write_json
 from .blocks import Forward, Stop, hidden_argument, hidden_of, replaced_forward
-from .route import Ground, Loss, Score
+from .route import Answer, Ask, Ground, Loss
 from .states import StateFile, StateWriter
 from .trees import Path, at, containers, items, mapped, tensors
 
@@ -300,11 +300,11 @@ class Replayed:
         with self._reading(), self._replaced(_Pass(self, stream, position, count), count):
             return do()
 
-    @torch.no_grad()
-    def scores(self, stream: str, score: Score) -> list[tuple[float, int]]:
-        windows = enumerate(self._ground.windows[stream])
-        found = [self._whole(stream, i, partial(score, self._ground.model, window[None])) for i, window in windows]
-        return [(float(loss), count) for loss, count in found]
+    def answers(self, stream: str, ask: Ask[Answer]) -> Iterator[Answer]:
+        for position, window in enumerate(self._ground.windows[stream]):
+            with torch.no_grad():
+                found = self._whole(stream, position, partial(ask, self._ground.model, window[None]))
+            yield found
 
     # --- the way back ---
 

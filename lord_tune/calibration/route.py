@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from .blocks import Blocks, Run
 
 Loss = Callable[[nn.Module, Tensor], Tensor]  # (model, (1, length) ids) -> scalar, summed over tokens
 Score = Callable[[nn.Module, Tensor], tuple[Tensor, int]]  # the same, and of how many tokens it is the sum
+Answer = TypeVar("Answer")
+Ask = Callable[[nn.Module, Tensor], Answer]  # of the same
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,8 @@ class Route(Protocol):
         """What the model returns for a window, from the outputs of its blocks. Needs all parts outside the blocks."""
         ...
 
-    def scores(self, stream: str, score: Score) -> list[tuple[float, int]]:
-        """(loss, tokens) of every window, from the outputs of its blocks. Needs all parts outside the blocks."""
+    def answers(self, stream: str, ask: Ask[Answer]) -> Iterator[Answer]:
+        """What `ask` finds of every window, from the outputs of its blocks. Needs all parts outside the blocks."""
         ...
 
     def write_gradients(self, stream: str, loss: Loss) -> None:

@@ -18,3 +18,5 @@ class Task:
     prepare: Callable[[Tensor], Tensor] = lambda ids: ids  # (1, length) -> the ids that `loss` runs the model on
     # the same as `loss`, with the number of tokens it is the sum of; None for a model whose loss on text means nothing
     scored: Callable[[nn.Module, Tensor], tuple[Tensor, int]] | None = None
+    # what it is computed from: float32 logits (tokens, vocabulary) and the tokens (tokens,) that they should predict
+    predicted: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]] | None = None

@@ -34,6 +34,7 @@ class Windows:
     calibration: Tensor
     heldout: Tensor
     sensitivity: Tensor  # for the backward pass; shorter windows hold fewer activations
+    validation: Tensor | None = None  # held out from all others, for allocators that run whole models
 
     def tokens(self) -> int:
         """Of the streams that every layer's errors are measured on."""
@@ -108,8 +109,8 @@ class LayerRecord:
 class Progress:
     """One step of a run, for whoever shows it."""
 
-    phase: str  # calibrating, sensitivity, writing
-    done: int  # blocks
+    phase: str  # calibrating, sensitivity, writing, ...
+    done: int  # blocks; of probing and searching, models
     total: int
     remaining: float | None  # seconds to the end of the run, estimated
     layers: dict[str, LayerRecord]  # finished in this step

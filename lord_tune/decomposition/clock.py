@@ -17,15 +17,23 @@ class Clock:
         self._start = time.perf_counter()
         self._spent = 0.0
 
-    def report(self, phase: Phase, index: int, layers: dict[str, LayerRecord] | None = None) -> None:
-        """Block `index` of this pass is done."""
+    def report(
+        self,
+        phase: Phase,
+        index: int,
+        layers: dict[str, LayerRecord] | None = None,
+        total: int | None = None,  # of a pass in other steps than blocks
+    ) -> None:
+        """Block (or step) `index` of this pass is done."""
+        total = total or self._blocks
         done = index + 1 if phase != Phase.SENSITIVITY else self._blocks - index
-        self._spent += self._costs[phase]
+        share = self._blocks / total
+        self._spent += self._costs[phase] * share
         ahead = 0.0
         order = list(self._costs)
         for other, cost in self._costs.items():
             blocks = self._blocks if order.index(other) > order.index(phase) else 0
-            ahead += (self._blocks - done if other == phase else blocks) * cost
+            ahead += ((total - done) * share if other == phase else blocks) * cost
         elapsed = time.perf_counter() - self._start
         remaining = elapsed / self._spent * ahead if self._spent else None
-        self._notify(Progress(phase, done, self._blocks, remaining, layers or {}))
+        self._notify(Progress(phase, done, total, remaining, layers or {}))

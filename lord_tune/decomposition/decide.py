@@ -64,6 +64,7 @@ class Request:
     recovery: BlockRecovery | None = None  # tune the blocks' L and R, one block at a time
     refine: int = 0  # whole models around the allocator's solution, of which held-out text chooses
     measure_control: bool = False  # run the control at equal bytes on held-out text as well
+    seed: int = 0  # of an allocator that searches
 
     @property
     def by_loss(self) -> bool:

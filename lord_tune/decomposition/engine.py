@@ -1,13 +1,14 @@
 """The driver: decompose a checkpoint block by block, in memory bounded by its largest block.
 
-Up to four passes over the blocks. In each, a block's weights are loaded, used and released; hidden states lie in
-files between blocks; a finished block is a file and a line in the journal.
+Up to four passes over the blocks, and one for every whole model that is run. In each, a block's weights are loaded,
+used and released; hidden states lie in files between blocks; a finished block is a file and a line in the journal.
 
     forward       (only for methods that weigh by gradients: what the next pass needs) runs the blocks
     sensitivity   (the same) gradients of the loss, from the last block to the first
     calibrating   (only when the allocator needs all spectra first) run the text through the block, factorize its layers
                   at every rank, keep basis and error curves in a file; dense outputs go on to the next block
     sensitivity   (only for allocators that weigh by the loss, where the method does not) gradients as above
+    probing, searching   (only for allocators that run whole models) a pass per model over text held out for it
     writing       the factors of the chosen rank. With ranks known from the start this is the only pass and calibrates
                   too; `propagate: sequential` makes it calibrate on the outputs of the blocks already decomposed
 
@@ -40,10 +41,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..allocation import TILTS
+from ..allocation import TILTS, Bolaco, Search
 from ..calibration.task import Task
 from ..errors import CalibrationError, LordError, LordWarning, UsageError
 from ..plans import LayerPlan, Plan
@@ -56,6 +57,7 @@ from .journal import Journal
 from .measuring import measure, scored
 from .passes import Passes
 from .recovery import Recovered
+from .searching import predictable, search
 from .sharing import NEVER_RAN, control_of
 from .steps import REST, Phase, of_block
 from .survey import Survey
@@ -72,6 +74,7 @@ class Compared:
     losses: dict[str, float] = field(default_factory=dict)  # plan -> nats per token of held-out text
     chosen: str = SOLUTION
     control: Plan | None = None  # the best plan without L R of the same bytes
+    search: Search | None = None  # the models that the allocator ran
 
     def to_dict(self) -> dict[str, Any]:
         """What decomposition.json says of it; nothing where there was nothing."""
@@ -85,6 +88,8 @@ class Compared:
                 "predicted_loss": self.control.predicted_loss(),
                 "plan": self.control.to_dict()["layers"],
             }
+        if self.search is not None:
+            found["search"] = self.search.to_dict()
         return found
 
 
@@ -151,15 +156,22 @@ def decide_measured(run: Passes, request: Request, rest: int) -> tuple[Plan, Com
     layers = run.survey.layers
     if request.refine or request.measure_control:
         scored(run.task)  # refused now, not after the calibration
+    sized, found = request.budget, None
+    assert isinstance(sized, Sized), "other budgets are decided from shapes"
+    rule = sized.allocator
+    if isinstance(rule, Bolaco):
+        predictable(run.task)
     measured = look(run, request)
+    if isinstance(rule, Bolaco):
+        found = search(run, request, measured, rest)
+        sized = replace(sized, allocator=rule.at(found.trials[found.best].point))
+        request = replace(request, budget=sized)
     plan = decide_from(layers, request, measured, rest)
     candidates = {SOLUTION: plan}
     for tilt in TILTS[: request.refine]:
         other = decide_from(layers, request, measured, rest, tilt)
         if other.choices() not in [known.choices() for known in candidates.values()]:
             candidates[tilt.name] = other
-    sized = request.budget
-    assert isinstance(sized, Sized), "other budgets are decided from shapes"
     control = control_of(layers, request.template, sized, measured, plan)
     tried = dict(candidates) if request.refine else {}
     if request.measure_control:
@@ -173,7 +185,7 @@ def decide_measured(run: Passes, request: Request, rest: int) -> tuple[Plan, Com
     plan = candidates[best]
     if control is not None:
         control = control_of(layers, request.template, sized, measured, plan)
-    return plan, Compared(losses, best, control)
+    return plan, Compared(losses, best, control, found)
 
 
 def costs_of(request: Request, plan: Plan | None) -> dict[Phase, float]:
@@ -183,11 +195,15 @@ def costs_of(request: Request, plan: Plan | None) -> dict[Phase, float]:
     again |= any(template.backbone != "none" for template in request.templates())
     measuring = 0.1 * request.refine + (0.2 if request.measure_control else 0.0)
     calibrating = {Phase.CALIBRATING: 1.0 if plan is None else 0.0}
+    rule = request.budget.allocator if isinstance(request.budget, Sized) else None
+    probes, trials = (rule.probes, rule.trials) if isinstance(rule, Bolaco) else (0, 0)
     backward = {Phase.SENSITIVITY: 0.4 if request.by_loss or request.gradients_first else 0.0}
     return {
         Phase.FORWARD: 0.05 if request.gradients_first else 0.0,
         **(backward | calibrating if request.gradients_first else calibrating | backward),
         Phase.MEASURING: measuring,
+        Phase.PROBING: 0.4 * probes,
+        Phase.SEARCHING: 0.2 * trials,
         # a pass of recovery runs the block forward and backward; before it, both blocks' outputs are made
         Phase.WRITING: (1.0 if again else 0.05) + (1.0 + 1.5 * epochs if epochs else 0.0),
     }

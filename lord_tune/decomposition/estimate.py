@@ -177,6 +177,11 @@ def estimate_run(
     again = ranks is not None or sequential or rounds  # the writing pass calibrates
     phases["writing"] = work if again else resident + block_bytes[widest] + bases + factors + cut
     phases["rest"] = rest_bytes
+    if text is not None and text.validation:
+        # both models' logits, their logarithms and what is summed of them; a block with plain L R, and its bases
+        logits = 8 * 4 * text.sensitivity_length * vocabulary
+        plain = sum(4 * min(shapes[n]) * sum(shapes[n]) for n in layers)
+        phases["searching"] = max(rest_bytes + logits, resident + block_bytes[widest] + bases + plain + cut + window)
     if request.recovery is not None:
         # beside the block: float32 L and R, gradients, Adam's moments, the best so far; activations with gradients
         tuned = sum(20 * kept_ranks[n] * sum(shapes[n]) for n in layers)
@@ -188,6 +193,7 @@ def estimate_run(
         width = max(hidden, min(inputs, default=0))
         streams = 1 if request.recovery is None else 2
         scratch += 3 * streams * (text.tokens + text.heldout) * width * element
+        scratch += 5 * text.validation * width * element
         scratch += checked * ((count + 2) * width * element + 4 * vocabulary)
         if weighted:
             scratch += (count + 2) * text.sensitivity * width * element

@@ -85,14 +85,14 @@ class Passes:
         """The windows that the loss runs the model on."""
         return torch.cat([self.task.prepare(window[None]) for window in self.text.sensitivity])
 
-    def walk(self, streams: dict[str, Tensor], phase: Phase) -> BlockWalk:
+    def walk(self, streams: dict[str, Tensor], phase: Phase, alike: bool = False) -> BlockWalk:
         """A walk with its first states written, by this or an earlier process."""
         folder = self.journal.work / f"states-{phase}"
         begun = self.journal.steps.get(start_of(phase))
         first = not any(self.journal.has(start_of(other)) for other in Phase)
         if first or (begun is not None and begun["checks"]):
             streams = streams | {CHECK: self.text.heldout[:1, :CHECKED_TOKENS]}
-        walk = BlockWalk(self.model, self.blocks, streams, self.task.forward, folder, self.workers)
+        walk = BlockWalk(self.model, self.blocks, streams, self.task.forward, folder, self.workers, alike)
         if not walk.streamed:
             return walk
         if CHECK in streams:

@@ -12,6 +12,8 @@ class Phase(StrEnum):
     CALIBRATING = "calibrating"
     SENSITIVITY = "sensitivity"
     MEASURING = "measuring"
+    PROBING = "probing"
+    SEARCHING = "searching"
     WRITING = "writing"
 
 

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ..allocation import Bolaco
 from ..calibration.blocks import first_input
 from ..errors import LordError
 from ..factorizations import Factorization, Projection
 from ..memory import synchronize
 from ..plans import LayerChoice
 from ..sites import Site
+from .choices import Sized
 from .decide import Request
 from .survey import Survey
 
@@ -95,6 +97,7 @@ class TextSize:
     length: int  # of a window
     sensitivity: int = 0
     sensitivity_length: int = 0
+    validation: int = 0  # half of it is what an allocator that searches runs its trials on
 
 
 def trace(
@@ -169,6 +172,11 @@ def run_seconds(
         total += walks * count * sum(text.tokens * (width + 192.0) * width for width in inputs) / rates.single
         whole = request.refine + 1 if request.refine else 0  # models that are run on held-out text
         total += (whole + (2 if request.measure_control else 0)) * text.heldout * forward_flops / rates.forward
+        if isinstance(request.budget, Sized) and isinstance(request.budget.allocator, Bolaco):
+            rule = request.budget.allocator  # and the head on the original's states
+            total += 1.2 * (rule.probes + rule.trials / 2) * text.validation * forward_flops / rates.forward
+            cut = sum(4.0 * site.numbers * min(site.shape) for site in sites.values())
+            total += (rule.probes + rule.trials) * cut / rates.double
         if weighted:
             total += 4 * text.sensitivity * forward_flops / rates.forward
     for name, site in sites.items():

@@ -110,13 +110,17 @@ def summed_loss(model: nn.Module, ids: Tensor, mask_token: int | None = None) ->
         generator = torch.Generator().manual_seed(int(ids.sum()))
         weights = [torch.randn(x.shape, generator=generator, device="cpu").to(x) for x in outputs]
         return torch.stack([(x * w).sum() for x, w in zip(outputs, weights, strict=True)]).sum(), ids.numel()
-    ids, labels = _labelled(model, ids, mask_token)
-    logits = run_model(model, ids).logits.float()
-    if kind == "causal":
-        logits, labels = logits[:, :-1], labels[:, 1:]
+    logits, labels = _predictions(model, ids, mask_token)
     count = int((labels != -100).sum())
     loss = nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), reduction="sum")
     return loss, count
+
+
+def _predictions(model: nn.Module, ids: Tensor, mask_token: int | None) -> tuple[Tensor, Tensor]:
+    """(logits (batch, n, vocabulary) float32, labels (batch, n)) of a model with a language-model head."""
+    read, labels = _labelled(model, ids, mask_token)
+    logits = run_model(model, read).logits.float()
+    return (logits[:, :-1], labels[:, 1:]) if kind_of(model) == "causal" else (logits, labels)
 
 
 def _labelled(model: nn.Module, ids: Tensor, mask_token: int | None) -> tuple[Tensor, Tensor]:
@@ -181,8 +185,14 @@ def task_of(tokenizer: Tokenizer, kind: str = "causal") -> Task:
     def scored(model: nn.Module, ids: Tensor) -> tuple[Tensor, int]:
         return summed_loss(model, ids, mask_token)
 
-    told = None if kind == "bare" else scored
-    return Task(run_model, lambda model, ids: scored(model, ids)[0], counted_outputs, prepare, told)
+    def predicted(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
+        logits, labels = _predictions(model, ids.to(_device(plain_model(model))), mask_token)
+        logits, labels = logits.flatten(0, 1), labels.flatten()
+        chosen = labels != -100
+        return (logits, labels) if bool(chosen.all()) else (logits[chosen], labels[chosen])
+
+    known = (None, None) if kind == "bare" else (scored, predicted)
+    return Task(run_model, lambda model, ids: scored(model, ids)[0], counted_outputs, prepare, *known)
 
 
 _LIMITS = (
