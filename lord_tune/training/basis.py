@@ -24,19 +24,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerCallback
 
 from ..adapters.basis import learnt
 from ..allocation import factor_cost
 from ..console import note, size_of
 from ..errors import LordWarning, UsageError
-from ..layers import factored_layers, plain_model, sizes
+from ..layers import factored_layers, plain_model
+from ..layers.sizes import sizes
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from ..protocols import TrainerLike, TrlConfig
+    from ..protocols import CausalModel, TrainerLike, TrlConfig
     from .arguments import TrainOptions
 
 _BYTES = 4  # of a folded factor's number: float32
@@ -109,7 +110,7 @@ def steps_of(trainer: TrainerLike) -> int:
 class Pruning(TrainerCallback):
     """Sets singular values to 0 as the training goes on, and keeps them there."""
 
-    def __init__(self, model: nn.Module, options: TrainOptions, steps: int):
+    def __init__(self, model: CausalModel, options: TrainOptions, steps: int):
         """UsageError for a schedule without a pruning, and a size that cannot be met."""
         self._share, self._start, self._every = options.basis_share, options.basis_start, options.basis_every
         self._roots = learnt(model)
@@ -172,9 +173,7 @@ class Pruning(TrainerCallback):
             if state.is_world_process_zero:
                 there = sum(len(root) for root in self._roots.values())
                 kept = sum(int(alive.sum()) for alive in self._alive.values())
-                note(
-                    f"  pruned: {kept:,} of {there:,} components are left, {self.numbers():,} numbers with the new ones"
-                )
+                note(f"  {kept:,} of {there:,} components are left; {self.numbers():,} numbers with the new ones")
 
     def _next_share(self, left: int) -> float:
         """Of the sum that is there now; left: how many prunings there are, this one included."""
@@ -193,12 +192,8 @@ def _limit(options: TrainOptions, stored: Mapping[str, Stored]) -> int:
 
     whole = factored_skeleton(options.model_name_or_path)  # in the dtype of the checkpoint, not in that of training
     layers = factored_layers(whole)
-    old = sum(
-        p.numel() * p.element_size()
-        for name in stored
-        for s in ("left", "right")
-        for p in layers[name].get_submodule(s).parameters()
-    )
+    sides = [layers[name].get_submodule(side) for name in stored for side in ("left", "right")]
+    old = sum(p.numel() * p.element_size() for side in sides for p in side.parameters())
     allowed = size_of(options.basis_max_bytes or "")
     assert allowed is not None, "checked by the record"
     return max(0, int(allowed - sizes(whole)["model_bytes"] + old) // _BYTES)
