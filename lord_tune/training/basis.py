@@ -119,7 +119,8 @@ class Pruning(TrainerCallback):
             name: Stored(layers[name].plan.shape, layers[name].plan.form, options.basis_new) for name in self._roots
         }
         self._limit = None if self._share is not None else _limit(options, self._stored)
-        if not due(steps, self._start, self._every):
+        self._due = due(steps, self._start, self._every)
+        if not self._due:
             raise UsageError(
                 f"basis_every: {self._every} with basis_start: {self._start:g} prunes after none of the {steps} steps; "
                 f"train for more steps, or lower basis_every."
@@ -134,7 +135,7 @@ class Pruning(TrainerCallback):
     def results(self) -> dict[str, object]:
         """For train_results.json."""
         kept = {name: int((root != 0).sum()) for name, root in self._roots.items()}
-        return {"kept": kept, "numbers": self.numbers(), "limit": self._limit}
+        return {"prunings": self._due, "kept": kept, "numbers": self.numbers(), "limit": self._limit}
 
     def _check_limit(self, limit: int) -> None:
         least = sum(stored.numbers(1) for stored in self._stored.values())
