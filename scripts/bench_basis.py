@@ -1,6 +1,6 @@
 """Measure Basis Selection against truncated singular values, at equal steps of training.
 
-    python scripts/bench_basis.py OUT --train FILE --held FILE [--kept 0.4] [--svd 0.4 0.6] [--steps 48] [--length 256]
+    python scripts/bench_basis.py OUT --train FILE --held FILE [--kept 0.6] [--svd 0.6 0.9] [--steps 96] [--length 512]
 
 SmolLM2-135M, one thread, no calibration text. Both kinds of rows are trained on the same tokens in the same order:
 
@@ -115,10 +115,10 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--held", type=Path, required=True)
-    parser.add_argument("--kept", type=float, nargs="+", default=[0.4])
-    parser.add_argument("--svd", type=float, nargs="+", default=[0.4, 0.6])
-    parser.add_argument("--steps", type=int, default=48)
-    parser.add_argument("--length", type=int, default=256, help="tokens of a step")
+    parser.add_argument("--kept", type=float, nargs="+", default=[0.6])
+    parser.add_argument("--svd", type=float, nargs="+", default=[0.6, 0.9])
+    parser.add_argument("--steps", type=int, default=96)
+    parser.add_argument("--length", type=int, default=512, help="tokens of a step")
     parser.add_argument("--new", type=int, default=8)
     parser.add_argument("--basis-rates", type=float, nargs="+", default=[1e-3])
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3])
