@@ -31,6 +31,7 @@ _NAMES = {
     "doctor": "checkup",
     "expose_factors": "adapters.attach",
     "add_lora": "adapters.attach",
+    "add_basis": "adapters.basis",
     "add_scales": "adapters.attach",
     "load_adapter": "adapters.loading",
     "merge": "adapters.fold",
@@ -45,6 +46,7 @@ _NAMES = {
 
 if TYPE_CHECKING:
     from .adapters.attach import add_lora, add_scales, expose_factors
+    from .adapters.basis import add_basis
     from .adapters.fold import fold, merge, unmerge
     from .adapters.loading import load, load_adapter
     from .checkup import doctor
@@ -59,6 +61,7 @@ __all__ = [
     "Plan",
     "UsageError",
     "add_lora",
+    "add_basis",
     "add_scales",
     "chat",
     "correct",

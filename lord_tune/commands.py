@@ -238,7 +238,8 @@ def _train(config: TrainConfig, source: str, arguments: TrlConfig, own: list[str
         say(f"trained {metrics['steps']} steps, mean loss {loss:.4f}; adapter in {config.output_dir}")
         if foreseen is not None:
             show_memory(foreseen, metrics["memory"]["measured"])
-        say(f"next: lord-tune export {config.output_dir} OUT --format dense")
+        form = "factored, then train OUT" if config.mode == "basis" else "dense"
+        say(f"next: lord-tune export {config.output_dir} OUT --format {form}")
     return metrics
 
 

@@ -83,7 +83,7 @@ class MethodConfig(MethodOptions, RunConfig):
 
     groups: ClassVar[dict[str, tuple[str, ...]]] = {
         "Common": (
-            *("rank", "average_rank", "kept_fraction", "bits_per_weight", "max_bytes"),
+            *("rank", "average_rank", "kept_fraction", "bits_per_weight", "max_bytes", "full_rank"),
             *("method", "backbone", "calibration"),
             *("calibration_tokens", "config", "resume", "overwrite"),
         ),
@@ -125,6 +125,11 @@ class MethodConfig(MethodOptions, RunConfig):
     top_format: Literal["fp32", "fp16", "bf16", "int8"] = Field("fp16", description="see --top-rank")
     rank: int | None = Field(
         None, description="the same rank for every layer; 0 with a backbone is rounding alone, the baseline"
+    )
+    full_rank: bool = Field(
+        False,
+        description="all components of every layer, which makes nothing smaller; for train --mode basis, which chooses "
+        "among them",
     )
     average_rank: int | None = Field(
         None,
@@ -299,6 +304,7 @@ class MethodConfig(MethodOptions, RunConfig):
     def check_budget(self) -> None:
         """Exactly one budget, and a rank beside a width only where the width chooses the format."""
         came = self.given("rank", "average_rank", "kept_fraction", "bits_per_weight", "max_bytes", "plan_file")
+        came += ["full_rank"] if self.full_rank else []
         keys = [f"`{name.removesuffix('_file')}`" for name in came]
         if sorted(came) == ["bits_per_weight", "rank"] and self.backbone == "none" and not self.sized:
             return
@@ -308,8 +314,8 @@ class MethodConfig(MethodOptions, RunConfig):
         if len(came) != 1:
             what = " and ".join(keys) if came else "none"
             raise UsageError(
-                "Expected one of `rank`, `average_rank`, `kept_fraction`, `bits_per_weight`, `max_bytes` and `plan`; "
-                f"got {what}."
+                "Expected one of `rank`, `average_rank`, `kept_fraction`, `bits_per_weight`, `max_bytes`, `full_rank` "
+                f"and `plan`; got {what}."
             )
         if self.average_rank is not None and (self.backbone == "none" or self.mixes):
             raise UsageError(
@@ -474,6 +480,9 @@ class PlanConfig(MethodConfig):
             raise UsageError("`sweep` predicts losses from calibration text; pass `calibration` FILE.")
 
 
+_OF_MODES = ("lora_", "scales_", "basis_")
+
+
 class TrainConfig(RunConfig):
     """`lord-tune train --config R.yaml`; further keys are trl's (SFTConfig; objective dpo: DPOConfig)."""
 
@@ -483,6 +492,10 @@ class TrainConfig(RunConfig):
         "Common": ("model_name_or_path", "dataset_name", "output_dir", "mode", "objective", "config"),
         "Data": ("dataset_config", "dataset_train_split", "dataset_test_split", "eval_dataset_name", "plain_prompts"),
         "What is trained": ("targets", "lora_r", "lora_alpha", "lora_dropout", "lora_on", "scales_on"),
+        "Mode basis": (
+            *("basis_share", "basis_kept_fraction", "basis_max_bytes"),
+            *("basis_new", "basis_start", "basis_every"),
+        ),
         "Distillation": (
             *("teacher_model_name_or_path", "teacher_logits", "teacher_top_k"),
             *("distill_ce_weight", "distill_temperature"),
@@ -507,10 +520,11 @@ class TrainConfig(RunConfig):
         description="prompt + completion (or response) and instruction + output as plain text, also for a model "
         "with a chat template",
     )
-    mode: Literal["factors", "split", "lora", "scales"] = Field(
+    mode: Literal["factors", "split", "lora", "scales", "basis"] = Field(
         "factors",
         description="factors: L and R train; split: the components stored apart (--top-rank); lora: LoRA on L and R; "
-        "scales: one number per component of L R",
+        "scales: one number per component of L R; basis: the singular values of L R, of which those that the data do "
+        "not need are taken away, and new components",
     )
     lora_r: int = Field(8, gt=0, description="mode lora: rank on each factor")
     lora_alpha: float | None = Field(None, description="mode lora: scaling is alpha / r; default 2 r")
@@ -521,6 +535,29 @@ class TrainConfig(RunConfig):
     scales_on: Literal["components", "components_and_outputs"] = Field(
         "components", description="mode scales: components of L R, or the outputs of L as well"
     )
+    basis_share: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="mode basis: share of the sum of a layer's singular values that is left at the end",
+    )
+    basis_kept_fraction: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="mode basis: instead, numbers in the factors of the trained layers, as a fraction of their dense "
+        "weights",
+    )
+    basis_max_bytes: str | None = Field(
+        None,
+        coerce_numbers_to_str=True,
+        description="mode basis: instead, size of the exported checkpoint's tensors: 80MB, 1.5GB, or a number",
+    )
+    basis_new: int = Field(32, gt=0, description="mode basis: new components in every layer, which are never pruned")
+    basis_start: float = Field(
+        1 / 3, ge=0, lt=1, description="mode basis: share of the steps after which pruning begins"
+    )
+    basis_every: int = Field(50, gt=0, description="mode basis: steps from one pruning to the next")
     targets: str | None = Field(None, description="regex of factored layers to train; default: all")
     objective: Literal["sft", "distill", "dpo"] = Field(
         "sft",
@@ -547,11 +584,20 @@ class TrainConfig(RunConfig):
     dry_run: bool = Field(False, description="print the resolved configuration and stop")
 
     def check(self) -> None:
-        for name in self.given("lora_r", "lora_alpha", "lora_dropout", "lora_on", "scales_on"):
+        for name in self.given(*(name for name in type(self).model_fields if name.startswith(_OF_MODES))):
             mode = name.partition("_")[0]
             if self.mode != mode:
                 raise UsageError(f"{name} has no effect in mode: {self.mode}; remove it or set mode: {mode}.")
-
+        ends = self.given("basis_share", "basis_kept_fraction", "basis_max_bytes")
+        if self.mode == "basis" and len(ends) != 1:
+            raise UsageError(
+                "mode: basis needs one of basis_share, basis_kept_fraction and basis_max_bytes, which say how much is "
+                f"left; got {' and '.join(ends) or 'none'}."
+            )
+        if self.basis_max_bytes is not None and size_of(self.basis_max_bytes) is None:
+            raise UsageError(
+                f"Got basis_max_bytes {self.basis_max_bytes}; expected a size like 80MB, 1.5GB, 700MiB or a number."
+            )
         if self.plain_prompts and self.objective == "dpo":
             raise UsageError("plain_prompts has no effect with objective: dpo, whose text is always plain; remove it.")
         of_distill = [name for name in type(self).model_fields if name.startswith(("teacher_", "distill_"))]

@@ -3,7 +3,7 @@ real classes where they are what comes. At run time nothing of these libraries i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 if TYPE_CHECKING:
@@ -155,6 +155,8 @@ class TrainerLike(Protocol):
 
     @property
     def args(self) -> TrlConfig: ...
+
+    def get_train_dataloader(self) -> Sized: ...
 
     def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None: ...
 

@@ -155,7 +155,7 @@ def _budget(config: MethodConfig, template: LayerChoice) -> Budget:
         if config.backbone == "none":
             widths = _with_backbones(config, template, list(METHODS[config.used_method].widths))
         return Bits(config.bits_per_weight, widths, config.rank)
-    assert config.rank is not None, "the record asks for a budget"
+    assert config.rank is not None or config.full_rank, "the record asks for a budget"
     return Ranks(config.rank)
 
 

@@ -108,6 +108,7 @@ class PlanOptions(TypedDict, total=False):
     top_rank: int
     top_format: Literal["fp32", "fp16", "bf16", "int8"]
     rank: int | None
+    full_rank: bool
     average_rank: int | None
     kept_fraction: float | None
     bits_per_weight: float | None
@@ -219,6 +220,7 @@ class DecomposeOptions(TypedDict, total=False):
     top_rank: int
     top_format: Literal["fp32", "fp16", "bf16", "int8"]
     rank: int | None
+    full_rank: bool
     average_rank: int | None
     kept_fraction: float | None
     bits_per_weight: float | None

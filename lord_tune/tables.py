@@ -112,7 +112,7 @@ def summary(config: MethodConfig, backbone: str) -> str:
     elif config.kept_fraction is not None:
         budget = f"{config.kept_fraction:g} kept"
     else:
-        budget = f"rank {config.rank}"
+        budget = "all components" if config.full_rank else f"rank {config.rank}"
     if config.sized:
         budget += f", {config.allocation}"
     parts = "L R only" if backbone == "none" else f"{backbone} + L R"

@@ -47,7 +47,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "caldera, e8-2": {"method": "caldera", "backbone": "e8-2", "rank": 8, "iterations": 1},
     "caldera, fisher": {"method": "caldera", "backbone": "lloyd3", "rank": 8, "iterations": 1, "weighting": "fisher"},
 }
-MODES = ("factors", "split", "lora", "scales")
+MODES = ("factors", "split", "lora", "scales", "basis")
 EXPORTS = ("dense", "factored", "peft")
 
 
@@ -129,7 +129,7 @@ def product(form: Any, size: int, device: torch.device) -> None:
 def one_step(folder: Path, mode: str, ids: torch.Tensor, device: torch.device) -> None:
     """Expose, one step, disable, merge, unmerge, save, fold."""
     model = load_dense_or_factored(str(folder))
-    add = {"lora": lord_tune.add_lora, "scales": lord_tune.add_scales}.get(mode)
+    add = {"lora": lord_tune.add_lora, "scales": lord_tune.add_scales, "basis": lord_tune.add_basis}.get(mode)
     model = lord_tune.expose_factors(model, mode=mode) if add is None else add(model)
     ids = ids.to(device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)

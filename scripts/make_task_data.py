@@ -1,9 +1,10 @@
-"""Write the texts that CALDERA's recipes read: python scripts/make_task_data.py data [--local NAME=FILE ...]
+"""Write the texts that the recipes of tasks read: python scripts/make_task_data.py data [--local NAME=FILE ...]
 
     c4.jsonl                            3,000 documents of C4 (text), to calibrate on
     rte_train.jsonl, rte_valid.jsonl    RTE (GLUE) as prompt + completion
     winogrande_train.jsonl, winogrande_valid.jsonl   WinoGrande XL as prompt + completion
     wikitext2_train.jsonl, wikitext2_valid.jsonl     WikiText-2 raw, an article a row (text)
+    gsm8k_train.jsonl, gsm8k_test.jsonl GSM8K as prompt + completion, without the marks of its calculator
 
 The rows come from the Hugging Face Hub. Where it cannot be reached, --local NAME=FILE takes rows of the same columns
 from a .jsonl file instead (rte_valid=my/rte.jsonl); with --local, only the named files are written.
@@ -53,12 +54,20 @@ def of_winogrande(row: Row) -> Row | None:
     return {"prompt": before + row[f"option{row['answer']}"], "completion": after}
 
 
+def of_gsm8k(row: Row) -> Row | None:
+    """The answer ends with its number, after ####."""
+    answer = re.sub(r"<<.*?>>", "", row["answer"])
+    return {"prompt": f"Question: {row['question']}\nAnswer:", "completion": f" {answer}"}
+
+
 FILES: dict[str, tuple[str, str | None, str, Callable[[Row], Row | None], int | None]] = {
     "c4": ("allenai/c4", "en", "train", of_text, 3000),
     "rte_train": ("nyu-mll/glue", "rte", "train", of_rte, None),
     "rte_valid": ("nyu-mll/glue", "rte", "validation", of_rte, None),
     "winogrande_train": ("allenai/winogrande", "winogrande_xl", "train", of_winogrande, None),
     "winogrande_valid": ("allenai/winogrande", "winogrande_xl", "validation", of_winogrande, None),
+    "gsm8k_train": ("openai/gsm8k", "main", "train", of_gsm8k, None),
+    "gsm8k_test": ("openai/gsm8k", "main", "test", of_gsm8k, None),
     "wikitext2_train": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", of_text, None),
     "wikitext2_valid": ("Salesforce/wikitext", "wikitext-2-raw-v1", "validation", of_text, None),
 }

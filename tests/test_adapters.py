@@ -18,6 +18,7 @@ from tiny import code_document, read_tensors, tiny_tokenizer
 
 import lord_tune
 from lord_tune.adapters.attach import MODES, add_lora, add_scales, coverage, expose_factors, mode_of
+from lord_tune.adapters.basis import add_basis
 from lord_tune.adapters.fold import merge, unmerge
 from lord_tune.adapters.loading import load_adapter
 from lord_tune.adapters.stored_tensors import StoredTensor
@@ -36,10 +37,10 @@ STORES: dict[str, dict[str, Any]] = {
     "half": {"backbone": "nf4", "rank": 8, "factor_format": "fp16"},
     "int8": {"rank": 12, "factor_format": "int8", "form": "plain"},
 }
-STORE = {"factors": "wide", "split": "packed", "lora": "packed", "scales": "packed"}
+STORE = {"factors": "wide", "split": "packed", "lora": "packed", "scales": "packed", "basis": "wide"}
 MIDDLE = r"\.1\."
 IDS = torch.tensor([tiny_tokenizer()(code_document(40))["input_ids"][:48]])
-NUMBER = re.compile(r"\.(lora_A|lora_B|ia3_l)\.")
+NUMBER = re.compile(r"\.(lora_A|lora_B|lora_basis|ia3_l)\.")
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,8 @@ def base(request, tmp_path_factory):
 def put_on(model: Any, mode: str, **options: Any) -> Any:
     if mode == "lora":
         return add_lora(model, rank=4, **options)
+    if mode == "basis":
+        return add_basis(model, 4, **options)
     return add_scales(model, **options) if mode == "scales" else expose_factors(model, mode=mode, **options)
 
 
@@ -132,7 +135,7 @@ def test_gradients_reach_exactly_the_parameters_of_the_adapter(base, mode, famil
     model = put_on(load_dense_or_factored(base(family, STORE[mode])), mode)
     # seen from outside for the half of LoRA that starts behind zeros
     for name, parameter in model.named_parameters():
-        if ".lora_B." in name and mode == "lora":
+        if ".lora_B." in name and mode in ("lora", "basis"):
             parameter.data += 0.01
     model.train()(input_ids=IDS, labels=IDS).loss.backward()
     for name, parameter in model.named_parameters():
@@ -194,7 +197,7 @@ def test_merge_unmerge_and_fold(trained, mode, family, tmp_path):
     ranks = {name: layer.rank for name, layer in factored_layers(run.model.get_base_model()).items()}
     assert merge(run.model) is run.model
     merged = logits(run.model)
-    # lora, scales: the factors are rounded to float32 with the update in them, 6e-8 of logits below 10 per product
+    # of the others the factors are rounded to float32 with the update in them, 6e-8 of logits below 10 per product
     assert (
         torch.equal(merged, run.after) if mode in ("factors", "split") else torch.allclose(merged, run.after, atol=2e-5)
     )
@@ -205,11 +208,15 @@ def test_merge_unmerge_and_fold(trained, mode, family, tmp_path):
     assert torch.equal(logits(load_adapter(run.again(), tmp_path / "adapter")), run.after)
     folded = lord_tune.fold(run.model)
     assert torch.equal(logits(folded), merged) and mode_of(folded) is None
-    assert {name: layer.rank for name, layer in factored_layers(folded).items()} == ranks
+    new = 4 if mode == "basis" else 0
+    expected = {name: rank + new for name, rank in ranks.items()}
+    assert {name: layer.rank for name, layer in factored_layers(folded).items()} == expected
     attach(folded)
     folded.save_pretrained(tmp_path / "folded")
     assert torch.equal(logits(load_dense_or_factored(str(tmp_path / "folded"))), merged)
-    again = put_on(folded, mode) if mode in ("factors", "scales") else None  # the folded model is a base like any other
+    again = (
+        put_on(folded, mode) if mode in ("factors", "scales", "basis") else None
+    )  # the folded model is a base like any other
     if again is not None:
         train_a_little(again)
         with again.disable_adapter():
@@ -383,7 +390,7 @@ def test_adapters_of_different_layers(base, mode, tmp_path):
             assert all(targets in name for name in coverage(model).trained) and coverage(model).untouched
             saved(model, tmp_path / targets)
     model = load_adapter(load_dense_or_factored(folder), tmp_path / "q_proj")
-    if mode in ("factors", "split"):
+    if mode in ("factors", "split", "basis"):
         with pytest.raises((ValueError, CheckpointError), match="Target modules|load_adapter"):
             model.load_adapter(tmp_path / "mlp", adapter_name="b")
     load_adapter(model, tmp_path / "mlp", "mlp")

@@ -406,7 +406,7 @@ WRONG_CALLS: list[Case] = [
     ("training value of wrong type", lambda w: w.train("--learning_rate", "fast"), "learning_rate"),
     ("old dtype spelling", lambda w: w.train("--torch_dtype", "float32"), "write dtype"),
     ("lora_r for factors", lambda w: w.train("--lora_r", 8), "set mode: lora"),
-    ("unknown mode", lambda w: w.train("--mode", "full"), "'factors', 'split', 'lora' or 'scales'"),
+    ("unknown mode", lambda w: w.train("--mode", "full"), "'factors', 'split', 'lora', 'scales' or 'basis'"),
     ("split without components apart", lambda w: w.train("--mode", "split"), "decompose with --top-rank"),
     ("components apart as factors", _components_apart(), "has its first 2 components stored apart; use mode: split"),
     ("components apart in int8", _components_apart("int8", "--mode", "split"), "stored as int8"),

@@ -55,6 +55,7 @@ MODES: dict[str, Callable[[Any], Any]] = {
     "split": lambda model: lord_tune.expose_factors(model, mode="split"),
     "lora": lambda model: lord_tune.add_lora(model, rank=2),
     "scales": lambda model: lord_tune.add_scales(model),
+    "basis": lambda model: lord_tune.add_basis(model, 2),
 }
 
 

@@ -22,7 +22,9 @@ STORES: dict[str, dict[str, Any]] = {
     "lora": {"factor_format": "nf4"},
     "split": {"backbone": "lloyd2", "factor_format": "lloyd4", "top_rank": 4, "incoherence": True},
     "scales": {"backbone": "nf4"},
+    "basis": {},
 }
+OWN: dict[str, dict[str, Any]] = {"basis": {"basis_share": 0.5, "basis_every": 1, "basis_new": 4}}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,7 @@ def assert_foreseen(foreseen: dict[str, Any], measured: dict[str, int], activati
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 def test_every_part_of_a_step_is_foreseen(base, rows_file, tmp_path, family, mode):
     """Activations up to counts, masks and the signs of a rotation, which several layers share."""
-    foreseen, measured = compare(base(family, mode), rows_file, tmp_path / "run", mode=mode)
+    foreseen, measured = compare(base(family, mode), rows_file, tmp_path / "run", mode=mode, **OWN.get(mode, {}))
     assert_foreseen(foreseen, measured, 0.005)
     assert measured["logits"] < 2 * 2 * 128 * 4 * 4032  # two pieces of 4,032 words; one of trl's takes four times that
 

@@ -47,9 +47,11 @@ from lord_tune.config import (
 )
 from lord_tune.data.texts import documents
 from lord_tune.decomposition import Rates
-from lord_tune.errors import ExportMismatch, LordError, UsageError
+from lord_tune.errors import ExportMismatch, LordError, LordWarning, UsageError
 from lord_tune.factorizations import METHODS, pivoted_left
 from lord_tune.factorizations.whitened import SHRINKAGES
+from lord_tune.integrations.models import load_dense_or_factored
+from lord_tune.layers import factored_layers
 from lord_tune.plans import Plan
 from lord_tune.quantizers import QUANTIZERS
 from lord_tune.training import trainer_arguments
@@ -105,7 +107,8 @@ class Bench:
 
     def decompose(self, calibrated: bool = True, **options: Any) -> Run:
         """Whitened, rank 8 as L and R, short windows, unless `options` say otherwise."""
-        budget = {} if {"kept_fraction", "bits_per_weight", "max_bytes", "average_rank"} & set(options) else {"rank": 8}
+        sizes = {"kept_fraction", "bits_per_weight", "max_bytes", "average_rank", "full_rank"}
+        budget = {} if sizes & set(options) else {"rank": 8}
         text = {"calibration": [str(self.rows)], **SHORT} if calibrated else {}
         options = _plain(options) | budget | text | options
         key = json.dumps(options, sort_keys=True)
@@ -117,7 +120,7 @@ class Bench:
 
     def plan(self, **options: Any) -> dict[str, Any]:
         """Whitened, rank 8 as L and R, on a machine of fixed speed, so that equal plans are equal."""
-        sizes = {"kept_fraction", "rank", "average_rank", "bits_per_weight", "max_bytes", "sweep"}
+        sizes = {"kept_fraction", "rank", "average_rank", "bits_per_weight", "max_bytes", "full_rank", "sweep"}
         budget = {} if sizes & set(options) else {"rank": 8}
         short = {} if options.get("method") == "svd" else {"context_length": 64, "calibration_tokens": 4096}
         with pytest.MonkeyPatch.context() as patch:
@@ -254,6 +257,18 @@ def case_rank(b: Bench) -> None:
     assert b.decompose(rank=12).mean("error_calibrated") < b.decompose(rank=4).mean("error_calibrated")
     plain = b.decompose(rank=0, backbone="nf4")
     assert plain.report["layers"][Q]["error_calibrated"] == pytest.approx(plain.report["layers"][Q]["error_backbone"])
+
+
+def case_full_rank(b: Bench) -> None:
+    """Every singular value of every layer; pivoted, that is about as many numbers as before."""
+    run = b.decompose(calibrated=False, method="svd", full_rank=True, form="pivoted")
+    assert {name: min(plan["shape"]) for name, plan in run.manifest.items()} == run.ranks
+    assert 1 < run.report["totals"]["kept_fraction"] < 1.02
+    model, original = (load_dense_or_factored(str(folder)) for folder in (run.folder, b.model))
+    # in float32 the product of C and B is off by a few of its last bits
+    assert torch.allclose(factored_layers(model)[Q].dense_weight(), original.get_submodule(Q).weight, atol=1e-5)
+    with pytest.raises(UsageError, match="`rank` and `full_rank`"):
+        b.decompose(rank=4, full_rank=True)
 
 
 def case_kept_fraction(b: Bench) -> None:
@@ -679,6 +694,7 @@ DECOMPOSE: dict[str, Case] = {
     "top_rank": case_top_rank,
     "top_format": case_top_format,
     "rank": case_rank,
+    "full_rank": case_full_rank,
     "kept_fraction": case_kept_fraction,
     "average_rank": case_average_rank,
     "rounding": case_rounding,
@@ -789,6 +805,11 @@ def case_plan_rank(b: Bench) -> None:
     assert set(b.plan(rank=4)["ranks"].values()) == {4} and set(b.plan(rank=12)["ranks"].values()) == {12}
     # L and R of a 32 x 64 layer hold 24 (32 + 64) numbers, more than its 2,048
     assert b.plan(rank=24)["ranks"]["model.layers.0.self_attn.k_proj"] is None
+
+
+def case_plan_full_rank(b: Bench) -> None:
+    found = b.plan(method="svd", full_rank=True)
+    assert found["ranks"].keys() == b.decompose().ranks.keys() and found["ranks"][Q] == 64
 
 
 def case_plan_kept_fraction(b: Bench) -> None:
@@ -1056,6 +1077,7 @@ PLAN: dict[str, Case] = {
     "top_rank": case_plan_top_rank,
     "top_format": case_plan_top_format,
     "rank": case_plan_rank,
+    "full_rank": case_plan_full_rank,
     "kept_fraction": case_plan_kept_fraction,
     "average_rank": case_plan_average_rank,
     "rounding": case_plan_rounding,
@@ -1232,6 +1254,7 @@ def case_mode(b: Bench) -> None:
         b.train(mode="split")
     rights = {f"{name}.right.ia3_l" for name in b.decompose().manifest}
     assert trained_layers(b.train(mode="scales")[1]) == rights
+    assert trained_layers(b.train(mode="basis", **BASIS)[1]) == trained_layers(factors[1])
 
 
 def case_lora_r(b: Bench) -> None:
@@ -1279,6 +1302,67 @@ def case_scales_on(b: Bench) -> None:
         assert evaluate(b, model=str(out))["loss"] != evaluate(b, model=str(b.decompose().folder))["loss"]
     with pytest.raises(UsageError, match="mode: scales"):
         b.train(mode="lora", scales_on="components")
+
+
+BASIS: dict[str, Any] = {"basis_share": 0.5, "basis_every": 1, "basis_new": 2}
+
+
+def kept(b: Bench, **options: Any) -> dict[str, Any]:
+    """What mode basis leaves after four steps."""
+    metrics, _ = b.train(**({"mode": "basis", "max_steps": 4} | BASIS | options))
+    return metrics["basis"]
+
+
+def case_basis_share(b: Bench) -> None:
+    small, large = (sum(kept(b, basis_share=share)["kept"].values()) for share in (0.3, 0.8))
+    assert 0 < small < large < 8 * len(b.decompose().manifest)
+    with pytest.raises(UsageError, match="one of basis_share, basis_kept_fraction and basis_max_bytes"):
+        b.train(mode="basis")
+    with pytest.raises(UsageError, match="mode: basis"):
+        b.train(basis_share=0.5)
+
+
+def case_basis_kept_fraction(b: Bench) -> None:
+    dense = sum(plan["shape"][0] * plan["shape"][1] for plan in b.decompose().manifest.values())
+    for fraction in (0.15, 0.2):
+        found = kept(b, basis_share=None, basis_kept_fraction=fraction)
+        assert found["limit"] == int(fraction * dense) and 0.8 * found["limit"] < found["numbers"] <= found["limit"]
+    with pytest.raises(UsageError, match="of each take .* lower basis_new"):
+        kept(b, basis_share=None, basis_kept_fraction=0.01)
+    with pytest.warns(LordWarning, match="nothing to prune"):
+        kept(b, basis_share=None, basis_kept_fraction=0.9)
+
+
+def case_basis_max_bytes(b: Bench) -> None:
+    """Of the checkpoint that is exported."""
+    for size, limit in (("250kB", 250_000), (230_000, 230_000)):
+        options = BASIS | {"basis_share": None, "basis_max_bytes": size}
+        _, out = b.train(mode="basis", max_steps=4, **options)
+        folder = b.fresh("pruned")
+        lord_tune.export(str(out), str(folder), format="factored")
+        assert 0.9 * limit < evaluate(b, model=str(folder))["model_bytes"] <= limit
+    with pytest.raises(UsageError, match="a size like 80MB"):
+        b.train(mode="basis", basis_max_bytes="small")
+
+
+def case_basis_new(b: Bench) -> None:
+    for new in (1, 3):
+        metrics, out = b.train(mode="basis", **BASIS | {"basis_new": new})
+        assert adapter_config(out)["r"] == new
+        expected = sum(new * sum(plan["shape"]) + 8 for plan in b.decompose().manifest.values())
+        assert metrics["trainable_parameters"] == expected
+
+
+def case_basis_start(b: Bench) -> None:
+    """The later, the fewer prunings there are; the end is about the same."""
+    with pytest.raises(UsageError, match="prunes after none of the 4 steps"):
+        kept(b, basis_start=0.9, basis_every=3)
+    first, last = kept(b, basis_start=0.0), kept(b, basis_start=0.75)
+    assert first["prunings"] == [1, 2, 3, 4] and last["prunings"] == [4]
+
+
+def case_basis_every(b: Bench) -> None:
+    assert kept(b, basis_every=2)["prunings"] == [2, 4] and kept(b, basis_every=3)["prunings"] == [3]
 
 
 def case_train_targets(b: Bench) -> None:
@@ -1395,6 +1479,12 @@ TRAIN: dict[str, Case] = {
     "lora_dropout": case_lora_dropout,
     "lora_on": case_lora_on,
     "scales_on": case_scales_on,
+    "basis_share": case_basis_share,
+    "basis_kept_fraction": case_basis_kept_fraction,
+    "basis_max_bytes": case_basis_max_bytes,
+    "basis_new": case_basis_new,
+    "basis_start": case_basis_start,
+    "basis_every": case_basis_every,
     "targets": case_train_targets,
     "objective": case_objective,
     "teacher_model_name_or_path": case_teacher,
@@ -1414,7 +1504,7 @@ def test_train(name, bench):
     TRAIN[name](bench)
 
 
-MODES = ("factors", "split", "lora", "scales")
+MODES = ("factors", "split", "lora", "scales", "basis")
 
 
 def test_trl_keys_reach_trl(bench, tmp_path):
@@ -1424,7 +1514,7 @@ def test_trl_keys_reach_trl(bench, tmp_path):
     assert isinstance(given, SFTConfig) and given.packing is True and given.max_steps == 7
     assert given.lr_scheduler_kwargs == {"num_cycles": 2}
     rates = {mode: trainer_arguments({"output_dir": str(tmp_path)}, mode, True, []).learning_rate for mode in MODES}
-    assert rates == {"factors": 1e-4, "split": 1e-4, "lora": 2e-4, "scales": 1e-2}
+    assert rates == {"factors": 1e-4, "split": 1e-4, "lora": 2e-4, "scales": 1e-2, "basis": 1e-3}
     metrics, _ = bench.train(max_steps=3)
     assert metrics["steps"] == 3 and len(losses(metrics)) == 3
 
@@ -1906,6 +1996,7 @@ def test_every_format_can_be_chosen():
 
 FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
     "decompose": [
+        (DecomposeConfig, "m o --full-rank --method svd"),
         (
             DecomposeConfig,
             "m o --method whitened --backbone nf4 --factor-format bf16 --rank 3 --calibration a.txt b.txt "
@@ -1956,6 +2047,7 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
         (PlanConfig, "m --method afm --no-centred --kept-fraction 0.7 --allocation uniform --form pivoted"),
         (PlanConfig, "m --method loftq --backbone nf4 --rank 3 --iterations 2 --save s"),
         (PlanConfig, "m --plan p.json"),
+        (PlanConfig, "m --full-rank --method svd"),
         (PlanConfig, "m --average-rank 16 --backbone nf4 --rounding nearest"),
         (PlanConfig, "m --method two_sided --damping 0.3 --rank 3"),
         (
@@ -1990,6 +2082,19 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
             TrainConfig,
             "--model_name_or_path m --output_dir o --dataset_name d --mode scales --scales_on components_and_outputs "
             "--learning_rate 0.5 --packing",
+        ),
+        (
+            TrainConfig,
+            "--model_name_or_path m --output_dir o --dataset_name d --mode basis --basis_share 0.3 --basis_new 4 "
+            "--basis_start 0.1 --basis_every 7 --learning_rate 0.5 --packing",
+        ),
+        *(
+            (
+                TrainConfig,
+                f"--model_name_or_path m --output_dir o --dataset_name d --mode basis {size} --learning_rate 0.5 "
+                "--packing",
+            )
+            for size in ("--basis_kept_fraction 0.3", "--basis_max_bytes 8MB")
         ),
     ],
     "evaluate": [

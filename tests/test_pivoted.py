@@ -262,6 +262,8 @@ def trained(model, mode, seed=0):
         exposed = lord_tune.expose_factors(model)
     elif mode == "lora":
         exposed = lord_tune.add_lora(model, rank=2)
+    elif mode == "basis":
+        exposed = lord_tune.add_basis(model, 2)
     else:
         exposed = lord_tune.add_scales(model, on="components_and_outputs")
     generator = torch.Generator().manual_seed(seed)
@@ -277,7 +279,7 @@ def outputs(model) -> torch.Tensor:
     return model(IDS).logits.double()
 
 
-@pytest.mark.parametrize("mode", ["factors", "lora", "scales"])
+@pytest.mark.parametrize("mode", ["factors", "lora", "scales", "basis"])
 def test_an_adapter_trains_and_folds_into_pivoted_factors_again(mode, runs, tmp_path):
     out, report = runs("llama", PIVOTED, rank=8)
     model = load_dense_or_factored(str(out))
@@ -299,7 +301,7 @@ def test_an_adapter_trains_and_folds_into_pivoted_factors_again(mode, runs, tmp_
     assert all(isinstance(layer.left, PivotedLinear) and layer.plan.form == PIVOTED for layer in layers.values())
     folded.save_pretrained(tmp_path / "folded")
     assert torch.equal(logits(tmp_path / "folded"), outputs(folded))
-    assert sizes(folded)["model_bytes"] == report["totals"]["model_bytes"]
+    assert (sizes(folded)["model_bytes"] == report["totals"]["model_bytes"]) == (mode != "basis")  # which adds two
 
 
 def test_gradients_reach_l_and_r(runs):

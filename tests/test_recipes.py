@@ -47,10 +47,20 @@ def recipe_id(path: Path) -> str:
     return str(path.relative_to(ROOT / "recipes").with_suffix(""))
 
 
+def trained_before(path: Path) -> Path | None:
+    """The recipe for training whose export, by the command in the header, a recipe for training starts from."""
+    exported = re.search(r"lord-tune export (\S+) (\S+) --format factored", path.read_text())
+    if exported is None:
+        return None
+    assert exported[2] == yaml.safe_load(path.read_text())["model_name_or_path"]
+    (found,) = (other for other in TRAIN if yaml.safe_load(other.read_text())["output_dir"] == exported[1])
+    return found
+
+
 def test_no_recipe_is_left_out():
     assert ACCELERATE and DECOMPOSE and TRAIN
     assert {path.parent.parent.name for path in [*DECOMPOSE, *TRAIN]} == set(ARCHITECTURES)
-    used = {yaml.safe_load(path.read_text())["model_name_or_path"] for path in TRAIN}
+    used = {yaml.safe_load(path.read_text())["model_name_or_path"] for path in TRAIN if trained_before(path) is None}
     assert used <= {yaml.safe_load(path.read_text())["out"] for path in DECOMPOSE}
 
 
@@ -137,31 +147,44 @@ def test_decompose_recipes_run_small(path, decomposed):
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("path", TRAIN, ids=recipe_id)
 def test_train_recipes_run_small_on_their_decompose_recipe(path, decomposed, texts, tmp_path):
+    """Or on the export of the recipe for training before it."""
+    first = trained_before(path)
+    if first is not None:
+        run_small(first, decomposed, texts, tmp_path / "first")
+        lord_tune.export(str(tmp_path / "first" / "run"), str(tmp_path / "base"), format="factored")
+    run_small(path, decomposed, texts, tmp_path, None if first is None else tmp_path / "base")
+
+
+def run_small(path: Path, decomposed: Any, texts: dict[str, Path], folder: Path, start: Path | None = None) -> None:
     values = load_yaml(str(path))
     TrainConfig.build(values)
-    base = next(p for p in DECOMPOSE if yaml.safe_load(p.read_text())["out"] == values["model_name_or_path"])
+    if start is None:
+        wanted = values["model_name_or_path"]
+        start = decomposed(next(p for p in DECOMPOSE if yaml.safe_load(p.read_text())["out"] == wanted))[1]
     kind = {"sft_code": "code", "wikitext2": "code", "sft_instruct": "chat"}.get(path.parent.name, "task")
     overrides = {
-        "model_name_or_path": str(decomposed(base)[1]),
+        "model_name_or_path": str(start),
         "dataset_name": str(texts[kind]),
         "dataset_config": None,
-        "output_dir": str(tmp_path / "run"),
+        "output_dir": str(folder / "run"),
         "max_steps": 2,
         "max_length": 128,
         "gradient_accumulation_steps": 1,
     }
-    for name, value in (("eval_dataset_name", str(texts[kind])), ("teacher_logits", str(tmp_path / "logits"))):
-        if name in values:
-            overrides[name] = value
+    small = {"eval_dataset_name": str(texts[kind]), "teacher_logits": str(folder / "logits")}
+    small |= {"basis_new": 4, "basis_every": 1}
+    overrides |= {name: value for name, value in small.items() if name in values}
     metrics = lord_tune.train(**(values | overrides))
-    assert metrics["steps"] == 2 and (tmp_path / "run" / "adapter_model.safetensors").is_file()
+    assert metrics["steps"] == 2 and (folder / "run" / "adapter_model.safetensors").is_file()
 
 
 def test_rows_of_tasks_are_prompts_and_completions(tmp_path):
     """As GLUE and WinoGrande have them; the files that recipes read are those that the script writes."""
     entailed = {"sentence1": "Mogadishu is in Somalia.", "sentence2": "It is in Africa.", "label": 0}
+    sums = {"question": "What is 2 + 3?", "answer": "It is 2 + 3 = <<2+3=5>>5.\n#### 5"}
     gap = {"sentence": "The trophy did not fit, for _ was big.", "option1": "it", "option2": "I", "answer": "1"}
-    for name, row in (("rte_valid", entailed), ("winogrande_valid", gap), ("winogrande_train", gap | {"answer": ""})):
+    for name, row in (("rte_valid", entailed), ("winogrande_valid", gap), ("winogrande_train", gap | {"answer": ""}),
+                      ("gsm8k_test", sums)):  # fmt: skip
         (tmp_path / f"{name}.in").write_text(json.dumps(row) + "\n")
     pairs = [f"{path.stem}={path}" for path in tmp_path.glob("*.in")]
     words = [sys.executable, str(ROOT / "scripts/make_task_data.py"), str(tmp_path / "data"), "--local", *pairs]
@@ -170,11 +193,15 @@ def test_rows_of_tasks_are_prompts_and_completions(tmp_path):
     assert found["winogrande_train"] == []
     assert found["rte_valid"][0]["completion"] == " True" and "Africa" in found["rte_valid"][0]["prompt"]
     assert found["winogrande_valid"] == [{"prompt": "The trophy did not fit, for it", "completion": " was big."}]
+    assert found["gsm8k_test"] == [
+        {"prompt": "Question: What is 2 + 3?\nAnswer:", "completion": " It is 2 + 3 = 5.\n#### 5"}
+    ]
     for wrong, says in (("rte_valid=missing.jsonl", "missing.jsonl does not exist"), ("rte=x", "rte is not one of")):
         run = subprocess.run([*words[:3], "--local", wrong], capture_output=True, text=True)
         assert run.returncode == 2 and says in run.stderr.splitlines()[-1]
     script = (ROOT / "scripts/make_task_data.py").read_text()
-    for path in (ROOT / "recipes/llama2_7b").rglob("*.yaml"):
+    recipes = [*(ROOT / "recipes/llama2_7b").rglob("*.yaml"), *(ROOT / "recipes").glob("*/gsm8k/*.yaml")]
+    for path in recipes:
         for name in re.findall(r"data/(\w+)\.jsonl", path.read_text()):
             assert f'"{name}"' in script, (path, name)
 

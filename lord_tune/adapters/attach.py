@@ -1,4 +1,4 @@
-"""Training a factored model through PEFT, in four modes, each an ordinary PEFT adapter.
+"""Training a factored model through PEFT, in five modes, each an ordinary PEFT adapter.
 
 factors: PEFT wraps a child `host` of each factored layer (the backbone Q, or a zero map where there is none) with an
 ordinary LoRA layer whose lora_A weight *is* R and whose lora_B weight *is* L: the same parameters, moved, so nothing is
@@ -17,6 +17,8 @@ scales: stock IA3 on the `right` children: component i of L R is multiplied by a
 (the singular values of Basis Selection, Li et al. 2024, arXiv 2405.15877, in the basis that the decomposition found);
 on the `left` ones too if asked: W = Q + D_out L D R (Bolaco's diagonal post-training, Ji et al. 2024, arXiv
 2405.10616). Components apart get numbers of their own. Q is not scaled.
+
+basis: the singular values of L R and new components beside it, in the child `host`; see basis.py.
 
 `disable_adapter()`, an adapter that trains other layers only, and a deleted or unloaded one all give the decomposed
 model: in the first two modes a layer then computes with the factors it started from (wrappers.py), which are read from
@@ -47,15 +49,25 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..errors import LordError, LordWarning, UsageError, unknown_name
-from ..layers import FactoredLinear, FrozenSum, PivotedLinear, QuantizedLinear, ZeroLinear, factored_layers, plain_model
+from ..layers import (
+    FactoredLinear,
+    FrozenBasis,
+    FrozenSum,
+    PivotedLinear,
+    QuantizedLinear,
+    ZeroLinear,
+    factored_layers,
+    plain_model,
+)
 from ..linalg import principal
 from ..protocols import CausalModel
 from .injection import check_host_config
 from .route import Route, names_in, trained_start, wrappers_of
 from .stored_tensors import StoredPivot, StoredTensors
+from .wrappers import BasisLora
 
-FACTORS, SPLIT, LORA, SCALES = "factors", "split", "lora", "scales"
-MODES = (FACTORS, SPLIT, LORA, SCALES)
+FACTORS, SPLIT, LORA, SCALES, BASIS = "factors", "split", "lora", "scales", "basis"
+MODES = (FACTORS, SPLIT, LORA, SCALES, BASIS)
 BOTH, LEFT, RIGHT, SMALLER = "both", "left", "right", "smaller"
 COMPONENTS, COMPONENTS_AND_OUTPUTS = "components", "components_and_outputs"
 _WRAPPED = r"(.*\.)?({})"
@@ -76,7 +88,7 @@ class Coverage:
     """Which layers train."""
 
     mode: str
-    trained: dict[str, int]  # layer -> rank that trains; components that are scaled
+    trained: dict[str, int]  # layer -> rank that trains; components that are scaled, and new ones
     untouched: list[str]  # factored layers outside the targets
     trainable_parameters: int
 
@@ -98,7 +110,7 @@ def attach_factors(
     model: CausalModel, targets: str | None, adapter_name: str, mode: str, config: LoraConfig | None
 ) -> PeftModel:
     """`expose_factors` with the configuration of a saved adapter, whose tensors are still to be loaded."""
-    chosen = _chosen(model, targets, mode)
+    chosen = chosen_layers(model, targets, mode)
     for name, layer in chosen.items():
         if layer.host is None:
             _check_trainable(name, layer, mode)
@@ -125,7 +137,7 @@ def _host_config(ranks: dict[str, int], task_type: str | None) -> LoraConfig:
     return LoraConfig(
         r=max(ranks.values()),
         lora_alpha=max(ranks.values()),
-        target_modules=_exactly([f"{name}.host" for name in ranks]),
+        target_modules=exactly([f"{name}.host" for name in ranks]),
         rank_pattern=patterns,
         alpha_pattern=dict(patterns),
         lora_dropout=0.0,
@@ -163,12 +175,12 @@ def add_lora(
             raise UsageError(f"add_lora decides `{name}` by its rank, alpha, dropout, targets and on; leave it out.")
         if name not in known:
             raise unknown_name("option of add_lora", name, known)
-    paths = [f"{name}.{s}" for name, layer in _chosen(model, targets, LORA).items() for s in _sides(layer, on)]
+    paths = [f"{name}.{s}" for name, layer in chosen_layers(model, targets, LORA).items() for s in _sides(layer, on)]
     given: dict[str, Any] = {"bias": "none", "task_type": task_type_of(model), **options}
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]  # PEFT divides it, a float is fine
-        target_modules=_exactly(paths),
+        target_modules=exactly(paths),
         lora_dropout=dropout,
         **given,
     )
@@ -196,10 +208,10 @@ def add_scales(
         raise UsageError(f"Got `scales_on` {on!r}; expected {COMPONENTS} or {COMPONENTS_AND_OUTPUTS}.")
     sides = (RIGHT,) if on == COMPONENTS else (RIGHT, LEFT)
     paths = []
-    for name, layer in _chosen(model, targets, SCALES).items():
+    for name, layer in chosen_layers(model, targets, SCALES).items():
         for prefix in ("", "top_") if layer.top_left is not None else ("",):
             paths += [f"{name}.{prefix}{side}" for side in sides]
-    config = IA3Config(target_modules=_exactly(paths), feedforward_modules=[], task_type=task_type_of(model))
+    config = IA3Config(target_modules=exactly(paths), feedforward_modules=[], task_type=task_type_of(model))
     peft_model = wrap(model, config, adapter_name)
     for path in paths:
         factor = plain_model(peft_model).get_submodule(path)
@@ -210,7 +222,7 @@ def add_scales(
     return peft_model
 
 
-def _chosen(model: CausalModel, targets: str | None, mode: str) -> dict[str, FactoredLinear]:
+def chosen_layers(model: CausalModel, targets: str | None, mode: str) -> dict[str, FactoredLinear]:
     """The layers to train; warns of those left out."""
     layers = factored_layers(plain_model(model))
     if not layers:
@@ -256,7 +268,7 @@ def _patterns(ranks: dict[str, int]) -> dict[str, int]:
     return {f"^({'|'.join(found)})$": rank for rank, found in paths.items()}
 
 
-def _exactly(paths: list[str]) -> str:
+def exactly(paths: list[str]) -> str:
     return _WRAPPED.format("|".join(re.escape(path) for path in paths))
 
 
@@ -345,10 +357,11 @@ def _check_realised(name: str, layer: FactoredLinear, rank: int, adapter: str) -
 
 
 def mode_of(model: nn.Module) -> str | None:
-    """factors, split, lora, scales, or None for a model without an adapter inside its decomposed layers."""
+    """factors, split, lora, scales, basis, or None for a model without an adapter inside its decomposed layers."""
     for layer in factored_layers(model).values():
         if isinstance(layer.host, LoraLayer):
-            return SPLIT if isinstance(layer.host.get_base_layer(), FrozenSum) else FACTORS
+            base = layer.host.get_base_layer()
+            return BASIS if isinstance(base, FrozenBasis) else SPLIT if isinstance(base, FrozenSum) else FACTORS
         for wrapper in wrappers_of(layer):
             if isinstance(wrapper, IA3Layer | LoraLayer):
                 return SCALES if isinstance(wrapper, IA3Layer) else LORA
@@ -368,6 +381,7 @@ def coverage(model: CausalModel, adapter_name: str = "default") -> Coverage:
         if not wrappers:
             untouched.append(name)
         else:
-            trained[name] = wrappers[0].r[adapter_name] if isinstance(wrappers[0], LoraLayer) else layer.rank
+            new = wrappers[0].r[adapter_name] if isinstance(wrappers[0], LoraLayer) else 0
+            trained[name] = new + (layer.rank if isinstance(wrappers[0], BasisLora | IA3Layer) else 0)
     total = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Coverage(mode_of(model) or "none", trained, untouched, total)

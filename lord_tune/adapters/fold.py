@@ -18,7 +18,17 @@ from transformers import PreTrainedModel
 
 from ..errors import UsageError
 from ..integrations.transformers_quantizer import realised_plan
-from ..layers import FactoredLinear, Parts, PivotedLinear, QuantizedLinear, dense_factor, factored_layers, plain_model
+from ..layers import (
+    FactoredLinear,
+    FrozenBasis,
+    Parts,
+    PivotedLinear,
+    QuantizedLinear,
+    dense_factor,
+    factored_layers,
+    plain_model,
+)
+from ..linalg import principal
 from ..protocols import CausalModel
 from .merging import bias_of_lora, deltas_of, merged_factor, merged_module, trained_module
 from .route import (
@@ -33,7 +43,7 @@ from .route import (
     start_parts,
     state_of,
 )
-from .wrappers import HostLora
+from .wrappers import BasisLora, HostLora
 
 Model = TypeVar("Model", PreTrainedModel, PeftModel)
 Wrapper = BaseTunerLayer | AuxiliaryTrainingWrapper
@@ -77,7 +87,8 @@ def fold(model: CausalModel, adapter_name: str | None = None) -> PreTrainedModel
     """Fold an adapter (default: those that are active) into the model for good and return that, plain and exact.
 
     factors, split: the trained parameters become `left` and `right` again. lora: L + dL and R + dR. scales: into the
-    one of L and R whose storage that changes least; components apart, both. LoRA around a whole layer or on its Q, and
+    one of L and R whose storage that changes least; components apart, both. basis: L R of the components that are left
+    and the new ones. LoRA around a whole layer or on its Q, and
     sums of several adapters of the first two modes: as further components. Other kinds on L or R, on dense layers and
     embeddings: as PEFT merges them, in float64. What a fold changes becomes float32, if it was stored in fewer bits
     (decoded first, so the update is not rounded away). Modules that were trained as a whole replace their originals.
@@ -237,6 +248,8 @@ def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 def _from_host(name: str, layer: FactoredLinear, chosen: tuple[str, ...] | None) -> Parts:
     host = layer.host
     names = _names(host, chosen) if isinstance(host, HostLora) else ()
+    if isinstance(base_of(host), FrozenBasis):
+        return _from_basis(host, names)
     if not names:
         return start_parts(layer)
     base = base_of(host)
@@ -249,6 +262,22 @@ def _from_host(name: str, layer: FactoredLinear, chosen: tuple[str, ...] | None)
     products = [(rest * left, right)] if rest else []
     products += deltas
     return around(base, torch.cat([b for b, _ in products], 1).float(), torch.cat([a for _, a in products]).float())
+
+
+def _from_basis(host: BasisLora | FrozenBasis, names: tuple[str, ...]) -> Parts:
+    """What is left of the old components and the new ones as singular vectors: of rank left + new, or a full one."""
+    base = base_of(host)
+    assert isinstance(base, FrozenBasis)
+    if not names:
+        return Parts(base.left, base.right, base.backbone)
+    assert isinstance(host, BasisLora)
+    scale = host.scale(names).double()
+    kept = scale.nonzero()[:, 0]
+    new_left = [host.scaling[name] * host.lora_B[name].get_parameter("weight").double() for name in names]
+    new_right = [host.lora_A[name].get_parameter("weight").double() for name in names]
+    old = dense_factor(base.left)[:, kept] * scale[kept], dense_factor(base.right)[kept]
+    left, right = principal(torch.cat([old[0], *new_left], 1), torch.cat([old[1], *new_right]))
+    return Parts(linear_of(left.float()), linear_of(right.float()), base.backbone)
 
 
 def _with_outer(

@@ -26,6 +26,7 @@ from ..errors import CheckpointError, UsageError
 from ..layers import (
     CastLinear,
     FactoredLinear,
+    FrozenBasis,
     FrozenSum,
     PivotedLinear,
     QuantizedLinear,
@@ -34,7 +35,7 @@ from ..layers import (
     unfused_parameters,
 )
 from .route import Route
-from .wrappers import HostLora, LayerLora
+from .wrappers import BasisLora, HostLora, LayerLora
 
 # these compute with what the base layer computes, and do not look at its weight
 _BLIND = {"LORA", "ADALORA", "IA3", "LOHA", "LOKR", "VERA", "FOURIERFT", "RANDLORA", "VBLORA"}
@@ -85,7 +86,8 @@ def prepare(tuner: BaseTuner, model: nn.Module, config: PeftConfig) -> None:
             _check_packed(config, name, base)
     if isinstance(config, LoraConfig):
         kinds: tuple[type[nn.Module], ...] = (QuantizedLinear, ZeroLinear, FrozenSum) if hosts else ()
-        config._register_custom_module({FactoredLinear: LayerLora, **dict.fromkeys(kinds, HostLora)})
+        own: dict[type[nn.Module], type[nn.Module]] = {FactoredLinear: LayerLora, FrozenBasis: BasisLora}
+        config._register_custom_module(own | dict.fromkeys(kinds, HostLora))  # the first that fits is taken
 
 
 def _targets(tuner: BaseTuner, model: nn.Module, config: PeftConfig) -> list[str]:

@@ -16,6 +16,7 @@ from ..integrations.sources import base_of_adapter, resolve_model
 from ..layers import FrozenSum, factored_layers, plain_model
 from ..protocols import CausalModel, Tokenizer
 from .attach import FACTORS, LORA, SCALES, SPLIT, attach_factors, mode_of, wrap
+from .basis import attach_basis
 from .merging import needs_float32
 from .route import base_of
 
@@ -65,7 +66,8 @@ def load_adapter(model: CausalModel, folder: Path | str, adapter_name: str = "de
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", LordWarning)  # a partial match was reported when the adapter was trained
-            peft_model = _like_saved(model, config, paths, adapter_name)
+            basis = any(key.endswith(".host.lora_basis") for key in state)
+            peft_model = _like_saved(model, config, paths, adapter_name, basis)
             result = peft_model.load_adapter(str(folder), adapter_name, is_trainable=True, torch_device="cpu")
     except RuntimeError as error:  # shapes differ
         raise CheckpointError(
@@ -106,14 +108,16 @@ def _check_present(model: CausalModel, folder: Path | str, paths: list[str]) -> 
             raise CheckpointError(f"The adapter trains '{path}', which its base model does not have; train it again.")
 
 
-def _like_saved(model: CausalModel, config: PeftConfig, paths: list[str], adapter_name: str) -> PeftModel:
-    """`model` with an adapter of a saved configuration, whose tensors are still to be loaded."""
+def _like_saved(model: CausalModel, config: PeftConfig, paths: list[str], adapter_name: str, basis: bool) -> PeftModel:
+    """`model` with an adapter of a saved configuration, whose tensors are still to be loaded. basis: of that mode."""
     layers = factored_layers(plain_model(model))
     owners = [path.removesuffix(".host") for path in paths if path.endswith(".host")]
     if owners and isinstance(config, LoraConfig):
+        targets = rf"^({'|'.join(re.escape(name) for name in owners)})$"
+        if basis:
+            return attach_basis(model, targets, adapter_name, config)
         hosts = [layers[n].host for n in owners if layers[n].top_left is None]
         split = all(host is not None and isinstance(base_of(host), FrozenSum) for host in hosts)
-        targets = rf"^({'|'.join(re.escape(name) for name in owners)})$"
         return attach_factors(model, targets, adapter_name, SPLIT if split else FACTORS, config)
     inside = {path.rpartition(".")[2] for path in paths} & _PARTS
     wanted = {LoraConfig: LORA, IA3Config: SCALES}.get(type(config)) if inside else None

@@ -7,6 +7,11 @@
 With one adapter at scaling 1 that is Q + B A, and computed as that. Without one, or in a row named `__base__`, it is
 the decomposed layer; several adapters add up; a scaling of 0.5 is halfway. A new adapter starts as no difference.
 
+`BasisLora` (mode basis) learns the size s = w^2 of each component of L R, and new components B A (adapters/basis.py).
+As a difference to the decomposed model, with s0 the sizes it started from:
+
+    W = Q + L diag(1 + sum_a c_a (s_a / s0 - 1)) R + sum_a c_a B_a A_a,   c_a the scaling of adapter a
+
 `LayerLora` is LoRA around a whole decomposed layer, W + s B A, for the targets that a configuration for the original
 model names (`q_proj`, `all-linear`): its keys are those of an adapter of the original.
 """
@@ -21,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..errors import UsageError
-from ..layers import FactoredLinear
+from ..layers import FactoredLinear, FrozenBasis, dense_factor
 from .route import Start, active_in, around, base_of, start_of, trained_start
 
 NOT_MERGED = "PEFT's merge would write into stored parts; use lord_tune.merge or lord_tune.fold, which are exact."
@@ -94,6 +99,59 @@ class HostLora(lora.Linear):
 
     def merge(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise UsageError(NOT_MERGED)
+
+
+class BasisLora(HostLora):
+    """See the top. `lora_basis` holds w (rank,); a w of 0 stays 0 by its gradient, 2 w: that is a pruned component."""
+
+    adapter_layer_names: tuple[str, ...] = (*lora.Linear.adapter_layer_names, "lora_basis")
+
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if not hasattr(self, "lora_basis"):
+            self.lora_basis = nn.ParameterDict()
+        super().update_layer(adapter_name, *args, **kwargs)
+
+    def fill(self, adapter_name: str) -> None:
+        """No difference: s = s0, B = 0, and A of normal numbers / sqrt(k)."""
+        base, (a, b) = base_of(self), (_matrix(m[adapter_name]) for m in (self.lora_A, self.lora_B))
+        assert isinstance(base, FrozenBasis)
+        drawn = torch.randn(a.shape, device=a.device) / len(a) ** 0.5
+        started = base.sizes.to(a.device).sqrt()
+        for matrices, value in ((self.lora_A, drawn), (self.lora_B, torch.zeros(b.shape, device=a.device))):
+            matrices[adapter_name].weight = nn.Parameter(value, requires_grad=a.requires_grad)
+        self.lora_basis[adapter_name] = nn.Parameter(started, requires_grad=a.requires_grad)
+
+    def scale(self, names: tuple[str, ...]) -> Tensor:  # (rank,)
+        """What each component of L R is multiplied by."""
+        base = base_of(self)
+        assert isinstance(base, FrozenBasis)
+        sizes = torch.where(base.sizes > 0, base.sizes, 1.0)
+        ratios = [self.lora_basis[name].square() / sizes for name in names]
+        if len(names) == 1 and self.scaling[names[0]] == 1:
+            return ratios[0]
+        found = torch.ones_like(sizes)
+        for name, ratio in zip(names, ratios, strict=True):
+            found = found + self.scaling[name] * (ratio - 1)
+        return found
+
+    def _with(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
+        base = base_of(self)
+        if not names:
+            return base(x)
+        output: Tensor = base(x, self.scale(names))
+        dtype = output.dtype
+        for name in names:
+            a, b = self.lora_A[name], self.lora_B[name]
+            seen = self._cast_input_dtype(x, _matrix(a).dtype)
+            output = output + b(a(self.lora_dropout[name](seen))) * self.scaling[name]
+        return output.to(dtype)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:  # (out, in)
+        base = base_of(self)
+        assert isinstance(base, FrozenBasis)
+        left, right = (dense_factor(factor).float() for factor in (base.left, base.right))
+        new = _matrix(self.lora_B[adapter]) @ _matrix(self.lora_A[adapter])
+        return left * (self.scale((adapter,)) - 1) @ right + self.scaling[adapter] * new
 
 
 class LayerLora(lora.Linear):

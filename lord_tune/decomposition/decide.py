@@ -27,9 +27,9 @@ from .sizes import bits_at
 
 @dataclass(frozen=True)
 class Ranks:
-    """The same rank for every layer; 0 with a backbone is rounding alone."""
+    """The same rank for every layer; 0 with a backbone is rounding alone. None: all components of every layer."""
 
-    rank: int
+    rank: int | None
 
 
 @dataclass(frozen=True)
@@ -187,8 +187,10 @@ def _shapes(layers: Layers) -> dict[str, tuple[int, int]]:
     return {name: site.shape for name, site in layers.items()}
 
 
-def _of_one_rank(layers: Layers, template: LayerChoice, rank: int) -> Plan:
+def _of_one_rank(layers: Layers, template: LayerChoice, rank: int | None) -> Plan:
     shapes = _shapes(layers)
+    if rank is None:
+        return Plan({name: template.at(min(shape)) for name, shape in shapes.items()})
     backbone = template.backbone != "none"
     if rank < (0 if backbone else 1):
         raise UsageError(f"Got rank {rank}; a rank is at least 1 (0 is plain rounding and needs a backbone).")

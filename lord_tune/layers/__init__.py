@@ -1,7 +1,7 @@
 """Runtime layers and the surgery that puts them into a model."""
 
 from .experts import expert_of, fuse, fuse_untouched, unfuse, unfused_parameters
-from .factored_linear import FactoredLinear, FrozenSum, Parts, build_layer, dense_factor
+from .factored_linear import FactoredLinear, FrozenBasis, FrozenSum, Parts, build_layer, dense_factor
 from .pivoted_linear import PivotedLinear
 from .quantized_linear import CastLinear, QuantizedLinear, ZeroLinear, dequantize_once
 from .sentinels import sentinel, sentinels_of
@@ -25,6 +25,7 @@ __all__ = [
     "SHARED",
     "CastLinear",
     "FactoredLinear",
+    "FrozenBasis",
     "FrozenSum",
     "Parts",
     "PivotedLinear",

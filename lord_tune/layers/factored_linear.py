@@ -177,7 +177,7 @@ class FactoredLinear(nn.Module):
         if self.plan.form != PIVOTED or self.top_left is not None or not all(type(f) is CastLinear for f in pair):
             return
         rank, dtype = self.left.in_features, dtype or self.left.weight.dtype
-        if rank < self.out_features:
+        if rank <= self.out_features:
             factors = Factors(*self.dense_factors())
             self.right = CastLinear(self.in_features, rank, dtype, device="meta")
             rest = CastLinear(rank, self.out_features - rank, dtype, device="meta")
@@ -210,6 +210,31 @@ class FrozenSum(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         return Parts(self.left, self.right, self.backbone)(x)
+
+
+class FrozenBasis(FrozenSum):
+    """x -> L (scale * (R x)) + Q x, frozen: PEFT hangs learnt sizes of the components of L R, and new ones, on it.
+
+    `sizes`, (rank,) float32: |column i of L| |row i of R|, the singular values where L R is a singular value
+    decomposition.
+    """
+
+    sizes: Tensor
+
+    def __init__(self, left: nn.Linear, right: nn.Linear, backbone: nn.Linear | None):
+        super().__init__(left, right, backbone)
+        device = next(right.parameters()).device
+        sizes = torch.empty(right.out_features, device=device)
+        if device.type != "meta":
+            norms = dense_factor(left).norm(dim=0) * dense_factor(right).norm(dim=1)
+            sizes = norms.sqrt().float().square()  # what a parameter that starts as its root gives, to the last bit
+        self.register_buffer("sizes", sizes, persistent=False)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:  # (..., in), (rank,) -> (..., out)
+        if scale is None:
+            return super().forward(x)
+        output: Tensor = self.left(self.right(x) * scale.to(x.dtype))
+        return output if self.backbone is None else output + self.backbone(x)
 
 
 def _factor(

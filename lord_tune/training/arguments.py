@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..adapters.attach import FACTORS, LORA, SCALES, SPLIT
+from ..adapters.attach import BASIS, FACTORS, LORA, SCALES, SPLIT
 from ..errors import UsageError
 from ..integrations.models import default_device
 
 if TYPE_CHECKING:
     from ..protocols import TrlConfig
 
-LEARNING_RATES = {FACTORS: 1e-4, SPLIT: 1e-4, LORA: 2e-4, SCALES: 1e-2}
+LEARNING_RATES = {FACTORS: 1e-4, SPLIT: 1e-4, LORA: 2e-4, SCALES: 1e-2, BASIS: 1e-3}
 SFT, DISTILL, DPO = "sft", "distill", "dpo"
 _TRACKERS = ("tensorboard", "trackio")
 _SWITCHED = {"on": "true", "off": "false"}  # words of YAML that transformers' parser does not know
@@ -51,6 +51,12 @@ class TrainOptions:
     lora_dropout: float = 0.0
     lora_on: str = "both"
     scales_on: str = "components"
+    basis_share: float | None = None
+    basis_kept_fraction: float | None = None
+    basis_max_bytes: str | None = None
+    basis_new: int = 32
+    basis_start: float = 1 / 3
+    basis_every: int = 50
     targets: str | None = None
     objective: str = SFT
     teacher_model_name_or_path: str | None = None

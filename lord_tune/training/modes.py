@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..adapters.attach import FACTORS, LORA, MODES, SCALES, SPLIT, add_lora, add_scales, expose_factors
+from ..adapters.attach import BASIS, FACTORS, LORA, MODES, SCALES, SPLIT, add_lora, add_scales, expose_factors
+from ..adapters.basis import add_basis
 from ..errors import UsageError
 from ..integrations.running import kind_of
 from ..integrations.sources import original_of, resolve_model
@@ -28,6 +29,8 @@ def expose(model: CausalModel, options: TrainOptions) -> PeftModel:
         )
     if options.mode == SCALES:
         return add_scales(model, options.targets, on=options.scales_on)
+    if options.mode == BASIS:
+        return add_basis(model, options.basis_new, options.targets)
     raise UsageError(f"mode: {options.mode} is unknown; use one of {', '.join(MODES)}.")
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import set_seed
 
-from ..adapters.attach import coverage
+from ..adapters.attach import BASIS, coverage
 from ..adapters.loading import load
 from ..console import is_main_process, note
 from ..data.rows import RowFormat
@@ -28,6 +28,7 @@ from ..layers import expert_of, factored_layers, plain_model
 from ..memory import large_blocks_apart
 from ..storage import read_json, write_json
 from .arguments import DISTILL, DPO, TrainOptions
+from .basis import Pruning, check_run, steps_of
 from .checkpoints import bytes_to_write, defect, newest_complete
 from .data import (
     chat_template,
@@ -94,6 +95,8 @@ def train_model(
     checkpoint, broken = _checkpoint(output, arguments)
     _check_output(output, checkpoint, broken, resolved, arguments)
     check_experts(model, arguments)
+    if options.mode == BASIS:
+        check_run(arguments)
     kind = trained_kind(model)
     if options.objective != "sft" and kind != "causal":
         raise UsageError(f"objective: {options.objective} needs a model that predicts the next token; use sft.")
@@ -114,6 +117,9 @@ def train_model(
         with contextlib.suppress(OSError):
             output.rmdir()
     trainer = cast("TrainerLike", made)  # typed more narrowly than transformers' own attributes
+    pruning = Pruning(exposed, options, steps_of(trainer)) if options.mode == BASIS else None
+    if pruning is not None:
+        trainer.add_callback(pruning)
     check_embedded(trainer, tokenizer)
     if options.objective == DPO:
         notify("sample", sample_pair(trainer, tokenizer))
@@ -167,7 +173,7 @@ def train_model(
             "predicted": foreseen.to_dict() if foreseen else None,
             "measured": counted.parts | {"peak": peak.bytes},
         },
-    }
+    } | ({} if pruning is None else {"basis": pruning.results()})
     if is_main_process():
         write_json(output / "train_results.json", metrics)
     return metrics
@@ -305,7 +311,9 @@ def _check_output(
     before = read_json(run)
     # as text: the command line gives "64" where YAML gives 64
     same = {name for name, what in _STANDS_FOR.items() if resolved.get(what) and resolved[what] == before.get(what)}
-    keys = {*before, *resolved} - _MAY_CHANGE - same
+    # which steps prune depends on how many there are
+    fixed = {"num_train_epochs", "max_steps"} if resolved.get("mode") == BASIS else set()
+    keys = {*before, *resolved} - (_MAY_CHANGE - fixed) - same
     changed = sorted(key for key in keys if str(before.get(key)).lower() != str(resolved.get(key)).lower())
     if changed:
         raise UsageError(
@@ -317,9 +325,8 @@ def _check_output(
             return  # it was killed in its first checkpoint
         raise UsageError(f"{output} holds a finished run without checkpoints; choose another output_dir.")
     if _finished(output, checkpoint, arguments):
-        raise UsageError(
-            f"{output} holds a finished run; raise max_steps or num_train_epochs, or choose another output_dir."
-        )
+        more = "" if resolved.get("mode") == BASIS else "raise max_steps or num_train_epochs, or "
+        raise UsageError(f"{output} holds a finished run; {more}choose another output_dir.")
 
 
 def _finished(output: Path, checkpoint: Path, arguments: TrlConfig) -> bool:
