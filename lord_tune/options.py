@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-Method = Literal["whitened", "svd", "two_sided", "afm", "loftq", "caldera"]
+Method = Literal["whitened", "svd", "two_sided", "afm", "loftq", "caldera", "tucker"]
 Quantized = Literal[
     "nf4",
     "int2",
@@ -34,7 +34,7 @@ Quantized = Literal[
     "w4a16",
     "w8a16",
 ]
-Allocation = Literal["uniform", "loss_weighted", "mixed", "energy", "typed"]
+Allocation = Literal["uniform", "loss_weighted", "mixed", "energy", "typed", "spread"]
 Export = Literal["dense", "factored", "peft", "compressed-tensors", "gguf", "vllm"]
 
 

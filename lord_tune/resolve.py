@@ -182,7 +182,7 @@ def _sized(config: MethodConfig, template: LayerChoice) -> Sized:
     if backbones and config.by_loss:
         names = list(dict.fromkeys([*(() if config.mixes else (config.backbone,)), *_mix(config)]))
         control = _with_backbones(config, beside, names)
-    low_rank = config.backbone == "none" and config.rank is None
+    low_rank = config.backbone == "none" and (config.rank is None or not config.mixes)
     return Sized(limit, ALLOCATORS[config.allocation](), unit, backbones, low_rank, ranks, control)
 
 

@@ -44,7 +44,7 @@ class PlanOptions(TypedDict, total=False):
     symmetric: bool | None
     spqr_bits: int
     outliers: float
-    method: Literal["whitened", "svd", "two_sided", "afm", "loftq", "caldera"] | None
+    method: Literal["whitened", "svd", "two_sided", "afm", "loftq", "caldera", "tucker"] | None
     backbone: Literal[
         "none",
         "nf4",
@@ -107,7 +107,7 @@ class PlanOptions(TypedDict, total=False):
     bits_per_weight: float | None
     max_bytes: str | None
     plan: str | None
-    allocation: Literal["uniform", "loss_weighted", "mixed", "energy", "typed"]
+    allocation: Literal["uniform", "loss_weighted", "mixed", "energy", "typed", "spread"]
     mix: list[str] | None
     refine: int
     measure_control: bool
@@ -148,7 +148,7 @@ class DecomposeOptions(TypedDict, total=False):
     symmetric: bool | None
     spqr_bits: int
     outliers: float
-    method: Literal["whitened", "svd", "two_sided", "afm", "loftq", "caldera"] | None
+    method: Literal["whitened", "svd", "two_sided", "afm", "loftq", "caldera", "tucker"] | None
     backbone: Literal[
         "none",
         "nf4",
@@ -211,7 +211,7 @@ class DecomposeOptions(TypedDict, total=False):
     bits_per_weight: float | None
     max_bytes: str | None
     plan: str | None
-    allocation: Literal["uniform", "loss_weighted", "mixed", "energy", "typed"]
+    allocation: Literal["uniform", "loss_weighted", "mixed", "energy", "typed", "spread"]
     mix: list[str] | None
     refine: int
     measure_control: bool

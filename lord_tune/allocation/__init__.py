@@ -9,6 +9,7 @@ from .energy import Energy
 from .loss_weighted import LossWeighted
 from .mixed import Mixed
 from .roles import role_of
+from .spread import Spread
 from .tilts import TILTS, Tilt
 from .typed import Typed
 from .uniform import Uniform
@@ -19,6 +20,7 @@ ALLOCATORS: dict[str, type[Any]] = {
     "mixed": Mixed,
     "energy": Energy,
     "typed": Typed,
+    "spread": Spread,
 }
 
 __all__ = [
