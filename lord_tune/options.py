@@ -72,8 +72,12 @@ class MethodOptions(BaseModel):
     downdate: Literal["auto", "on", "off"] = Field(
         "auto", description=("caldera: spend no feedback on directions that L R carries; auto keeps the better")
     )
-    order: Literal["auto", "q", "lr"] = Field(
-        "auto", description=("caldera: what is fitted to W first, Q or L R; auto keeps the better")
+    order: Literal["auto", "q", "lr", "outliers"] = Field(
+        "auto",
+        description=(
+            "caldera: what is fitted to W first, Q or L R, or L R to the channels of the largest inputs "
+            "(ODLRI); auto keeps the better of q and lr"
+        ),
     )
     weighting: Literal["activations", "fisher"] = Field(
         "activations",

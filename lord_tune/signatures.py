@@ -36,7 +36,7 @@ class PlanOptions(TypedDict, total=False):
     centred: bool
     iterations: int | None
     downdate: Literal["auto", "on", "off"]
-    order: Literal["auto", "q", "lr"]
+    order: Literal["auto", "q", "lr", "outliers"]
     weighting: Literal["activations", "fisher"]
     block_size: int
     double_quant: bool
@@ -140,7 +140,7 @@ class DecomposeOptions(TypedDict, total=False):
     centred: bool
     iterations: int | None
     downdate: Literal["auto", "on", "off"]
-    order: Literal["auto", "q", "lr"]
+    order: Literal["auto", "q", "lr", "outliers"]
     weighting: Literal["activations", "fisher"]
     block_size: int
     double_quant: bool
