@@ -9,8 +9,8 @@ diagonal. So it is truncated SVD with a core that nothing needs. Merged into a f
     L = U,  R = G V^T = U^T W V V^T = U^T W     (V spans the rows of U^T W)
 
 which is what is stored. What the paper adds is the choice of layers, tensors and rank, rank 1 included: decoder blocks
-that are apart, neither the first nor the last (`allocation` spread). Like plain SVD it does not see the inputs, and
-`whitened` at the same layers and ranks is better wherever there is text (scripts/study_tucker.py).
+that are apart, neither the first nor the last (`allocation` spread). Like plain SVD it does not see the inputs;
+scripts/study_tucker.py measures it beside `whitened` at the same layers and ranks.
 """
 
 from __future__ import annotations
