@@ -101,7 +101,8 @@ class MethodConfig(MethodOptions, RunConfig):
     method: Method | None = Field(
         None,
         description="how L and R (and Q) are computed: whitened (from calibration text), two_sided (the same, weighed "
-        "by the gradients of the loss), svd, afm (the LoRD paper's), loftq, caldera (Q by rounding with error "
+        "by the gradients of the loss), svd, tucker (the same product, see --allocation spread), afm (the LoRD "
+        "paper's), loftq, caldera (Q by rounding with error "
         "feedback, in alternation with L R; with --rank 0 the feedback alone); default: two_sided where a size is "
         "shared out by the loss, else whitened",
     )
@@ -164,7 +165,7 @@ class MethodConfig(MethodOptions, RunConfig):
         description="how a size is shared out over the layers: loss_weighted (what costs the loss least), mixed (the "
         "same over dense, L R, and Q + L R of several formats and ranks), uniform, energy (one relative error), "
         "typed (fixed shares by the layers' roles), bolaco (fractions by role, from a Bayesian search that runs whole "
-        "models)",
+        "models), spread (every selected layer of a few blocks far apart at one --rank, the others dense)",
     )
     mix: list[str] | None = Field(
         None, description=f"the backbones that --allocation mixed chooses from; default: {', '.join(MIX)}"
@@ -303,12 +304,20 @@ class MethodConfig(MethodOptions, RunConfig):
 
     def check_budget(self) -> None:
         """Exactly one budget, and a rank beside a width only where the width chooses the format."""
+        if self.sized and self.allocation == "spread" and self.rank is None:
+            raise UsageError(
+                "`allocation` spread decomposes the layers of a few blocks at one `rank` and leaves the others dense; "
+                "give `rank` beside the size, for example 1."
+            )
+        if self.sized and self.allocation == "spread" and (self.rank or 0) < (self.backbone == "none"):
+            raise UsageError(f"Got rank {self.rank}; a rank is at least 1 (0 is plain rounding and needs a backbone).")
         came = self.given("rank", "average_rank", "kept_fraction", "bits_per_weight", "max_bytes", "plan_file")
         came += ["full_rank"] if self.full_rank else []
         keys = [f"`{name.removesuffix('_file')}`" for name in came]
         if sorted(came) == ["bits_per_weight", "rank"] and self.backbone == "none" and not self.sized:
             return
-        within = self.sized and self.average_rank is None and (self.mixes or self.backbone != "none")
+        ranked = self.mixes or self.allocation == "spread" or self.backbone != "none"
+        within = self.sized and self.average_rank is None and ranked
         if len(came) == 2 and came[0] == "rank" and within:
             return
         if len(came) != 1:
@@ -442,7 +451,7 @@ class DecomposeConfig(MethodConfig):
         if not self.calibration and self.needs_text:
             raise UsageError(
                 "This run needs calibration text; pass `calibration` FILE (text like what the model will be used on), "
-                "or choose a data-free method (svd or loftq, with `rank` or `allocation` uniform)."
+                "or choose a data-free method (svd, tucker or loftq, with `rank` or `allocation` uniform)."
             )
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-Method = Literal["whitened", "svd", "two_sided", "afm", "loftq", "caldera"]
+Method = Literal["whitened", "svd", "two_sided", "afm", "loftq", "caldera", "tucker"]
 Quantized = Literal[
     "nf4",
     "int2",
@@ -35,7 +35,7 @@ Quantized = Literal[
     "w4a16",
     "w8a16",
 ]
-Allocation = Literal["uniform", "loss_weighted", "mixed", "energy", "typed", "bolaco"]
+Allocation = Literal["uniform", "loss_weighted", "mixed", "energy", "typed", "bolaco", "spread"]
 Export = Literal["dense", "factored", "peft", "compressed-tensors", "gguf", "vllm"]
 
 
@@ -80,8 +80,12 @@ class MethodOptions(BaseModel):
     downdate: Literal["auto", "on", "off"] = Field(
         "auto", description=("caldera: spend no feedback on directions that L R carries; auto keeps the better")
     )
-    order: Literal["auto", "q", "lr"] = Field(
-        "auto", description=("caldera: what is fitted to W first, Q or L R; auto keeps the better")
+    order: Literal["auto", "q", "lr", "outliers"] = Field(
+        "auto",
+        description=(
+            "caldera: what is fitted to W first, Q or L R, or L R to the channels of the largest inputs "
+            "(ODLRI); auto keeps the better of q and lr"
+        ),
     )
     weighting: Literal["activations", "fisher"] = Field(
         "activations",

@@ -184,7 +184,7 @@ def _sized(config: MethodConfig, template: LayerChoice) -> Sized:
     if backbones and config.by_loss:
         names = list(dict.fromkeys([*(() if config.mixes else (config.backbone,)), *_mix(config)]))
         control = _with_backbones(config, beside, names)
-    low_rank = config.backbone == "none" and config.rank is None
+    low_rank = config.backbone == "none" and (config.rank is None or not config.mixes)
     rule = ALLOCATORS[config.allocation]
     return Sized(limit, rule(**chosen(rule, config)), unit, backbones, low_rank, ranks, control)
 

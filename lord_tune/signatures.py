@@ -37,7 +37,7 @@ class PlanOptions(TypedDict, total=False):
     covariance_groups: int
     iterations: int | None
     downdate: Literal["auto", "on", "off"]
-    order: Literal["auto", "q", "lr"]
+    order: Literal["auto", "q", "lr", "outliers"]
     weighting: Literal["activations", "fisher"]
     block_size: int
     double_quant: bool
@@ -50,7 +50,7 @@ class PlanOptions(TypedDict, total=False):
     validation_tokens: int
     kl_weight: float
     searched: str | None
-    method: Literal["whitened", "svd", "two_sided", "afm", "loftq", "caldera"] | None
+    method: Literal["whitened", "svd", "two_sided", "afm", "loftq", "caldera", "tucker"] | None
     backbone: Literal[
         "none",
         "nf4",
@@ -114,7 +114,7 @@ class PlanOptions(TypedDict, total=False):
     bits_per_weight: float | None
     max_bytes: str | None
     plan: str | None
-    allocation: Literal["uniform", "loss_weighted", "mixed", "energy", "typed", "bolaco"]
+    allocation: Literal["uniform", "loss_weighted", "mixed", "energy", "typed", "bolaco", "spread"]
     mix: list[str] | None
     refine: int
     measure_control: bool
@@ -149,7 +149,7 @@ class DecomposeOptions(TypedDict, total=False):
     covariance_groups: int
     iterations: int | None
     downdate: Literal["auto", "on", "off"]
-    order: Literal["auto", "q", "lr"]
+    order: Literal["auto", "q", "lr", "outliers"]
     weighting: Literal["activations", "fisher"]
     block_size: int
     double_quant: bool
@@ -162,7 +162,7 @@ class DecomposeOptions(TypedDict, total=False):
     validation_tokens: int
     kl_weight: float
     searched: str | None
-    method: Literal["whitened", "svd", "two_sided", "afm", "loftq", "caldera"] | None
+    method: Literal["whitened", "svd", "two_sided", "afm", "loftq", "caldera", "tucker"] | None
     backbone: Literal[
         "none",
         "nf4",
@@ -226,7 +226,7 @@ class DecomposeOptions(TypedDict, total=False):
     bits_per_weight: float | None
     max_bytes: str | None
     plan: str | None
-    allocation: Literal["uniform", "loss_weighted", "mixed", "energy", "typed", "bolaco"]
+    allocation: Literal["uniform", "loss_weighted", "mixed", "energy", "typed", "bolaco", "spread"]
     mix: list[str] | None
     refine: int
     measure_control: bool

@@ -24,11 +24,12 @@ class Site:
     dtype: torch.dtype
     bias: bool
     conv1d: bool  # the weight is stored as (in, out)
+    block: int = 0  # the number of its block; in a model without blocks its own
 
     @classmethod
-    def of(cls, name: str, module: nn.Module) -> Site:
+    def of(cls, name: str, module: nn.Module, block: int = 0) -> Site:
         dtype = weight_of(module).dtype
-        return cls(name, shape_of(module), dtype, bias_of(module) is not None, is_transposed(module))
+        return cls(name, shape_of(module), dtype, bias_of(module) is not None, is_transposed(module), block)
 
     @property
     def numbers(self) -> int:

@@ -114,7 +114,7 @@ def summary(config: MethodConfig, backbone: str) -> str:
     else:
         budget = "all components" if config.full_rank else f"rank {config.rank}"
     if config.sized:
-        budget += f", {config.allocation}"
+        budget += f", {config.allocation}" + (f" at rank {config.rank}" if config.allocation == "spread" else "")
     parts = "L R only" if backbone == "none" else f"{backbone} + L R"
     if config.mixes:
         parts = "dense, L R and " + ", ".join(config.mix or MIX)

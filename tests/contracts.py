@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lord_tune.calibration.moments import MomentAccumulator, Moments
-from lord_tune.factorizations import AFM, Caldera, FactorForm, Fisher, LoftQ, PlainSVD, TwoSided, Whitened
+from lord_tune.factorizations import AFM, Caldera, FactorForm, Fisher, LoftQ, PlainSVD, Tucker, TwoSided, Whitened
 from lord_tune.quantizers import (
     E8P2,
     E8P3,
@@ -61,6 +61,7 @@ _SINK = "position 0 weighs more by design, so the plain calibrated error is not 
 
 FACTORIZATIONS = [
     FactorizationRow(PlainSVD(), excused={"output_optimum": "minimises the weight error"}),
+    FactorizationRow(Tucker(), excused={"output_optimum": "minimises the weight error"}),
     FactorizationRow(Whitened(sink_weight=0.0), excused={"weight_optimum": _NOT_WEIGHT_OPTIMAL}),
     FactorizationRow(Whitened(), excused={"weight_optimum": _NOT_WEIGHT_OPTIMAL, "output_optimum": _SINK}),
     FactorizationRow(TwoSided(sink_weight=0.0), excused=_TWO_SIDED),
@@ -68,6 +69,7 @@ FACTORIZATIONS = [
     FactorizationRow(AFM(), excused={"weight_optimum": _NOT_WEIGHT_OPTIMAL, "output_optimum": _AFFINE}),
     FactorizationRow(AFM(centred=False), excused={"weight_optimum": _NOT_WEIGHT_OPTIMAL}),
     FactorizationRow(PlainSVD(), NF4(), {"weight_optimum": _QUANTIZED, "output_optimum": _QUANTIZED}),
+    FactorizationRow(Tucker(), NF4(), {"weight_optimum": _QUANTIZED, "output_optimum": _QUANTIZED}),
     FactorizationRow(Whitened(), NF4(), {"weight_optimum": _QUANTIZED, "output_optimum": _QUANTIZED}),
     FactorizationRow(TwoSided(), NF4(), _TWO_SIDED),
     FactorizationRow(AFM(), NF4(), {"weight_optimum": _QUANTIZED, "output_optimum": _QUANTIZED}),

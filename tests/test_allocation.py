@@ -171,6 +171,55 @@ def test_roles_share_the_typed_budget():
     assert set(lowest.values()) == {0}
 
 
+def deep(blocks: int, per_block: int = 2) -> dict[str, Choices]:
+    """Layers that keep 2 of 10 or all of it."""
+    costs = torch.tensor([2.0, 10.0], dtype=torch.float64)
+    names = [(block, layer) for block in range(blocks) for layer in range(per_block)]
+    return {f"h.{block}.{layer}": Choices(costs, 10.0, block=block) for block, layer in names}
+
+
+def blocks_of(layers: Mapping[str, Choices], chosen: Mapping[str, int]) -> list[int]:
+    return sorted({layers[name].block for name, index in chosen.items() if index == 0})
+
+
+@pytest.mark.parametrize("blocks", [5, 6, 12, 31])
+def test_spread_takes_few_blocks_that_are_apart(blocks):
+    layers = deep(blocks)
+    for count in range(1, (blocks - 2) // 2 + 1):
+        budget = 20.0 * blocks - 16 * count
+        chosen = ALLOCATORS["spread"]().allocate(layers, budget)
+        found = blocks_of(layers, chosen)
+        assert len(found) == count and found[0] > 0 and found[-1] < blocks - 1
+        assert all(later - earlier >= 2 for earlier, later in itertools.pairwise(found))
+        assert spent(layers, chosen) == budget  # whole blocks: nothing more than was needed
+
+
+def test_spread_decomposes_of_its_last_block_only_what_it_needs():
+    layers = deep(12, per_block=7)
+    chosen = ALLOCATORS["spread"]().allocate(layers, 840.0 - 70)
+    by_block = {block: sum(chosen[n] == 0 for n in layers if layers[n].block == block) for block in range(12)}
+    assert sorted(by_block.values())[-2:] == [2, 7] and sum(by_block.values()) == 9  # 9 * 8 >= 70 > 8 * 8
+
+
+def test_spread_gives_up_the_last_block_and_then_the_first_when_the_others_are_not_enough():
+    layers = deep(6)
+    assert blocks_of(layers, ALLOCATORS["spread"]().allocate(layers, 120.0 - 64)) == [1, 2, 3, 4]
+    assert blocks_of(layers, ALLOCATORS["spread"]().allocate(layers, 120.0 - 65)) == [1, 2, 3, 4, 5]
+    assert blocks_of(layers, ALLOCATORS["spread"]().allocate(layers, 120.0 - 96)) == [0, 1, 2, 3, 4, 5]
+    with pytest.raises(Infeasible):
+        ALLOCATORS["spread"]().allocate(layers, 120.0 - 97)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_rank_beside_a_size_is_the_only_one_offered(rank):
+    """Also below the grid of multiples of 8; a layer whose break-even is lower can only stay dense."""
+    sized = Sized(0.9, ALLOCATORS["spread"](), ranks=(rank,))
+    shapes = {"wide": (64, 64), "narrow": (2, 64)}
+    menu = Menu(sites(shapes), TEMPLATE, sized)
+    assert [choice.rank for choice in menu.choices["wide"]] == [rank, None]
+    assert [choice.rank for choice in menu.choices["narrow"]] == ([1, None] if rank == 1 else [None])
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "role"),
     [

@@ -524,3 +524,37 @@ def test_rows_of_large_gradients_get_more_of_the_rank(form):
 
 def test_only_fisher_asks_for_gradients():
     assert Caldera().needs == {"input_gram"} and Caldera(weighting="fisher").needs == {"input_gram", "fisher"}
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (96, 40)], ids=str)
+@pytest.mark.parametrize("rank", [1, 6])
+def test_outliers_first_is_the_best_low_rank_of_the_salient_channels(shape, rank):
+    """ODLRI against a reference by SVD: with C C^T = H_SS, the best L R_S is the truncated SVD of W_S C, times C^-1."""
+    w, moments = weight(shape), moments_of(inputs(shape[1], tokens=2048))
+    problem = _Problem(w, moments, None, E8, None, None)
+    found = problem.of_outliers(problem.start(), rank)
+    channels = moments.gram.diagonal().argsort(descending=True)[: 2 * rank]
+    root = torch.linalg.cholesky(moments.gram[channels][:, channels])
+    u, s, vh = torch.linalg.svd(w[:, channels] @ root, full_matrices=False)
+    reference = torch.zeros_like(w)
+    reference[:, channels] = (u[:, :rank] * s[:rank]) @ vh[:rank] @ torch.linalg.inv(root)
+    product = found.split.factors.product()
+    # the root's condition is below 1e5 for these inputs, float64 leaves ten digits of W
+    assert float((product - reference).norm()) < 1e-9 * float(w.norm())
+    others = torch.ones(shape[1], dtype=torch.bool).index_fill(0, channels, False)
+    assert not bool(found.split.factors.right[:, others].any()) and not bool(found.split.backbone.any())
+    residual = w - product
+    expected = (residual @ moments.gram * residual).sum() / (w @ moments.gram * w).sum()
+    assert found.error == pytest.approx(float(expected), rel=1e-9)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_outliers_first_is_an_order_like_the_others(form):
+    """Another start than L R first, never worse than feedback alone nor with more iterations."""
+    method = Caldera(order="outliers", factor_form=FORMS[form])
+    ranks = [(0, 1), (6, 1), (6, 2), (6, 4)]
+    errors = [error(dataclasses.replace(method, iterations=n).split(W, MOMENTS, rank, E8)) for rank, n in ranks]
+    assert all(after <= before * (1 + 1e-12) for before, after in itertools.pairwise(errors))
+    if form == "16 bits":  # from this start two-bit factors stay behind feedback alone, which then is what is returned
+        assert errors[-1] < errors[0]
+        assert errors[1] != error(Caldera(iterations=1, order="lr").split(W, MOMENTS, 6, E8))

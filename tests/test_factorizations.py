@@ -10,7 +10,17 @@ from contracts import FACTORIZATIONS, SHAPES, FactorizationRow, fisher_of, input
 
 from lord_tune.calibration.moments import SampleAccumulator
 from lord_tune.errors import UsageError
-from lord_tune.factorizations import AFM, METHODS, LoftQ, PlainSVD, Whitened, error_curves, relative_error, truncate
+from lord_tune.factorizations import (
+    AFM,
+    METHODS,
+    LoftQ,
+    PlainSVD,
+    Tucker,
+    Whitened,
+    error_curves,
+    relative_error,
+    truncate,
+)
 from lord_tune.linalg import balanced
 from lord_tune.quantizers import Int2
 
@@ -276,3 +286,30 @@ def test_balanced_factors_have_equal_norms_and_the_same_product():
     assert torch.allclose(new_left @ new_right, left @ right)
     alive = torch.arange(6) != 3
     assert torch.allclose(new_left.norm(dim=0)[alive], new_right.norm(dim=1)[alive])
+
+
+def hooi(w, rank: int, sweeps: int = 300):
+    """U, G, V of the paper, from a start of its own: De Lathauwer et al. 2000, algorithm 4.2, for two modes."""
+    start = torch.randn(w.shape[1], rank, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    v = torch.linalg.qr(start).Q
+    for _ in range(sweeps):
+        u = torch.linalg.svd(w @ v, full_matrices=False).U
+        v = torch.linalg.svd(w.T @ u, full_matrices=False).U
+    return u, u.T @ w @ v, v
+
+
+@shapes
+@pytest.mark.parametrize("rank", [1, 4])
+def test_tucker_of_a_matrix_is_truncated_svd_with_the_core_in_a_factor(shape, rank):
+    """HOOI converges as (s_{r+1} / s_r)^2 a sweep: values that fall by half leave 4^-300 of the start."""
+    u, _, vh = torch.linalg.svd(weight(shape), full_matrices=False)
+    values = 0.5 ** torch.arange(min(shape), dtype=torch.float64)
+    w = u * values @ vh
+    factors = Tucker().split(w, None, rank, None).factors
+    assert factors.left.shape == (shape[0], rank) and factors.right.shape == (rank, shape[1])
+    truncated = (u[:, :rank] * values[:rank]) @ vh[:rank]
+    left, core, right = hooi(w, rank)
+    assert float((factors.product() - truncated).norm()) < EXACT * float(w.norm())
+    assert float((factors.product() - left @ core @ right.T).norm()) < EXACT * float(w.norm())
+    svd = PlainSVD().split(w, None, rank, None).factors
+    assert torch.equal(factors.left, svd.left) and torch.equal(factors.right, svd.right)

@@ -456,9 +456,10 @@ def case_downdate(b: Bench) -> None:
 
 
 def case_order(b: Bench) -> None:
-    runs = {order: b.small(method="caldera", iterations=1, order=order) for order in ("q", "lr", "auto")}
+    runs = {order: b.small(method="caldera", iterations=1, order=order) for order in ("q", "lr", "outliers", "auto")}
     errors = {order: run.report["layers"][Q1]["error_calibrated"] for order, run in runs.items()}
     assert errors["auto"] <= min(errors["q"], errors["lr"]) * (1 + 1e-4) and errors["q"] != errors["lr"]
+    assert errors["outliers"] not in (errors["q"], errors["lr"])
 
 
 def case_incoherence(b: Bench) -> None:

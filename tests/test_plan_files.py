@@ -235,3 +235,46 @@ def test_a_gate_with_one_output_stays_dense_and_the_others_keep_their_rank(rows_
     assert left == {gate: ["left dense: rank 8 exceeds its smaller side 1"]}
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "direct")
     assert gate not in factored_layers(again) and len(factored_layers(again)) == 15
+
+
+@pytest.mark.parametrize("family", ["llama_dir", "gpt2_dir", "bert_dir"])
+def test_spread_leaves_the_first_and_the_last_block_of_any_family(family, request, tmp_path):
+    """Three blocks: only the second is between. A quarter of the numbers fits into it, half does not."""
+    folder = str(request.getfixturevalue(family))
+    options: dict[str, Any] = {"method": "tucker", "allocation": "spread", "rank": 1}
+    chosen = {}
+    for kept in (0.75, 0.5):
+        path = tmp_path / f"{kept}.json"
+        lord_tune.plan(folder, save=str(path), json=str(tmp_path / "estimate"), kept_fraction=kept, **options)
+        ranks = Plan.read(path).ranks()
+        blocks = [next(part for part in name.split(".") if part.isdigit()) for name in ranks]
+        found = {block for block, rank in zip(blocks, ranks.values(), strict=True) if rank is not None}
+        chosen[kept] = found
+        assert {rank for rank in ranks.values() if rank is not None} == {1}
+    assert chosen == {0.75: {"1"}, 0.5: {"1", "2"}}
+
+
+def test_spread_asks_for_its_rank(llama_dir):
+    with pytest.raises(UsageError, match="spread decomposes .* at one `rank`.*give `rank`"):
+        lord_tune.plan(str(llama_dir), kept_fraction=0.9, method="tucker", allocation="spread")
+    with pytest.raises(UsageError, match="Got rank 0; a rank is at least 1"):
+        lord_tune.plan(str(llama_dir), kept_fraction=0.9, method="tucker", allocation="spread", rank=0)
+    with pytest.raises(UsageError, match="Expected one of .* got `rank` and `kept_fraction`"):
+        lord_tune.plan(str(llama_dir), kept_fraction=0.9, method="tucker", allocation="uniform", rank=1)
+    with pytest.raises(UsageError, match="already keeps 1.000 of the parameters.*smaller `rank`"):
+        lord_tune.plan(str(llama_dir), kept_fraction=0.9, method="tucker", allocation="spread", rank=64)
+
+
+def test_rank_1_of_tucker_is_stored_and_loads(llama_dir, tmp_path):
+    out = tmp_path / "out"
+    lord_tune.decompose(
+        str(llama_dir), str(out), method="tucker", kept_fraction=0.8, allocation="spread", rank=1, form="plain"
+    )
+    found = factored_layers(AutoModelForCausalLM.from_pretrained(out))
+    assert found and all(".1." in name for name in found)
+    dense = AutoModelForCausalLM.from_pretrained(llama_dir)
+    for name, layer in found.items():
+        u, s, vh = torch.linalg.svd(dense.get_submodule(name).weight.double())
+        # stored in float32
+        reference = s[0] * torch.outer(u[:, 0], vh[0])
+        assert float((layer.dense_weight().double() - reference).norm()) < 1e-5 * float(reference.norm())

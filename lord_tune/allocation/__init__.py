@@ -10,6 +10,7 @@ from .energy import Energy
 from .loss_weighted import LossWeighted
 from .mixed import Mixed
 from .roles import role_of
+from .spread import Spread
 from .tilts import TILTS, Tilt
 from .typed import Typed
 from .uniform import Uniform
@@ -21,6 +22,7 @@ ALLOCATORS: dict[str, type[Any]] = {
     "energy": Energy,
     "typed": Typed,
     "bolaco": Bolaco,
+    "spread": Spread,
 }
 
 __all__ = [

@@ -25,6 +25,7 @@ class Choices:
     errors: Tensor | None = None  # (n,) float64: relative squared error of the layer's outputs
     role: str = "other"  # see roles.py
     depth: float = 0.5  # of its block in the model, 0 to 1
+    block: int = 0  # the number of its block, in the order in which they run
 
     def cheapest(self) -> int:
         return int(self.costs.argmin())

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..allocation import Allocator, Choices, factor_cost, rank_grid, role_of
+from ..allocation import Allocator, Choices, break_even, factor_cost, rank_grid, role_of
 from ..errors import UsageError
 from ..plans import LayerChoice
 from ..sites import Site
@@ -96,7 +96,7 @@ class Sized:
     unit: Unit = "kept_fraction"
     backbones: tuple[LayerChoice, ...] = ()  # templates of Q + L R; () for L R alone
     low_rank: bool = True  # whether L R without Q is a choice
-    ranks: tuple[int, ...] | None = None  # beside a backbone; None: the grid
+    ranks: tuple[int, ...] | None = None  # beside a backbone, or of L R where there is none; None: the grid
     control: tuple[LayerChoice, ...] = ()  # templates of Q alone, for the best plan without L R of the same bytes
 
     @property
@@ -121,6 +121,9 @@ class Sized:
         found: list[LayerChoice] = []
         if self.low_rank:
             grid = rank_grid(site.shape, form=template.form)
+            if self.ranks is not None and not self.backbones:
+                limit = break_even(site.shape, template.form)
+                grid = [rank for rank in self.ranks if 0 < rank <= limit]
             found += [template.at(rank) for rank in grid]
         for backbone in self.backbones:
             ranks = range(0, min(site.shape) + 1, 8) if self.ranks is None else self.ranks
@@ -202,5 +205,6 @@ class Menu:
                 nothing if of_layer is None else of_layer.errors(choices),
                 role_of(name, site.shape),
                 position / max(len(names) - 1, 1),
+                site.block,
             )
         return found

@@ -46,7 +46,7 @@ def share_out(
             continue
         choice = menu.choices[name][picked[name]]
         if choice.rank is None and len(menu.choices[name]) == 1:
-            choice = choice.at(None, _nothing_saves(site, template))
+            choice = choice.at(None, _nothing_saves(site, template, sized))
         losses = None if measured is None else table[name].losses
         predicted = None if losses is None else float(losses[picked[name]])
         chosen[name] = replace(choice, shape=site.shape, predicted_loss=predicted)
@@ -66,9 +66,10 @@ def _infeasible(sized: Sized, least: float, fixed: int) -> UsageError:
         taken = f"takes {amount} bits per weight"
     else:
         taken = f"keeps {amount} of the {'parameters' if sized.numbers else 'bytes'}"
+    lower = ", or give a smaller `rank`" if sized.ranks is not None and max(sized.ranks) > 1 else ""
     return UsageError(
         f"`{sized.unit}` {sized.limit:g} cannot be met: the smallest choice everywhere already {taken}. Allow more, or "
-        "decompose more layers."
+        f"decompose more layers{lower}."
     )
 
 
@@ -90,8 +91,10 @@ def _warn_above(sized: Sized, spent: float, budget: float, able: Layers, chosen:
     )
 
 
-def _nothing_saves(site: Site, template: LayerChoice) -> str:
+def _nothing_saves(site: Site, template: LayerChoice, sized: Sized) -> str:
     limit = break_even(site.shape, template.form)
+    if sized.ranks is not None and not sized.backbones:
+        return f"rank {max(sized.ranks)} is above its break-even {limit}"
     if rank_grid(site.shape, form=template.form):
         return "none of its choices saves anything"
     return f"no rank from {ALIGNMENT} on saves anything, its break-even is {limit}"

@@ -58,6 +58,13 @@ class Survey:
         return notes
 
 
+def _block_numbers(blocks: Blocks, names: list[str]) -> dict[str, int]:
+    """Layer -> the number of its block; without blocks every layer is one."""
+    if blocks.whole:
+        return {name: number for number, name in enumerate(names)}
+    return {name: next(i for i in range(len(blocks.paths)) if blocks.holds(i, name)) for name in names}
+
+
 def survey(
     model: PreTrainedModel, targets: str | None = None, exclude: str | None = None, run: Run | None = None
 ) -> Survey:
@@ -78,5 +85,6 @@ def survey(
     layers, skipped = select_linears(model, blocks.names(), targets, exclude, reads.names)
     skipped = fuse_untouched(model, layers, skipped)
     skipped |= {name: FUSED for name in fused_parameters(model) if name not in skipped}
-    sites = {name: Site.of(name, module) for name, module in layers.items()}
+    numbers = _block_numbers(blocks, list(layers))
+    sites = {name: Site.of(name, module, numbers[name]) for name, module in layers.items()}
     return Survey(blocks, sites, skipped, follows)

@@ -23,6 +23,7 @@ from .loftq import LoftQ
 from .pivoting import others_of, pivoted, pivoted_left, places_of
 from .rounding import round_factors
 from .svd import PlainSVD
+from .tucker import Tucker
 from .two_sided import TwoSided
 from .whitened import Whitened
 
@@ -33,6 +34,7 @@ METHODS: dict[str, type[Any]] = {
     "afm": AFM,
     "loftq": LoftQ,
     "caldera": Caldera,
+    "tucker": Tucker,
 }
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "Solution",
     "Spectrum",
     "Split",
+    "Tucker",
     "TwoSided",
     "Whitened",
     "balance",

@@ -14,6 +14,10 @@ Either Q or L R is fitted to W first (the paper's algorithm and its authors' scr
 with 16-bit factors, Q first a few percent with 4-bit ones, on the layers that scripts/bench_caldera.py measures, so the
 first iteration tries both (`order="auto"`).
 
+`order="outliers"` (ODLRI, arXiv 2506.02077) is L R first, of the salient input channels S alone: the 2 r of largest
+H_jj. L R is the best rank-r approximation of W_S in the norm of H_SS and zero at all other channels; Q then is rounded
+to what is left, and the alternation goes on as usual. `auto` does not try it: scripts/RESULTS.md has what it gives.
+
 The best iterate on H is returned: more iterations are never worse. The first iterate has L R = 0, LDLQ alone, so the
 result never is worse than that. The damping of H and the stretch of each row's scales are chosen on that first Q: the
 damping by held-out error where held-out text is given, because feedback fits to noise.
@@ -42,6 +46,8 @@ from ..quantizers.ldlq import DAMPINGS, Feedback, fitted, round_with_feedback
 from .base import FactorForm, Factors, Fisher, Method, Split, heldout_energies
 from .rounding import factor_feedback, plainly_rounded, refine
 
+_SALIENT = 2  # input channels for each rank, to which `order="outliers"` fits L R first
+
 
 @dataclass(frozen=True)
 class Caldera(Method):
@@ -55,8 +61,11 @@ class Caldera(Method):
     downdate: Literal["auto", "on", "off"] = option(
         "auto", "spend no feedback on directions that L R carries; auto keeps the better", at_rank_0=False
     )
-    order: Literal["auto", "q", "lr"] = option(
-        "auto", "what is fitted to W first, Q or L R; auto keeps the better", at_rank_0=False
+    order: Literal["auto", "q", "lr", "outliers"] = option(
+        "auto",
+        "what is fitted to W first, Q or L R, or L R to the channels of the largest inputs (ODLRI); auto keeps the "
+        "better of q and lr",
+        at_rank_0=False,
     )
     weighting: Literal["activations", "fisher"] = option(
         "activations",
@@ -100,7 +109,10 @@ class Caldera(Method):
         downdates = {"auto": (False, True), "on": (True,), "off": (False,)}[self.downdate]
         best, tried = start, []
         for order in ("q", "lr") if self.order == "auto" else (self.order,):
-            first = problem.with_factors(start if order == "q" else problem.nothing(start), rank)
+            if order == "outliers":
+                first = problem.of_outliers(start, rank)
+            else:
+                first = problem.with_factors(start if order == "q" else problem.nothing(start), rank)
             best = min(best, first, key=_error) if order == "q" else best  # L R of W itself comes without a Q
             for downdate in downdates:
                 run = problem.iterate(first, rank, downdate)
@@ -204,6 +216,22 @@ class _Problem:
         assert start.split.parts is not None
         return _Iterate(1.0, replace(start.split, backbone=torch.zeros_like(self.weight)))
 
+    def of_outliers(self, start: _Iterate, rank: int) -> _Iterate:
+        """No Q, and the best L R of the channels with the largest inputs alone."""
+        parts = start.split.parts
+        assert parts is not None
+        channels = self.gram.diagonal().topk(min(_SALIENT * rank, len(self.gram))).indices
+        weighted = self._weighted(self.weight)[:, channels]
+        rotation, core = smaller_side(weighted)
+        _, axes = principal_axes(core @ self.gram[channels][:, channels] @ core.T)
+        basis = axes[:, :rank] if rotation is None else rotation @ axes[:, :rank]
+        right = self.weight.new_zeros(rank, self.weight.shape[1])
+        right[:, channels] = basis.T @ weighted
+        factors = self._scaled(basis, right)
+        if self.form is not None:
+            factors = plainly_rounded(factors, self.form)
+        return self._iterate(parts, torch.zeros_like(self.weight), factors)
+
     def iterate(self, before: _Iterate, rank: int, downdate: bool) -> list[_Iterate]:
         """The Q step for these factors, and the L R step after it; both iterates. Of L R that are not rounded the
         second alone: they are the best for this Q."""
@@ -243,11 +271,13 @@ class _Problem:
             rotation, core = smaller_side(weighted)
             energies, axes = principal_axes(core @ self.gram @ core.T)
             basis = axes[:, :rank] if rotation is None else rotation @ axes[:, :rank]
-        right = basis.T @ weighted
+        return self._scaled(basis, basis.T @ weighted), float(energies[rank:].sum())
+
+    def _scaled(self, basis: Tensor, right: Tensor) -> Factors:
+        """L and R, balanced, of directions and what they carry of the weighted residual."""
         scale = right.norm(dim=1).clamp_min(1e-300).sqrt()
         left = basis * scale
-        factors = Factors(left if self.rows is None else left / self.rows[:, None], right / scale[:, None])
-        return factors, float(energies[rank:].sum())
+        return Factors(left if self.rows is None else left / self.rows[:, None], right / scale[:, None])
 
     def _feedback(self, factors: Factors, downdate: bool) -> Feedback:
         if downdate:
