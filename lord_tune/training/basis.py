@@ -1,8 +1,9 @@
 """Mode basis: which singular values stay.
 
 Basis Selection (Li et al. 2024, arXiv 2405.15877): in every layer the smallest set of singular values stays whose sum
-is a share of the sum of those that are there. After a first phase without pruning, every n-th step takes away some, so
-that the product of the shares falls exponentially from 1 to the share that is asked for. What is gone stays gone.
+is a share of the sum of all, which counts what is gone with the sizes it started with. After a first phase without
+pruning, every n-th step takes away some, and the share falls exponentially from 1 to the one that is asked for. What is
+gone stays gone.
 
 A size is asked for instead by bisection: before each pruning, the largest share is found that would leave at most so
 many numbers if it were taken at once; of it as much is taken as is due. So the last pruning meets the size from below,
@@ -115,6 +116,7 @@ class Pruning(TrainerCallback):
         self._share, self._start, self._every = options.basis_share, options.basis_start, options.basis_every
         self._roots = learnt(model)
         layers = factored_layers(plain_model(model))
+        self._bases = {name: layers[name].host.get_base_layer() for name in self._roots}
         self._stored = {
             name: Stored(layers[name].plan.shape, layers[name].plan.form, options.basis_new) for name in self._roots
         }
@@ -165,10 +167,14 @@ class Pruning(TrainerCallback):
         for name, root in self._roots.items():  # the optimizer's momentum has moved them
             root.masked_fill_(~self._alive[name], 0)
         if state.global_step in self._due:
-            left = len(self._due) - self._due.index(state.global_step)
-            share = self._next_share(left)
+            done = self._due.index(state.global_step) + 1
+            within = None if self._limit is None else self._share_within(self._limit)
             for name, root in self._roots.items():
                 values = root.square()
+                if within is None:
+                    share = self._share_of(name, values, done)
+                else:
+                    share = within ** (1 / (len(self._due) - done + 1))
                 self._alive[name] &= largest(values, count_of(cumulated(values), share))
                 root.masked_fill_(~self._alive[name], 0)
             if state.is_world_process_zero:
@@ -176,13 +182,15 @@ class Pruning(TrainerCallback):
                 kept = sum(int(alive.sum()) for alive in self._alive.values())
                 note(f"  {kept:,} of {there:,} components are left; {self.numbers():,} numbers with the new ones")
 
-    def _next_share(self, left: int) -> float:
-        """Of the sum that is there now; left: how many prunings there are, this one included."""
-        if self._limit is None:
-            assert self._share is not None
-            return float(self._share ** (1 / len(self._due)))
-        spectra = {name: cumulated(root.square()) for name, root in self._roots.items()}
-        return float(share_within(spectra, self._stored, self._limit) ** (1 / left))
+    def _share_of(self, name: str, values: Tensor, done: int) -> float:
+        """Of what is there now, after the pruning number `done`; what is gone counts with the sizes it started with."""
+        assert self._share is not None
+        there, gone = float(values.double().sum()), float(self._bases[name].sizes[~self._alive[name]].double().sum())
+        return min(1.0, self._share ** (done / len(self._due)) * (there + gone) / max(there, 1e-290))
+
+    def _share_within(self, limit: int) -> float:
+        """Of every layer's sum, that could stay if all were pruned now."""
+        return share_within({n: cumulated(root.square()) for n, root in self._roots.items()}, self._stored, limit)
 
 
 def _limit(options: TrainOptions, stored: Mapping[str, Stored]) -> int:
