@@ -234,8 +234,7 @@ def _train(config: TrainConfig, source: str, arguments: TrlConfig, own: list[str
     metrics = train_model(model, tokenizer, chosen, arguments, resolved, notify_training, foreseen)
     if is_main_process():
         write_text(Path(config.output_dir) / "README.md", training_card(resolved, metrics, command))
-        loss = metrics["train_loss"]
-        say(f"trained {metrics['steps']} steps, mean loss {loss:.4f}; adapter in {config.output_dir}")
+        say(f"trained {metrics['steps']} steps, mean loss {metrics['train_loss']:.4f}; adapter in {config.output_dir}")
         if foreseen is not None:
             show_memory(foreseen, metrics["memory"]["measured"])
         form = "factored, then train OUT" if config.mode == "basis" else "dense"

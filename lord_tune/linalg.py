@@ -91,7 +91,7 @@ def principal(
     from which they can train. float64."""
     outer, inner = torch.linalg.qr(left.double())
     rows, other = torch.linalg.qr(right.double().T)
-    u, s, vt = torch.linalg.svd(inner @ other.T)
+    u, s, vt = torch.linalg.svd(inner @ other.T, full_matrices=False)  # of more components than outputs too
     root = s.sqrt()
     absent = s <= len(s) * torch.finfo(s.dtype).eps * s[:1]
     right = (torch.where(absent, 1.0, root)[:, None] * vt) @ rows.T

@@ -172,6 +172,7 @@ def check(size: int, only: str, folder: Path) -> list[dict[str, Any]]:
         start = packed if mode == "split" else base
         paths.run(f"adapter {mode}", lambda mode=mode, start=start: one_step(start, mode, ids, device))
         given = {"model_name_or_path": str(start), "dataset_name": str(text), "max_steps": 2, "max_length": 64}
+        given |= {"basis_share": 0.5, "basis_every": 1} if mode == "basis" else {}
         given |= {"output_dir": str(folder / f"train-{mode}"), "mode": mode, "per_device_train_batch_size": 2}
         paths.run(f"train {mode}", lambda given=given: lord_tune.train(**given))
     run = str(folder / "train-factors")

@@ -421,7 +421,9 @@ def test_an_adapter_of_another_rank_or_mode_is_refused(base, llama_dir, tmp_path
     for mode, folder in folders.items():
         put_on(load_dense_or_factored(base("llama", STORE[mode])), mode).save_pretrained(folder)
     for mode in MODES:
-        model = put_on(load_dense_or_factored(base("llama", "packed" if mode != "factors" else "wide")), mode)
+        model = put_on(
+            load_dense_or_factored(base("llama", "wide" if mode in ("factors", "basis") else "packed")), mode
+        )
         for other in set(MODES) - {mode}:
             with pytest.raises((UsageError, CheckpointError)):
                 load_adapter(model, folders[other], "b")

@@ -271,7 +271,7 @@ WRONG_CALLS: list[Case] = [
     ("config file without keys", _yaml("- rank\n- 8\n"), "expected a YAML mapping (key: value)"),
     ("config file not UTF-8", _yaml(b"targets: caf\xe9\n"), "not valid YAML"),
     # options
-    ("unknown option value", lambda w: w.decompose("--method", "whitend"), "'afm', 'loftq' or 'caldera'"),
+    ("unknown option value", lambda w: w.decompose("--method", "whitend"), "'loftq', 'caldera' or 'tucker'"),
     ("unknown option", lambda w: w.decompose("--rnak", "8"), "--rank"),
     ("option not a number", lambda w: w.decompose("--rank", "eight"), "'--rank'"),
     ("unknown verb", lambda w: ["decompos", str(w.llama), str(w.out)], "Did you mean 'decompose'?"),
@@ -285,7 +285,7 @@ WRONG_CALLS: list[Case] = [
     (
         "neither budget",
         lambda w: w.data_free("--method", "svd"),
-        "Expected one of --rank, --average-rank, --kept-fraction, --bits-per-weight, --max-bytes and --plan; got none.",
+        "Expected one of --rank, --average-rank, --kept-fraction, --bits-per-weight, --max-bytes, --full-rank and --plan; got none.",
     ),
     (
         "both budgets",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -735,10 +736,12 @@ def test_an_adapter_of_another_checkpoint_is_refused(llama_dir, rows_file, tmp_p
     made = read_json(tmp_path / "base" / "decomposition.json")
     written = sorted((tmp_path / "base").glob("*.safetensors"))
     assert made["shards"] == {path.name: sha256_files([path]) for path in written}
-    lord_tune.decompose(str(llama_dir), str(tmp_path / "base"), overwrite=True, **base, **text)
+    shutil.rmtree(tmp_path / "base")  # `overwrite` refuses: an adapter belongs to it
+    lord_tune.decompose(str(llama_dir), str(tmp_path / "base"), **base, **text)
     assert read_json(tmp_path / "base" / "decomposition.json")["totals"]["seconds"] != made["totals"]["seconds"]
     lord_tune.load(str(tmp_path / "r"))  # the same command made the same weights
-    lord_tune.decompose(str(llama_dir), str(tmp_path / "base"), method="loftq", overwrite=True, **base)
+    shutil.rmtree(tmp_path / "base")
+    lord_tune.decompose(str(llama_dir), str(tmp_path / "base"), method="loftq", **base)
     with pytest.raises(CheckpointError, match="not the checkpoint"):
         lord_tune.load(str(tmp_path / "r"))
     with pytest.raises(UsageError, match="another base"):  # nor does a longer run continue on it

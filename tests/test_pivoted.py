@@ -358,3 +358,11 @@ def test_components_of_no_size_can_train():
     assert (found[0] @ found[1] - left @ right).norm() <= 1e-13 * (left @ right).norm()
     assert torch.equal(found[0][:, 2:], torch.zeros(20, 2).double())
     torch.testing.assert_close(found[1][2:].norm(dim=1), torch.ones(2).double())
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (6, 5)])
+def test_more_components_than_rows_or_columns_become_as_many_as_there_are(shape):
+    left, right = matrices(*shape, 9)
+    found = principal(left, right)
+    assert found[0].shape == (shape[0], min(shape)) and found[1].shape == (min(shape), shape[1])
+    assert (found[0] @ found[1] - left @ right).norm() <= 1e-13 * (left @ right).norm()
