@@ -285,7 +285,8 @@ WRONG_CALLS: list[Case] = [
     (
         "neither budget",
         lambda w: w.data_free("--method", "svd"),
-        "Expected one of --rank, --average-rank, --kept-fraction, --bits-per-weight, --max-bytes, --full-rank and --plan; got none.",
+        "Expected one of --rank, --average-rank, --kept-fraction, --bits-per-weight, --max-bytes, --full-rank "
+        "and --plan; got none.",
     ),
     (
         "both budgets",
