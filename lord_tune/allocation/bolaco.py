@@ -1,5 +1,5 @@
 """Bolaco: Bayesian optimisation over the fractions that layers of one kind keep (Ji et al., EMNLP 2024 Findings,
-arXiv 2405.10616, sections 3.3 and 3.4).
+arXiv 2405.10616).
 
     min over x of  perplexity(x) + kl_weight KL(x)    subject to  size(x) <= budget
 

@@ -1,4 +1,4 @@
-"""Few blocks, far apart, decomposed as far as offered; all others dense (Moar et al., arXiv 2405.06626, section 5).
+"""Few blocks, far apart, decomposed as far as offered; all others dense (Moar et al., arXiv 2405.06626).
 
 The paper's rules for choosing layers: decomposed blocks should not be neighbours, the first and the last should stay as
 they are, and the rank matters little beside which layers it is given to, rank 1 included. So every layer of a chosen

@@ -16,7 +16,8 @@ first iteration tries both (`order="auto"`).
 
 `order="outliers"` (ODLRI, arXiv 2506.02077) is L R first, of the salient input channels S alone: the 2 r of largest
 H_jj. L R is the best rank-r approximation of W_S in the norm of H_SS and zero at all other channels; Q then is rounded
-to what is left, and the alternation goes on as usual. `auto` does not try it: scripts/RESULTS.md has what it gives.
+to what is left, and the alternation goes on as usual. That there are 2 r of them is our choice, not the paper's. `auto`
+does not try it: scripts/RESULTS.md has what it gives.
 
 The best iterate on H is returned: more iterations are never worse. The first iterate has L R = 0, LDLQ alone, so the
 result never is worse than that. The damping of H and the stretch of each row's scales are chosen on that first Q: the

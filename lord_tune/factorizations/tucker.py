@@ -1,4 +1,4 @@
-"""Tucker decomposition of a weight (Moar et al., arXiv 2405.06626, section 2): U G V^T, without calibration text.
+"""Tucker decomposition of a weight (Moar et al., arXiv 2405.06626): U G V^T, without calibration text.
 
     min ||W - U G V^T||_F,  U (out, r) and V (in, r) with orthonormal columns, core G = U^T W V (r, r)
 
