@@ -249,7 +249,7 @@ def evaluate(model: str, text: list[str], **options: Unpack[EvaluateOptions]) ->
     if config.dry_run:
         return show_plan(config)
     quiet()
-    protect_file(config.json_file, [config.model], config.text)
+    protect_file(config.json_file, [config.model], config.text, own_key="texts")
     check_json_file(config.json_file)
     loaded, tokenizer = load(config.model, config.dtype)
     if config.dequantize_once:

@@ -245,6 +245,18 @@ def test_new_files_beside_a_model_are_allowed(world):
     protect(world.folder / "out", [str(world.factored), "org/name", "demo", None], [str(world.rows)])
 
 
+def test_a_record_of_the_same_verb_is_written_anew(world):
+    """`evaluate M --json M/x.json`, twice; but never the model's own records, nor text."""
+    path = world.factored / "scores.json"
+    path.write_text('{"texts": {}}')
+    protect_file(str(path), [str(world.factored)], own_key="texts")
+    for other, models, data in ((path, world.factored, path), (world.factored / "config.json", world.factored, None)):
+        with pytest.raises(UsageError):
+            protect_file(str(other), [str(models)], [] if data is None else [str(data)], own_key="texts")
+    with pytest.raises(UsageError, match="is a file of the model"):
+        protect_file(str(path), [str(world.factored)])
+
+
 def test_damaged_records_protect_nothing_and_break_nothing(world):
     for text in ("", "[]", '{"base_model_name_or_path": 3}'):
         (world.adapter / "adapter_config.json").write_text(text)

@@ -52,12 +52,17 @@ def protect(
             )
 
 
-def protect_file(path: str | None, models: Iterable[str | None], data: Iterable[str | None] = ()) -> None:
-    """UsageError if the file `path` exists and is read by the run, or is a file of one of `models` or of its base."""
+def protect_file(
+    path: str | None, models: Iterable[str | None], data: Iterable[str | None] = (), own_key: str | None = None
+) -> None:
+    """UsageError if the file `path` exists and is read by the run, or is a file of one of `models` or of its base.
+
+    own_key: a key that only records of the verb have; such a record in a model's folder may be written anew.
+    """
     if path is None or not Path(path).is_file():
         return
     found = Path(path)
-    for other, what in _lineages(models):
+    for other, what in () if own_key is not None and own_key in _record(found) else _lineages(models):
         if _same(found, other) or _inside(found, other) or any(_same(found, part) for part in _parts(other)):
             raise UsageError(f"{path} is a file of the model {other}, {what}; name another file.")
     for name in data:
