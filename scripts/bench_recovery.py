@@ -1,6 +1,7 @@
 """Measure recovery and print it beside its targets, its baselines and the dense control.
 
-    python scripts/bench_recovery.py OUT [--parts nf4 lord blocks long memory time] [--only SUBSTRING] [--wikitext FILE]
+    python scripts/bench_recovery.py OUT [--parts nf4 lord blocks long one_shot memory time] [--only SUBSTRING]
+                                         [--wikitext FILE]
 
 SmolLM2-135M, one thread. Held-out losses are in nats per token on 8k tokens.
 
@@ -11,6 +12,9 @@ lord    20 % of the linears removed, then sft and distill, and as the control th
         tuned on the same rows; grid and seeds as above.
 long    the same for 98k tokens, one seed; and after `blocks`, from what that wrote.
 blocks  block-wise recovery inside `decompose`, no end-to-end training.
+one_shot  the recipe lord_20_distill: 20 % removed in one shot, then 123k tokens of whole files of distillation mixed with
+        next tokens; as controls the dense model, whose linears are all tuned on the same rows by next tokens, at the
+        same rate and at a third of it. One seed.
 memory  QLoRA over LoRD against QLoRA on one batch, tensor by tensor, in bfloat16.
 time    steps of mode factors at 20 % removed against LoRA on the dense model, interleaved.
 
@@ -313,6 +317,29 @@ def long(bench: Bench) -> None:
     show_table(f"20 % removed, then {tokens:,} tokens in bfloat16", columns(bench), rows)
 
 
+ONE_SHOT = {
+    "max_steps": 120,
+    "max_length": 512,
+    "per_device_train_batch_size": 2,
+    "packing_strategy": "bfd_split",
+    "learning_rate": 3e-5,
+    "seed": 0,
+}
+
+
+def one_shot(bench: Bench) -> None:
+    """From the one-shot decomposition, in float32."""
+    slower = ONE_SHOT | {"learning_rate": 1e-5}
+    found = {
+        "distill + CE": bench.trained("one-shot-distill-ce", lord_20(bench), **ONE_SHOT, **METHODS["distill + CE"]),
+        "control: dense, tuned": tuned_dense(bench, "one-shot-control", **ONE_SHOT),
+        "control: dense, tuned slower": tuned_dense(bench, "one-shot-control-slower", **slower),
+    }
+    runs = {name: [run] if run else [] for name, run in found.items()}
+    rates = dict.fromkeys(runs, "3e-05") | {"control: dense, tuned slower": "1e-05"}
+    show_table("20 % removed, then 122,880 tokens of whole files", columns(bench), gap_rows(bench, runs, rates))
+
+
 # --- block-wise recovery ---
 
 BLOCKS = {"calibration_tokens": 65536, "recover_epochs": 2, "recover_learning_rate": 2e-3}
@@ -441,6 +468,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "lord": lord,
     "blocks": blocks,
     "long": long,
+    "one_shot": one_shot,
     "memory": memory,
     "time": time_of_steps,
 }

@@ -80,6 +80,24 @@ def test_the_energies_are_the_loss_of_what_is_dropped(shape):
 
 
 @shapes
+@pytest.mark.parametrize("ranked", [True, False])
+def test_the_noticed_energies_are_the_loss_of_what_is_dropped_at_the_tokens_that_count(shape, ranked):
+    """tr(G_d E H_g E^T) with H_g of other tokens than H's: of W's truncations, and of what is left beside a Q."""
+    w, moments, gram = weight(shape), moments_of(inputs(shape[1])), output_gram_of(shape[0])
+    other = moments_of(inputs(shape[1], seed=7))
+    metric, method = damped(gram, 0.01), TwoSided(0.0, 0.01)
+    found = analyse(w, moments, None, method, None, gram, noticed=other.gram).spectrum
+    solution = method.spectrum(w, moments, gram)
+    energies = method.energies(w, moments, gram, ranked, other.gram)
+    assert len(energies) == (min(shape) if ranked else 1)
+    whole = loss(w, metric, other)
+    for rank in range(0, min(shape) + 1 if ranked else 1, 4):
+        expected = loss(w - truncate(w, solution, rank).product(), metric, other)
+        for tails in (found.energies, energies):
+            assert float(tails[rank:].sum()) == pytest.approx(expected, rel=1e-9, abs=1e-13 * whole)
+
+
+@shapes
 def test_full_damping_is_whitened(shape):
     w, moments = weight(shape), moments_of(inputs(shape[1]))
     found = TwoSided(damping=1.0).split(w, moments, 5, None, output_gram=output_gram_of(shape[0])).factors
@@ -174,8 +192,11 @@ def test_output_grams_are_those_of_one_backward_pass(whole, tmp_path):
     task = task_of(tiny_tokenizer())
     rows: dict[str, list[Tensor]] = {name: [] for name in layers}
 
+    read: dict[str, list[Tensor]] = {name: [] for name in layers}
+
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            read[name].append(args[0].detach().reshape(-1, args[0].shape[-1]).double())
             output.register_hook(lambda gradient: rows[name].append(gradient.reshape(-1, gradient.shape[-1]).double()))
 
         return hook
@@ -189,7 +210,7 @@ def test_output_grams_are_those_of_one_backward_pass(whole, tmp_path):
     model.requires_grad_(False)
     found: dict[str, Tensor] = {}
     if whole:
-        found = whole_model_output_grams(model, ids, layers, layer_shapes, task.loss, ids.numel())
+        found = whole_model_output_grams(model, ids, layers, layer_shapes, task.loss, ids.numel(), inputs=True)
     else:
         walk = BlockWalk(model, blocks, {"s": ids}, task.forward, tmp_path)
         walk.start()
@@ -198,13 +219,18 @@ def test_output_grams_are_those_of_one_backward_pass(whole, tmp_path):
         walk.write_gradients("s", task.loss)
         for index in reversed(range(len(blocks.modules))):
             members = {name: layer for name, layer in layers.items() if blocks.holds(index, name)}
-            found |= output_grams(walk, index, "s", members, layer_shapes, ids.numel())
-    assert found.keys() == {f"{name}:gram" for name in layers}
+            found |= output_grams(walk, index, "s", members, layer_shapes, ids.numel(), inputs=True)
+    assert found.keys() == {f"{name}:{kind}" for name in layers for kind in ("gram", "inputs")}
     for name in layers:
         g, gram = torch.cat(rows[name]), found[f"{name}:gram"]
         expected = g.T @ g / ids.numel()
         assert gram.dtype == torch.float32 and torch.equal(gram, gram.T)
         assert torch.allclose(gram.double(), expected, rtol=1e-3, atol=1e-5 * float(expected.max())), name
+        x, noticed = torch.cat(read[name]), found[f"{name}:inputs"]
+        weights = g.square().sum(1, keepdim=True)
+        expected = (weights * x).T @ x / weights.sum()
+        assert noticed.dtype == torch.float32 and torch.equal(noticed, noticed.T)
+        assert torch.allclose(noticed.double(), expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max())), name
 
 
 # ---- runs ---
@@ -231,6 +257,22 @@ def test_the_recorded_errors_are_those_of_the_layers(kind, llama_dir, rows_file,
             error = relative_error(w - layer.dense_weight(torch.float64), w, statistics[stream][name])
             # float32 bases between the passes, float32 factors and float32 held-out rows
             assert error == pytest.approx(entry[key], rel=1e-5), (name, key)
+
+
+def test_a_budget_is_shared_out_by_what_the_loss_notices(llama_dir, rows_file, tmp_path, monkeypatch):
+    """Every layer is analysed with H_g, in the block-wise run and in that of a whole model."""
+    seen: list[bool] = []
+
+    def spy(weight: Tensor, moments: Any, heldout: Any, method: Any, limit: Any, gram: Any, *rest: Any) -> Any:
+        noticed = rest[-1]
+        assert noticed.shape == moments.gram.shape and gram.shape == (len(weight), len(weight))
+        seen.append(not torch.allclose(noticed.double(), moments.gram, rtol=0.01))
+        return analyse(weight, moments, heldout, method, limit, gram, *rest)
+
+    monkeypatch.setattr("lord_tune.decomposition.calibrating.analyse", spy)
+    text = TEXT | {"calibration": [str(rows_file)], "kept_fraction": 0.8}
+    lord_tune.decompose(str(llama_dir), str(tmp_path / "out"), **text)
+    assert len(seen) == 21 and all(seen)
 
 
 def test_an_expert_that_no_token_of_the_backward_pass_chose_is_told(rows_file, tmp_path):

@@ -6,7 +6,14 @@ sigma_j^2 * u_j^T G u_j (methods of K-FAC, Martens and Grosse 2015, with the out
 formed: only the products U^T g are squared and summed, so memory is one number per direction.
 
 `output_grams` gives G itself, for methods that weigh the outputs with it: float32 products of a window, summed in
-float64, 8 out^2 bytes per layer of the block at hand. A layer whose outputs get no gradient has G = 0.
+float64, 8 out^2 bytes per layer of the block at hand. A layer whose outputs get no gradient has G = 0. With `inputs` it
+also gives H of the inputs x with every token weighed by its |g|^2,
+
+    H_g = E[|g|^2 x x^T] / E[|g|^2]
+
+in 8 in^2 bytes more. An error E of the weight adds about tr(G E H_g E^T) to the loss: of K-FAC's assumption that x and
+g are independent only their directions remain. That matters at tokens with massive activations, of which the loss
+notices little: with H in place of H_g the increase is foreseen up to 40 times too large (scripts/RESULTS.md).
 
 `fisher_means` gives what LQ-LoRA weighs a matrix with: the mean squared gradient of the loss by its elements, over
 rows and over columns.
@@ -72,9 +79,11 @@ def output_grams(
     shapes: dict[str, tuple[int, int]],  # (out, in) of each
     tokens: int,  # of the stream, over all processes
     workers: Workers | None = None,
+    inputs: bool = False,
 ) -> dict[str, Tensor]:
-    """name:gram (out, out) float32: mean of g g^T per token of the gradient g by the layer's output."""
-    with _output_products(layers, shapes) as sums:
+    """name:gram (out, out) float32: mean of g g^T per token of the gradient g by the layer's output; with `inputs` also
+    name:inputs (in, in) float32: H_g, unless every g is 0."""
+    with _output_products(layers, shapes, inputs) as sums:
         walk.backward(index, stream)
     return _gram_means(sums, tokens, workers or Workers())
 
@@ -87,9 +96,10 @@ def whole_model_output_grams(
     objective: Callable[[nn.Module, Tensor], Tensor],
     tokens: int,  # of all processes
     workers: Workers | None = None,
+    inputs: bool = False,
 ) -> dict[str, Tensor]:
     """The same for a model without a block list, with every activation of a window in memory."""
-    with _output_products(layers, shapes) as sums:
+    with _output_products(layers, shapes, inputs) as sums:
         _run_backward(model, windows, objective)
     return _gram_means(sums, tokens, workers or Workers())
 
@@ -204,24 +214,37 @@ def _weight_gradients(layers: dict[str, nn.Module], shapes: dict[str, tuple[int,
 
 
 @contextmanager
-def _output_products(layers: dict[str, nn.Module], shapes: dict[str, tuple[int, int]]) -> Iterator[dict[str, Tensor]]:
-    """Sums of g g^T (the block upper triangle) while the body runs backward passes."""
+def _output_products(
+    layers: dict[str, nn.Module], shapes: dict[str, tuple[int, int]], inputs: bool
+) -> Iterator[dict[str, Tensor]]:
+    """Sums of g g^T and, with `inputs`, of |g|^2 x x^T (block upper triangles) while the body runs backward passes."""
     sums: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        out = shapes[name][0]
-        sums[name] = torch.zeros(out, out, dtype=torch.float64, device=_device_of(layer))
+        out, width = shapes[name]
+        sums[f"{name}:gram"] = torch.zeros(out, out, dtype=torch.float64, device=_device_of(layer))
+        if inputs:
+            sums[f"{name}:inputs"] = torch.zeros(width, width, dtype=torch.float64, device=_device_of(layer))
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def forward_hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], None]:
+        def forward_hook(
+            module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
+        ) -> None:
+            read = first_input(args, kwargs).detach() if inputs else None
+
             def add(gradient: Tensor) -> None:
-                add_gram(sums[name], gradient.detach().reshape(-1, gradient.shape[-1]).float())
+                rows = gradient.detach().reshape(-1, gradient.shape[-1]).float()
+                add_gram(sums[f"{name}:gram"], rows)
+                if read is not None:
+                    add_gram(
+                        sums[f"{name}:inputs"], read.reshape(-1, read.shape[-1]).float() * rows.norm(dim=1)[:, None]
+                    )
 
             if output.requires_grad:
                 output.register_hook(add)
 
         return forward_hook
 
-    handles = [module.register_forward_hook(hook(name)) for name, module in layers.items()]
+    handles = [module.register_forward_hook(hook(name), with_kwargs=True) for name, module in layers.items()]
     try:
         yield sums
     finally:
@@ -231,12 +254,18 @@ def _output_products(layers: dict[str, nn.Module], shapes: dict[str, tuple[int, 
 
 def _gram_means(sums: dict[str, Tensor], tokens: int, workers: Workers) -> dict[str, Tensor]:
     """Takes the sums out of the dict one by one: a float64 matrix lives no longer than it has to."""
-    found = {}
-    for name in sorted(sums):
-        total = sums.pop(name)
+    found: dict[str, Tensor] = {}
+    noticed: dict[str, float] = {}  # layer -> sum of |g|^2
+    for key in sorted(sums):  # of a layer, the outputs' before the inputs'
+        total = sums.pop(key)
         workers.add_up(total)
+        name, _, kind = key.rpartition(":")
         _check_finite(name, total)
-        found[f"{name}:gram"] = mirror(total).div_(tokens).float()
+        if kind == "gram":
+            noticed[name] = float(total.diagonal().sum())
+        elif not noticed[name]:
+            continue
+        found[key] = mirror(total).div_(tokens if kind == "gram" else noticed[name]).float()
     return found
 
 

@@ -69,7 +69,8 @@ def _analyse_block(run: Passes, walk: BlockWalk, index: int, request: Request) -
         weight = run.survey.layers[name].weight(run.model)
         limit = None if request.by_loss else break_even((weight.shape[0], weight.shape[1]), form)
         heldout, output_gram = statistics[HELDOUT].get(name), gradients.get(f"{name}:gram")
-        return analyse(weight, calibration, heldout, method, limit, output_gram, form, formats)
+        noticed = gradients.get(f"{name}:inputs")
+        return analyse(weight, calibration, heldout, method, limit, output_gram, form, formats, noticed)
 
     return run.deal(index, dict.fromkeys(run.survey.members(index), method), look)
 

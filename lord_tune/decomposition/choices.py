@@ -2,7 +2,9 @@
 
 A choice moves the layer's outputs by E x, E = W - W'. To second order, with the K-FAC factors H = E[x x^T] of the
 inputs and G = E[g g^T] of the loss gradients at the outputs (Martens and Grosse 2015), the loss grows by
-1/2 tr(G E H E^T), in nats per token. Both kinds of choices are measured in one basis U, that of the method for W:
+1/2 tr(G E H E^T), in nats per token. A method that weighs the outputs itself (two_sided) gives that, with H_g in place
+of H (calibration/sensitivity.py). For others both kinds of choices are measured in one basis U, that of the method for
+W:
 
     L R of rank r   E H E^T is diagonal in U: 1/2 sum over j >= r of sigma_j^2 u_j^T G u_j
     Q + L R         D = W - Q: the spectrum of D H D^T gives the energy that rank r leaves of it, and 1/2 of the mean of
@@ -35,7 +37,7 @@ Unit = Literal["kept_fraction", "bits_per_weight", "max_bytes", "average_rank"]
 class Noise:
     """What rounding to one format does to a layer's outputs, D = W - Q."""
 
-    energies: Tensor  # (k,) float64: eigenvalues of D H D^T, decreasing; their sum alone, (1,), where L R is no choice
+    energies: Tensor  # (k,) float64: of the directions of D H D^T, largest first; their sum alone, (1,), without L R
     spread: Tensor  # (k,) float64: u_j^T D H D^T u_j
     whole: Tensor  # (), float64: tr D H D^T
 
@@ -53,7 +55,7 @@ class Measured:
     """What the calibrating pass says of one layer."""
 
     shape: tuple[int, int]
-    energies: Tensor  # (k,) float64: sigma_j^2, decreasing
+    energies: Tensor  # (k,) float64: sigma_j^2; decreasing unless they are what the loss notices
     loss_weights: Tensor | None = None  # (k,) float64: u_j^T G u_j
     gradient: float | None = None  # tr G; None: the energies are the loss already, and all weights are 1
     noise: Mapping[str, Noise] = field(default_factory=dict)  # backbone -> what it does

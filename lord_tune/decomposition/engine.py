@@ -132,7 +132,7 @@ def decompose_checkpoint(
         plain = all(choice.backbone == "none" for choice in plan.factored().values())
         from_analysis = request.propagate == "dense" and not request.template.rounds_factors and plain
     elif request.gradients_first:
-        measure_gradients(run, {name: choice.factorization() for name, choice in plan.factored().items()})
+        measure_gradients(run, {name: choice.factorization() for name, choice in plan.factored().items()}, False)
     if not plan.factored():
         journal.discard()
         raise LordError("Every layer stays dense at this budget, so nothing is done; choose another budget.")
@@ -147,7 +147,7 @@ def decompose_checkpoint(
 def look(run: Passes, request: Request) -> dict[str, Measured]:
     """All passes that a budget is shared out by."""
     if request.gradients_first:
-        measure_gradients(run, dict.fromkeys(run.survey.layers, request.template.factorization()))
+        measure_gradients(run, dict.fromkeys(run.survey.layers, request.template.factorization()), request.weighs)
     return calibrate(run, request)
 
 

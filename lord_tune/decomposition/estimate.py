@@ -18,7 +18,8 @@ Peak memory above what the process holds already is the largest of
 
 Methods that weigh the outputs by gradients (two_sided) hold 12 out^2 per layer of a block in the sensitivity pass, 4 of
 them where the block is factorized, and keep 4 out^2 per layer of the model on disk: on the shapes of Llama-2 7B 3.9 GB,
-1.3 GB and 42 GB, which `plan` says and nothing refuses.
+1.3 GB and 42 GB, which `plan` says and nothing refuses. Where they share a budget out, in^2 adds to each out^2: 6.6 GB,
+2.2 GB and 70 GB.
 
 Where the blocks do not only hand their hidden states on (calibration/replay.py), the weights outside the blocks without
 the output head stay in memory from calibrating on.
@@ -27,7 +28,7 @@ The layer at hand, in float64 matrices that live together; m = out in, k = min(o
 
     solution     (wide: out <= in) W, then rows of its curves, 2.5 m + 6 k^2;  (tall) rotation and basis, 2 m + 8.5 k^2;
                  with output weights their moment, its root, the dual and products of the curves, out^2 + 4 k^2 more and
-                 (tall) m
+                 (tall) m; where they share a budget out H_g, in^2
     truncation   2 m + f, tall 3 m + f, while the solution is alive; pivoted factors: LU of L, where it is larger than B
     backbone     Q, W, W - Q and, for the error of a plain SVD beside them, the quantized W and two differences:
                  wide max(7 m, 5 m + 6 k^2), tall max(6 m + 7 k^2, 7 m + 4 k^2); one more Q with --shrinkage auto;
@@ -129,12 +130,15 @@ def estimate_run(
     noticed = {n for n, choice in choices.items() if "output_gram" in choice.factorization().needs}
     kept_bases = _kept_bases(shapes, noticed, choices) if ranks is None else {}
     bases = sum(kept_bases.get(n, 0) for n in layers)
-    output_grams = sum(4 * shapes[n][0] ** 2 for n in layers if n in noticed)
+    by_output = {n: _gradient_bytes(shape, request.weighs) for n, shape in shapes.items() if n in noticed}
+    output_grams = sum(by_output.get(n, 0) for n in layers)
     factors = sum(stored.values()) if stored else block_bytes[widest]
     kept_ranks = {n: _rank_bound(members[n], request) if ranks is None else ranks.get(n) or 0 for n in layers}
     on_cpu = device is None or device.type == "cpu"
     mapped = _MAPPED if on_cpu else 0  # an accelerator's allocator counts what is alive
-    largest = _together([_working_parts(shapes[n], kept_ranks[n], text, choices[n]) for n in layers], mapped)
+    largest = _together(
+        [_working_parts(shapes[n], kept_ranks[n], text, choices[n], request.weighs) for n in layers], mapped
+    )
     grams = window = 0
     if text is not None:
         grams = sum(8 * width * width + min(4 * text.heldout * width, 8 * width * width) for width in inputs)
@@ -198,7 +202,7 @@ def estimate_run(
         if weighted:
             scratch += (count + 2) * text.sensitivity * width * element
             scratch += sum(kept_bases.values())
-            scratch += sum(4 * s[0] ** 2 if n in noticed else 0 if by_loss else 8 * sum(s) for n, s in shapes.items())
+            scratch += sum(by_output[n] if n in noticed else 0 if by_loss else 8 * sum(s) for n, s in shapes.items())
     after = None
     bits = None
     if ranks is not None:
@@ -231,6 +235,12 @@ def estimate_run(
         seconds=seconds,
         phases=phases,
     )
+
+
+def _gradient_bytes(shape: tuple[int, int], predicts: bool) -> int:
+    """Of what the backward pass keeps of a layer for methods that weigh the outputs: G, and H_g where these foresee."""
+    out, inputs = shape
+    return 4 * (out**2 + inputs**2) if predicts else 4 * out**2
 
 
 def _kept_bases(
@@ -281,7 +291,9 @@ def _pivoting_bytes(shape: tuple[int, int], rank: int, form: str) -> int:
     return 8 * rank * max(0, out + rank - inputs) if form == PIVOTED else 0
 
 
-def _working_parts(shape: tuple[int, int], rank: int, text: TextSize | None, choice: LayerChoice) -> Parts:
+def _working_parts(
+    shape: tuple[int, int], rank: int, text: TextSize | None, choice: LayerChoice, predicts: bool
+) -> Parts:
     """Float64 matrices that live together while one layer is factorized; see the top of this file."""
     out, inputs = shape
     k, tall = min(shape), out > inputs
@@ -292,7 +304,12 @@ def _working_parts(shape: tuple[int, int], rank: int, text: TextSize | None, cho
         return alternation
     weighed: Parts = []
     if "output_gram" in method.needs:
-        weighed = [(1.0, 8 * out * out), (4.0, square), (1.0 if tall else 0.0, m)]
+        weighed = [
+            (1.0, 8 * out * out),
+            (4.0, square),
+            (1.0 if tall else 0.0, m),
+            (float(predicts), 8 * inputs * inputs),
+        ]
     if backbone and text is not None:
         choices = [(6.0, 7.0), (7.0, 4.0)] if tall else [(7.0, 0.0), (5.0, 6.0)]
         extra = 1.0 if len(method.candidates()) > 1 else 0.0

@@ -24,9 +24,10 @@ Bases = Callable[[int], dict[str, Tensor]]  # block -> layer -> (out, k): the di
 Methods = Mapping[str, Factorization]  # by layer
 
 
-def measure_gradients(run: Passes, methods: Methods) -> None:
+def measure_gradients(run: Passes, methods: Methods, predicts: bool) -> None:
     """What the layers' methods need of the gradients: squared ones by the weight, second moments of those by the
-    output. The blocks only run before it."""
+    output, and where these foresee the loss (`predicts`) those of the inputs as the loss notices them. The blocks only
+    run before it."""
     walk = run.walk({SENSITIVITY: run.prepared()}, Phase.FORWARD)
     for index in range(run.count if walk.streamed else 0):
         step = of_block(Phase.FORWARD, index)
@@ -37,7 +38,7 @@ def measure_gradients(run: Passes, methods: Methods) -> None:
             run.journal.commit(step)
             run.clock.report(Phase.FORWARD, index)
     run.compare_result(walk)
-    _pass_back(run, walk, lambda index: _moments(run, walk, index, methods))
+    _pass_back(run, walk, lambda index: _moments(run, walk, index, methods, predicts))
 
 
 def measure_sensitivity(run: Passes, walk: BlockWalk, bases: Bases) -> None:
@@ -76,7 +77,7 @@ def _sensitivity(run: Passes, walk: BlockWalk, index: int, directions: dict[str,
     return whole_model_sensitivity(run.model, own, modules, directions, run.task.loss, tokens, run.workers)
 
 
-def _moments(run: Passes, walk: BlockWalk, index: int, methods: Methods) -> dict[str, Tensor]:
+def _moments(run: Passes, walk: BlockWalk, index: int, methods: Methods, predicts: bool) -> dict[str, Tensor]:
     """The backward pass is repeated where a plan's methods need both kinds, and where they need none here: the blocks
     before this one need the gradients."""
     windows = run.text.sensitivity
@@ -93,9 +94,11 @@ def _moments(run: Passes, walk: BlockWalk, index: int, methods: Methods) -> dict
     if by_output:
         count = windows.numel()
         if walk.streamed:
-            found |= output_grams(walk, index, SENSITIVITY, by_output, shapes, count, run.workers)
+            found |= output_grams(walk, index, SENSITIVITY, by_output, shapes, count, run.workers, predicts)
         else:
-            found |= whole_model_output_grams(run.model, own, by_output, shapes, run.task.loss, count, run.workers)
+            found |= whole_model_output_grams(
+                run.model, own, by_output, shapes, run.task.loss, count, run.workers, predicts
+            )
     return found
 
 

@@ -94,6 +94,7 @@ def analyse(
     output_gram: Tensor | None = None,
     form: str = PLAIN,  # in which the factors will be stored
     formats: Formats | None = None,  # to be measured beside W = L R
+    noticed: Tensor | None = None,  # (in, in): by it the energies are foreseen, see Projection.noticed_energies
 ) -> Analysis:
     """Basis and error curves at every rank."""
     start = time.perf_counter()
@@ -102,11 +103,15 @@ def analyse(
     noise = {}
     if formats:
         assert calibration is not None, "these budgets are shared out on calibration text"
-        noise = noise_by_format(weight, spectrum.basis, calibration, chosen, formats, output_gram)
+        noise = noise_by_format(weight, spectrum.basis, calibration, chosen, formats, output_gram, noticed)
     whole = spectrum.basis.shape[1]
     keep = whole if limit is None else min(max(limit, 1), whole)
     dual = None if spectrum.dual is None else spectrum.dual[:, :keep].float().contiguous()
-    kept = Spectrum(spectrum.basis[:, :keep].float().contiguous(), spectrum.energies, spectrum.centre, dual)
+    energies = spectrum.energies
+    if noticed is not None:
+        assert output_gram is not None, "the backward pass gives both"
+        energies = chosen.noticed_energies(solution, output_gram, noticed)
+    kept = Spectrum(spectrum.basis[:, :keep].float().contiguous(), energies, spectrum.centre, dual)
     facts = _facts(chosen, calibration, output_gram)
     facts["seconds"] = time.perf_counter() - start
     return Analysis(kept, curves, facts, noise)

@@ -25,6 +25,7 @@ def noise_by_format(
     method: Projection,  # that fits L R to what rounding leaves, and in whose metric that is measured
     formats: Formats,
     output_gram: Tensor | None,
+    noticed: Tensor | None = None,  # (in, in), see Projection.noticed_energies
 ) -> dict[str, Noise]:
     """Backbone -> noise."""
     found: dict[str, Noise] = {}
@@ -32,7 +33,7 @@ def noise_by_format(
     for name, (quantizer, ranked) in formats.items():
         assert quantizer is not None, "a backbone has a format"
         left = weight.double() - _foreseen(weight, calibration, quantizer, method, feedbacks)
-        found[name] = _noise(left, basis, calibration, method, ranked, output_gram)
+        found[name] = _noise(left, basis, calibration, method, ranked, output_gram, noticed)
     return found
 
 
@@ -70,6 +71,7 @@ def _noise(
     method: Projection,
     ranked: bool,  # whether there is L R
     output_gram: Tensor | None,
+    noticed: Tensor | None,
 ) -> Noise:
     moved = left @ calibration.gram
     whole = (left * moved).sum()
@@ -77,4 +79,4 @@ def _noise(
     del moved
     if not ranked and output_gram is None:
         return Noise(whole[None].clone(), spread, whole)
-    return Noise(method.energies(left, calibration, output_gram, ranked), spread, whole)
+    return Noise(method.energies(left, calibration, output_gram, ranked, noticed), spread, whole)

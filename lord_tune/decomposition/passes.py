@@ -198,11 +198,12 @@ class Passes:
             device = next(iter(members.values())).module(self.model).get_parameter("weight").device
         return dealt_out(work, do, self.workers, device)
 
-    def read(self, name: str, wanted: str = "") -> dict[str, Tensor]:
-        """A working file of process 0, or its tensors with `wanted` in their names, on every process."""
+    def read(self, name: str, *wanted: str) -> dict[str, Tensor]:
+        """A working file of process 0, or its tensors with one of `wanted` in their names, on every process."""
         tensors = None
         if self.journal.writes:
             with safe_open(self.journal.work / name, framework="pt") as file:
                 # copies: a tensor of the file would keep all of its pages
-                tensors = {key: file.get_tensor(key).clone() for key in file.keys() if wanted in key}
+                kept = [key for key in file.keys() if not wanted or any(part in key for part in wanted)]
+                tensors = {key: file.get_tensor(key).clone() for key in kept}
         return self.workers.send_tensors(tensors, 0, torch.device("cpu")) if self.workers.size > 1 else tensors or {}

@@ -179,6 +179,9 @@ def run_seconds(
             total += (rule.probes + rule.trials) * cut / rates.double
         if weighted:
             total += 4 * text.sensitivity * forward_flops / rates.forward
+            if request.predicts_loss:  # second moments of the gradients, and of the inputs as the loss notices them
+                squares = sum(site.shape[0] ** 2 + request.weighs * site.shape[1] ** 2 for site in sites.values())
+                total += 1.2 * text.sensitivity * squares / rates.single
     for name, site in sites.items():
         method = choices[name].factorization()
         if method.alternates:

@@ -129,7 +129,9 @@ def factorize(
     methods = {name: plan.layers[name].factorization() for name in members}
     kept: dict[str, Analysis | None] = analyses(run, index) if from_analysis else {}
     weighed = any(method.needs & {"fisher", "output_gram"} for method in methods.values())
-    gradients = run.read(sensitivity_file(index)) if weighed and not (from_analysis and statistics is None) else {}
+    gradients = {}
+    if weighed and not (from_analysis and statistics is None):
+        gradients = run.read(sensitivity_file(index), ":gram", ":rows", ":columns")
     # in the middle of the model, one layer of each shape is compared with feedback rounding alone
     middle = only is None and index == run.count // 2
     compared = {site.shape: name for name, site in reversed(members.items())} if middle else {}

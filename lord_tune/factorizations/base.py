@@ -20,7 +20,7 @@ from torch import Tensor
 from ..calibration.moments import InputStatistics, Moments
 from ..declared import option
 from ..errors import UsageError
-from ..linalg import balanced, principal_axes, smaller_side
+from ..linalg import balanced, principal_axes, row_energies, smaller_side
 from ..quantizers import Quantizer
 from ..quantizers.ldlq import fitted
 
@@ -273,20 +273,41 @@ class Projection(Method):
         spectrum = Spectrum(core.turned(axes), metric.scale * energies, centre, core.turned(dual))
         return Solution(spectrum, core, axes, dual)
 
-    def energies(self, weight: Tensor, moments: Moments | None, output_gram: Tensor | None, ranked: bool) -> Tensor:
+    def energies(
+        self,
+        weight: Tensor,
+        moments: Moments | None,
+        output_gram: Tensor | None,
+        ranked: bool,
+        noticed: Tensor | None = None,  # see `noticed_energies`
+    ) -> Tensor:
         """Those of `solve`, without its basis: (k,), or where no rank is asked for their sum, (1,)."""
         core = Core.of(weight, moments)
         moment, _ = self.selection(core, moments)
         metric = self.metric(core, output_gram)
-        scale = 1.0 if metric is None else metric.scale
+        if metric is None:
+            return moment.trace().reshape(1) if not ranked else _eigenvalues(moment)
+        other = None if noticed is None else core.matrix @ noticed.to(core.matrix) @ core.matrix.T
         if not ranked:
-            whole = moment.trace() if metric is None else (metric.matrix * moment).sum()
-            return scale * whole.reshape(1)
-        if metric is not None:
-            root = torch.linalg.cholesky(metric.matrix)
-            moment = root.T @ moment @ root
-        values: Tensor = torch.linalg.eigvalsh((moment + moment.T) / 2)
-        return scale * values.flip(0).clamp_min(0)
+            return metric.scale * (metric.matrix * (moment if other is None else other)).sum().reshape(1)
+        root = torch.linalg.cholesky(metric.matrix)
+        moment = root.T @ moment @ root
+        if other is None:
+            return metric.scale * _eigenvalues(moment)
+        return metric.scale * row_energies((root @ principal_axes(moment)[1]).T, other).clamp_min(0)
+
+    def noticed_energies(
+        self,
+        solution: Solution,
+        output_gram: Tensor,  # (out, out)
+        noticed: Tensor,  # (in, in): H_g, see calibration/sensitivity.py
+    ) -> Tensor:
+        """The energies of the solution's directions with H_g in place of H: (k,), in the order of the directions. The
+        sum over j >= r is what the loss notices of the error of rank r."""
+        metric = self.metric(solution.core, output_gram)
+        assert metric is not None and solution.dual_axes is not None, "the method weighs the outputs"
+        rows = solution.dual_axes.T @ solution.core.matrix
+        return metric.scale * row_energies(rows, noticed.to(rows)).clamp_min(0)
 
     def spectrum(self, weight: Tensor, moments: Moments | None, output_gram: Tensor | None = None) -> Spectrum:
         return self.solve(weight, moments, output_gram).spectrum
@@ -321,6 +342,11 @@ class Projection(Method):
             return parts, quantizer.dequantize(parts, (weight.shape[0], weight.shape[1]), torch.float64)
         found = fitted(quantizer, weight, quantizer.turned_gram(moments.gram), heldout_energies(quantizer, heldout))
         return found.parts, found.backbone
+
+
+def _eigenvalues(moment: Tensor) -> Tensor:
+    values: Tensor = torch.linalg.eigvalsh((moment + moment.T) / 2)
+    return values.flip(0).clamp_min(0)
 
 
 def heldout_energies(quantizer: Quantizer, heldout: InputStatistics | None) -> Callable[[Tensor], Tensor] | None:
