@@ -12,9 +12,9 @@ lord    20 % of the linears removed, then sft and distill, and as the control th
         tuned on the same rows; grid and seeds as above.
 long    the same for 98k tokens, one seed; and after `blocks`, from what that wrote.
 blocks  block-wise recovery inside `decompose`, no end-to-end training.
-one_shot  the recipe lord_20_distill: 20 % removed in one shot, then 123k tokens of whole files of distillation mixed with
-        next tokens; as controls the dense model, whose linears are all tuned on the same rows by next tokens, at the
-        same rate and at a third of it. One seed.
+one_shot  20 % removed, then 123k tokens of whole files of distillation mixed with next tokens; as controls the dense
+        model, whose linears are all tuned on the same rows by next tokens, at the same rate and at a third of it. One
+        seed.
 memory  QLoRA over LoRD against QLoRA on one batch, tensor by tensor, in bfloat16.
 time    steps of mode factors at 20 % removed against LoRA on the dense model, interleaved.
 
