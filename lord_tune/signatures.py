@@ -314,6 +314,31 @@ class ChatOptions(TypedDict, total=False):
     json: str | None
 
 
+class CompareOptions(TypedDict, total=False):
+    """Keywords of `compare`."""
+
+    methods: list[str]
+    text: list[str]
+    calibration: list[str]
+    kept_fraction: float | None
+    bits_per_weight: float | None
+    max_bytes: str | None
+    calibration_tokens: int
+    context_length: int
+    factor_format: Literal["fp32", "fp16", "bf16"]
+    targets: str | None
+    exclude: str | None
+    dtype: Literal["float32", "float16", "bfloat16"] | None
+    max_tokens: int | None
+    steps: int
+    dataset_name: str | None
+    learning_rate: list[str]
+    max_length: int
+    seed: int
+    overwrite: bool
+    dry_run: bool
+
+
 class InspectOptions(TypedDict, total=False):
     """Keywords of `inspect`."""
 
