@@ -27,6 +27,7 @@ _NAMES = {
     "chat": "commands",
     "inspect": "commands",
     "plan": "commands",
+    "report": "reporting.verb",
     "quickstart": "demo",
     "doctor": "checkup",
     "expose_factors": "adapters.attach",
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from .demo import quickstart
     from .errors import LordError, UsageError
     from .plans import LayerChoice, Plan
+    from .reporting.verb import report
 
 __all__ = [
     "LayerChoice",
@@ -77,6 +79,7 @@ __all__ = [
     "merge",
     "plan",
     "quickstart",
+    "report",
     "train",
     "unmerge",
 ]

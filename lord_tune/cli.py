@@ -56,7 +56,8 @@ app = typer.Typer(
     rich_markup_mode=_RICH,
 )
 _MANY = ("--calibration", "--text", "--mix")
-_POSITIONAL = ("quantized", "original", "model", "out")
+_POSITIONAL = ("quantized", "original", "model", "runs", "out")
+_ONE_FILE = ("quickstart", "report")  # their `out` is an option, with a default
 _OUTPUT_KEYS = set(DecomposeConfig.model_fields) - set(MethodConfig.model_fields)
 
 
@@ -119,7 +120,7 @@ def _add(verb: str, record: type[RunConfig], summary: str, call: Callable[[dict[
     """
     fields = record.model_fields
     open_ended = record.model_config["extra"] == "allow"  # train: trl's names, with underscores
-    positional = [name for name in _POSITIONAL if name in fields and verb != "quickstart"]
+    positional = [name for name in _POSITIONAL if name in fields and not (name == "out" and verb in _ONE_FILE)]
     groups = record.grouped()
     ordered = dict.fromkeys([*positional, *groups, *fields, "config"])
     text = "YAML file with any of these keys; the command line wins"
@@ -195,6 +196,7 @@ _SUMMARIES = {
     "correct": "Fit L R to what a quantized checkpoint left out.",
     "chat": "Talk to a checkpoint.",
     "inspect": "Per-layer table of a factored checkpoint.",
+    "report": "One page about one or several results: tables and figures.",
     "doctor": "Versions, devices, threads, and what is missing.",
 }
 EXAMPLES = {
@@ -225,6 +227,10 @@ EXAMPLES = {
     ],
     "chat": ["lord-tune chat runs/sft", "lord-tune chat runs/sft --prompt 'Reverse a list in Python.' --temperature 0"],
     "inspect": ["lord-tune inspect runs/nf4", "lord-tune inspect runs/nf4 --json layers.json"],
+    "report": [
+        "lord-tune report runs/nf4 --out nf4.html",
+        "lord-tune report dense.json runs/lord runs/nf4 runs/sft --out report.html",
+    ],
     "doctor": ["lord-tune doctor", "lord-tune doctor --json report.json"],
 }
 for _name, _record in RECORDS.items():

@@ -29,7 +29,7 @@ STAIRS = [
     ["config"],
     ["signatures", "keywords"],
     ["provenance", "resolve", "checkup"],
-    ["planning", "correction", "merges", "chatting"],
+    ["planning", "correction", "merges", "chatting", "reporting"],
     ["sweep_plot", "tables"],
     ["plan_tables"],
     ["decomposing"],
