@@ -57,7 +57,6 @@ app = typer.Typer(
 )
 _MANY = ("--calibration", "--text", "--mix")
 _POSITIONAL = ("quantized", "original", "model", "runs", "out")
-_ONE_FILE = ("quickstart", "report")  # their `out` is an option, with a default
 _OUTPUT_KEYS = set(DecomposeConfig.model_fields) - set(MethodConfig.model_fields)
 
 
@@ -120,7 +119,7 @@ def _add(verb: str, record: type[RunConfig], summary: str, call: Callable[[dict[
     """
     fields = record.model_fields
     open_ended = record.model_config["extra"] == "allow"  # train: trl's names, with underscores
-    positional = [name for name in _POSITIONAL if name in fields and not (name == "out" and verb in _ONE_FILE)]
+    positional = [name for name in _POSITIONAL if name in record.positional]
     groups = record.grouped()
     ordered = dict.fromkeys([*positional, *groups, *fields, "config"])
     text = "YAML file with any of these keys; the command line wins"

@@ -3,6 +3,7 @@ other. What there are no numbers for is no figure."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,7 @@ _CELL = (15.0, 21.0)  # of a map
 class Figure:
     svg: str
     caption: str
+    note: str = ""  # below it, small
     wide: bool = False  # keeps its size, in a box that scrolls
 
 
@@ -58,7 +60,7 @@ def spectra(run: Run, key: str, colour: int) -> list[Figure]:
         svg = themed(
             f"{key}-{number}", _PANEL, f"Spectrum of {kind}", text, partial(_spectrum, layers=shown, colour=colour)
         )
-        found.append(Figure(svg, f"{kind} ({blocks}); dots: the chosen rank, {span(chosen)}"))
+        found.append(Figure(svg, kind, f"{blocks}; chosen rank {span(chosen)}"))
     return found
 
 
@@ -93,7 +95,7 @@ def _spectrum(axes: Axes, layers: Sequence[Layer], colour: int) -> None:
     axes.set_ylim(bottom=0)
     _ticks(axes.yaxis)
     axes.set_xlabel("rank")
-    axes.set_title("relative error")
+    axes.set_ylabel("relative error")
 
 
 # ---- errors over depth ---------------------------------------------------------------------------------------------
@@ -142,19 +144,22 @@ def _over_blocks(layers: Sequence[Layer]) -> dict[int, tuple[float | None, float
 
 def _errors(axes: Axes, lines: Sequence[tuple[int, dict[int, tuple[float | None, float | None]]]]) -> None:
     for colour, values in lines:
-        blocks = list(values)
+        blocks = range(min(values), max(values) + 1)
         few: dict[str, Any] = {"marker": "o", "markersize": 2.6} if len(blocks) <= _FEW else {}
-        calibrated: Any = [values[block][0] for block in blocks]
+        # a block that was left dense is a gap
+        calibrated, heldout = ([_or_gap(values.get(block, (None, None))[i]) for block in blocks] for i in (0, 1))
         axes.plot(blocks, calibrated, color=SERIES[colour], linewidth=1.3, **few)
-        other = [block for block in blocks if values[block][1] is not None]
-        if other:
-            heldout: Any = [values[block][1] for block in other]
-            axes.plot(other, heldout, color=SERIES[colour], linewidth=1.1, linestyle=(0, (3, 2)))
+        hollow = few | ({"markerfacecolor": "none", "markeredgewidth": 0.7} if few else {})
+        axes.plot(blocks, heldout, color=SERIES[colour], linewidth=1.1, linestyle=(0, (3, 2)), **hollow)
     axes.set_ylim(bottom=0)
     _ticks(axes.yaxis)
     _ticks(axes.xaxis, integers=True, count=7)
     axes.set_xlabel("block")
-    axes.set_title("relative error")
+    axes.set_ylabel("relative error")
+
+
+def _or_gap(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 # ---- maps ----------------------------------------------------------------------------------------------------------
@@ -177,15 +182,16 @@ def maps(run: Run, key: str) -> list[Figure]:
         size = (max(356.0, width), 52 + _CELL[1] * len(kinds))
         dense = any(value is None for value in cells.values())
         rest = "; empty cells: left dense" if dense and name == "rank" else ""
-        caption = f"{what} over depth, from {least} (faint) to {most} (strong){rest}"
+        note = f"from {least} (faint) to {most} (strong){rest}"
+        caption = f"{what} over depth"
         svg = themed(
             f"{key}-{name}",
             size,
             f"{what} over depth of {run.label}",
-            f"{caption}. Rows: {', '.join(kinds)}; columns: blocks {blocks[0]} to {blocks[-1]}.",
+            f"{caption}, {note}. Rows: {', '.join(kinds)}; columns: blocks {blocks[0]} to {blocks[-1]}.",
             partial(_map, cells=cells, kinds=kinds, blocks=blocks),
         )
-        found.append(Figure(svg, caption, wide=True))
+        found.append(Figure(svg, caption, note, wide=True))
     return found
 
 
@@ -257,7 +263,7 @@ def curves(runs: Sequence[Run], colours: Mapping[str, int]) -> list[Figure]:
             partial(_curves, lines=lines),
         )
         noisy = any(len(steps) > _NOISY for _, steps, _ in lines)
-        found.append(Figure(svg, what + (", with its running mean" if noisy else "")))
+        found.append(Figure(svg, what, "faint: every logged step; strong: running mean" if noisy else ""))
     return found
 
 
@@ -286,7 +292,7 @@ def parts(runs: Sequence[Run], order: Sequence[str]) -> Figure | None:
     svg = themed(
         "parts", size, "Bytes by part", "The numbers are in the table.", partial(_parts, runs=own, kinds=kinds)
     )
-    return Figure(svg, "Bytes by part, in the order of the table from left to right")
+    return Figure(svg, "Bytes by part", "in the order of the table, from left to right")
 
 
 def _parts(axes: Axes, runs: Sequence[Run], kinds: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from .measured import Value
+from ..evaluation.records import Value
 
 NONE = "–"
 THIN = "\u202f"  # narrow no-break space, between a number and its unit
@@ -50,6 +50,11 @@ def significant(value: float | None, digits: int = 3) -> str:
         places = max(0, digits - 1 - (math.floor(math.log10(abs(value))) if value else 0))
         return f"{value:,.{places}f}".replace("-", "−")
     return f"{value:.{digits - 1}e}".replace("-", "−")
+
+
+def places(value: float | None, digits: int) -> str:
+    """With so many digits after the point, so that a column is aligned."""
+    return NONE if value is None else f"{value:,.{digits}f}".replace("-", "−")
 
 
 def option(value: object) -> str:

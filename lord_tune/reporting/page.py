@@ -12,6 +12,7 @@ from .. import __version__
 from . import figures, tables
 from .numbers import NONE
 from .parts import PARTS
+from .results import ORIGINAL, results
 from .runs import DECOMPOSED, TRAINED, Layer, Run
 
 GENERATOR = "lord_tune report"  # by which a page is known again
@@ -81,7 +82,7 @@ def _shown(runs: Sequence[Run], columns: Sequence[Column], colours: dict[str, in
     found = [(verb, tables.options(runs, verb)) for verb in verbs if verb is not None]
     errors = figures.errors(runs, colours)
     return {
-        "results": _with_rows(tables.results(runs)),
+        "results": _with_rows(results(runs)),
         "options": [(verb, content) for verb, content in found if content is not None],
         "parts": tables.parts(runs),
         "parts_figure": figures.parts(runs, PARTS),
@@ -145,8 +146,12 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 
 def _samples(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, str]]]]:
     """prompt -> the answers of the runs that were asked it."""
-    prompts = dict.fromkeys(prompt for run in runs for prompt in run.samples)
-    return [(p, [(run.label, run.samples[p]) for run in runs if p in run.samples]) for p in prompts]
+    found = []
+    for prompt in dict.fromkeys(prompt for run in runs for prompt in run.samples):
+        before = dict.fromkeys(run.samples_before[prompt] for run in runs if prompt in run.samples_before)
+        answers = [(ORIGINAL, answer) for answer in before]
+        found.append((prompt, answers + [(run.label, run.samples[prompt]) for run in runs if prompt in run.samples]))
+    return found
 
 
 def _missing(runs: Sequence[Run], shown: dict[str, Any]) -> list[str]:
@@ -175,7 +180,7 @@ def _missing(runs: Sequence[Run], shown: dict[str, Any]) -> list[str]:
         why = "fewer than two losses were logged" if trained else "no training run is among the results"
         found.append(f"Loss curves: {why}.")
     if not shown["samples"]:
-        found.append("Samples: no JSON file of chat lies in the folders.")
+        found.append("Samples: no JSON file of chat, and none of evaluate with samples, lies in the folders.")
     if any(run.stage == DECOMPOSED and not run.parts for run in runs):
         found.append("Bytes by part: there are no files of tensors in the folder.")
     return found

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..evaluation.records import Measured, is_measured, measured_in, measured_of, samples_in
 from ..factorizations import Curve
 from ..integrations.files import RUN_FILE
 from ..storage import read_json
-from .measured import Measured, is_measured, measured_in, measured_of, samples_in
 from .parts import bytes_by_part
 from .trained import base_of, repeated_command
 
@@ -64,6 +64,7 @@ class Run:
     comparison: Mapping[str, Any] = field(default_factory=dict)  # of an export with its source
     measured: Measured | None = None
     samples: Mapping[str, str] = field(default_factory=dict)  # prompt -> answer
+    samples_before: Mapping[str, str] = field(default_factory=dict)  # of the original
     origin: Path | None = None  # the checkpoint that an adapter was trained on
     notes: tuple[str, ...] = ()  # what is left out, and why
 
@@ -106,7 +107,7 @@ def _measurement(path: Path) -> Run:
 def _decomposition(path: Path) -> Run:
     record = _record(path / _DECOMPOSITION, "layers", "config", "totals")
     layers = layers_of(record["layers"])
-    found = measured_in(path)
+    found, (samples, before) = measured_in(path), samples_in(path)
     quantized = "quantized" in record  # by `correct`
     return Run(
         path,
@@ -124,7 +125,8 @@ def _decomposition(path: Path) -> Run:
         chosen="corrected" if quantized else record.get("refined"),
         parts=bytes_by_part(path, {layer.name: layer.rank is not None for layer in layers}),
         measured=found.measured,
-        samples=samples_in(path),
+        samples=samples,
+        samples_before=before,
         notes=found.notes,
     )
 
@@ -134,7 +136,7 @@ def _training(path: Path) -> Run:
     results = _record(path / _RESULTS) if (path / _RESULTS).is_file() else {}
     notes = [] if results else ["The training run has not finished, so it has no losses and no adapter of its own yet."]
     origin, said = base_of(path, config)
-    found = measured_in(path)
+    found, (samples, before) = measured_in(path), samples_in(path)
     adapter = path / "adapter_model.safetensors"
     base = read_run(str(origin)) if origin is not None else None
     return Run(
@@ -148,7 +150,8 @@ def _training(path: Path) -> Run:
         totals={"adapter_bytes": adapter.stat().st_size} if adapter.is_file() else {},
         training=results,
         measured=found.measured,
-        samples=samples_in(path),
+        samples=samples,
+        samples_before=before,
         origin=origin,
         notes=(*notes, *said, *found.notes),
     )
@@ -160,7 +163,7 @@ def _export(path: Path) -> Run:
     if (path / "config.json").is_file():
         manifest = _record(path / "config.json").get("quantization_config") or {}
     layers = layers_of(manifest["layers"]) if manifest.get("quant_method") == "lord" else ()
-    found = measured_in(path)
+    found, (samples, before) = measured_in(path), samples_in(path)
     return Run(
         path,
         path.resolve().name,
@@ -174,7 +177,8 @@ def _export(path: Path) -> Run:
         parts=bytes_by_part(path, {layer.name: True for layer in layers}),
         comparison=record["comparison"],
         measured=found.measured,
-        samples=samples_in(path),
+        samples=samples,
+        samples_before=before,
         notes=found.notes,
     )
 

@@ -12,16 +12,15 @@ from ..errors import UsageError
 from ..storage import read_json
 
 _LARGEST = 16 << 20  # bytes of a file that may be such a record
-# what counts rows or says how something was measured, and is no score
-_NO_SCORES = ("alias", "samples", "n", "count", "rows", "tokens", "seconds", "limit", "seed", "fewshot", "chance")
 
 
 @dataclass(frozen=True)
 class Value:
-    """A number and, where it was measured, its standard error."""
+    """A number and, where they were measured, its standard error or its interval."""
 
     value: float
     error: float | None = None
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,8 @@ class Measured:
 
     perplexity: Mapping[str, Value] = field(default_factory=dict)  # by text
     kl: Mapping[str, Value] = field(default_factory=dict)  # to the original, nats per token, by text
+    agreement: Mapping[str, Value] = field(default_factory=dict)  # tokens with the original's likeliest one, by text
+    original: Mapping[str, Value] = field(default_factory=dict)  # the original's perplexity, by text
     scores: Mapping[str, Value] = field(default_factory=dict)  # by task and metric
     sizes: Mapping[str, float] = field(default_factory=dict)  # parameters, model_bytes, linear_bits_per_weight
     speed: Mapping[str, float] = field(default_factory=dict)  # tokens_per_second, peak_memory_bytes, context_length
@@ -38,7 +39,7 @@ class Measured:
 
     def merged(self, later: Measured) -> Measured:
         """Both; what both have is the later one's."""
-        names = ("perplexity", "kl", "scores", "sizes", "speed", "tokens")
+        names = ("perplexity", "kl", "agreement", "original", "scores", "sizes", "speed", "tokens")
         both = {name: {**getattr(self, name), **getattr(later, name)} for name in names}
         return replace(self, **both, model=later.model or self.model)
 
@@ -54,28 +55,26 @@ def is_measured(content: object) -> bool:
     if not isinstance(content, dict):
         return False
     texts = content.get("texts")
-    measured = isinstance(texts, dict) and all(isinstance(entry, dict) for entry in texts.values())
-    return (measured and "perplexity" in content) or any(isinstance(content.get(k), dict) for k in ("tasks", "results"))
+    if isinstance(texts, dict) and all(isinstance(entry, dict) for entry in texts.values()):
+        return "perplexity" in content or "model_bytes" in content
+    return isinstance(content.get("results"), dict) and "n-shot" in content
 
 
 def measured_of(content: Mapping[str, Any]) -> Measured:
     texts = content.get("texts")
     texts = {name: entry for name, entry in texts.items() if isinstance(entry, dict)} if isinstance(texts, dict) else {}
-    perplexity, kl = {}, {}
-    for name, entry in texts.items():
-        found = _value(entry, "perplexity")
-        loss = _value(entry, "loss")
-        if found is not None and found.error is None and loss is not None and loss.error is not None:
-            found = Value(found.value, found.value * loss.error)  # d exp(loss) = exp(loss) d loss
-        if found is not None:
-            perplexity[name] = found
-        if (divergence := _value(entry, "kl")) is not None:
-            kl[name] = divergence
+    perplexity = {name: value for name, entry in texts.items() if (value := _perplexity(entry))}
+    beside = {name: entry["original"] for name, entry in texts.items() if isinstance(entry.get("original"), dict)}
+    kl = {name: value for name, entry in beside.items() if (value := _value(entry, "kl"))}
+    agreement = {name: value for name, entry in beside.items() if (value := _value(entry, "top1_agreement"))}
+    original = {name: value for name, entry in beside.items() if (value := _value(entry, "perplexity"))}
     numbers = {key: value for key, value in content.items() if _is_number(value)}
     model = content.get("model")
     return Measured(
         perplexity,
         kl,
+        agreement,
+        original,
         _scores(content),
         {key: numbers[key] for key in ("parameters", "model_bytes", "linear_bits_per_weight") if key in numbers},
         {key: numbers[key] for key in ("tokens_per_second", "peak_rss_bytes", "peak_memory_bytes") if key in numbers},
@@ -84,27 +83,35 @@ def measured_of(content: Mapping[str, Any]) -> Measured:
     )
 
 
+def _perplexity(entry: Mapping[str, Any]) -> Value | None:
+    found, loss = _value(entry, "perplexity"), _value(entry, "loss")
+    if found is not None and found.error is None and loss is not None and loss.error is not None:
+        return Value(found.value, found.value * loss.error)  # d exp(loss) = exp(loss) d loss
+    return found
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-_ERRORS = ("{}_standard_error", "{}_stderr", "{}_se")
+_ERRORS = ("{}_standard_error", "{}_stderr")
+_INTERVAL = "{}_interval"
 
 
 def _value(entry: Mapping[str, Any], key: str) -> Value | None:
-    """The number under `key`, with its standard error under any of the usual names; or {value, standard_error}."""
+    """The number under `key`, with its standard error or its interval beside it."""
     value = entry.get(key)
-    if isinstance(value, Mapping):
-        inner = next((k for k in ("value", "mean", key) if _is_number(value.get(k))), None)
-        if inner is None:
-            return None
-        error = next((value[k] for k in ("standard_error", "stderr", "se") if _is_number(value.get(k))), None)
-        return Value(float(value[inner]), error)
     if not _is_number(value):
         return None
     assert isinstance(value, int | float)
     error = next((entry[p.format(key)] for p in _ERRORS if _is_number(entry.get(p.format(key)))), None)
-    return Value(float(value), error)
+    ends = entry.get(_INTERVAL.format(key))
+    held = isinstance(ends, list) and len(ends) == 2 and all(map(_is_number, ends))
+    return Value(float(value), error, (float(ends[0]), float(ends[1])) if held and isinstance(ends, list) else None)
+
+
+# metrics of lm_eval that come without a standard error where it computes none
+_METRICS = ("acc", "acc_norm", "exact_match", "f1", "bleu", "perplexity", "word_perplexity", "byte_perplexity", "mc2")
 
 
 def _scores(content: Mapping[str, Any]) -> dict[str, Value]:
@@ -113,24 +120,16 @@ def _scores(content: Mapping[str, Any]) -> dict[str, Value]:
     for block in ("tasks", "results"):
         tasks = content.get(block)
         for task, entry in tasks.items() if isinstance(tasks, dict) else ():
-            if _is_number(entry):
-                found[task] = Value(float(entry))
-            if not isinstance(entry, dict):
-                continue
-            entry = {key.removesuffix(",none"): value for key, value in entry.items() if isinstance(key, str)}
-            single = next((entry[k] for k in ("standard_error", "stderr") if _is_number(entry.get(k))), None)
-            keys = [key for key in entry if _is_score(key)]
-            for key in keys:
-                score = _value(entry, key)
-                if score is not None:
-                    error = single if score.error is None and len(keys) == 1 else score.error
-                    found[f"{task}, {key.replace('_', ' ')}"] = Value(score.value, error)
+            if isinstance(entry, dict):
+                entry = {str(key).removesuffix(",none"): value for key, value in entry.items()}
+                scores = {key: _value(entry, key) for key in entry if _is_score(key, entry)}
+                found |= {f"{task}, {key}": score for key, score in scores.items() if score is not None}
     return found
 
 
-def _is_score(key: str) -> bool:
-    words = key.split("_")
-    return not (set(words) & set(_NO_SCORES) or {"stderr", "error", "se", "version"} & set(words))
+def _is_score(key: str, entry: Mapping[str, Any]) -> bool:
+    beside = [pattern.format(key) in entry for pattern in (*_ERRORS, _INTERVAL)]
+    return any(beside) or key in _METRICS or key.startswith("pass@") and not key.endswith("_interval")
 
 
 def _records(folder: Path) -> list[tuple[Path, Any]]:
@@ -148,28 +147,42 @@ def _records(folder: Path) -> list[tuple[Path, Any]]:
 def measured_in(folder: Path) -> Found:
     """All that was measured of a result and written into its folder; of two numbers for one thing the newer."""
     found: list[tuple[str, Measured]] = []
+    notes: list[str] = []
     for path, content in _records(folder):
         if is_measured(content):
-            found.append((path.name, measured_of(content)))
+            measured = measured_of(content)
+            if _of_another(measured.model, folder):
+                notes.append(f"{path.name} is a measurement of {measured.model}, not of this folder; it is left out.")
+            else:
+                found.append((path.name, measured))
     if not found:
-        return Found(None)
-    whole, notes = found[0][1], []
+        return Found(None, tuple(notes))
+    whole = found[0][1]
     for name, later in found[1:]:
         twice = [*(whole.perplexity.keys() & later.perplexity.keys()), *(whole.scores.keys() & later.scores.keys())]
         if twice:
-            notes.append(
-                f"{', '.join(sorted(twice))} was measured more than once; the newest record, {name}, is shown."
-            )
+            notes.append(f"{', '.join(sorted(twice))}: measured more than once; the newest record, {name}, is shown.")
         whole = whole.merged(later)
     return Found(whole, tuple(notes))
 
 
-def samples_in(folder: Path) -> dict[str, str]:
-    """prompt -> answer, of what `chat` wrote into the folder."""
-    found: dict[str, str] = {}
+def _of_another(model: str | None, folder: Path) -> bool:
+    """Whether a record names a model that is there and is another one; a folder may have been moved since."""
+    return model is not None and Path(model).exists() and Path(model).resolve() != folder.resolve()
+
+
+def samples_in(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """(prompt -> the answer of the model, prompt -> that of its original), of `chat` and `evaluate`."""
+    own: dict[str, str] = {}
+    original: dict[str, str] = {}
     for _, content in _records(folder):
-        rows = content if isinstance(content, list) else []
-        for row in rows:
-            if isinstance(row, dict) and isinstance(row.get("prompt"), str) and isinstance(row.get("answer"), str):
-                found[row["prompt"]] = row["answer"]
-    return found
+        measured = is_measured(content)
+        rows = content.get("samples") if measured else content
+        for row in rows if isinstance(rows, list) else ():
+            if isinstance(row, dict) and isinstance(prompt := row.get("prompt"), str):
+                answer, before = row.get("model" if measured else "answer"), row.get("original")
+                if isinstance(answer, str):
+                    own[prompt] = answer
+                    if measured and isinstance(before, str):
+                        original[prompt] = before
+    return own, original
