@@ -16,6 +16,7 @@ from ..errors import UsageError
 from ..evaluation.records import Measured, is_measured, measured_in, measured_of, samples_in
 from ..factorizations import Curve
 from ..integrations.files import RUN_FILE
+from ..layers import place_of
 from ..storage import read_json
 from .parts import bytes_by_part
 from .trained import base_of, repeated_command
@@ -185,10 +186,10 @@ def _export(path: Path) -> Run:
 
 def layers_of(entries: Mapping[str, Mapping[str, Any]]) -> tuple[Layer, ...]:
     """From decomposition.json, or from a manifest, which knows no errors and lists no dense layers."""
-    several = len({_place(name)[0] for name in entries if _place(name)[1] is not None}) > 1
+    several = len({place_of(name)[0] for name in entries if place_of(name)[1] is not None}) > 1
     found = []
     for name, entry in entries.items():
-        before, block, kind = _place(name)
+        before, block, kind = place_of(name)
         rank = entry.get("rank")
         found.append(
             Layer(
@@ -206,16 +207,6 @@ def layers_of(entries: Mapping[str, Mapping[str, Any]]) -> tuple[Layer, ...]:
             )
         )
     return tuple(found)
-
-
-def _place(name: str) -> tuple[str, int | None, str]:
-    """model.layers.3.mlp.experts.7.up -> (model.layers, 3, mlp.experts.*.up)"""
-    parts = name.split(".")
-    first = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    if first is None or first == len(parts) - 1:
-        return "", None, name
-    kind = ".".join("*" if part.isdigit() else part for part in parts[first + 1 :])
-    return ".".join(parts[:first]), int(parts[first]), kind
 
 
 def number(value: object) -> float | None:
