@@ -68,6 +68,7 @@ def base_of(identity: Mapping[str, Any], source: str, folder: Path) -> Base:
 
 def stated_by(source: str) -> dict[str, Any]:
     """Licence and language as the card of a folder, or of a model in the Hub's cache, states them."""
+    import yaml
     from huggingface_hub import metadata_load, try_to_load_from_cache
 
     path: object = Path(source) / "README.md"
@@ -75,7 +76,7 @@ def stated_by(source: str) -> dict[str, Any]:
         path = try_to_load_from_cache(source, "README.md") if HUB_ID.fullmatch(source) else None
     try:
         found = metadata_load(Path(path)) if isinstance(path, str | Path) and Path(path).is_file() else None
-    except (OSError, ValueError, UnicodeDecodeError):  # YAML that cannot be read states nothing
+    except (OSError, ValueError, yaml.YAMLError):  # YAML that cannot be read states nothing
         found = None
     keys = ("license", "license_name", "license_link", "language")
     known = {key: (found or {}).get(key) for key in keys}

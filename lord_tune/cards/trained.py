@@ -51,9 +51,9 @@ def training_card(
             _figures(metrics, folder),
             section(None),
             "## How to load it\n",
-            "With lord_tune (`pip install -e .` in its source folder), the checkpoint in its place or beside this folder:\n",
+            "With lord_tune (`pip install -e .` in its source folder), the checkpoint in its place:\n",
             code("python", _LOAD),
-            "For other programs, and to train on from here, export it: `dense` for any loader, `factored` to train on.\n",
+            "For other programs, export it: `dense` for any loader, `factored` to train on.\n",
             code(
                 "bash",
                 f"lord-tune export {PLACE} OUT --format {'factored' if config['mode'] == 'basis' else 'dense'}"
