@@ -53,14 +53,15 @@ def spectra(run: Run, key: str, colour: int) -> list[Figure]:
         if not own:
             continue
         shown = _evenly(own, _BLOCKS)
-        named = [str(layer.block) for layer in shown if layer.block is not None]
-        blocks = f"blocks {', '.join(named)}" if len(named) > 1 else "its layers"
+        named = [layer.block for layer in shown if layer.block is not None]
+        blocks = f"{len(shown)} of {len(own)} layers" if len(shown) < len(own) else f"{len(own)} layers"
+        blocks += f", blocks {min(named)}–{max(named)}" if len(set(named)) > 1 else ""
         chosen = [layer.rank for layer in own if layer.rank is not None]
         text = f"{kind}: relative error at each rank, for {blocks}; chosen rank {span(chosen)}"
         svg = themed(
             f"{key}-{number}", _PANEL, f"Spectrum of {kind}", text, partial(_spectrum, layers=shown, colour=colour)
         )
-        found.append(Figure(svg, kind, f"{blocks}; chosen rank {span(chosen)}"))
+        found.append(Figure(svg, kind, f"{blocks}; rank {span(chosen)}"))
     return found
 
 
