@@ -26,7 +26,7 @@ def help_of(verb: str, capfd) -> str:
 @pytest.mark.parametrize("verb", RECORDS)
 def test_every_option_and_two_examples_are_shown(verb, capfd):
     shown = help_of(verb, capfd)
-    words = set(shown.split())
+    words = set(shown.replace("...", "").split())  # of an argument that takes several
     for name, field in RECORDS[verb].model_fields.items():
         flag = "--" + (field.alias or name)
         assert {name, flag, flag.replace("_", "-")} & words, name

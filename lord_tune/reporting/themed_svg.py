@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 INK, MUTED, GRID, FILL = "#00000a", "#00000b", "#00000c", "#00000d"
 SERIES = tuple(f"#0000{index:02x}" for index in range(0x10, 0x18))  # a colour per run
-_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", FILL: "--fill"} | {
-    colour: f"--series-{index}" for index, colour in enumerate(SERIES)
+_VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", FILL: "fill"} | {
+    colour: f"series-{index}" for index, colour in enumerate(SERIES)
 }
 _TEXT = 10.5  # size of letters, in units of the drawing
 _RULES: dict[Any, Any] = {
@@ -73,7 +73,7 @@ def _adapted(text: str, key: str, size: tuple[float, float], title: str, descrip
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
     for colour, variable in _VARIABLES.items():
-        text = text.replace(colour, f"var({variable})")
+        text = text.replace(colour, f"var(--{variable})")
     text = re.sub(r"font-family: [^;\"]*;?", "", text)
     text = re.sub(r"(font: [^;\"]*?px) [^;\"]*", lambda found: found[1] + " sans-serif", text)
     text = re.sub(r"font: ([\d.]+px) sans-serif", r"font-size: \1", text)
