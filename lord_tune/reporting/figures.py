@@ -54,7 +54,13 @@ def spectra(run: Run, key: str, colour: int) -> list[Figure]:
             continue
         shown = _evenly(own, _BLOCKS)
         named = [layer.block for layer in shown if layer.block is not None]
-        blocks = f"{len(shown)} of {len(own)} layers" if len(shown) < len(own) else f"{len(own)} layers"
+        blocks = (
+            f"{len(shown)} of {len(own)} layers"
+            if len(shown) < len(own)
+            else "1 layer"
+            if len(own) == 1
+            else f"{len(own)} layers"
+        )
         blocks += f", blocks {min(named)}–{max(named)}" if len(set(named)) > 1 else ""
         chosen = [layer.rank for layer in own if layer.rank is not None]
         text = f"{kind}: relative error at each rank, for {blocks}; chosen rank {span(chosen)}"

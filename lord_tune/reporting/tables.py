@@ -143,7 +143,8 @@ def span(numbers: Sequence[int]) -> str:
 def done(run: Run) -> str:
     """What was done, as a sentence."""
     if run.stage == MEASURED:
-        return "A measurement by evaluate, of a model that this record does not describe further."
+        model = run.base.get("name")
+        return f"A measurement of {model} by evaluate." if model else "A measurement by evaluate, which names no model."
     if run.stage == TRAINED:
         return _trained(run)
     if run.stage == EXPORTED:
