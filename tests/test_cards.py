@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -87,7 +88,7 @@ def test_every_command_is_valid(artefacts, name, monkeypatch):
         with pytest.raises(SystemExit) as stop:
             main(words[1:])
         assert stop.value.code == 0, words
-    assert len(built) == len(commands) >= (1 if name in ("dense",) else 2)
+    assert len(built) == len(commands) >= (1 if name in ("dense", "peft", "vllm") else 2)
 
 
 def test_the_card_of_a_decomposition_has_its_facts(artefacts):
@@ -101,6 +102,28 @@ def test_the_card_of_a_decomposition_has_its_facts(artefacts):
     assert re.search(rf"\| `mlp.down_proj` \| 3 of 3 \| 4 \| nf4 \|.*\| {mean:.4f} \|", text)
     assert "--format peft" in text and "--format vllm" not in text and "--format gguf" not in text
     assert "--format vllm" in (artefacts / "lord" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "options, mode",
+    [({"rank": 4}, None), ({"rank": 4, "factor_format": "lloyd4"}, "lora"), ({"rank": 0}, "none")]
+    + [({"rank": 4, "factor_format": "lloyd4", "top_rank": 2}, "split")],
+)
+def test_the_card_names_the_mode_that_trains_it(llama_dir, rows_file, tmp_path, options, mode):
+    out = tmp_path / "out"
+    lord_tune.decompose(str(llama_dir), str(out), method="svd", backbone="nf4", **options)
+    text = (out / "README.md").read_text().split("## How to train on")[1].split("##")[0]
+    if mode == "none":
+        assert "There is no L R to train" in text and "lord-tune train" not in text
+        return
+    (command,) = [shlex.split(line) for line in text.splitlines() if line.startswith("lord-tune train")]
+    assert (command[command.index("--mode") + 1] if "--mode" in command else None) == mode
+    model, _ = lord_tune.load(str(out))
+    if mode != "lora":
+        with pytest.raises(lord_tune.LordError) if mode == "split" else nullcontext():
+            lord_tune.expose_factors(model)
+    else:
+        assert lord_tune.add_lora(model) is not None
 
 
 def test_a_licence_is_never_guessed(llama_dir, tmp_path):

@@ -112,6 +112,25 @@ def task_of(folder: Path) -> str | None:
     return next((task for name in names for end, task in _TASKS.items() if str(name).endswith(end)), None)
 
 
+_FLOATS = ("fp32", "fp16", "bf16")
+
+
+def training_of(folder: Path, place: str = PLACE) -> str:
+    """How a factored checkpoint is trained on, in the mode that its stored factors take."""
+    found = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    entries = ((found.get("quantization_config") or {}).get("layers") or {}).values()
+    layers = [entry for entry in entries if entry.get("rank")]
+    if not layers:
+        return "There is no L R to train: decompose with `--rank 16` for that.\n"
+    told, mode = "L and R are trained; Q, where there is one, stays as it is.", ""
+    if all(entry.get("top_rank") and entry.get("top_format") in _FLOATS for entry in layers):
+        told, mode = "The components that are stored apart are trained; all else stays as it is.", " --mode split"
+    elif any(entry.get("top_rank") or entry.get("left_format") not in _FLOATS for entry in layers):
+        told, mode = "L and R are packed, so LoRA on them is trained.", " --mode lora"
+    command = f"lord-tune train --model_name_or_path {place}{mode} --dataset_name ROWS.jsonl --output_dir OUT"
+    return f"{told} Any option of trl works.\n\n" + code("bash", command)
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """In Markdown; the first column to the left, the others to the right."""
     lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]

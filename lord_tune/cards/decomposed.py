@@ -17,6 +17,7 @@ from .base import (
     layers_table,
     sizes_table,
     task_of,
+    training_of,
     written,
 )
 from .scores import section
@@ -52,8 +53,7 @@ def decomposition_card(report: Mapping[str, Any], source: str, folder: Path) -> 
             _loading(backbones),
             *([_adapter(report)] if "quantized" in report else []),
             "## How to train on\n",
-            "L and R are trained; Q stays as it is. Any option of trl works.\n",
-            code("bash", f"lord-tune train --model_name_or_path {PLACE} --dataset_name ROWS.jsonl --output_dir OUT"),
+            training_of(folder),
             "## How it was made\n",
             code("bash", report["command"]),
             f"{_calibrated(report['calibration'])}Errors of every layer: `decomposition.json`. Configuration:\n",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..console import human_bytes
-from .base import PLACE, base_of, code, layers_table, lineage_of, table, task_of, written
+from .base import PLACE, base_of, code, layers_table, lineage_of, table, task_of, training_of, written
 from .scores import section
 
 _LOADING = {
@@ -78,7 +78,7 @@ def export_card(
             "## How to load it\n",
             code("bash" if form == "gguf" else "python", loading),
             "## How to train on\n",
-            _training(form, named),
+            _training(form, named, folder),
             "## How it was made\n",
             f"Exported from `{named}` by lord_tune {result['versions']['lord_tune']}.\n",
             code("bash", result["command"]),
@@ -119,12 +119,9 @@ def _decomposed(lineage: Mapping[str, Any], form: str) -> list[str]:
     return ["## Layers\n", f"{what}\n", layers_table(lineage["layers"])]
 
 
-def _training(form: str, source: str) -> str:
+def _training(form: str, source: str, folder: Path) -> str:
     if form == "dense":
         return "As the original is trained: it is an ordinary checkpoint.\n"
-    folder = PLACE if form == "factored" else source
-    known = (
-        "" if form == "factored" else f"Train `{source}`, from which this was made, and export the result again.\n\n"
-    )
-    command = f"lord-tune train --model_name_or_path {folder} --dataset_name ROWS.jsonl --output_dir OUT"
-    return known + code("bash", command)
+    if form == "factored":
+        return training_of(folder)
+    return f"Train `{source}`, from which this was made, on, or again, and export the result.\n"

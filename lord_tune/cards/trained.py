@@ -53,18 +53,10 @@ def training_card(
             "## How to load it\n",
             "With lord_tune (`pip install -e .` in its source folder), the checkpoint in its place:\n",
             code("python", _LOAD),
-            "For other programs, export it: `dense` for any loader, `factored` to train on.\n",
-            code(
-                "bash",
-                f"lord-tune export {PLACE} OUT --format {'factored' if config['mode'] == 'basis' else 'dense'}"
-                + ("" if config["mode"] == "basis" else f"\nlord-tune export {PLACE} TRAINED --format factored"),
-            ),
+            *([] if config["mode"] == "basis" else ["Any loader takes what this writes:\n", _export("OUT", "dense")]),
             "## How to train on\n",
-            code(
-                "bash",
-                f"lord-tune export {PLACE} TRAINED --format factored\n"
-                "lord-tune train --model_name_or_path TRAINED --dataset_name ROWS.jsonl --output_dir OUT",
-            ),
+            "Fold it into the checkpoint, and train that, as its own card says:\n",
+            _export("TRAINED", "factored"),
             "## How it was made\n",
             code("bash", command),
             "Configuration:\n",
@@ -81,6 +73,10 @@ def training_card(
         datasets=[data] if not Path(data).exists() and HUB_ID.fullmatch(data) else None,
         pipeline_tag=task_of(Path(source)) if Path(source).is_dir() else None,
     )
+
+
+def _export(out: str, form: str) -> str:
+    return code("bash", f"lord-tune export {PLACE} {out} --format {form}")
 
 
 def _identity(config: Mapping[str, Any]) -> str:

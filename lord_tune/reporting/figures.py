@@ -39,7 +39,15 @@ def _ticks(axis: Axis, integers: bool = False, count: int = 5) -> None:
 
     axis.set_major_locator(MaxNLocator(count, integer=integers, min_n_ticks=2))
     if not integers:
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−")))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, axis.get_view_interval()[1])))
+
+
+def _tick(value: float, largest: float) -> str:
+    """Plain digits; of an axis of very small numbers, all by powers of ten."""
+    if not value or abs(largest) >= 1e-2:
+        return f"{value:g}".replace("-", "−")
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}".replace("-", "−")
 
 
 # ---- spectra -------------------------------------------------------------------------------------------------------
