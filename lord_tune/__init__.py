@@ -27,6 +27,7 @@ _NAMES = {
     "chat": "commands",
     "inspect": "commands",
     "plan": "commands",
+    "report": "reporting.verb",
     "quickstart": "demo",
     "compare": "comparing",
     "doctor": "checkup",
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from .demo import quickstart
     from .errors import LordError, UsageError
     from .plans import LayerChoice, Plan
+    from .reporting.verb import report
 
 __all__ = [
     "LayerChoice",
@@ -80,6 +82,7 @@ __all__ = [
     "merge",
     "plan",
     "quickstart",
+    "report",
     "train",
     "unmerge",
 ]

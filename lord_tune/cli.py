@@ -56,7 +56,7 @@ app = typer.Typer(
     rich_markup_mode=_RICH,
 )
 _MANY = ("--calibration", "--text", "--mix")
-_POSITIONAL = ("quantized", "original", "model", "out")
+_POSITIONAL = ("quantized", "original", "model", "runs", "out")
 _OUTPUT_KEYS = set(DecomposeConfig.model_fields) - set(MethodConfig.model_fields)
 
 
@@ -119,7 +119,7 @@ def _add(verb: str, record: type[RunConfig], summary: str, call: Callable[[dict[
     """
     fields = record.model_fields
     open_ended = record.model_config["extra"] == "allow"  # train: trl's names, with underscores
-    positional = [name for name in _POSITIONAL if name in fields and verb != "quickstart"]
+    positional = [name for name in _POSITIONAL if name in record.positional]
     groups = record.grouped()
     ordered = dict.fromkeys([*positional, *groups, *fields, "config"])
     text = "YAML file with any of these keys; the command line wins"
@@ -196,6 +196,7 @@ _SUMMARIES = {
     "chat": "Talk to a checkpoint.",
     "compare": "Several methods at the same bytes, in one table and one plot.",
     "inspect": "Per-layer table of a factored checkpoint.",
+    "report": "One page about one or several results: tables and figures.",
     "doctor": "Versions, devices, threads, and what is missing.",
 }
 EXAMPLES = {
@@ -232,6 +233,10 @@ EXAMPLES = {
         "--calibration text.jsonl --text heldout.jsonl prose.txt --steps 32",
     ],
     "inspect": ["lord-tune inspect runs/nf4", "lord-tune inspect runs/nf4 --json layers.json"],
+    "report": [
+        "lord-tune report runs/nf4 --out nf4.html",
+        "lord-tune report dense.json runs/lord runs/nf4 runs/sft --out report.html",
+    ],
     "doctor": ["lord-tune doctor", "lord-tune doctor --json report.json"],
 }
 for _name, _record in RECORDS.items():

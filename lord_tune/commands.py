@@ -16,7 +16,7 @@ import torch
 
 from .adapters.loading import load, load_to_fold
 from .calibration.corpus import file_windows
-from .cards import export_card, training_card
+from .cards import export_card, training_card, write_measured
 from .chatting import Talk, converse, prompts_of
 from .config import (
     ChatConfig,
@@ -233,7 +233,7 @@ def _train(config: TrainConfig, source: str, arguments: TrlConfig, own: list[str
     command = command_line("train", config)
     metrics = train_model(model, tokenizer, chosen, arguments, resolved, notify_training, foreseen)
     if is_main_process():
-        write_text(Path(config.output_dir) / "README.md", training_card(resolved, metrics, command))
+        write_text(Path(config.output_dir) / "README.md", training_card(resolved, metrics, command, source))
         say(f"trained {metrics['steps']} steps, mean loss {metrics['train_loss']:.4f}; adapter in {config.output_dir}")
         if foreseen is not None:
             show_memory(foreseen, metrics["memory"]["measured"])
@@ -261,7 +261,7 @@ def evaluate(model: str, text: list[str], **options: Unpack[EvaluateOptions]) ->
     with progress() as update:
         result = evaluate_model(loaded, tokenizer, windows, length, update)
     if config.json_file:
-        write_json(Path(config.json_file), result)
+        write_measured(Path(config.json_file), result, config.model)
     rows = [
         [Path(name).name, f"{entry['perplexity']:.3f}", f"{entry['loss']:.4f}", f"{entry['tokens']:,}"]
         for name, entry in result["texts"].items()
@@ -313,7 +313,6 @@ def _export(config: ExportConfig) -> dict[str, Any]:
         )
         comparison = export_model(
             *(loaded, tokenizer, folder, config.format, config.dtype, config.threshold, text, Path(config.out), beside),
-            lambda form: export_card(form, config.model, command, config.base),
             **config.model_dump(include={"pad_ranks", "dense_type", "adapter_type"}),
             like=like,
             notes=notes,
@@ -333,6 +332,7 @@ def _export(config: ExportConfig) -> dict[str, Any]:
             "versions": versions(),
         }
         write_json(folder / "export.json", result)
+        write_text(folder / "README.md", export_card(result, config.model, folder, config.base))
     size = human_bytes(result["bytes"])
     for words in notes:
         say(words)

@@ -893,6 +893,23 @@ class InspectConfig(RunConfig):
     )
 
 
+class ReportConfig(RunConfig):
+    """`lord-tune report RUN... --out report.html`"""
+
+    positional: ClassVar[tuple[str, ...]] = ("runs",)
+
+    runs: list[str] = Field(
+        description="results to show side by side: folders that decompose, correct, train or export wrote, and JSON "
+        "files of evaluate; one that lies in a folder is found there"
+    )
+    out: str = Field("report.html", description="file to write the page to")
+    overwrite: bool = Field(False, description="replace the page of an earlier report")
+
+    def check(self) -> None:
+        if not self.runs:
+            raise UsageError("Got no results; pass folders that decompose or train wrote, or JSON files of evaluate.")
+
+
 class DoctorConfig(RunConfig):
     """`lord-tune doctor`"""
 
@@ -927,5 +944,6 @@ RECORDS: dict[str, type[RunConfig]] = {
     "chat": ChatConfig,
     "compare": CompareConfig,
     "inspect": InspectConfig,
+    "report": ReportConfig,
     "doctor": DoctorConfig,
 }

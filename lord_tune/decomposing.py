@@ -45,6 +45,7 @@ from .storage import (
     read_json,
     sha256_files,
     write_json,
+    write_text,
 )
 from .tables import (
     LAYER_COLUMNS,
@@ -149,11 +150,8 @@ def run_decomposition(
             write_index(journal.folder, source.model, tokenizer, outcome.plans, outcome.weight_map)
             beside.copy(journal.folder)
             replace(outcome.plan, made=made_from(config, base, calibration)).save(journal.folder / "plan.json")
-            mixture = calibration.get("mixture", {})
-            shown = lasting(config) | ({} if quantized is None else {"backbone": backbones_of(chosen)})
-            card = decomposition_card(config.model, shown, totals, report["command"], mixture)
-            (journal.folder / "README.md").write_text(card)
             report |= (added := finish(journal.folder))
+            write_text(journal.folder / "README.md", decomposition_card(report, source_name, journal.folder))
             write_json(journal.folder / "decomposition.json", report)
         if quantized is not None:
             known = workers.send(added if journal.writes else None, 0)

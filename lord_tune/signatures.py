@@ -345,6 +345,13 @@ class InspectOptions(TypedDict, total=False):
     json: str | None
 
 
+class ReportOptions(TypedDict, total=False):
+    """Keywords of `report`."""
+
+    out: str
+    overwrite: bool
+
+
 class DoctorOptions(TypedDict, total=False):
     """Keywords of `doctor`."""
 

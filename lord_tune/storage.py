@@ -234,7 +234,7 @@ def write_text(path: Path, text: str) -> None:
     """Write beside `path` and rename, so that readers never see half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

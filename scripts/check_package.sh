@@ -12,7 +12,7 @@ python - "$work"/dist/* <<'END'
 import sys, tarfile, zipfile
 for path in sys.argv[1:]:
     names = zipfile.ZipFile(path).namelist() if path.endswith(".whl") else tarfile.open(path).getnames()
-    for wanted in ("lord_tune/py.typed", "LICENSE", "lord_tune/quantizers/e8.py"):
+    for wanted in ("lord_tune/py.typed", "LICENSE", "lord_tune/quantizers/e8.py", "lord_tune/reporting/page.html"):
         if not any(name.endswith(wanted) for name in names):
             sys.exit(f"error: {wanted} is not in {path}")
 END

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol, TypedDict
 from torch import Tensor
 
 from ..allocation import PLAIN
+from ..factorizations import Curve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,6 +104,7 @@ class LayerRecord:
     equal_bits: dict[str, EqualBits] = field(default_factory=dict)  # format -> its error, for one layer of each shape
     warnings: list[str] = field(default_factory=list)
     form: str = PLAIN  # of storing the factors
+    spectrum: Curve | None = None  # error at every rank, before L and R are rounded; of what Q leaves, beside a Q
 
 
 @dataclass(frozen=True)

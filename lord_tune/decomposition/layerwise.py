@@ -26,10 +26,12 @@ from ..factorizations import (
     Solution,
     Spectrum,
     balance,
+    calibrated_curve,
     error_curves,
     feedback_alone,
     relative_error,
     round_factors,
+    thinned,
     truncate,
 )
 from ..layers import FactoredLinear, bias_of, build_layer, is_transposed, shape_of, weight_of
@@ -188,6 +190,8 @@ def project_layer(
     factors = _rounded(truncate(weight, solution.spectrum, rank), weight, calibration, choice, centre)
     layer = _build(module, factors, None, choice)
     record = _record(layer, curves, rank, _facts(chosen, calibration, output_gram))
+    if calibration is None:
+        record.spectrum = thinned(calibrated_curve(solution, None, weight.double().square().sum()))
     if choice.rounds_factors and calibration is not None:
         _measure_stored(record, layer, weight, calibration, heldout, centre)
     record.seconds = time.perf_counter() - start
@@ -263,6 +267,7 @@ def split_layer(
         factors = _rounded(factors, weight.double() - split.backbone, calibration, choice, split.centre)
     layer = _build(module, factors, split.parts, choice)
     record = _record(layer, {}, rank, _facts(method, None, output_gram if rank else None))
+    record.spectrum = None if split.curve is None else thinned(split.curve)
     if calibration is not None and judged:
         dense = weight.double()
         record.error_backbone = relative_error(dense - split.backbone, dense, calibration)
@@ -371,4 +376,5 @@ def _record(layer: FactoredLinear, curves: dict[str, Tensor], rank: int, facts: 
         inputs=facts["inputs"],
         warnings=list(facts["warnings"]),
         form=plan.form,
+        spectrum=thinned(curves["calibrated"]) if "calibrated" in curves else None,
     )

@@ -12,7 +12,6 @@ vllm: low rank as pairs of nn.Linear, and a modelling file of a page, for vLLM a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,6 @@ def export_model(
     text: str | None = None,
     final: Path | None = None,  # where `folder` will be moved
     beside: Companions | None = None,  # what belongs to the model and is not weights
-    card: Callable[[str], str] | None = None,  # format -> README text
     base: Path | None = None,  # an earlier export, whose base is not written again
     merged: bool = False,  # whether `model` is dense already
     **options: Any,  # further fields of Job
@@ -99,8 +97,6 @@ def export_model(
         keep_adapter(folder, form, base)
     elif beside is not None:
         beside.copy(folder / export.model_folder)
-    if card is not None:
-        (folder / "README.md").write_text(card(form))
     comparison = compare(reference, written, tokens)
     limit = threshold
     if limit is None:

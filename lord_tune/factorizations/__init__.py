@@ -15,6 +15,7 @@ from .base import (
     Spectrum,
     Split,
     balance,
+    calibrated_curve,
     truncate,
 )
 from .caldera import Caldera, feedback_alone
@@ -23,6 +24,7 @@ from .loftq import LoftQ
 from .pivoting import others_of, pivoted, pivoted_left, places_of
 from .rounding import round_factors
 from .svd import PlainSVD
+from .tails import Curve, thinned
 from .tucker import Tucker
 from .two_sided import TwoSided
 from .whitened import Whitened
@@ -42,6 +44,7 @@ __all__ = [
     "METHODS",
     "Caldera",
     "Core",
+    "Curve",
     "FactorForm",
     "Factorization",
     "Factors",
@@ -57,6 +60,7 @@ __all__ = [
     "TwoSided",
     "Whitened",
     "balance",
+    "calibrated_curve",
     "error_curves",
     "feedback_alone",
     "others_of",
@@ -65,5 +69,6 @@ __all__ = [
     "places_of",
     "relative_error",
     "round_factors",
+    "thinned",
     "truncate",
 ]

@@ -23,6 +23,7 @@ from ..errors import UsageError
 from ..linalg import balanced, principal_axes, row_energies, smaller_side
 from ..quantizers import Quantizer
 from ..quantizers.ldlq import fitted
+from .tails import along, corner_curve, tail_curve
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class Split:
     parts: dict[str, Tensor] | None = None  # the stored parts of Q
     backbone: Tensor | None = None  # Q, (out, in) float64
     centre: Tensor | None = None  # (in,), see Spectrum
+    curve: Tensor | None = None  # (k + 1,) relative error in the method's norm at the ranks 0..k beside this Q
 
 
 @dataclass(frozen=True)
@@ -192,6 +194,21 @@ def truncate(
         return Factors(left, right)
     output_mean = w @ spectrum.centre.to(w)
     return Factors(left, right, output_mean - left @ (dual.T @ output_mean))
+
+
+def calibrated_curve(
+    solution: Solution,
+    moments: Moments | None,  # None: the method's own energies are the errors
+    reference: Tensor,  # the energy that errors are relative to
+) -> Tensor:
+    """The relative error of the solution cut at the ranks 0..k. (k + 1,)"""
+    core, axes, dual = solution.core, solution.axes, solution.dual_axes
+    if moments is None:
+        return tail_curve(solution.spectrum.energies, reference)
+    assert core.outputs is not None, "the solution is of these moments"
+    if dual is None:
+        return tail_curve(along(axes, core.shifted_outputs(solution.spectrum.centre, moments.mean)), reference)
+    return corner_curve((axes.T @ axes) * (dual.T @ core.outputs @ dual), reference)
 
 
 def balance(factors: Factors) -> Factors:
@@ -324,14 +341,16 @@ class Projection(Method):
     ) -> Split:
         """Quantize W first if asked to, then factor the residual W - Q."""
         w = weight.double()
+        reference = w.square().sum() if moments is None else moments.energies(w).sum()
         parts, backbone = None, None
         if quantizer is not None:
             parts, backbone = self.rounded(weight, moments, quantizer, heldout)
             w = w - backbone
         if rank == 0:  # Q alone
             return Split(Factors(w[:, :0], w[:0]), parts, backbone)
-        spectrum = self.spectrum(w, moments, output_gram)
-        return Split(truncate(w, spectrum, rank), parts, backbone, spectrum.centre)
+        solution = self.solve(w, moments, output_gram)
+        factors, curve = truncate(w, solution.spectrum, rank), calibrated_curve(solution, moments, reference)
+        return Split(factors, parts, backbone, solution.spectrum.centre, curve)
 
     def rounded(
         self, weight: Tensor, moments: Moments | None, quantizer: Quantizer, heldout: InputStatistics | None = None

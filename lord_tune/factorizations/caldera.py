@@ -46,6 +46,7 @@ from ..quantizers import Quantizer
 from ..quantizers.ldlq import DAMPINGS, Feedback, fitted, round_with_feedback
 from .base import FactorForm, Factors, Fisher, Method, Split, heldout_energies
 from .rounding import factor_feedback, plainly_rounded, refine
+from .tails import tail_curve
 
 _SALIENT = 2  # input channels for each rank, to which `order="outliers"` fits L R first
 
@@ -249,16 +250,19 @@ class _Problem:
         parts, backbone = before.split.parts, before.split.backbone
         assert parts is not None and backbone is not None
         residual = self.weight - backbone
-        factors, left = self._optimal(residual, rank)
+        factors, energies = self._optimal(residual, rank)
+        curve = tail_curve(energies, self.energy)
         if self.form is None:
-            return _Iterate(left / float(self.energy), Split(factors, parts, backbone))
+            left = float(energies[rank:].sum())
+            return _Iterate(left / float(self.energy), Split(factors, parts, backbone, curve=curve))
         assert self.factor_feedback is not None
         factors = refine(residual, self.gram, factors, self.form, self.factor_feedback, self.rows)
-        return self._iterate(parts, backbone, factors)
+        found = self._iterate(parts, backbone, factors)
+        return replace(found, split=replace(found.split, curve=curve))
 
-    def _optimal(self, residual: Tensor, rank: int) -> tuple[Factors, float]:
-        """L and R, balanced, of the best rank-r approximation of the residual's outputs; the energy of what they
-        leave, which is that of the other components."""
+    def _optimal(self, residual: Tensor, rank: int) -> tuple[Factors, Tensor]:
+        """L and R, balanced, of the best rank-r approximation of the residual's outputs; the energy of every component,
+        of which those from r on are left."""
         weighted = self._weighted(residual)
         out, inputs = weighted.shape
         if out > inputs and 4 * rank <= inputs:  # the small side is that of the inputs; no QR of the whole residual
@@ -272,7 +276,7 @@ class _Problem:
             rotation, core = smaller_side(weighted)
             energies, axes = principal_axes(core @ self.gram @ core.T)
             basis = axes[:, :rank] if rotation is None else rotation @ axes[:, :rank]
-        return self._scaled(basis, basis.T @ weighted), float(energies[rank:].sum())
+        return self._scaled(basis, basis.T @ weighted), energies
 
     def _scaled(self, basis: Tensor, right: Tensor) -> Factors:
         """L and R, balanced, of directions and what they carry of the weighted residual."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..calibration.moments import InputStatistics, Moments
 from .base import Solution
+from .tails import along, corner_curve, tail_curve
 
 
 def error_curves(solution: Solution, calibration: Moments, heldout: InputStatistics | None = None) -> dict[str, Tensor]:
@@ -26,7 +27,7 @@ def error_curves(solution: Solution, calibration: Moments, heldout: InputStatist
     # the same order of work in float32 is enough for a baseline
     matrix = core.matrix.float()
     plain = torch.linalg.eigh(matrix @ matrix.T).eigenvectors.flip(1).double()
-    curves["plain"] = _tail_curve(_along(plain, core.outputs), reference)
+    curves["plain"] = tail_curve(along(plain, core.outputs), reference)
     return curves
 
 
@@ -34,13 +35,13 @@ def _orthogonal_curves(
     solution: Solution, calibration: Moments, heldout: InputStatistics | None, reference: Tensor
 ) -> dict[str, Tensor]:
     core, axes, centre = solution.core, solution.axes, solution.spectrum.centre
-    energies = _along(axes, core.shifted_outputs(centre, calibration.mean))
-    curves = {"calibrated": _tail_curve(energies, reference)}
-    curves["beyond_top"] = _tail_curve(energies, reference - energies.max()).clamp_max(1.0)
+    energies = along(axes, core.shifted_outputs(centre, calibration.mean))
+    curves = {"calibrated": tail_curve(energies, reference)}
+    curves["beyond_top"] = tail_curve(energies, reference - energies.max()).clamp_max(1.0)
     if heldout is not None:
         rows = axes.T @ core.matrix
         other = heldout.energies(rows, centre)
-        curves["heldout"] = _tail_curve(other, other.sum() if centre is None else heldout.energies(rows).sum())
+        curves["heldout"] = tail_curve(other, other.sum() if centre is None else heldout.energies(rows).sum())
     return curves
 
 
@@ -52,28 +53,11 @@ def _oblique_curves(
     products = axes.T @ axes
     lost = products * (dual.T @ core.outputs @ dual)
     rest = reference - torch.linalg.eigvalsh(core.outputs)[-1]
-    curves = {"calibrated": _corner_curve(lost, reference), "beyond_top": _corner_curve(lost, rest).clamp_max(1.0)}
+    curves = {"calibrated": corner_curve(lost, reference), "beyond_top": corner_curve(lost, rest).clamp_max(1.0)}
     if heldout is not None:
         other = products * heldout.moment(dual.T @ core.matrix)
-        curves["heldout"] = _corner_curve(other, heldout.energies(core.matrix).sum())
+        curves["heldout"] = corner_curve(other, heldout.energies(core.matrix).sum())
     return curves
-
-
-def _along(axes: Tensor, moment: Tensor) -> Tensor:
-    """The moment's diagonal in the coordinates of `axes`. (k,)"""
-    return ((axes.T @ moment) * axes.T).sum(1)
-
-
-def _tail_curve(energies: Tensor, reference: Tensor) -> Tensor:
-    """sqrt(sum over j >= r of energies / reference) for r = 0..k. (k + 1,)"""
-    tails = torch.cat([energies.clamp_min(0).flip(0).cumsum(0).flip(0), energies.new_zeros(1)])
-    return (tails / reference.clamp_min(1e-300)).sqrt()
-
-
-def _corner_curve(products: Tensor, reference: Tensor) -> Tensor:
-    """sqrt(sum over i, j >= r of products / reference) for r = 0..k. (k + 1,)"""
-    corners = products.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0).clamp_min(0)
-    return (torch.cat([corners, corners.new_zeros(1)]) / reference.clamp_min(1e-300)).sqrt()
 
 
 def relative_error(

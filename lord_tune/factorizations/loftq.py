@@ -20,6 +20,7 @@ from ..errors import UsageError
 from ..linalg import output_basis
 from ..quantizers import Quantizer
 from .base import Fisher, Method, Spectrum, Split, truncate
+from .tails import tail_curve
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,12 @@ class LoftQ(Method):
         for _ in range(self.iterations):
             parts = quantizer.quantize(w - product)
             backbone = quantizer.dequantize(parts, shape, w.dtype)
-            factors = truncate(w - backbone, Spectrum(*output_basis(w - backbone, None)), rank)
+            spectrum = Spectrum(*output_basis(w - backbone, None))
+            factors = truncate(w - backbone, spectrum, rank)
             product = factors.left @ factors.right
             error = float((w - backbone - product).norm())
             if error < best_error:
-                best, best_error = Split(factors, parts, backbone), error
+                curve = tail_curve(spectrum.energies, w.square().sum())
+                best, best_error = Split(factors, parts, backbone, curve=curve), error
         assert best is not None, "weights are finite, so the first iteration is kept"
         return best

@@ -2,6 +2,7 @@
 
 from .experts import expert_of, fuse, fuse_untouched, unfuse, unfused_parameters
 from .factored_linear import FactoredLinear, FrozenBasis, FrozenSum, Parts, build_layer, dense_factor
+from .names import place_of
 from .pivoted_linear import PivotedLinear
 from .quantized_linear import CastLinear, QuantizedLinear, ZeroLinear, dequantize_once
 from .sentinels import sentinel, sentinels_of
@@ -45,6 +46,7 @@ __all__ = [
     "fused_parameters",
     "is_linear",
     "is_transposed",
+    "place_of",
     "plain_model",
     "select_linears",
     "sentinel",

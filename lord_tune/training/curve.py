@@ -92,14 +92,14 @@ def _plot(axes: Axes, log: Log, lines: Lines) -> None:
             continue  # with distill_ce_weight 0 and temperature 1 the loss is the KL
         if len(x) > _FEW and "marker" not in style:  # noisy: faint, with its running mean in front
             axes.plot(x, y, color=colour, alpha=0.25, linewidth=0.8)
-            y, label = _running_mean(y, max(3, len(y) // 20)), label + " (running mean)"
+            y, label = running_mean(y, max(3, len(y) // 20)), label + " (running mean)"
         dots: dict[str, Any] = {"marker": "o", "markersize": 3} if len(x) < 20 else {}
         axes.plot(x, y, color=colour, label=label, **(dots | style))
     if len(axes.lines) > 1:
         axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
 
 
-def _running_mean(values: list[float], width: int) -> list[float]:
+def running_mean(values: list[float], width: int) -> list[float]:
     """Means over windows centred on each point, shorter at the ends."""
     half = width // 2
     windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
