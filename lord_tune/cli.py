@@ -55,7 +55,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=_RICH,
 )
-_MANY = ("--calibration", "--text", "--mix")
+_MANY = ("--calibration", "--text", "--mix", "--tasks")
 _POSITIONAL = ("quantized", "original", "model", "out")
 _OUTPUT_KEYS = set(DecomposeConfig.model_fields) - set(MethodConfig.model_fields)
 
@@ -119,7 +119,7 @@ def _add(verb: str, record: type[RunConfig], summary: str, call: Callable[[dict[
     """
     fields = record.model_fields
     open_ended = record.model_config["extra"] == "allow"  # train: trl's names, with underscores
-    positional = [name for name in _POSITIONAL if name in fields and verb != "quickstart"]
+    positional = [name for name in _POSITIONAL if name in record.positional]
     groups = record.grouped()
     ordered = dict.fromkeys([*positional, *groups, *fields, "config"])
     text = "YAML file with any of these keys; the command line wins"
@@ -190,7 +190,7 @@ _SUMMARIES = {
     "plan": "Memory, time, size and ranks of a decomposition, foreseen.",
     "decompose": "Write a factored checkpoint: W = L R, or W = Q + L R.",
     "train": "Train L and R, or LoRA on them, with any option of trl.",
-    "evaluate": "Perplexity, size, bits per weight and speed of a checkpoint.",
+    "evaluate": "Perplexity, tasks, size, bits per weight and speed of a checkpoint.",
     "export": "Write a checkpoint in another form, for an engine or loader, and verify it.",
     "correct": "Fit L R to what a quantized checkpoint left out.",
     "chat": "Talk to a checkpoint.",
@@ -214,6 +214,9 @@ EXAMPLES = {
     "evaluate": [
         "lord-tune evaluate runs/nf4 --text heldout.jsonl",
         "lord-tune evaluate runs/sft --text prose.txt code.txt --max-tokens 4096 --json result.json",
+        "lord-tune evaluate runs/sft --text heldout.jsonl --original demo --samples 2",
+        "lord-tune evaluate runs/sft --tasks piqa,arc_easy --tasks-dir questions --limit 100",
+        "lord-tune evaluate runs/sft --tasks humaneval --confirm-run-unsafe-code --json result.json",
     ],
     "export": [
         "lord-tune export runs/sft runs/peft --format peft",

@@ -1,7 +1,7 @@
 """HumanEval and problems like MBPP's: samples are generated, kept in a file, run, and counted.
 
-The file has a line for each finished sample, with a key of all that decides it: the weights of the model, the prompt and
-how text is generated. A run that was stopped, or is repeated with more samples, generates only what is missing. Two
+The file has a line for each finished sample, with a key of all that decides it: the weights of the model, the prompt
+and how text is generated. A run that was stopped, or is repeated with more samples, generates only what is missing. Two
 machines, or two batch sizes, may round differently and so write differently at the same key.
 """
 

@@ -48,8 +48,8 @@ def continued(
     longest, room = max(map(len, encoded), default=0), max_length(model)
     if longest + decoding.max_new_tokens > room:
         raise UsageError(
-            f"A prompt has {longest} tokens, and with `max_new_tokens` {decoding.max_new_tokens} the model takes {room}; "
-            "give a smaller `max_new_tokens`."
+            f"A prompt has {longest} tokens, and with `max_new_tokens` {decoding.max_new_tokens} the model takes {room}"
+            "; give a smaller `max_new_tokens`."
         )
     order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
     torch.manual_seed(decoding.seed)

@@ -30,9 +30,7 @@ _AS_GIVEN: dict[str, Any] = {
     "doc_to_text": "{{query}}",
     "doc_to_choice": "choices",
     "doc_to_target": "gold",
-    "metric_list": [
-        {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")
-    ],
+    "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")],
 }
 
 
@@ -54,7 +52,9 @@ def run_tasks(
     if kind_of(model) != "causal":
         raise UsageError(f"{type(plain_model(model)).__name__} does not continue text, so it has no tasks.")
     if max_length(model) <= _GENERATED and any(entry.task in GENERATED for entry in tasks):
-        raise UsageError(f"Answers of {', '.join(GENERATED)} take {_GENERATED} tokens, which this model has no room for.")
+        raise UsageError(
+            f"Answers of {', '.join(GENERATED)} take {_GENERATED} tokens, which this model has no room for."
+        )
     with _quiet():
         import lm_eval
         from lm_eval.models.huggingface import HFLM
@@ -82,7 +82,9 @@ def scores(result: dict[str, Any], entry: Rows, tokenizer: Tokenizer, longest: i
             found[name if filtered == "none" else f"{name}.{filtered}"] = value
     cut = sum(any(_tokens(words, tokenizer) > longest for words in asked) for asked in samples.values())
     if cut:
-        text = f"{cut} of {len(samples)} questions of '{entry.task}' are longer than the {longest} tokens that the model"
+        text = (
+            f"{cut} of {len(samples)} questions of '{entry.task}' are longer than the {longest} tokens that the model"
+        )
         warnings.warn(f"{text} takes, and were cut at their beginning.", LordWarning, stacklevel=3)
     return found | {
         "items": len(entry.rows),

@@ -68,7 +68,7 @@ def speeds(
         raise UsageError(f"{type(plain_model(model)).__name__} does not continue text, so `speed` has nothing to time.")
     prompt = min(PROMPT, max_length(model) - _GENERATED - 1)
     device = next(model.parameters()).device
-    vocabulary = plain_model(model).get_input_embeddings().weight.shape[0]
+    vocabulary = cast(Tensor, plain_model(model).get_input_embeddings().weight).shape[0]
     found: dict[str, dict[str, float]] = {}
     for index, size in enumerate(batch_sizes):
         generator = torch.Generator().manual_seed(0)

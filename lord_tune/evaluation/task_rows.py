@@ -132,16 +132,14 @@ FORMS: dict[str, Form] = {
     "boolq": Form(("passage", "question", "label"), _QUERY, _boolq, "super_glue/boolq"),
     "rte": Form(("sentence1", "sentence2", "label"), ("premise", "hypothesis", "label"), _rte, "glue/rte"),
     "lambada_openai": Form(("text",), ("context", "continuation"), _lambada, "lambada", ("lambada",)),
-    "openbookqa": Form(
-        ("question_stem", "choices", "answerKey"), _QUERY, _openbookqa, "openbookqa", ("openbook_qa",)
-    ),
+    "openbookqa": Form(("question_stem", "choices", "answerKey"), _QUERY, _openbookqa, "openbookqa", ("openbook_qa",)),
     "copa": Form(("premise", "question", "choice1", "choice2", "label"), _QUERY, _copa, "super_glue/copa"),
     "gsm8k": Form(("question", "answer"), ("prompt", "response"), _gsm8k, "gsm8k"),
 }
 
 
 def find_file(task: str, folder: Path) -> Path:
-    """TASK.jsonl, TASK_validation.jsonl, ... in a folder or in one inside it; UsageError where there is none, or two."""
+    """TASK.jsonl, TASK_validation.jsonl, ... in a folder or in one inside it; UsageError if there is none, or two."""
     others = FORMS[task].files if task in FORMS else ()
     for name in (f"{stem}{split}.jsonl" for stem in (task, *others) for split in _SPLITS):
         found = [path for place in (name, f"{name}.gz", f"*/{name}", f"*/{name}.gz") for path in folder.glob(place)]
@@ -149,7 +147,9 @@ def find_file(task: str, folder: Path) -> Path:
             raise UsageError(f"Task '{task}' has two files, {found[0]} and {found[1]}; name a folder with one of them.")
         if found:
             return found[0]
-    raise UsageError(f"Task '{task}' needs the file {task}.jsonl in {folder}, and there is none; add it, or drop the task.")
+    raise UsageError(
+        f"Task '{task}' needs the file {task}.jsonl in {folder}, and there is none; add it, or drop the task."
+    )
 
 
 def read_jsonl(path: Path) -> list[Row]:
