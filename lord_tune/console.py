@@ -59,7 +59,7 @@ def show_spans(title: str, spans: Sequence[tuple[str, bool]]) -> None:
 
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A callback (what, done, total): a live bar on a terminal, about one line per 10 % elsewhere; with the time left."""
+    """A callback (what, done, total): a live bar on a terminal, about one line per 10 % elsewhere, and the time left."""
     if sys.stderr.isatty() and is_main_process():
         bar = Progress(
             TextColumn("{task.description}"),

@@ -148,7 +148,8 @@ def _compared(
     texts: dict[str, dict[str, Any]],  # the figures of each, which get those of the comparison
 ) -> dict[str, Any]:
     """With the original, which is in memory no longer than this takes."""
-    models, result = {"model": model}, {}
+    models = {"model": model}
+    result: dict[str, Any] = {}
     if config.original is not None:
         original, its_tokenizer = load(config.original, config.dtype)
         check_comparable(model, tokenizer, original, its_tokenizer)
