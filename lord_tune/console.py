@@ -59,7 +59,7 @@ def show_spans(title: str, spans: Sequence[tuple[str, bool]]) -> None:
 
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A callback (what, done, total): a live bar on a terminal, about one line per 10 % elsewhere, and the time left."""
+    """A callback (what, done, total): a live bar on a terminal, a line per 10 % elsewhere, each with the time left."""
     if sys.stderr.isatty() and is_main_process():
         bar = Progress(
             TextColumn("{task.description}"),
@@ -88,7 +88,7 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         if is_main_process() and last.get(what) != step and (done or total > 1):
             last[what] = step
             left = (now - begun) / (done - before) * (total - done) if before < done < total else 0.0
-            told = f", about {duration(left)} left" if left else ""
+            told = f", about {duration(left)} left" if left >= 1 else ""
             print(f"  {what}: {done}/{total} ({now - start:.0f} s{told})", file=sys.stderr, flush=True)
 
     yield line
