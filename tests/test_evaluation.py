@@ -373,6 +373,7 @@ def test_models_that_do_not_continue_text_have_no_tasks(bert_dir, written):
 # ---- lm-eval's own command -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # half a minute of imports
 def test_lm_evals_own_command_loads_checkpoints_and_training_outputs(llama_dir, tmp_path):
     """In a process that imports lord_tune by the checkpoint alone, and finds what lord_tune finds."""
     lord_tune.decompose(str(llama_dir), str(tmp_path / "lord"), method="svd", rank=8, backbone="int8")

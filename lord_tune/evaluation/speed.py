@@ -93,18 +93,19 @@ def _generation_times(
     """(seconds to read the prompts, seconds to generate after them), greedily."""
     accepted = inspect.signature(type(plain_model(model)).forward).parameters
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+    held = "cache" if "cache" in accepted else "past_key_values"  # which is its older name
     synchronize(ids.device)
     start = time.perf_counter()
     output = model(input_ids=ids, use_cache=True, **last_only)
     synchronize(ids.device)
     read = time.perf_counter()
-    cache = getattr(output, "past_key_values", None)
+    cache = getattr(output, held, None)
     if cache is None:
         name = type(plain_model(model)).__name__
         raise UsageError(f"{name} keeps no key-value cache, so `speed` cannot tell reading from generating.")
     for _ in range(_GENERATED):
         token = output.logits[:, -1:].argmax(-1)
-        output = model(input_ids=token, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(input_ids=token, use_cache=True, **{held: cache})
+        cache = getattr(output, held)
     synchronize(ids.device)
     return read - start, time.perf_counter() - read
