@@ -212,11 +212,8 @@ EXAMPLES = {
         "lord-tune train --config recipe.yaml --learning_rate 1e-4",
     ],
     "evaluate": [
-        "lord-tune evaluate runs/nf4 --text heldout.jsonl",
-        "lord-tune evaluate runs/sft --text prose.txt code.txt --max-tokens 4096 --json result.json",
-        "lord-tune evaluate runs/sft --text heldout.jsonl --original demo --samples 2",
-        "lord-tune evaluate runs/sft --tasks piqa,arc_easy --tasks-dir questions --limit 100",
-        "lord-tune evaluate runs/sft --tasks humaneval --confirm-run-unsafe-code --json result.json",
+        "lord-tune evaluate runs/sft --text prose.txt code.txt --original demo --json result.json",
+        "lord-tune evaluate runs/sft --tasks piqa,humaneval --tasks-dir questions --confirm-run-unsafe-code",
     ],
     "export": [
         "lord-tune export runs/sft runs/peft --format peft",

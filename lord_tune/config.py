@@ -626,17 +626,18 @@ class EvaluateConfig(RunConfig):
 
     positional: ClassVar[tuple[str, ...]] = ("model", "text")
     groups: ClassVar[dict[str, tuple[str, ...]]] = {
-        "Text": ("text", "original", "samples", "context_length", "max_tokens", "plain_prompts"),
-        "Tasks": ("tasks", "tasks_dir", "limit", "apply_chat_template"),
+        "Common": ("text", "original", "tasks", "tasks_dir", "speed", "json_file", "config"),
+        "Text": ("samples", "context_length", "max_tokens", "plain_prompts"),
+        "Tasks": ("limit", "apply_chat_template", "batch_size"),
         "Programming tasks": (
             *("confirm_run_unsafe_code", "max_new_tokens", "samples_per_problem", "temperature", "seed"),
         ),
-        "Running": ("speed", "batch_size", "config", "..."),
+        "Running": ("...",),
     }
 
     model: str = Field(description="dense or factored checkpoint, output of train, Hub id or .gguf file")
-    text: list[str] = Field(
-        [],
+    text: list[str] | None = Field(
+        None,
         description="files, folders or patterns (data/*.csv) of text or rows, or Hub datasets, to measure perplexity "
         "on",
     )
@@ -708,8 +709,8 @@ class EvaluateConfig(RunConfig):
                 "`speed`."
             )
         needs: list[tuple[bool, str, tuple[str, ...]]] = [
-            (bool(self.text), "`text`", self.groups["Text"][1:]),
-            (bool(self.task_names), "`tasks`", self.groups["Tasks"][1:]),
+            (bool(self.text), "`text`", ("original", *self.groups["Text"])),
+            (bool(self.task_names), "`tasks`", ("tasks_dir", "limit", "apply_chat_template")),
             (bool(self.code_tasks), "a programming task (humaneval, mbpp)", self.groups["Programming tasks"]),
             (bool(self.task_names or self.speed), "`tasks` or `speed`", ("batch_size",)),
             (self.temperature > 0, "a `temperature` above 0", ("seed",)),

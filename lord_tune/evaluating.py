@@ -75,10 +75,10 @@ def prepared(config: EvaluateConfig) -> Questions:
         for name in config.code_tasks
     ]
     questions = [*(str(entry.path) for entry in tasks), *(str(entry.path) for entry in code)]
-    models = [config.model, config.original]
-    protect_file(config.json_file, models, [*config.text, *questions], own_key="texts")
+    models, texts = [config.model, config.original], [*(config.text or []), *questions]
+    protect_file(config.json_file, models, texts, own_key="texts")
     if samples is not None:
-        protect_file(str(samples), [], [*config.text, *questions])
+        protect_file(str(samples), [], texts)
     check_json_file(config.json_file)
     return Questions(tasks, code, samples)
 
@@ -135,7 +135,7 @@ def _check_kind(config: EvaluateConfig, model: CausalModel, tokenizer: Tokenizer
 def _windows(config: EvaluateConfig, model: CausalModel, tokenizer: Tokenizer, length: int) -> dict[str, Tensor]:
     """text -> (window, length)"""
     given = length, config.max_tokens, config.plain_prompts, note
-    found = {path: file_windows(path, tokenizer, *given) for path in config.text}
+    found = {path: file_windows(path, tokenizer, *given) for path in config.text or []}
     check_vocabulary(model, tokenizer, found.values())
     return found
 
