@@ -8,6 +8,7 @@ the question (zero-shot), also where lm-eval's task has some by default (gsm8k).
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import io
 import logging
@@ -59,7 +60,8 @@ def run_tasks(
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
-        wrapped: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        # a copy, as lm-eval gives a tokenizer without a token for padding one
+        wrapped: Any = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
         total = sum(_requests(entry) for entry in tasks)
         wrapped.cache_hook = _Counter(lambda done: progress("running tasks", min(done, total), total))
         found: dict[str, Any] = lm_eval.evaluate(

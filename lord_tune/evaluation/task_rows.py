@@ -3,8 +3,8 @@
 A file is JSONL, and its rows have either the columns of the task's data set on the Hub, which are taken as they are, or
 are written as prompts already (`query`, `choices`, `gold` and their like, as llm-foundry's local files are). The latter
 are taken apart into the columns that they were made from, so that lm-eval's own prompt comes out whatever wrapping the
-file has: "Question: X" in a query becomes the question X. What was lost in making them stays lost: BoolQ's rows on the
-Hub have the title of the article before the passage, which prompts made elsewhere may lack.
+file has: "Question: X" in a query becomes the question X. What was changed or lost in making them (a title before a
+passage, capital letters) stays so.
 
 A file of any other name with `query`, `choices` and `gold` is measured as it stands: log p(" " + choice | query).
 """
