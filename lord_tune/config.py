@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .console import size_of
 from .data.weighted import names_of, weighted_sources
@@ -689,6 +689,12 @@ class EvaluateConfig(RunConfig):
         alias="json",
     )
     dry_run: bool = Field(False, description="print the resolved configuration and stop")
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _listed(cls, value: object) -> object:
+        """YAML and Python may write what the command line does: `tasks: piqa,copa`."""
+        return [value] if isinstance(value, str) else value
 
     @property
     def task_names(self) -> list[str]:

@@ -106,7 +106,8 @@ def measured(config: EvaluateConfig, asked: Questions, model: CausalModel, token
         with progress() as update:
             found = run_tasks(model, tokenizer, asked.tasks, config.batch_size, config.apply_chat_template, update)
         longest = max_length(model)
-        result["tasks"] = {entry.task: scores(found, entry, tokenizer, longest) for entry in asked.tasks}
+        chat = {"chat": config.apply_chat_template}
+        result["tasks"] = {entry.task: scores(found, entry, tokenizer, longest) | chat for entry in asked.tasks}
         result["lm_eval"] = version("lm_eval")
         show_scores(result["tasks"], result["lm_eval"])
     for entry in asked.code:

@@ -6,7 +6,7 @@ from typing import Any
 
 from .console import human_bytes, say, show_table
 
-_BESIDE = ("items", "cut_items")  # numbers of a task that are no scores
+_BESIDE = ("items", "cut_items", "chat")  # numbers of a task that are no scores
 
 
 def _with_error(value: float, error: float | None, digits: int) -> str:
@@ -52,7 +52,8 @@ def show_scores(tasks: dict[str, dict[str, Any]], lm_eval: str) -> None:
                 rows.append(
                     [name, key, f"{entry[key]:.4g}", "" if error is None else f"{error:.2g}", str(entry["items"])]
                 )
-    title = f"tasks without examples, by lm-eval {lm_eval}"
+    chat = ", through the chat template" if any(entry["chat"] for entry in tasks.values()) else ""
+    title = f"tasks without examples{chat}, by lm-eval {lm_eval}"
     show_table(title, ["task", "score", "value", "standard error", "questions"], rows)
     given = [name for name, entry in tasks.items() if entry["rows_are"] == "as given"]
     if given:

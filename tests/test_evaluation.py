@@ -298,6 +298,8 @@ def test_evaluate_runs_tasks_and_a_file_of_ones_own(llama_dir, written, tmp_path
     assert found["tasks"]["piqa"]["first_prompt"] == "Question: Cut a pear.\nAnswer:"
     assert found["tasks"]["mine"]["items"] == 3 and found["tasks"]["mine"]["rows_are"] == "as given"
     assert found["tasks"]["lambada_openai"]["perplexity"] > 1
+    once = lord_tune.evaluate(str(llama_dir), tasks="piqa", tasks_dir=str(written), limit=3)
+    assert once["tasks"]["piqa"] == found["tasks"]["piqa"]
     said = capsys.readouterr()
     assert "piqa" in said.out and "no task of lm-eval" in said.out and "running tasks" in said.err
 
