@@ -21,17 +21,21 @@ FACTORS, SPLIT, LORA = "factors", "split", "lora"
 
 
 def make_hosts(tuner: BaseTuner, model: nn.Module, config: PeftConfig) -> None:
-    """Hosts where a configuration names them and the layers have none yet; L and R are what the adapter starts from.
+    """Hosts where a configuration names them, on a model that has none yet; L and R are what the adapter starts from.
 
-    Only for targets that say `host`: a pattern of the user's that happens to match the name means the layer.
+    Only for targets that say `host`: a pattern of the user's that happens to match the name means the layer. A further
+    adapter, on other layers than the first, stays the business of `load_adapter`.
     """
     targets = getattr(config, "target_modules", None)
     named = [targets] if isinstance(targets, str) else list(targets or ())
     if not isinstance(config, LoraConfig) or not any("host" in name for name in named):
         return
+    layers = factored_layers(model)
+    if any(layer.host is not None for layer in layers.values()):
+        return
     stored: StoredTensors | None = None
-    for name, layer in factored_layers(model).items():
-        if layer.host is None and tuner._check_target_module_exists(config, f"{name}.host"):
+    for name, layer in layers.items():
+        if tuner._check_target_module_exists(config, f"{name}.host"):
             mode = FACTORS if layer.top_left is None else SPLIT
             check_trainable(name, layer, mode)
             stored = stored or StoredTensors(plain_model(model))
