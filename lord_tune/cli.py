@@ -55,7 +55,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=_RICH,
 )
-_MANY = ("--calibration", "--text", "--mix")
+_MANY = ("--calibration", "--text", "--mix", "--tasks", "--methods", "--learning-rate")
 _POSITIONAL = ("quantized", "original", "model", "runs", "out")
 _OUTPUT_KEYS = set(DecomposeConfig.model_fields) - set(MethodConfig.model_fields)
 
@@ -190,7 +190,7 @@ _SUMMARIES = {
     "plan": "Memory, time, size and ranks of a decomposition, foreseen.",
     "decompose": "Write a factored checkpoint: W = L R, or W = Q + L R.",
     "train": "Train L and R, or LoRA on them, with any option of trl.",
-    "evaluate": "Perplexity, size, bits per weight and speed of a checkpoint.",
+    "evaluate": "Perplexity, tasks, size, bits per weight and speed of a checkpoint.",
     "export": "Write a checkpoint in another form, for an engine or loader, and verify it.",
     "correct": "Fit L R to what a quantized checkpoint left out.",
     "chat": "Talk to a checkpoint.",
@@ -214,8 +214,8 @@ EXAMPLES = {
         "lord-tune train --config recipe.yaml --learning_rate 1e-4",
     ],
     "evaluate": [
-        "lord-tune evaluate runs/nf4 --text heldout.jsonl",
-        "lord-tune evaluate runs/sft --text prose.txt code.txt --max-tokens 4096 --json result.json",
+        "lord-tune evaluate runs/sft --text prose.txt code.txt --original demo --json result.json",
+        "lord-tune evaluate runs/sft --tasks piqa,humaneval --tasks-dir questions --confirm-run-unsafe-code",
     ],
     "export": [
         "lord-tune export runs/sft runs/peft --format peft",

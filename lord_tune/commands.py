@@ -15,8 +15,7 @@ from typing import Any, Unpack
 import torch
 
 from .adapters.loading import load, load_to_fold
-from .calibration.corpus import file_windows
-from .cards import export_card, training_card, write_measured
+from .cards import export_card, training_card
 from .chatting import Talk, converse, prompts_of
 from .config import (
     ChatConfig,
@@ -28,7 +27,7 @@ from .config import (
     PlanConfig,
     TrainConfig,
 )
-from .console import LiveTable, human_bytes, is_main_process, note, progress, say, show_table
+from .console import LiveTable, human_bytes, is_main_process, note, say
 from .correction.adapter import SERVED, adapter_in, open_quantized, show_gain
 from .correction.gguf_file import GGUFFile
 from .data.texts import documents
@@ -39,7 +38,7 @@ from .decomposition import Compared, Rates
 from .decomposition.decide import decide
 from .decomposition.survey import survey
 from .errors import LordWarning, UsageError
-from .evaluation.run import evaluate_model
+from .evaluating import measured, prepared
 from .exports.alone import check_base
 from .exports.run import export_model
 from .integrations.checkpoint import skeleton
@@ -49,7 +48,6 @@ from .integrations.files import ADAPTER_FILE, relative_folder
 from .integrations.models import default_device, quiet
 from .integrations.running import kind_of, run_model, window_length
 from .integrations.sources import base_of_adapter, gguf_file, resolve_model, weights_identity
-from .integrations.vocabulary import check_vocabulary
 from .keywords import documented
 from .layers import dequantize_once
 from .layers.sizes import sizes
@@ -243,36 +241,17 @@ def _train(config: TrainConfig, source: str, arguments: TrlConfig, own: list[str
 
 
 @documented(EvaluateConfig)
-def evaluate(model: str, text: list[str], **options: Unpack[EvaluateOptions]) -> dict[str, Any]:
-    """Perplexity on texts, sizes and speed; returns the keys of `--json`."""
+def evaluate(model: str, text: list[str] | None = None, **options: Unpack[EvaluateOptions]) -> dict[str, Any]:
+    """Perplexity on texts, tasks, comparison with the original, sizes and speed; returns the keys of `--json`."""
     config = EvaluateConfig.build({"model": model, "text": text, **options})
     if config.dry_run:
         return show_plan(config)
     quiet()
-    protect_file(config.json_file, [config.model], config.text, own_key="texts")
-    check_json_file(config.json_file)
+    asked = prepared(config)
     loaded, tokenizer = load(config.model, config.dtype)
     if config.dequantize_once:
         _keep_dense(loaded)
-    length = window_length(config.context_length, loaded)
-    given = length, config.max_tokens, config.plain_prompts, note
-    windows = {path: file_windows(path, tokenizer, *given) for path in config.text}
-    check_vocabulary(loaded, tokenizer, windows.values())
-    with progress() as update:
-        result = evaluate_model(loaded, tokenizer, windows, length, update)
-    if config.json_file:
-        write_measured(Path(config.json_file), result, config.model)
-    rows = [
-        [Path(name).name, f"{entry['perplexity']:.3f}", f"{entry['loss']:.4f}", f"{entry['tokens']:,}"]
-        for name, entry in result["texts"].items()
-    ]
-    show_table(f"{config.model}, context {length}", ["text", "perplexity", "loss", "tokens"], rows)
-    say(
-        f"{result['parameters']:,} stored numbers, {human_bytes(result['model_bytes'])}, linears at "
-        f"{result['linear_bits_per_weight']:.2f} bits per weight; {result['tokens_per_second']:.1f} tokens/s, "
-        f"peak memory {human_bytes(result['peak_memory_bytes'])}"
-    )
-    return result
+    return measured(config, asked, loaded, tokenizer)
 
 
 @documented(ExportConfig)

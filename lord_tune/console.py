@@ -59,7 +59,7 @@ def show_spans(title: str, spans: Sequence[tuple[str, bool]]) -> None:
 
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A callback (what, done, total): a live bar on a terminal, about one line per 10 % elsewhere."""
+    """A callback (what, done, total): a live bar on a terminal, a line per 10 % elsewhere, each with the time left."""
     if sys.stderr.isatty() and is_main_process():
         bar = Progress(
             TextColumn("{task.description}"),
@@ -80,12 +80,16 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         return
     start = time.monotonic()
     last: dict[str, int] = {}
+    first: dict[str, tuple[float, int]] = {}  # what -> when it was heard of first, and how much was done then
 
     def line(what: str, done: int, total: int) -> None:
-        step = done * 10 // max(total, 1)
+        step, now = done * 10 // max(total, 1), time.monotonic()
+        begun, before = first.setdefault(what, (now, done))
         if is_main_process() and last.get(what) != step and (done or total > 1):
             last[what] = step
-            print(f"  {what}: {done}/{total} ({time.monotonic() - start:.0f} s)", file=sys.stderr, flush=True)
+            left = (now - begun) / (done - before) * (total - done) if before < done < total else 0.0
+            told = f", about {duration(left)} left" if left >= 1 else ""
+            print(f"  {what}: {done}/{total} ({now - start:.0f} s{told})", file=sys.stderr, flush=True)
 
     yield line
 

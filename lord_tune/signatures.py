@@ -251,9 +251,22 @@ class DecomposeOptions(TypedDict, total=False):
 class EvaluateOptions(TypedDict, total=False):
     """Keywords of `evaluate`."""
 
+    original: str | None
+    samples: int
     plain_prompts: bool
     context_length: int
     max_tokens: int | None
+    tasks: list[str]
+    tasks_dir: str | None
+    limit: int | None
+    apply_chat_template: bool
+    confirm_run_unsafe_code: bool
+    max_new_tokens: int
+    samples_per_problem: int
+    temperature: float
+    seed: int
+    speed: bool
+    batch_size: int
     dtype: Literal["float32", "float16", "bfloat16"] | None
     dequantize_once: bool
     json: str | None

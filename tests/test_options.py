@@ -1532,6 +1532,7 @@ def test_a_training_output_loads_from_another_working_directory(bench, tmp_path,
 
 def evaluate(b: Bench, **options: Any) -> dict[str, Any]:
     settings = {"model": str(b.model), "text": [str(b.rows)], "context_length": 64, "max_tokens": 256} | options
+    settings = {key: value for key, value in settings.items() if value is not None}
     return lord_tune.evaluate(**settings)
 
 
@@ -1600,7 +1601,125 @@ def case_evaluate_plain_prompts(b: Bench) -> None:
         evaluate(b, plain_prompts=True)
 
 
+QUESTIONS = [{"query": f"{n} and", "choices": ["on", "off"], "gold": n % 2} for n in range(4)]
+# the code of a random model is the rest of a comment; it defines what is checked only where the prompt does
+FUNCTIONS = [
+    {
+        "task_id": n,
+        "prompt": f"def f():\n    return {n}\n#",
+        "entry_point": "f",
+        "test": "def check(f):\n    assert f()",
+    }
+    for n in range(2)
+]
+
+
+def questions(b: Bench, **options: Any) -> dict[str, Any]:
+    for name, rows in (("mine", QUESTIONS), ("humaneval", FUNCTIONS)):
+        (b.folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return evaluate(b, text=[], **{"context_length": None, "max_tokens": None, "tasks_dir": str(b.folder)} | options)
+
+
+def programs(b: Bench, **options: Any) -> dict[str, Any]:
+    given = {"tasks": ["humaneval"], "confirm_run_unsafe_code": True, "max_new_tokens": 6}
+    return questions(b, **given | options)["tasks"]["humaneval"]
+
+
+def case_evaluate_original(b: Bench) -> None:
+    assert evaluate(b, original=str(b.model))["original"]["kl"] == 0 and "original" not in evaluate(b)
+    with pytest.raises(UsageError, match="`original` has no effect without `text`"):
+        questions(b, tasks=["mine"], original=str(b.model))
+
+
+def case_evaluate_samples(b: Bench) -> None:
+    rows = evaluate(b, samples=2)["samples"]
+    assert [set(row) for row in rows] == [{"prompt", "model"}] * 2 and rows[0]["prompt"] != rows[1]["prompt"]
+
+
+def case_evaluate_tasks(b: Bench) -> None:
+    found = questions(b, tasks=["mine"])["tasks"]
+    assert list(found) == ["mine"] and found["mine"]["items"] == 4
+
+
+def case_evaluate_tasks_dir(b: Bench) -> None:
+    with pytest.raises(UsageError, match=r"needs the file other\.jsonl"):
+        questions(b, tasks=["other"])
+    with pytest.raises(UsageError, match="does not exist"):
+        questions(b, tasks=["mine"], tasks_dir=str(b.folder / "none"))
+
+
+def case_evaluate_limit(b: Bench) -> None:
+    assert questions(b, tasks=["mine"], limit=3)["tasks"]["mine"]["items"] == 3
+
+
+def case_evaluate_chat(b: Bench) -> None:
+    model, _ = prompts(b)
+    plain, chat = (
+        questions(b, model=str(model), tasks=["mine"], apply_chat_template=told)["tasks"]["mine"]["first_prompt"]
+        for told in (False, True)
+    )
+    assert plain == "0 and" and chat != plain and "0 and" in chat
+    with pytest.raises(UsageError, match="no chat template"):
+        questions(b, tasks=["mine"], apply_chat_template=True)
+
+
+def case_evaluate_confirm(b: Bench) -> None:
+    with pytest.raises(UsageError, match="would run code that the model wrote"):
+        programs(b, confirm_run_unsafe_code=False)
+    assert programs(b)["problems"] == 2
+
+
+def written(b: Bench, **options: Any) -> list[str]:
+    """What the model writes for the programming task, of one sample after the other."""
+    (b.folder / "s.samples.jsonl").unlink(missing_ok=True)
+    programs(b, json=str(b.folder / "s.json"), **options)
+    return [json.loads(line)["completion"] for line in (b.folder / "s.samples.jsonl").read_text().splitlines()]
+
+
+def case_evaluate_max_new_tokens(b: Bench) -> None:
+    short, long = written(b, max_new_tokens=2), written(b, max_new_tokens=6)
+    assert all(other.startswith(one) for one, other in zip(short, long, strict=True)) and short != long
+
+
+def case_evaluate_samples_per_problem(b: Bench) -> None:
+    assert len(set(written(b, temperature=1.5, samples_per_problem=3))) > 2
+    with pytest.raises(UsageError, match="all the same"):
+        written(b, samples_per_problem=3)
+
+
+def case_evaluate_temperature(b: Bench) -> None:
+    assert written(b, temperature=1.5) != written(b) == written(b, temperature=1e-4)
+
+
+def case_evaluate_seed(b: Bench) -> None:
+    hot = {"temperature": 1.5}
+    assert written(b, **hot) == written(b, **hot, seed=0) != written(b, **hot, seed=3)
+
+
+def case_evaluate_speed(b: Bench) -> None:
+    assert set(evaluate(b, speed=True)["speed"]["batches"]) == {"1", "8"} and "speed" not in evaluate(b)
+
+
+def case_evaluate_batch_size(b: Bench) -> None:
+    assert set(evaluate(b, speed=True, batch_size=2)["speed"]["batches"]) == {"1", "2"}
+    with pytest.raises(UsageError, match="`batch_size` has no effect"):
+        evaluate(b, batch_size=2)
+
+
 EVALUATE: dict[str, Case] = {
+    "original": case_evaluate_original,
+    "samples": case_evaluate_samples,
+    "tasks": case_evaluate_tasks,
+    "tasks_dir": case_evaluate_tasks_dir,
+    "limit": case_evaluate_limit,
+    "apply_chat_template": case_evaluate_chat,
+    "confirm_run_unsafe_code": case_evaluate_confirm,
+    "max_new_tokens": case_evaluate_max_new_tokens,
+    "samples_per_problem": case_evaluate_samples_per_problem,
+    "temperature": case_evaluate_temperature,
+    "seed": case_evaluate_seed,
+    "speed": case_evaluate_speed,
+    "batch_size": case_evaluate_batch_size,
     "plain_prompts": case_evaluate_plain_prompts,
     "model": case_evaluate_model,
     "text": case_evaluate_text,
@@ -2102,7 +2221,9 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
         (
             EvaluateConfig,
             "m --text a.txt b.txt --context-length 9 --max-tokens 8 --dtype float16 --dequantize-once --json j "
-            "--plain-prompts --dry-run",
+            "--plain-prompts --dry-run --original o --samples 2 --speed --batch-size 3 --tasks humaneval,piqa copa "
+            "--tasks-dir t --limit 4 --apply-chat-template --confirm-run-unsafe-code --max-new-tokens 5 "
+            "--samples-per-problem 6 --temperature 0.5 --seed 7",
         )
     ],
     "export": [

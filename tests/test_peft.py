@@ -452,6 +452,39 @@ def test_a_base_model_with_an_adapter_on_it_is_not_saved(base, tmp_path):
             assert torch.equal(logits(load_dense_or_factored(str(tmp_path / "plain"))), logits(plain))
 
 
+@pytest.mark.parametrize(
+    ("options", "mode"),
+    [
+        ({"backbone": "int4"}, "factors"),
+        ({}, "factors"),  # pivoted
+        ({"backbone": "int4", "factor_format": "int4", "top_rank": 2}, "split"),
+    ],
+)
+def test_peft_itself_loads_an_adapter_that_is_l_and_r(llama_dir, tmp_path, options, mode):
+    """As programs do that know nothing of lord_tune, on a checkpoint that imports it (lm_eval with peft=)."""
+    folder = str(tmp_path / "lord")
+    lord_tune.decompose(str(llama_dir), folder, method="svd", rank=8, **options)
+    saved(drawn(expose_factors(load_dense_or_factored(folder), mode=mode)), tmp_path / "adapter")
+    wanted = logits(lord_tune.load(str(tmp_path / "adapter"))[0])
+    plain = load_dense_or_factored(folder)
+    before = logits(plain)
+    model = PeftModel.from_pretrained(plain, str(tmp_path / "adapter"))
+    assert torch.equal(logits(model), wanted) and not close(wanted, before)
+    with model.disable_adapter():
+        assert close(logits(model), before)
+
+
+def test_peft_itself_loads_no_adapter_of_other_ranks_and_no_basis(llama_dir, tmp_path):
+    for rank in (4, 8):
+        lord_tune.decompose(str(llama_dir), str(tmp_path / str(rank)), method="svd", rank=rank, backbone="int4")
+    models = {rank: str(tmp_path / str(rank)) for rank in (4, 8)}
+    saved(expose_factors(load_dense_or_factored(models[4])), tmp_path / "other")
+    saved(lord_tune.add_basis(load_dense_or_factored(models[8])), tmp_path / "basis")
+    for name in ("other", "basis"):
+        with pytest.raises(CheckpointError, match="does not fit its base model"):
+            PeftModel.from_pretrained(load_dense_or_factored(models[8]), str(tmp_path / name))
+
+
 def test_a_stock_adapter_of_an_ordinary_model_is_loaded_and_not_exported(llama_dir, tmp_path):
     model = drawn(get_peft_model(load_dense_or_factored(str(llama_dir)), LoraConfig(task_type="CAUSAL_LM")))
     model.save_pretrained(tmp_path / "adapter")

@@ -4,8 +4,7 @@ factors: PEFT wraps a child `host` of each factored layer (the backbone Q, or a 
 ordinary LoRA layer whose lora_A weight *is* R and whose lora_B weight *is* L: the same parameters, moved, so nothing is
 held twice. lora_alpha equals r for every layer, so the scaling is 1. The saved adapter is an ordinary LoRA adapter. The
 child has a name of its own, because a stock `PeftModel.from_pretrained` on the factored checkpoint would otherwise
-find the backbone and add L R a second time; like this it stops with "target modules not found", and `lord_tune.load`
-is the way in.
+find the backbone and add L R a second time; like this the children are made when PEFT asks for them (hosts.py).
 
 split: the same with the first components of L and R only (`decompose --top-rank`); the host is then Q with the others,
 which stay in their low-precision format.
@@ -46,27 +45,24 @@ from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import LordError, LordWarning, UsageError, unknown_name
 from ..layers import (
     FactoredLinear,
     FrozenBasis,
     FrozenSum,
-    PivotedLinear,
-    QuantizedLinear,
-    ZeroLinear,
     factored_layers,
     plain_model,
 )
-from ..linalg import principal
 from ..protocols import CausalModel
+from .hosts import FACTORS, LORA, SPLIT, check_trainable, host_factors
 from .injection import check_host_config
-from .route import Route, names_in, trained_start, wrappers_of
-from .stored_tensors import StoredPivot, StoredTensors
+from .route import names_in, wrappers_of
+from .stored_tensors import StoredTensors
 from .wrappers import BasisLora
 
-FACTORS, SPLIT, LORA, SCALES, BASIS = "factors", "split", "lora", "scales", "basis"
+SCALES, BASIS = "scales", "basis"
 MODES = (FACTORS, SPLIT, LORA, SCALES, BASIS)
 BOTH, LEFT, RIGHT, SMALLER = "both", "left", "right", "smaller"
 COMPONENTS, COMPONENTS_AND_OUTPUTS = "components", "components_and_outputs"
@@ -113,11 +109,11 @@ def attach_factors(
     chosen = chosen_layers(model, targets, mode)
     for name, layer in chosen.items():
         if layer.host is None:
-            _check_trainable(name, layer, mode)
+            check_trainable(name, layer, mode)
     if config is not None:
         check_host_config(config, {f"{name}.host": layer.plan.top_rank or layer.rank for name, layer in chosen.items()})
     stored = StoredTensors(plain_model(model))
-    factors = {name: _host_factors(name, layer, mode, stored) for name, layer in chosen.items()}
+    factors = {name: host_factors(name, layer, mode, stored) for name, layer in chosen.items()}
     ranks = {name: right.shape[0] for name, (_, right) in factors.items()}
     peft_model = wrap(model, config or _host_config(ranks, task_type_of(model)), adapter_name)
     trains = adapter_name in peft_model.active_adapters
@@ -286,51 +282,6 @@ def wrap(model: CausalModel, config: PeftConfig, adapter_name: str) -> PeftModel
         config.base_model_name_or_path = str(Path(base).resolve())
     assert isinstance(peft_model, PeftModel)
     return peft_model
-
-
-def _check_trainable(name: str, layer: FactoredLinear, mode: str) -> None:
-    if mode == SPLIT and layer.top_left is None:
-        raise UsageError(f"'{name}' has no components stored apart; decompose with `top_rank`, or use mode: factors.")
-    if mode == FACTORS and layer.top_left is not None:
-        usable = LORA if isinstance(layer.top_left, QuantizedLinear) else SPLIT
-        raise UsageError(f"'{name}' has its first {layer.plan.top_rank} components stored apart; use mode: {usable}.")
-    pair = (layer.top_left, layer.top_right) if mode == SPLIT else (layer.left, layer.right)
-    if any(isinstance(factor, QuantizedLinear) for factor in pair):
-        form = layer.plan.top_format if mode == SPLIT else layer.plan.left_format
-        raise UsageError(
-            f"The factors of '{name}' are stored as {form}, which cannot be trained directly; use mode: lora."
-        )
-
-
-def _host_factors(name: str, layer: FactoredLinear, mode: str, stored: StoredTensors) -> tuple[Tensor, Tensor]:
-    """L and R to train: the parameters themselves, moved out of the layer, or for a further adapter copies."""
-    if layer.host is not None:
-        assert isinstance(layer.route, Route) and layer.route.start is not None
-        return trained_start(layer.route.start, layer.device)
-    if isinstance(layer.left, PivotedLinear) and mode == FACTORS:
-        return _unpivoted(name, layer, stored)
-    top = "top_" if mode == SPLIT else ""
-    left, right = (getattr(layer, f"{top}{side}").weight for side in (LEFT, RIGHT))
-    kept = stored.keep(f"{name}.{top}left.weight", left), stored.keep(f"{name}.{top}right.weight", right)
-    layer.route = Route(kept, right.shape[0])
-    if mode == SPLIT:
-        layer.host = FrozenSum(layer.left, layer.right, layer.backbone)
-    else:
-        layer.host = layer.backbone or ZeroLinear(layer.in_features, layer.out_features, left.device)
-    layer.left = layer.right = layer.backbone = layer.top_left = layer.top_right = None
-    return left, right
-
-
-def _unpivoted(name: str, layer: FactoredLinear, stored: StoredTensors) -> tuple[Tensor, Tensor]:
-    """L and R to train of pivoted factors, which `fold` makes of them again."""
-    rest, right, rows = layer.left.rest.weight, layer.right.weight, layer.left.rows.data
-    kept = stored.keep(f"{name}.left.rest.weight", rest), stored.keep(f"{name}.right.weight", right)
-    start = StoredPivot(kept[0], rows, kept[1])
-    layer.route = Route(start, right.shape[0])
-    layer.host = layer.backbone or ZeroLinear(layer.in_features, layer.out_features, right.device)
-    left, right = principal(layer.left.dense(torch.float64), right.detach())
-    layer.left = layer.right = layer.backbone = None
-    return left.float(), right.float()
 
 
 def task_type_of(model: CausalModel) -> str | None:

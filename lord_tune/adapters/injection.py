@@ -34,6 +34,7 @@ from ..layers import (
     factored_layers,
     unfused_parameters,
 )
+from .hosts import make_hosts
 from .route import Route
 from .wrappers import BasisLora, HostLora, LayerLora
 
@@ -49,6 +50,7 @@ def injected(inject: Callable[..., None], tuner: BaseTuner, args: tuple[Any, ...
     model = args[0] if args else kwargs["model"]
     adapter_name = args[1] if len(args) > 1 else kwargs["adapter_name"]
     if factored_layers(model):
+        make_hosts(tuner, model, tuner.peft_config[adapter_name])
         prepare(tuner, model, tuner.peft_config[adapter_name])
         _guard(tuner)
     inject(*args, **kwargs)

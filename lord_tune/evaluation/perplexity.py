@@ -25,6 +25,18 @@ def perplexity(
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> tuple[float, int]:
     """(mean loss in nats per predicted token, predicted tokens)."""
+    sums, counts = window_losses(model, tokenizer, windows, progress)
+    total, count = sum(sums.tolist()), int(counts.sum())
+    return total / count, count
+
+
+def window_losses(
+    model: CausalModel,
+    tokenizer: Tokenizer,
+    windows: Tensor,  # (window, length)
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> tuple[Tensor, Tensor]:
+    """(summed loss in nats, predicted tokens) of each window, (window,) each, float64 and int64."""
     if kind_of(model) == "bare":
         raise UsageError(
             f"{type(model).__name__} has no language-model head, so it has no perplexity; its per-layer errors are in "
@@ -32,12 +44,13 @@ def perplexity(
         )
     mask_token = getattr(tokenizer, "mask_token_id", None)
     check_loss(model, windows[:1], mask_token)
-    total, count = 0.0, 0
+    sums, counts = [], []
     with torch.no_grad():
         for index, window in enumerate(windows):
             loss, tokens = summed_loss(model, window[None], mask_token)
-            total, count = total + float(loss), count + tokens
+            sums.append(float(loss))
+            counts.append(tokens)
             progress("measuring perplexity", index + 1, len(windows))
-    if not math.isfinite(total):
+    if not math.isfinite(sum(sums)):
         raise LordError("The loss is NaN or Inf; the weights are broken or the dtype is too narrow (`dtype` float32).")
-    return total / count, count
+    return torch.tensor(sums, dtype=torch.float64), torch.tensor(counts)
