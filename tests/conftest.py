@@ -11,11 +11,13 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections import Counter  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import datasets  # noqa: E402, F401  # its log handler keeps the stderr of its import, which must outlive one test
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from stock import StockServer  # noqa: E402
 from tiny import save_tiny, tiny_bert, tiny_gpt2, tiny_llama, write_code_rows  # noqa: E402
 
 torch.set_num_threads(1)  # tiny matrices: a second thread only waits
@@ -41,6 +43,22 @@ def what_is_imported_stays() -> None:
     it looked through all that was ever imported."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def stock_server() -> Iterator[StockServer]:
+    server = StockServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(autouse=True)
+def stock_loads_are_forked(
+    request: pytest.FixtureRequest, stock_server: StockServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exports are compared by a fork of a process that has its imports, except in tests marked `own_process`."""
+    if request.node.get_closest_marker("own_process") is None:
+        monkeypatch.setattr("lord_tune.exports.stock.run_stock_loader", stock_server.run)
 
 
 @pytest.fixture(scope="session")

@@ -76,6 +76,7 @@ def test_every_head_is_exported(head, tmp_path):
     assert 1e-4 < half["relative_difference"] < 0.1
 
 
+@pytest.mark.own_process
 def test_a_peft_export_of_a_reward_model_is_compared_by_stock_libraries(tmp_path):
     config = llama_config(intermediate=192)
     config.update({"num_labels": 1, "quantization_config": None})

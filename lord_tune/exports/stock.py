@@ -130,7 +130,7 @@ def padded_rank(largest: int) -> int:
     return fitting[0]
 
 
-_STOCK_LOADER = """
+STOCK_LOADER = """
 import sys, torch, transformers, peft
 from safetensors.torch import save_file, load_file
 base, adapter, ids, out, kind, how = sys.argv[1:]
@@ -186,6 +186,12 @@ def stock_outputs(
     return _run_stock(folder, base, adapter if adapter.is_dir() else None, ids, model, kind, told)
 
 
+def run_stock_loader(words: list[str]) -> tuple[int, str]:
+    """Exit code and stderr of the program above in a process of its own."""
+    run = subprocess.run([sys.executable, "-c", STOCK_LOADER, *words], capture_output=True, text=True)
+    return run.returncode, run.stderr
+
+
 def _run_stock(
     folder: Path, base: Path, adapter: Path | None, ids: Tensor, model: PreTrainedModel, kind: str, how: str
 ) -> Tensor:
@@ -197,9 +203,9 @@ def _run_stock(
         save_file(inputs, scratch / "ids.safetensors")
         words = [str(base), "" if adapter is None else str(adapter), str(scratch / "ids.safetensors")]
         words += [str(scratch / "out.safetensors"), kind, how]
-        run = subprocess.run([sys.executable, "-c", _STOCK_LOADER, *words], capture_output=True, text=True)
-        if run.returncode != 0:
-            last = run.stderr.strip().splitlines()[-1] if run.stderr.strip() else "no message"
+        code, said = run_stock_loader(words)
+        if code != 0:
+            last = said.strip().splitlines()[-1] if said.strip() else "no message"
             raise ExportMismatch(f"Stock transformers + peft could not load the written checkpoint: {last}")
         return load_file(scratch / "out.safetensors")["logits"]
     finally:
