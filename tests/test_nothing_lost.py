@@ -128,10 +128,18 @@ def an_adapter_further_down(w: World) -> None:
 SPOIL: dict[str, Callable[[World], None]] = {
     "decompose, its text": text_into_the_output,
     "export, its text": text_into_the_output,
+    "compare, its text": text_into_the_output,
     "export, links into it": weights_behind_links,
     "decompose, moved": a_record_of_the_way_alone,
     "decompose, adapter further down": an_adapter_further_down,
 }
+
+
+def compare(base: Path, out: Path, texts: list[Path]) -> Any:
+    sized = {"methods": ["svd"], "bits_per_weight": 8, "overwrite": True}
+    return lord_tune.compare(str(base), str(out), text=[str(text) for text in texts], **sized)
+
+
 # what is called -> what the sentence says
 CASES: dict[str, tuple[Call, str]] = {
     "decompose, itself": (lambda w: decompose(w.factored, w.factored), "is the model"),
@@ -186,6 +194,12 @@ CASES: dict[str, tuple[Call, str]] = {
     "chat": (
         lambda w: lord_tune.chat(str(w.factored), prompt="x", json=str(w.factored / "config.json")),
         "is a file of the model",
+    ),
+    "compare": (lambda w: compare(w.base, w.factored, [w.rows]), "base model of the adapter"),
+    "compare, its text": (lambda w: compare(w.base, w.factored, [w.factored / "*.jsonl"]), "which this run reads"),
+    "report": (
+        lambda w: lord_tune.report([str(w.factored)], out=str(w.factored / "config.json"), overwrite=True),
+        "config.json",
     ),
     "quickstart": (
         lambda w: lord_tune.quickstart(model=str(w.factored), out=str(w.factored), overwrite=True),
