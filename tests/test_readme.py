@@ -48,6 +48,10 @@ SMALL = {
     "decompose": ["--calibration-tokens", "512", "--context-length", "64"],
     "train": ["--max_steps", "2", "--max_length", "64"],
     "evaluate": ["--context-length", "64", "--max-tokens", "256"],
+    "compare": [
+        *("--bits-per-weight", "12", "--calibration-tokens", "512"),  # rank 8 is much beside layers as small as these
+        *("--context-length", "64", "--max-tokens", "256"),
+    ],
 }
 
 
