@@ -32,8 +32,8 @@ def draw(report: dict[str, Any], texts: list[str], files: list[Path], title: str
         for place, before, after in zip(places, found["start"], found["end"], strict=True):
             if after is not None:
                 axes.plot([before, after], [place, place], color=_GRID, linewidth=2, zorder=1)
-                axes.plot(after, place, "o", color=_END, markersize=6, label=None if place else "after training")
-            axes.plot(before, place, "o", color=_START, markersize=6, label=None if place else "decomposed")
+                axes.plot(after, place, "o", color=_END, markersize=6, label="after training")
+            axes.plot(before, place, "o", color=_START, markersize=6, label="decomposed")
         axes.axvline(dense, color=_INK, linewidth=0.9, linestyle=":", label="the model as it is")
         axes.set_xscale("log")
         values = [value for own in found.values() for value in own if value is not None] + [dense]
@@ -46,7 +46,10 @@ def draw(report: dict[str, Any], texts: list[str], files: list[Path], title: str
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(colors=_INK, labelsize=9)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9, labelcolor=_INK)
+    once = dict(zip(labels, handles, strict=True))
+    figure.legend(
+        once.values(), once.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=9, labelcolor=_INK
+    )
     figure.suptitle(title, fontsize=11, color=_INK)
     for file in files:
         temporary = file.with_name(f".{file.name}.partial")
