@@ -11,7 +11,7 @@ from typing import Any
 from .allocation import Search
 from .config import PlanConfig
 from .console import LiveTable, human_bytes, say, show_table
-from .decomposition import SOLUTION, Compared, Request
+from .decomposition import CONTROL, SOLUTION, Compared, Request
 from .errors import UsageError
 from .integrations.checkpoint import skeleton
 from .layers.sizes import sizes
@@ -63,6 +63,11 @@ def show_compared(plan: Plan | None, compared: Compared) -> None:
         show_table("whole models on the held-out text", ["plan", "nats per token", "perplexity"], cells)
         if len(losses) > 1 and compared.chosen != SOLUTION:
             say(f"kept: {compared.chosen}")
+        if CONTROL in losses and losses[CONTROL] < losses[compared.chosen]:
+            say(
+                f"without L R the same bytes are better here, by {losses[compared.chosen] - losses[CONTROL]:.4f} nats per "
+                "token; --rank 0 takes the control (L R is also what training changes)"
+            )
 
 
 def _show_search(search: Search) -> None:

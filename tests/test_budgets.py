@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM
 import lord_tune
 from lord_tune.cli import main
 from lord_tune.config import DecomposeConfig
-from lord_tune.decomposition import measuring
+from lord_tune.decomposition import Compared, measuring
 from lord_tune.errors import UsageError
-from lord_tune.plans import Plan
+from lord_tune.plan_tables import show_compared
+from lord_tune.plans import LayerChoice, Plan
 
 TEXT: dict[str, Any] = {"context_length": 64, "calibration_tokens": 1024, "sensitivity_tokens": 256}
 MIX = {"allocation": "mixed", "mix": ["int2", "int4", "nf4"], "targets": r"\.[01]\.mlp"}
@@ -318,3 +319,11 @@ def test_a_plan_of_another_model_names_the_first_difference(made, rows_file, tmp
     with pytest.raises(UsageError, match=r"cut\.json is not valid JSON"):
         lord_tune.decompose(str(other), str(tmp_path / "out"), plan=str(cut))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_a_control_that_is_better_is_said_to_be(better, capfd):
+    plan = Plan({"a": LayerChoice("whitened", 8, backbone="int4", shape=(16, 16), predicted_loss=0.1)})
+    losses = {"solution": 2.0, "control": 1.9 if better else 2.1, "dense": 1.5}
+    show_compared(plan, Compared(losses, "solution", plan))
+    assert ("without L R the same bytes are better here, by 0.1000" in capfd.readouterr().out) == better

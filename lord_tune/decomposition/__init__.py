@@ -4,7 +4,7 @@ from ..calibration.task import Task
 from .base import BlockRecovery, LayerRecord, Notify, Progress, Source, Windows
 from .choices import Sized, Unit
 from .decide import Bits, Budget, Given, Ranks, Request
-from .engine import SOLUTION, Compared, Outcome, decide_measured, decompose_checkpoint
+from .engine import CONTROL, SOLUTION, Compared, Outcome, decide_measured, decompose_checkpoint
 from .estimate import Estimate, estimate_run
 from .journal import Journal
 from .steps import Phase, is_block
@@ -12,6 +12,7 @@ from .survey import Survey
 from .timing import Rates, TextSize, trace
 
 __all__ = [
+    "CONTROL",
     "SOLUTION",
     "Bits",
     "BlockRecovery",
