@@ -16,6 +16,8 @@ from typing import Any, TypeAlias, get_type_hints
 Value: TypeAlias = int | float | bool | str | None  # of an option
 PLAIN, PIVOTED = "plain", "pivoted"  # how factors are stored: L and R, or factorizations/pivoting.py
 FORMS = (PLAIN, PIVOTED)
+# formats whose rows can be decoded one by one: what embeddings may be stored in
+LOOKUPS = ("int8", "int4", "int3", "int2", "nf4", "lloyd4", "lloyd3", "lloyd2", "e8-4", "e8-3", "e8-2")
 Options: TypeAlias = dict[str, Value]  # field of a method's or format's dataclass -> value
 
 

@@ -32,6 +32,8 @@ def with_budget(values: dict[str, Any]) -> dict[str, Any]:
         if given:
             raise UsageError(f"`sweep` tries budgets and allocators itself and writes files; remove `{given[0]}`.")
         return values | {"bits_per_weight": 8.0, "allocation": "mixed"}
+    if values.get("embeddings", "dense") != "dense" and not values.get("sweep"):
+        return values
     if values.get("full_rank") or any(values.get(name) is not None for name in _BUDGETS):
         return values
     assumed = {"kept_fraction": 0.9} if values.get("backbone", "none") == "none" else {"rank": 16}

@@ -75,6 +75,9 @@ class PlanOptions(TypedDict, total=False):
         "w4a16",
         "w8a16",
     ]
+    embeddings: Literal[
+        "dense", "int8", "int4", "int3", "int2", "nf4", "lloyd4", "lloyd3", "lloyd2", "e8-4", "e8-3", "e8-2"
+    ]
     factor_format: (
         Literal[
             "fp32",
@@ -186,6 +189,9 @@ class DecomposeOptions(TypedDict, total=False):
         "w2a16",
         "w4a16",
         "w8a16",
+    ]
+    embeddings: Literal[
+        "dense", "int8", "int4", "int3", "int2", "nf4", "lloyd4", "lloyd3", "lloyd2", "e8-4", "e8-3", "e8-2"
     ]
     factor_format: (
         Literal[

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..allocation import ALIGNMENT, Tilt, break_even
+from ..declared import Options
 from ..errors import LordWarning, UsageError
 from ..factorizations import Projection
 from ..plans import LayerChoice, Plan
@@ -43,13 +44,18 @@ class Bits:
 
 
 @dataclass(frozen=True)
+class Untouched:
+    """Every layer stays dense: the embeddings alone are stored in another format."""
+
+
+@dataclass(frozen=True)
 class Given:
     """A plan that somebody else made."""
 
     plan: Plan
 
 
-Budget = Ranks | Sized | Bits | Given
+Budget = Ranks | Sized | Bits | Untouched | Given
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,7 @@ class Request:
     refine: int = 0  # whole models around the allocator's solution, of which held-out text chooses
     measure_control: bool = False  # run the control at equal bytes on held-out text as well
     seed: int = 0  # of an allocator that searches
+    embeddings: tuple[str, Options] | None = None  # the format of embedding and output head; None: as they are
 
     @property
     def by_loss(self) -> bool:
@@ -88,6 +95,8 @@ class Request:
 
     def needs(self) -> frozenset[str]:
         """The statistics that the run may take."""
+        if isinstance(self.budget, Untouched):
+            return frozenset()
         own = self.budget.plan.needs() if isinstance(self.budget, Given) else self.template.factorization().needs
         return own | (self.budget.allocator.needs if isinstance(self.budget, Sized) else frozenset())
 
@@ -107,21 +116,24 @@ class Request:
         return (self.template,)
 
 
-def decide(layers: Layers, request: Request, rest: int = 0) -> Plan | None:
+def decide(layers: Layers, request: Request, rest: int = 0, embeddings: int = 0) -> Plan | None:
     """The plan, or None where the calibration decides it. UsageError for what is impossible.
 
-    rest: bytes of everything in the checkpoint but these layers' weights, for budgets of the whole.
+    rest: bytes of everything in the checkpoint but these layers' weights, for budgets of the whole; embeddings: those
+    of embedding and output head among them.
     """
-    plan = _from_shapes(layers, request, rest)
+    plan = _from_shapes(layers, request, rest, embeddings)
     if plan is not None:
         _say_dense(plan)
     return plan
 
 
-def _from_shapes(layers: Layers, request: Request, rest: int) -> Plan | None:
+def _from_shapes(layers: Layers, request: Request, rest: int, embeddings: int) -> Plan | None:
     budget = request.budget
     if isinstance(budget, Given):
         return _matched(layers, budget.plan)
+    if isinstance(budget, Untouched):
+        return Plan({name: request.template.at(None) for name in layers})
     for template in request.templates():
         _check_template(template)
     if isinstance(budget, Ranks):
@@ -133,7 +145,7 @@ def _from_shapes(layers: Layers, request: Request, rest: int) -> Plan | None:
         _check_sides(_shapes(layers), int(budget.limit))
     if budget.allocator.needs:
         _check_nested(request)
-    plan = share_out(layers, request.template, budget, rest)
+    plan = share_out(layers, request.template, budget, rest, embeddings=embeddings)
     return None if budget.allocator.needs else plan
 
 
@@ -313,4 +325,4 @@ def _matched(layers: Layers, plan: Plan) -> Plan:
             )
         if choice.rank is not None:
             _check_template(choice)
-    return Plan({name: plan.layers[name] for name in layers})
+    return Plan({name: plan.layers[name] for name in layers}, embeddings=plan.embeddings)

@@ -41,13 +41,14 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..allocation import TILTS, Bolaco, Search
 from ..calibration.task import Task
 from ..errors import CalibrationError, LordError, LordWarning, UsageError
-from ..plans import LayerPlan, Plan
+from ..plans import LayerPlan, Plan, TablePlan
 from .base import GivenCodes, LayerRecord, Notify, Source, Windows
 from .calibrating import calibrate
 from .choices import Measured, Sized
@@ -116,6 +117,7 @@ def decompose_checkpoint(
     notify: Notify = lambda step: None,
     rest: int = 0,  # bytes of everything in the checkpoint but the layers to decompose
     given: GivenCodes | None = None,
+    tables: Mapping[str, TablePlan] | None = None,  # embedding and output head, where they are stored otherwise
 ) -> Outcome:
     """Write the shards of the decomposed checkpoint into the journal's folder."""
     if windows is None and request.needs_text():
@@ -133,14 +135,15 @@ def decompose_checkpoint(
         from_analysis = request.propagate == "dense" and not request.template.rounds_factors and plain
     elif request.gradients_first:
         measure_gradients(run, {name: choice.factorization() for name, choice in plan.factored().items()}, False)
-    if not plan.factored():
+    plan = replace(plan, embeddings=dict(tables or {}))
+    if not plan.changes():
         journal.discard()
         raise LordError("Every layer stays dense at this budget, so nothing is done; choose another budget.")
     if given is not None and task.scored is not None:
         compared = Compared(measure(run, given.compared(plan, survey.layers), analysed=False, kept=CORRECTED))
         from_analysis = True
     write(run, plan, request, from_analysis)
-    write_rest(run)
+    write_rest(run, plan.embeddings)
     return _outcome(run, plan, compared)
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from ..errors import UsageError
 from ..plans import TablePlan
 from .quantized_embedding import QuantizedEmbedding, QuantizedHead, Table
-from .surgery import bias_of, is_linear, is_transposed, plain_model
+from .surgery import is_linear, is_transposed, plain_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,9 +87,7 @@ def _module(key: str) -> str:
     return key.removesuffix(".weight").removesuffix(".table")
 
 
-def _table_of(
-    model: PreTrainedModel, module: nn.Module, embedding: nn.Module, head: nn.Module | None
-) -> TokenTable:
+def _table_of(model: PreTrainedModel, module: nn.Module, embedding: nn.Module, head: nn.Module | None) -> TokenTable:
     named = list(model.named_modules(remove_duplicate=False))
     own = [name for name, other in named if other is module]
     ties = _ties_of(model)
@@ -167,12 +165,11 @@ def put_table(
     _retie(model, set(readers), list(quantizer.empty(plan.shape, "meta")))
     table = Table(plan.shape[1], plan.shape[0], quantizer, "meta")
     for known, module in kinds.items():
-        dtype, new = module.get_parameter("weight").dtype, None
+        dtype, root = module.get_parameter("weight").dtype, readers[known]
         if isinstance(module, nn.Embedding):
-            new = QuantizedEmbedding(table, dtype, module.padding_idx, readers[known])
+            model.set_submodule(known, QuantizedEmbedding(table, dtype, module.padding_idx, root))
         else:
-            new = QuantizedHead(table, dtype, bias_of(module), readers[known])
-        model.set_submodule(known, new)
+            model.set_submodule(known, QuantizedHead(table, dtype, module._parameters["bias"], root))
     if readers:
         model.__dict__["resize_token_embeddings"] = types.MethodType(_refuse_resizing, model)
 
@@ -215,7 +212,7 @@ def _retie(model: PreTrainedModel, names: set[str], parts: list[str]) -> None:
             inner.all_tied_weights_keys = rewritten(known)
 
 
-def _models_in(model: PreTrainedModel) -> list[tuple[str, Any]]:
+def _models_in(model: nn.Module) -> list[tuple[str, Any]]:
     """(prefix of its names, model), the outermost first."""
     named = model.named_modules(remove_duplicate=False)
     return [(f"{name}." if name else "", inner) for name, inner in named if hasattr(inner, "all_tied_weights_keys")]

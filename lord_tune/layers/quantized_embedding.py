@@ -31,22 +31,20 @@ NO_TABLE_WRITING = (
 class Table(Packed):
     """Q (tokens, width) in a format's parts. Not an nn.Linear: adapters would be put on it, and not be heard."""
 
-    def __init__(
-        self, width: int, tokens: int, quantizer: Quantizer, device: torch.device | str | None = None
-    ):
+    def __init__(self, width: int, tokens: int, quantizer: Quantizer, device: torch.device | str | None = None):
         super().__init__(width, tokens, quantizer, device)
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:  # (...,) -> (..., width)
         """Decoded alone, unless `keep_dense` has them."""
         if self._dense is not None:
             return nn.functional.embedding(ids, self._dense).to(dtype)
-        if self.weight.is_meta:
+        if self.codes.is_meta:
             return torch.empty(*ids.shape, self.in_features, dtype=dtype, device=ids.device)
         found = take_rows(self.quantizer, self.parts(), self.shape, ids.reshape(-1))
         return found.to(dtype).view(*ids.shape, self.in_features)
 
     def whole(self, dtype: torch.dtype) -> Tensor:  # (tokens, width)
-        if self.weight.is_meta:
+        if self.codes.is_meta:
             return torch.empty(self.shape, dtype=dtype, device="meta")
         return self.dequantize(torch.float32).to(dtype) if self._dense is None else self._dense.to(dtype)
 
@@ -61,7 +59,7 @@ class _Reader(nn.Module):
     @property
     def weight(self) -> Tensor:
         """(tokens, width), decoded by whatever computes with it."""
-        return Standin(self.table.shape, self.dtype, self.table.weight.device, self._decoded, NO_TABLE_WRITING)
+        return Standin(self.table.shape, self.dtype, self.table.codes.device, self._decoded, NO_TABLE_WRITING)
 
     def _decoded(self) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
@@ -87,7 +85,7 @@ class QuantizedEmbedding(_Reader):
         self.num_embeddings, self.embedding_dim = table.shape
         self.padding_idx, self.root = padding_idx, root
         self._is_hf_initialized = True
-        self.unit = Stored(torch.ones(1, dtype=dtype, device=table.weight.device))
+        self.unit = Stored(torch.ones(1, dtype=dtype, device=table.codes.device))
         self.table = table
 
     @property

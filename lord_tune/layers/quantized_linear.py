@@ -64,6 +64,11 @@ class Packed(nn.Module):
     def shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
 
+    @property
+    def codes(self) -> Tensor:
+        """The stored part that every format has."""
+        return self.get_parameter("weight")
+
     def parts(self) -> dict[str, Tensor]:
         return {name: getattr(self, name).data for name in self._part_names}
 

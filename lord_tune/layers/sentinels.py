@@ -1,10 +1,11 @@
 """What a checkpoint holds under the keys of weights that are decomposed.
 
-A sentinel of shape (1,) stands under the key of each such weight, of an embedding stored in low precision, and of each fused parameter whose experts are layers
-of their own. Without it, transformers without lord_tune would load the checkpoint as a model with random weights and
-only log a line; with it, it raises. Sentinels are in files alone: a model in memory answers with the weight, and its
-`state_dict` has nothing but what it computes with (accelerate expects a shard under every key of an FSDP2 model). One
-number rather than none: empty tensors have no memory, by which safetensors and accelerate take them all for one.
+A sentinel of shape (1,) stands under the key of each such weight, of an embedding stored in low precision, and of each
+fused parameter whose experts are layers of their own. Without it, transformers without lord_tune would load the
+checkpoint as a model with random weights and only log a line; with it, it raises. Sentinels are in files alone: a model
+in memory answers with the weight, and its `state_dict` has nothing but what it computes with (accelerate expects a
+shard under every key of an FSDP2 model). One number rather than none: empty tensors have no memory, by which
+safetensors and accelerate take them all for one.
 """
 
 from __future__ import annotations

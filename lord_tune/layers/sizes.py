@@ -51,14 +51,14 @@ def bytes_by_part(model: nn.Module) -> dict[str, int]:
     plain = plain_model(model)
     embeddings, heads = token_modules(plain)
     factored = {name for name, module in plain.named_modules() if isinstance(module, FactoredLinear)}
-    prefixes = find_blocks(plain).names()  # type: ignore[arg-type]
-    dense = {n for n, m in plain.named_modules() if is_linear(m) and any(p == "" or n.startswith(p + ".") for p in prefixes)}
+    inside = tuple("" if prefix == "" else f"{prefix}." for prefix in find_blocks(plain).names())
+    dense = {name for name, module in plain.named_modules() if name.startswith(inside) and is_linear(module)}
     found = dict.fromkeys(PARTS, 0)
     for key, tensor in _tensors_of(plain).items():
         owner, leaf = key.rpartition(".")[::2]
         layer = next((name for name in _above(owner) if name in factored), None)
         part = "other"
-        if any(name in embeddings for name in _above(owner)):
+        if any(name in embeddings for name in _above(owner)) and leaf != "bias":
             part = "embeddings"
         elif any(name in heads for name in _above(owner)) and leaf != "bias":
             part = "head"

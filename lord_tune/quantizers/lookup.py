@@ -14,7 +14,6 @@ from torch import Tensor
 from ..errors import UsageError
 from .base import Quantizer
 
-LOOKUPS = ("int8", "int4", "int3", "int2", "nf4", "lloyd4", "lloyd3", "lloyd2", "e8-4", "e8-3", "e8-2")
 STRETCHES = (0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15)
 _BLOCK_STRETCHES = (0.95, 1.0, 1.05)  # of formats that search for the nearest of blocks: slow, and little is gained
 _AT_ONCE = 2**22  # weights rounded together
