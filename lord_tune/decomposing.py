@@ -169,7 +169,8 @@ def run_decomposition(
             note(f"what is finished is kept in {journal.folder}; continue with the same command and --resume")
         raise
     show_decomposition(outcome.records, outcome.recovery, found.skipped, totals)
-    show_compared(outcome.plan, outcome.compared)
+    if outcome.plan.factored():
+        show_compared(outcome.plan, outcome.compared)
     say(f"wrote {config.out}")
     say(f"next: lord-tune evaluate {config.out} --text FILE   or   lord-tune inspect {config.out}")
     return report
