@@ -116,8 +116,9 @@ class MethodConfig(MethodOptions, RunConfig):
     embeddings: Literal[EMBEDDINGS] = Field(  # type: ignore[valid-type]
         "dense",
         description="how the input embedding and the output head are stored: dense (as they are) or a low-precision "
-        "format, rounded to the nearest; a tied pair is stored once. Without a budget nothing else is changed; with "
-        "--max-bytes the layers share what the embeddings leave",
+        "format; a tied pair is stored once. An output head is rounded with error feedback where there is calibration "
+        "text, all else to the nearest. Without a budget no layer is changed; with --max-bytes the layers share what "
+        "the embeddings leave",
     )
     factor_format: Literal[FACTOR_FORMATS] | None = Field(  # type: ignore[valid-type]
         None,
@@ -449,7 +450,9 @@ class MethodConfig(MethodOptions, RunConfig):
         """Refuse what is said of layers, of which none is decomposed."""
         from .quantizers import QUANTIZERS
 
-        free = {item.key for item in options_of(QUANTIZERS[self.embeddings])}
+        free = {item.key for item in options_of(QUANTIZERS[self.embeddings])} | {"calibration"}
+        if self.calibration:  # an output head is rounded with feedback on it
+            free |= {"calibration_tokens", "context_length", "plain_prompts", "seed"}
         free |= {"model", "out", "embeddings", "dtype", "resume", "overwrite", "dry_run", "save", "json_file"}
         for key in self.given(*sorted(type(self).model_fields.keys() - free - {"processes"})):
             raise UsageError(

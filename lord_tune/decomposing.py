@@ -41,6 +41,7 @@ from .resolve import (
     text_size_of,
     windows_of,
 )
+from .size_tables import show_embeddings
 from .storage import (
     read_json,
     sha256_files,
@@ -143,6 +144,7 @@ def run_decomposition(
             "shards": journal.shards(),
             "layers": {name: asdict(record) for name, record in outcome.records.items()},
             "recovery": outcome.recovery,
+            **({"embeddings": outcome.rounded} if outcome.rounded else {}),
             **outcome.compared.to_dict(),
             "skipped": found.skipped,
             "totals": totals,
@@ -169,6 +171,7 @@ def run_decomposition(
             note(f"what is finished is kept in {journal.folder}; continue with the same command and --resume")
         raise
     show_decomposition(outcome.records, outcome.recovery, found.skipped, totals)
+    show_embeddings(outcome.rounded)
     if outcome.plan.factored():
         show_compared(outcome.plan, outcome.compared)
     say(f"wrote {config.out}")

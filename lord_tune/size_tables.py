@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from .console import human_bytes, say, show_table
 from .decomposition import LayerRecord
+from .decomposition.embedding import RoundedTable
 from .layers import expert_of
 
 _PARTS = {
@@ -26,6 +27,14 @@ def show_bytes(parts: Mapping[str, int], when: str = "") -> None:
     show_table(f"bytes by part{when}", ["part", "size", "share"], [*rows, ["together", human_bytes(total), ""]])
     if parts["embeddings"] and not parts["head"]:
         say("an output head that is tied to the embeddings is stored with them, once")
+
+
+def show_embeddings(rounded: Mapping[str, RoundedTable]) -> None:
+    """How stored embeddings were rounded."""
+    how = {"feedback": "with error feedback on the inputs of the output head", "nearest": "to the nearest"}
+    for name, table in rounded.items():
+        told = f"rounded {how[table['rounding']]}; relative error {table['error']:.4f}"
+        say(f"{name} is stored in {table['format']}, {told}")
 
 
 def show_equal_bits(layers: Mapping[str, LayerRecord]) -> None:

@@ -4,14 +4,15 @@ They are sites beside the layers: a run's plan and the manifest say of each modu
 The path of a choice: the option becomes `Request.embeddings`; `planned_tables` looks at the model's structure and makes
 the TablePlans or refuses; `saved_bytes` lowers what a budget of the whole checkpoint counts outside the layers;
 `table_tensors` rounds each matrix when the shard of everything outside the blocks is written, after all layers, which
-are calibrated on the embedding as it was; `show_tables` puts the stored modules into the skeleton, from which the
-manifest and all sizes are taken. A loader builds the modules from the manifest (layers/embeddings.py).
+are calibrated on the embedding as it was: with error feedback where the output head reads it and there is calibration
+text (head_inputs.py), else to the nearest in searched scales; `show_tables` puts the stored modules into the skeleton,
+from which the manifest and all sizes are taken. A loader builds the modules from the manifest (layers/embeddings.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,9 @@ from ..errors import UsageError
 from ..layers import QuantizedEmbedding, QuantizedHead, put_table, sentinel, token_tables
 from ..layers.sizes import bytes_by_part
 from ..plans import Plan, TablePlan
-from ..quantizers import make_quantizer
-from ..quantizers.lookup import check_lookup, round_rows
+from ..quantizers import Quantizer, make_quantizer
+from ..quantizers.ldlq import fitted
+from ..quantizers.lookup import check_lookup, round_rows, take_rows
 from .base import Source
 from .decide import Given, Request
 from .shards import Loaded
@@ -30,6 +32,10 @@ from .survey import Survey
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+_ROWS = 4096  # of a matrix, rounded together; a multiple of what starts on a stored boundary in any format
+_DAMPING = (0.1,)  # of the Gram matrix; the rows are looked up as well, where feedback alone would move them too far
 
 
 def planned_tables(model: PreTrainedModel, survey: Survey, request: Request) -> dict[str, TablePlan]:
@@ -96,21 +102,48 @@ def parts_after(
     return parts
 
 
-def table_tensors(source: Source, tables: Mapping[str, TablePlan]) -> dict[str, Tensor]:
-    """What the checkpoint holds in place of the dense matrices."""
-    found: dict[str, Tensor] = {}
-    for name, plan in tables.items():
-        key = f"{name}.weight"
-        with Loaded(source, [key], source.model):
-            weight = source.model.get_submodule(name).get_parameter("weight").detach()
-            parts = round_rows(plan.quantizer(), weight)
-        found |= {f"{name}.table.{part}": value for part, value in parts.items()}
-        found[key] = sentinel()
-        for reader in (name, *plan.shared):
-            module = source.model.get_submodule(reader)
-            if isinstance(module, nn.Embedding):
-                found[f"{reader}.unit"] = torch.ones(1, dtype=module.weight.dtype)
-    return found
+class RoundedTable(TypedDict):
+    """What a report says of a stored embedding or output head."""
+
+    format: str
+    rounding: str  # "feedback" on the inputs of the output head, or "nearest" in searched scales
+    error: float  # of the matrix, relative
+
+
+def table_tensors(
+    source: Source,
+    name: str,
+    plan: TablePlan,
+    gram: Tensor | None,  # (width, width) float64, of the inputs of the output head, where it reads this matrix
+) -> tuple[dict[str, Tensor], RoundedTable]:
+    """What the checkpoint holds in place of a dense matrix."""
+    key, form = f"{name}.weight", plan.quantizer()
+    with Loaded(source, [key], source.model):
+        weight = source.model.get_submodule(name).get_parameter("weight").detach()
+        parts = round_rows(form, weight) if gram is None else round_with(form, weight, gram)
+        found = {f"{name}.table.{part}": value for part, value in parts.items()}
+        square = total = 0.0
+        for start in range(0, plan.shape[0], _ROWS):
+            rows = weight[start : start + _ROWS].float()
+            ids = torch.arange(start, start + len(rows), device=rows.device)
+            square += float((take_rows(form, parts, plan.shape, ids) - rows).square().sum(dtype=torch.float64))
+            total += float(rows.square().sum(dtype=torch.float64))
+    found[key] = sentinel()
+    for reader in (name, *plan.shared):
+        module = source.model.get_submodule(reader)
+        if isinstance(module, nn.Embedding):
+            found[f"{reader}.unit"] = torch.ones(1, dtype=module.weight.dtype)
+    error = (square / max(total, 1e-300)) ** 0.5
+    how = "nearest" if gram is None else "feedback"
+    return found, {"format": plan.format, "rounding": how, "error": error}
+
+
+def round_with(form: Quantizer, weight: Tensor, gram: Tensor) -> dict[str, Tensor]:
+    """The stored parts of a matrix, rounded with feedback (quantizers/ldlq.py): each row with the stretch of its scales
+    that errs least on the head's inputs."""
+    check_lookup(form, (weight.shape[0], weight.shape[1]))
+    pieces = [fitted(form, rows, gram, dampings=_DAMPING).parts for rows in weight.split(_ROWS)]
+    return {part: torch.cat([piece[part] for piece in pieces]) for part in pieces[0]}
 
 
 def show_tables(model: PreTrainedModel, tables: Mapping[str, TablePlan]) -> None:

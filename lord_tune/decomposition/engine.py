@@ -54,6 +54,7 @@ from .calibrating import calibrate
 from .choices import Measured, Sized
 from .decide import Request, decide_from
 from .gradients import measure_gradients
+from .head_inputs import measure_head
 from .journal import Journal
 from .measuring import measure, scored
 from .passes import Passes
@@ -104,6 +105,7 @@ class Outcome:
     weight_map: dict[str, str]  # tensor -> file
     recovery: dict[str, Recovered]  # block -> held-out error before and after block-wise recovery, passes kept
     compared: Compared
+    rounded: dict[str, Any]  # table -> how it was rounded, and its error
 
 
 def decompose_checkpoint(
@@ -124,7 +126,7 @@ def decompose_checkpoint(
         raise CalibrationError(
             f"Method '{request.template.method}' with this budget needs calibration text; pass `calibration` files."
         )
-    costs = costs_of(request, plan)
+    costs = costs_of(request, plan) | ({Phase.HEAD: 0.05} if tables else {})
     if given is not None and task.scored is not None:
         costs |= {Phase.MEASURING: 1.3, Phase.WRITING: 0.05}
     run = Passes(source, survey, windows, task, journal, costs, notify, given)
@@ -142,6 +144,7 @@ def decompose_checkpoint(
     if given is not None and task.scored is not None:
         compared = Compared(measure(run, given.compared(plan, survey.layers), analysed=False, kept=CORRECTED))
         from_analysis = True
+    measure_head(run, plan.embeddings)
     write(run, plan, request, from_analysis)
     write_rest(run, plan.embeddings)
     return _outcome(run, plan, compared)
@@ -218,6 +221,7 @@ def _outcome(run: Passes, plan: Plan, compared: Compared) -> Outcome:
     plans: dict[str, LayerPlan] = {}
     weight_map: dict[str, str] = {}
     recovery: dict[str, Recovered] = {}
+    rounded: dict[str, Any] = {}
     for index in range(run.count):
         line = run.journal.steps[of_block(Phase.WRITING, index)]
         if line["recovery"]:
@@ -228,6 +232,7 @@ def _outcome(run: Passes, plan: Plan, compared: Compared) -> Outcome:
         weight_map |= dict.fromkeys(line["tensors"], line["file"])
     if run.journal.has(REST):
         line = run.journal.steps[REST]
+        rounded = line.get("rounded", {})
         weight_map |= dict.fromkeys(line["tensors"], line["file"])
     for name, record in records.items():
         reason = plan.layers[name].reason
@@ -235,4 +240,5 @@ def _outcome(run: Passes, plan: Plan, compared: Compared) -> Outcome:
         for text in record.warnings:
             if text != said:
                 warnings.warn(f"{name}: {text}", LordWarning, stacklevel=2)
-    return Outcome({name: records[name] for name in run.survey.layers}, plan, plans, weight_map, recovery, compared)
+    ordered = {name: records[name] for name in run.survey.layers}
+    return Outcome(ordered, plan, plans, weight_map, recovery, compared, rounded)

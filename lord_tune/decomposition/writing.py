@@ -17,8 +17,9 @@ from ..plans import LayerPlan, Plan, TablePlan
 from ..storage import write_tensors
 from .calibrating import analyses, collect
 from .decide import Request
-from .embedding import show_tables, table_tensors
+from .embedding import RoundedTable, show_tables, table_tensors
 from .gradients import sensitivity_file
+from .head_inputs import head_gram, head_table
 from .layerwise import Analysis, Finished, install, left_dense, project_layer, split_layer
 from .passes import CALIBRATION, HELDOUT, Passes, Statistics
 from .recovery import STUDENT, STUDENT_HELDOUT, tune_block
@@ -30,7 +31,7 @@ from .steps import REST, Phase, of_block
 def write(run: Passes, plan: Plan, request: Request, from_analysis: bool) -> None:
     """Factorize as planned and write one shard per block. With `from_analysis` the factors are cut from what the
     calibrating pass kept; otherwise this pass calibrates."""
-    walk = _walk(run, request, from_analysis)
+    walk = _walk(run, request, from_analysis) if plan.factored() else None
     student = request.recovery is not None
     handed_on = [STUDENT, STUDENT_HELDOUT] if student else [CALIBRATION, HELDOUT]
     if not student and request.propagate != "sequential":
@@ -187,11 +188,15 @@ def _write_rest(run: Passes, tables: Mapping[str, TablePlan]) -> None:
     path = run.journal.folder / shard_name(run.count, run.shards)
     tensors: dict[str, Tensor] = {}
     digest = None
+    rounded: dict[str, RoundedTable] = {}
+    gram, head = head_gram(run), head_table(run.model, tables)
     if run.journal.writes:
         replaced = {f"{name}.weight" for name in tables}
         stored = {name: run.source.stored(name) for name in run.outside if name not in replaced}
         with Loaded(run.source, [name for name, tensor in stored.items() if tensor is None], run.model):
             tensors = {n: untouched(run.source, n) if t is None else t for n, t in stored.items()}
-        tensors |= table_tensors(run.source, tables)
+        for name, table in tables.items():
+            made, rounded[name] = table_tensors(run.source, name, table, gram if name == head else None)
+            tensors |= made
         digest = write_tensors(path, tensors)
-    run.journal.commit(REST, path, digest, tensors=list(tensors))
+    run.journal.commit(REST, path, digest, tensors=list(tensors), rounded=run.workers.send(rounded, 0))

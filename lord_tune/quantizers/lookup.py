@@ -2,8 +2,8 @@
 
 Rounding is to the nearest, with a scale searched for each group (or each row, where a format scales whole rows or its
 groups do not divide the row): of STRETCHES, what the format's own scale is multiplied by, the one of the least squared
-error. No error feedback: which inputs meet a row is not known of an embedding. What is given up is what feedback on the
-inputs of a tied output head would gain.
+error. An embedding meets no inputs that would say which errors cost more; of an output head they are known, and
+decomposition/embedding.py rounds it with feedback (ldlq.py).
 """
 
 from __future__ import annotations
