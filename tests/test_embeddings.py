@@ -191,6 +191,45 @@ def test_a_manifest_of_another_model_is_refused(tied, tmp_path):
         lord_tune.load(str(tmp_path / "other"))
 
 
+# --- rounding ---
+
+
+def test_a_head_is_rounded_with_feedback_on_what_it_reads(tied_dir, rows, tmp_path):
+    """Text makes the logits of a tied pair better, not its rows, where hidden states have a direction in common, as they
+    have in trained models."""
+    uneven = lord_tune.load(str(tied_dir))
+    uneven[0].model.embed_tokens.weight.data += torch.linspace(-2, 2, 64)
+    uneven[0].save_pretrained(tmp_path / "m")
+    uneven[1].save_pretrained(tmp_path / "m")
+    tied_dir = tmp_path / "m"
+    text = {"calibration": [str(rows)], "calibration_tokens": 2048, "context_length": 64}
+    near = lord_tune.decompose(str(tied_dir), str(tmp_path / "near"), embeddings="int3")
+    fed = lord_tune.decompose(str(tied_dir), str(tmp_path / "fed"), embeddings="int3", **text)
+    name = "model.embed_tokens"
+    assert (near["embeddings"][name]["rounding"], fed["embeddings"][name]["rounding"]) == ("nearest", "feedback")
+    assert fed["embeddings"][name]["error"] > near["embeddings"][name]["error"] > 0.1
+    model, tokenizer = lord_tune.load(str(tied_dir))
+    ids = torch.tensor(tokenizer("\n".join(rows.read_text().splitlines()[-3:]))["input_ids"][:200])[None]
+    with torch.no_grad():
+        hidden = model.model(ids).last_hidden_state[0]
+        wanted = model.lm_head(hidden)
+        errors = {}
+        for kind in ("near", "fed"):
+            stored = lord_tune.load(str(tmp_path / kind))[0]
+            errors[kind] = float((stored.lm_head(hidden) - wanted).norm() / wanted.norm())
+            row = stored.model.embed_tokens.weight - model.model.embed_tokens.weight
+            error = float(row.norm() / model.model.embed_tokens.weight.norm())
+            report = near if kind == "near" else fed
+            assert report["embeddings"][name]["error"] == pytest.approx(error, rel=1e-4)
+    assert errors["fed"] < 0.7 * errors["near"]
+
+
+def test_an_untied_embedding_is_rounded_to_the_nearest(llama_dir, rows, tmp_path):
+    text = {"calibration": [str(rows)], **TEXT}
+    found = lord_tune.decompose(str(llama_dir), str(tmp_path / "out"), embeddings="int4", **text)["embeddings"]
+    assert found["lm_head"]["rounding"] == "feedback" and found["model.embed_tokens"]["rounding"] == "nearest"
+
+
 # --- plans and budgets ---
 
 
@@ -391,7 +430,8 @@ def test_the_scaled_embedding_of_a_real_family_is_refused():
     ("values", "sentence"),
     [
         ({"embeddings": "int5"}, "Got 'int5' for `embeddings`"),
-        ({"embeddings": "int4", "calibration": ["a.txt"]}, "`calibration` has no effect where `embeddings` alone"),
+        ({"embeddings": "int4", "targets": "q"}, "`targets` has no effect where `embeddings` alone"),
+        ({"embeddings": "int4", "seed": 3}, "`seed` has no effect where `embeddings` alone"),
         ({"embeddings": "int4", "backbone": "int4"}, "`backbone` has no effect where `embeddings` alone"),
         ({"embeddings": "int4", "block_size": 32}, "`block_size` has no effect where `embeddings` alone"),
         ({"embeddings": "dense"}, "Expected one of `rank`"),
