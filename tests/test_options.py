@@ -287,8 +287,11 @@ def case_bits_per_weight(b: Bench) -> None:
             step = ALIGNMENT * sum(entry["shape"]) * 32 / (entry["shape"][0] * entry["shape"][1])  # of float32 factors
             assert entry["bits_per_weight"] <= bits < entry["bits_per_weight"] + step
             assert run.manifest[name]["rank"] == entry["rank"] and entry["rank"] % ALIGNMENT == 0
-    chosen = b.small(bits_per_weight=9.0, backbone="none", factor_format="fp16")  # 4.25 + 4 bits of rank 8 at 64 x 64
-    assert chosen.manifest[Q1]["backbone"] == "lloyd2" and chosen.manifest[Q1]["backbone_options"]["incoherence"]
+    # 4 bits of rank 8 at 64 x 64, and 6 at 32 x 64, which alone would leave no place for lloyd4 (4.25 and rotations)
+    chosen = b.small(bits_per_weight=9.0, backbone="none", factor_format="fp16")
+    assert chosen.manifest[Q1]["backbone"] == "lloyd4" and chosen.manifest[Q1]["backbone_options"]["incoherence"]
+    spent = [(e["bits_per_weight"], e["shape"][0] * e["shape"][1]) for e in chosen.report["layers"].values()]
+    assert sum(bits * count for bits, count in spent) <= 9.0 * sum(count for _, count in spent)
 
 
 def case_allocation(b: Bench) -> None:
