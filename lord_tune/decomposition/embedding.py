@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..layers import QuantizedEmbedding, QuantizedHead, put_table, sentinel, token_tables
 from ..layers.sizes import bytes_by_part
+from ..memory import give_back
 from ..plans import Plan, TablePlan
 from ..quantizers import Quantizer, make_quantizer
 from ..quantizers.ldlq import fitted
@@ -142,7 +143,10 @@ def round_with(form: Quantizer, weight: Tensor, gram: Tensor) -> dict[str, Tenso
     """The stored parts of a matrix, rounded with feedback (quantizers/ldlq.py): each row with the stretch of its scales
     that errs least on the head's inputs."""
     check_lookup(form, (weight.shape[0], weight.shape[1]))
-    pieces = [fitted(form, rows, gram, dampings=_DAMPING).parts for rows in weight.split(_ROWS)]
+    pieces = []
+    for rows in weight.split(_ROWS):
+        pieces.append(fitted(form, rows, gram, dampings=_DAMPING).parts)
+        give_back()
     return {part: torch.cat([piece[part] for piece in pieces]) for part in pieces[0]}
 
 
