@@ -41,16 +41,16 @@ from .errors import LordWarning, UsageError
 from .evaluating import measured, prepared
 from .exports.alone import check_base
 from .exports.run import export_model
+from .inspecting import report_of
 from .integrations.checkpoint import skeleton
 from .integrations.companions import companions_of
 from .integrations.destination import protect, protect_file
 from .integrations.files import ADAPTER_FILE, relative_folder
 from .integrations.models import default_device, quiet
 from .integrations.running import kind_of, run_model, window_length
-from .integrations.sources import base_of_adapter, gguf_file, resolve_model, weights_identity
+from .integrations.sources import gguf_file, resolve_model, weights_identity
 from .keywords import documented
 from .layers import dequantize_once
-from .layers.sizes import sizes
 from .merges import ORIGINAL, UNMERGED, Merges, weigh
 from .options import Export
 from .parallel import Workers
@@ -64,8 +64,8 @@ from .resolve import (
     check_formats,
     estimate_of,
     foresee,
+    outside_of,
     request_of,
-    rest_of,
     training_dtype,
 )
 from .signatures import (
@@ -77,11 +77,11 @@ from .signatures import (
     InspectOptions,
     PlanOptions,
 )
+from .size_tables import show_bytes
 from .storage import (
     atomic_directory,
     check_destination,
     check_json_file,
-    read_json,
     sole_writer,
     write_json,
     write_text,
@@ -157,7 +157,8 @@ def plan(model: str, **options: Unpack[PlanOptions]) -> dict[str, Any]:
         warnings.warn(text, LordWarning, stacklevel=2)
     if config.sweep is not None:
         return write_sweep(config, source_name, request)
-    chosen = decide(found.layers, request, rest_of(sizes(shape), found))
+    outside = outside_of(shape, found, request)
+    chosen = decide(found.layers, request, outside.rest, outside.embeddings)
     rates = Rates.measure(next(shape.parameters()).dtype, device)
     foreseen = estimate_of(shape, found, request, chosen, size, rates, config.processes, device)
     compared = Compared()
@@ -167,7 +168,7 @@ def plan(model: str, **options: Unpack[PlanOptions]) -> dict[str, Any]:
                 chosen, compared = plan_on_text(config, source_name, request, Path(config.save), layer_rows(table))
             foreseen = estimate_of(shape, found, request, chosen, size, rates, config.processes, device)
         made = chosen.made or made_from(config, identity_of(config.model, source_name), None)
-        replace(chosen, made=made).save(Path(config.save))
+        replace(chosen, made=made, embeddings=outside.tables).save(Path(config.save))
         say(f"wrote {config.save}: a choice for each of {len(chosen.layers)} layers; decompose MODEL OUT --plan FILE")
     result = {"model": config.model, **foreseen.to_dict()}
     if config.json_file:
@@ -356,24 +357,12 @@ def inspect(model: str, **options: Unpack[InspectOptions]) -> dict[str, Any]:
     config = InspectConfig.build({"model": model, **options})
     protect_file(config.json_file, [config.model])
     check_json_file(config.json_file)
-    folder = Path(config.model)
-    if (folder / ADAPTER_FILE).is_file() and not (folder / "decomposition.json").is_file():
-        folder = Path(base_of_adapter(folder))
-    if not folder.is_dir():
-        raise UsageError(f"The folder {folder} does not exist; pass one that lord-tune decompose or train wrote.")
-    if not (folder / "config.json").is_file():
-        raise UsageError(f"{folder} holds no config.json; pass a factored checkpoint.")
-    if (folder / "decomposition.json").is_file():
-        report = read_json(folder / "decomposition.json")
-    else:
-        manifest = read_json(folder / "config.json").get("quantization_config") or {}
-        if manifest.get("quant_method") != "lord":
-            raise UsageError(f"{folder} is not a factored checkpoint; run lord-tune decompose first.")
-        report = {"layers": manifest["layers"], "totals": {}}
+    folder, report = report_of(Path(config.model))
     if config.json_file:
         write_json(Path(config.json_file), report)
         return report
     show_layers(str(folder), report["layers"])
-    if report["totals"]:
+    if "model_bytes" in report["totals"]:
         show_totals(report["totals"])
+    show_bytes(report["totals"]["bytes_by_part"])
     return report

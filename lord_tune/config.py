@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .console import size_of
 from .data.weighted import names_of, weighted_sources
-from .declared import PIVOTED, PLAIN, chosen, options_of
+from .declared import LOOKUPS, PIVOTED, PLAIN, chosen, options_of
 from .errors import UsageError, unknown_name
 from .options import ALLOCATION_KEYS, FORMAT_KEYS, METHOD_KEYS, Allocation, Export, Method, MethodOptions, Quantized
 from .yaml_files import expand_home
@@ -75,7 +75,11 @@ class RunConfig(BaseModel):
 
 FORMATS = ("none", *get_args(Quantized))
 MIX = ("int2", "e8-2", "int3", "e8-3", "int4", "nf4", "e8-4", "int8")  # what mixed chooses from
+EMBEDDINGS = ("dense", *LOOKUPS)
 FACTOR_FORMATS = ("fp32", "fp16", "bf16", *get_args(Quantized))
+
+
+_BUDGETS = ("rank", "average_rank", "kept_fraction", "bits_per_weight", "max_bytes", "plan_file")
 
 
 class MethodConfig(MethodOptions, RunConfig):
@@ -92,7 +96,7 @@ class MethodConfig(MethodOptions, RunConfig):
         "Calibration": ("context_length", "sensitivity_tokens", "propagate", "plain_prompts"),
         "Search (--allocation bolaco)": ALLOCATION_KEYS,
         "Method": METHOD_KEYS,
-        "Formats": ("factor_format", "form", "top_rank", "top_format", "incoherence", *FORMAT_KEYS),
+        "Formats": ("embeddings", "factor_format", "form", "top_rank", "top_format", "incoherence", *FORMAT_KEYS),
         "Recovery": ("recover_epochs", "recover_learning_rate"),
         "Running": ("...",),
     }
@@ -108,6 +112,13 @@ class MethodConfig(MethodOptions, RunConfig):
     )
     backbone: Literal[FORMATS] = Field(  # type: ignore[valid-type]
         "none", description="what stays beside L R: none (W = L R) or a low-precision format"
+    )
+    embeddings: Literal[EMBEDDINGS] = Field(  # type: ignore[valid-type]
+        "dense",
+        description="how the input embedding and the output head are stored: dense (as they are) or a low-precision "
+        "format; a tied pair is stored once. An output head is rounded with error feedback where there is calibration "
+        "text, all else to the nearest. Without a budget no layer is changed; with --max-bytes the layers share what "
+        "the embeddings leave",
     )
     factor_format: Literal[FACTOR_FORMATS] | None = Field(  # type: ignore[valid-type]
         None,
@@ -234,6 +245,8 @@ class MethodConfig(MethodOptions, RunConfig):
 
         if self.plan_file is not None:
             return Plan.read(Path(self.plan_file)).needs()
+        if self.embeddings_alone:
+            return frozenset()
         owner = self.owners()[0]
         method: Any = owner(**chosen(owner, self))
         own: frozenset[str] = method.needs
@@ -244,6 +257,11 @@ class MethodConfig(MethodOptions, RunConfig):
         """Whether an allocator shares a size out over the layers."""
         chosen = any(size is not None for size in (self.kept_fraction, self.max_bytes, self.average_rank))
         return chosen or (self.bits_per_weight is not None and bool(self.given("allocation")))
+
+    @property
+    def embeddings_alone(self) -> bool:
+        """Whether no layer is to be decomposed."""
+        return self.embeddings != "dense" and not self.given(*_BUDGETS) and not self.full_rank
 
     @property
     def by_loss(self) -> bool:
@@ -311,7 +329,9 @@ class MethodConfig(MethodOptions, RunConfig):
             )
         if self.sized and self.allocation == "spread" and (self.rank or 0) < (self.backbone == "none"):
             raise UsageError(f"Got rank {self.rank}; a rank is at least 1 (0 is plain rounding and needs a backbone).")
-        came = self.given("rank", "average_rank", "kept_fraction", "bits_per_weight", "max_bytes", "plan_file")
+        if self.embeddings_alone:
+            return
+        came = self.given(*_BUDGETS)
         came += ["full_rank"] if self.full_rank else []
         keys = [f"`{name.removesuffix('_file')}`" for name in came]
         if sorted(came) == ["bits_per_weight", "rank"] and self.backbone == "none" and not self.sized:
@@ -339,6 +359,9 @@ class MethodConfig(MethodOptions, RunConfig):
         self.weights()
         if self.plan_file is not None:
             self._check_beside_plan(calibrated)
+            return
+        if self.embeddings_alone:
+            self._check_embeddings_alone()
             return
         quantized = self.backbone != "none" or self.mixes or (self.bits_per_weight is not None and not self.sized)
         if self.owners()[0].needs_backbone and not quantized:
@@ -396,8 +419,10 @@ class MethodConfig(MethodOptions, RunConfig):
                 "groups' second moments is that of all tokens. Remove one of them."
             )
         owners = self.owners()
+        stored = [] if self.embeddings == "dense" else [QUANTIZERS[self.embeddings]]
         for key in self.given(*MethodOptions.model_fields):
-            declared = [item for owner in owners for item in options_of(owner) if item.key == key]
+            declared = [item for owner in stored for item in options_of(owner) if item.key == key]
+            declared += [item for owner in owners for item in options_of(owner) if item.key == key]
             if not any((item.at_rank_0 or self.rank != 0) and (item.without_q or quantized) for item in declared):
                 self._refuse_idle(key)
         rotated = any(getattr(owner, "rotated_by_default", False) for owner in owners)
@@ -420,6 +445,20 @@ class MethodConfig(MethodOptions, RunConfig):
         for key in self.given(*used):
             if not used[key]:
                 self._refuse_idle(key)
+
+    def _check_embeddings_alone(self) -> None:
+        """Refuse what is said of layers, of which none is decomposed."""
+        from .quantizers import QUANTIZERS
+
+        free = {item.key for item in options_of(QUANTIZERS[self.embeddings])} | {"calibration"}
+        if self.calibration:  # an output head is rounded with feedback on it
+            free |= {"calibration_tokens", "context_length", "plain_prompts", "seed"}
+        free |= {"model", "out", "embeddings", "dtype", "resume", "overwrite", "dry_run", "save", "json_file"}
+        for key in self.given(*sorted(type(self).model_fields.keys() - free - {"processes"})):
+            raise UsageError(
+                f"`{key}` has no effect where `embeddings` alone is given and no budget, so that every layer stays as "
+                "it is; remove it, or give a budget, for example `rank` or `max_bytes`."
+            )
 
     def _check_beside_plan(self, calibrated: bool) -> None:
         """Refuse what the plan says itself."""

@@ -29,18 +29,19 @@ from .integrations.running import kind_of, run_model, task_of
 from .integrations.sources import resolve_model
 from .integrations.space import bytes_in, check_space
 from .integrations.vocabulary import check_vocabulary
-from .layers.sizes import sizes
+from .layers.sizes import bytes_by_part, sizes
 from .memory import PeakMemory
 from .plan_tables import backbones_of, show_compared
 from .plans import FORMAT_VERSION
 from .provenance import architecture_of, identity_of, lasting, made_from, versions
 from .resolve import (
     estimate_of,
+    outside_of,
     request_of,
-    rest_of,
     text_size_of,
     windows_of,
 )
+from .size_tables import show_embeddings
 from .storage import (
     read_json,
     sha256_files,
@@ -112,7 +113,8 @@ def run_decomposition(
             source = corrected = Corrected(source, quantized, found.layers, served)
             request = replace(request, budget=Given(corrected.plan(request.template, config.rank or 0)))
         before = sizes(source.model)
-        chosen = decide(found.layers, request, rest := rest_of(before, found))
+        outside = outside_of(source.model, found, request)
+        chosen = decide(found.layers, request, outside.rest, outside.embeddings)
         on_meta = survey(shape, request.targets, request.exclude, run_model)
         size = text_size_of(windows)
         foreseen = estimate_of(shape, on_meta, request, chosen, size, None, workers.size, device)
@@ -126,9 +128,10 @@ def run_decomposition(
         task = task_of(tokenizer, kind_of(source.model))
         with PeakMemory(device) as peak, LiveTable(LAYER_COLUMNS, LAYER_WIDTHS) as table:
             show = layer_rows(table)
-            given = windows, task, journal, show, rest, corrected
+            given = windows, task, journal, show, outside.rest, corrected, outside.tables
             outcome = decompose_checkpoint(source, found, request, chosen, *given)
         totals = totals_of(outcome.records, before, sizes(source.model), time.perf_counter() - start)
+        totals |= {"bytes_by_part": bytes_by_part(source.model)}
         totals |= {"peak_memory_bytes": peak.bytes, "estimated_peak_memory_bytes": foreseen.peak_bytes}
         report = {
             "format_version": FORMAT_VERSION,
@@ -142,6 +145,7 @@ def run_decomposition(
             "shards": journal.shards(),
             "layers": {name: asdict(record) for name, record in outcome.records.items()},
             "recovery": outcome.recovery,
+            **({"embeddings": outcome.rounded} if outcome.rounded else {}),
             **outcome.compared.to_dict(),
             "skipped": found.skipped,
             "totals": totals,
@@ -165,7 +169,9 @@ def run_decomposition(
             note(f"what is finished is kept in {journal.folder}; continue with the same command and --resume")
         raise
     show_decomposition(outcome.records, outcome.recovery, found.skipped, totals)
-    show_compared(outcome.plan, outcome.compared)
+    show_embeddings(outcome.rounded)
+    if outcome.plan.factored():
+        show_compared(outcome.plan, outcome.compared)
     say(f"wrote {config.out}")
     say(f"next: lord-tune evaluate {config.out} --text FILE   or   lord-tune inspect {config.out}")
     return report

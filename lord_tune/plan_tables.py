@@ -32,6 +32,8 @@ def with_budget(values: dict[str, Any]) -> dict[str, Any]:
         if given:
             raise UsageError(f"`sweep` tries budgets and allocators itself and writes files; remove `{given[0]}`.")
         return values | {"bits_per_weight": 8.0, "allocation": "mixed"}
+    if values.get("embeddings", "dense") != "dense" and not values.get("sweep"):
+        return values
     if values.get("full_rank") or any(values.get(name) is not None for name in _BUDGETS):
         return values
     assumed = {"kept_fraction": 0.9} if values.get("backbone", "none") == "none" else {"rank": 16}
@@ -64,9 +66,10 @@ def show_compared(plan: Plan | None, compared: Compared) -> None:
         if len(losses) > 1 and compared.chosen != SOLUTION:
             say(f"kept: {compared.chosen}")
         if CONTROL in losses and losses[CONTROL] < losses[compared.chosen]:
+            gain = losses[compared.chosen] - losses[CONTROL]
             say(
-                f"without L R the same bytes are better here, by {losses[compared.chosen] - losses[CONTROL]:.4f} nats per "
-                "token; --rank 0 takes the control (L R is also what training changes)"
+                f"without L R the same bytes are better here, by {gain:.4f} nats per token; "
+                "--rank 0 takes the control (L R is also what training changes)"
             )
 
 

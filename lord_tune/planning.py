@@ -28,12 +28,11 @@ from .integrations.checkpoint import Checkpoint
 from .integrations.models import default_device, load_tokenizer
 from .integrations.running import kind_of, run_model, task_of
 from .integrations.vocabulary import check_vocabulary
-from .layers.sizes import sizes
 from .parallel import Workers
 from .plans import LayerChoice, Plan
 from .provenance import identity_of, made_from
 from .quantizers import DTYPES
-from .resolve import rest_of, windows_of
+from .resolve import outside_of, windows_of
 
 _SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)  # of the linears' numbers that L R keeps, in a sweep
 _BITS = (2.25, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)  # per weight, of mixtures
@@ -74,7 +73,7 @@ def _passes(
         costs[Phase.MEASURING] += 0.1 * plans
         run = Passes(source, found, windows, task, journal, costs, notify)
         made = made_from(config, identity_of(config.model, source_name), calibration)
-        yield _Work(run, found.layers, rest_of(sizes(source.model), found), made)
+        yield _Work(run, found.layers, outside_of(source.model, found, request).rest, made)
         journal.discard()
 
 

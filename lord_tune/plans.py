@@ -4,7 +4,8 @@
 pass of a decomposition reads nothing else, and it can be carried to another run or another model of one architecture.
 `LayerPlan` is a choice with the facts of the layer it is carried out on (shape, dtype, bias, orientation): how the
 layer is stored. Serialised, the LayerPlans are the manifest inside `config.json`, from which a loader builds the
-modules. What was measured on the way (errors, seconds) is in `decomposition.json`.
+modules. What was measured on the way (errors, seconds) is in `decomposition.json`. `TablePlan` says the same of the
+input embedding and the output head; plan and manifest have none where these are stored as they are.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from .quantizers import DTYPES, Quantizer, make_quantizer
 from .storage import read_json, write_json
 
 FORMAT_VERSION = 1  # of a factored checkpoint
+EMBEDDINGS_VERSION = 2  # of one whose embeddings are stored in another format, which older versions cannot read
 PLAN_VERSION = 1
 Record = TypeVar("Record")
 
@@ -145,11 +147,50 @@ class LayerChoice:
 
 
 @dataclass(frozen=True)
+class TablePlan:
+    """How the input embedding, or an output head that is not tied to it, is stored: an entry of plan and manifest."""
+
+    shape: tuple[int, int]  # (tokens, width)
+    format: str  # a quantizer's name
+    options: Options = field(default_factory=dict)
+    shared: tuple[str, ...] = ()  # the other modules that read the same parts: a tied output head
+
+    def quantizer(self) -> Quantizer:
+        return _made(self.format, self.options)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of the parts, without the few numbers of `unit`."""
+        return sum(p.numel() * p.element_size() for p in self.quantizer().empty(self.shape, "meta").values())
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"shape": list(self.shape), "shared": list(self.shared)}
+
+    @classmethod
+    def from_dict(cls, name: str, content: object) -> TablePlan:
+        """UsageError, naming the module, for anything that cannot be read or decoded."""
+        try:
+            if not isinstance(content, Mapping):
+                raise TypeError(f"{content!r} came")
+            shape, shared = content["shape"], content.get("shared", ())
+            if not isinstance(shape, list | tuple) or len(shape) != 2 or not isinstance(shared, list | tuple):
+                raise TypeError(f"shape is {shape!r}, shared {shared!r}")
+            found = _filled(cls, {**content, "shape": tuple(shape), "shared": tuple(shared)})
+        except (KeyError, TypeError) as error:
+            raise UsageError(
+                f"What is said of the embedding '{name}' is not readable ({error}); it may come from a newer lord_tune."
+            ) from error
+        found.quantizer()
+        return found
+
+
+@dataclass(frozen=True)
 class Plan:
     """Layer name -> choice, for every layer that a run may touch."""
 
     layers: dict[str, LayerChoice]
     made: dict[str, Any] = field(default_factory=dict)  # base, calibration text and options that it came from
+    embeddings: dict[str, TablePlan] = field(default_factory=dict)  # what is not stored as it is, by module
 
     def needs(self) -> frozenset[str]:
         """The statistics that carrying it out takes."""
@@ -176,6 +217,10 @@ class Plan:
         """The model as it is."""
         return Plan({name: choice.at(None) for name, choice in self.layers.items()})
 
+    def changes(self) -> bool:
+        """Whether anything of the model is stored in another way."""
+        return bool(self.factored() or self.embeddings)
+
     def predicted_loss(self) -> float | None:
         """Increase of the loss, nats per token: the sum over the layers, where all have one."""
         losses = [choice.predicted_loss for choice in self.factored().values()]
@@ -187,7 +232,10 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         layers = {name: choice.to_dict() for name, choice in self.layers.items()}
-        return {"plan_version": PLAN_VERSION, "made": self.made, "layers": layers}
+        plan: dict[str, Any] = {"plan_version": PLAN_VERSION, "made": self.made, "layers": layers}
+        if self.embeddings:
+            plan["embeddings"] = {name: table.to_dict() for name, table in self.embeddings.items()}
+        return plan
 
     @classmethod
     def from_dict(cls, content: Mapping[str, object]) -> Plan:
@@ -200,7 +248,11 @@ class Plan:
         made = content.get("made", {})
         if not isinstance(made, dict):
             raise UsageError(f"The plan says {made!r} of where it comes from (made); expected a mapping.")
-        return cls({name: LayerChoice.from_dict(name, entry) for name, entry in layers.items()}, made)
+        embeddings = content.get("embeddings", {})
+        if not isinstance(embeddings, dict):
+            raise UsageError(f"The plan says {embeddings!r} of the embeddings; expected a mapping.")
+        choices = {name: LayerChoice.from_dict(name, entry) for name, entry in layers.items()}
+        return cls(choices, made, {name: TablePlan.from_dict(name, entry) for name, entry in embeddings.items()})
 
     def save(self, path: Path) -> None:
         write_json(path, self.to_dict())

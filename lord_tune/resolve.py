@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
@@ -30,17 +30,20 @@ from .decomposition import (
     Survey,
     TextSize,
     Unit,
+    Untouched,
     Windows,
     estimate_run,
     trace,
 )
+from .decomposition.embedding import parts_after, planned_tables, saved_bytes
 from .errors import LordError, UsageError
 from .factorizations import METHODS
 from .integrations.files import first_line
 from .integrations.models import default_device
 from .integrations.running import max_length, run_on_meta, window_length
+from .layers.sizes import sizes
 from .memory import held_bytes
-from .plans import LayerChoice, Plan
+from .plans import LayerChoice, Plan, TablePlan
 from .protocols import Tokenizer, TrlConfig
 from .quantizers import DTYPES, QUANTIZERS, make_quantizer
 from .training import MemoryEstimate, TrainOptions, predict_memory
@@ -106,11 +109,30 @@ def rest_of(whole: dict[str, float], found: Survey) -> int:
     return int(whole["model_bytes"]) - sum(site.dense_bytes for site in found.layers.values())
 
 
+@dataclass(frozen=True)
+class Outside:
+    """Everything in the checkpoint but the weights of the layers to decompose, as it will be stored."""
+
+    tables: dict[str, TablePlan]  # embedding and output head, where these are stored in another format
+    rest: int  # bytes of it all
+    embeddings: int  # bytes of embedding and output head, of `rest`
+
+
+def outside_of(model: PreTrainedModel, found: Survey, request: Request) -> Outside:
+    """Of a skeleton as it is. UsageError for embeddings that cannot be stored as asked."""
+    tables = planned_tables(model, found, request)
+    fixed = parts_after(model, found, None, tables)
+    rest = rest_of(sizes(model), found) - saved_bytes(model, tables)
+    return Outside(tables, rest, fixed["embeddings"] + fixed["head"])
+
+
 def check_formats(config: MethodConfig) -> None:
     """Refuse bad hyperparameters of the formats before any work."""
     for form in (config.backbone, config.factor_format, *(_mix(config) if config.mixes else ())):
         if form is not None and form != "none" and form not in DTYPES:
             make_quantizer(form, _format_options(config, form))
+    if (stored := _embeddings(config)) is not None:
+        make_quantizer(*stored)
 
 
 def request_of(config: MethodConfig) -> Request:
@@ -119,7 +141,17 @@ def request_of(config: MethodConfig) -> Request:
     template = _template(config)
     budget = _budget(config, template)
     where = config.targets, config.exclude, config.propagate
-    return Request(template, budget, *where, recovery, config.refine, config.measure_control, config.seed)
+    rest = config.refine, config.measure_control, config.seed
+    return Request(template, budget, *where, recovery, *rest, _embeddings(config))
+
+
+def _embeddings(config: MethodConfig) -> tuple[str, Options] | None:
+    """The format of embedding and output head, never rotated: a rotation mixes the rows."""
+    if config.embeddings == "dense":
+        return None
+    owner = QUANTIZERS[config.embeddings]
+    options: Options = {item.field: item.default for item in options_of(owner)} | chosen(owner, config)
+    return config.embeddings, options
 
 
 def _template(config: MethodConfig) -> LayerChoice:
@@ -148,6 +180,8 @@ def _with_backbones(config: MethodConfig, template: LayerChoice, names: list[str
 def _budget(config: MethodConfig, template: LayerChoice) -> Budget:
     if config.plan_file is not None:
         return Given(Plan.read(Path(config.plan_file)))
+    if config.embeddings_alone:
+        return Untouched()
     if config.sized:
         return _sized(config, template)
     if config.bits_per_weight is not None:

@@ -75,6 +75,7 @@ class PlanOptions(TypedDict, total=False):
         "w4a16",
         "w8a16",
     ]
+    embeddings: Literal["dense", "int8", "int4", "int3", "int2", "nf4", "e8-4", "e8-3", "e8-2"]
     factor_format: (
         Literal[
             "fp32",
@@ -187,6 +188,7 @@ class DecomposeOptions(TypedDict, total=False):
         "w4a16",
         "w8a16",
     ]
+    embeddings: Literal["dense", "int8", "int4", "int3", "int2", "nf4", "e8-4", "e8-3", "e8-2"]
     factor_format: (
         Literal[
             "fp32",

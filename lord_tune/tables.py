@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NotRequired, TypedDict
 
@@ -17,6 +16,7 @@ from .decomposition.recovery import Recovered
 from .decomposition.sizes import Totals
 from .decomposition.steps import Phase
 from .layers import SHARED, expert_of
+from .size_tables import kind_of, show_bytes, show_equal_bits
 from .training import MemoryEstimate
 
 LAYER_COLUMNS = ["layer", "shape", "rank", "calibrated", "held-out", "plain SVD", "seconds"]
@@ -44,7 +44,7 @@ def layer_rows(table: LiveTable) -> Notify:
 def show_estimate(foreseen: Estimate, found: Survey, config: PlanConfig, backbone: str) -> None:
     kinds: dict[str, list[str]] = {}
     for name in found.layers:
-        kinds.setdefault(_kind(name), []).append(name)
+        kinds.setdefault(kind_of(name), []).append(name)
     rows = []
     for kind, names in kinds.items():
         shape = found.layers[names[0]].shape
@@ -72,6 +72,9 @@ def show_estimate(foreseen: Estimate, found: Survey, config: PlanConfig, backbon
         f"{foreseen.blocks} blocks; {human_bytes(foreseen.model_bytes)} -> {after}"
     )
     say("up to the break-even rank the factors hold fewer numbers than W")
+    if foreseen.bytes_by_part is not None:
+        decided = foreseen.model_bytes_after is not None
+        show_bytes(foreseen.bytes_by_part, "" if decided else ", before the calibration decides about the layers")
     if found.skipped:
         say(f"not decomposed: {_count_reasons(found.skipped)}")
     phase = max(foreseen.phases, key=lambda name: foreseen.phases[name])
@@ -100,6 +103,13 @@ def _count_reasons(skipped: Mapping[str, str]) -> str:
 
 
 def summary(config: MethodConfig, backbone: str) -> str:
+    stored = "" if config.embeddings == "dense" else f", embeddings in {config.embeddings}"
+    if config.embeddings_alone:
+        return f"every layer as it is{stored}"
+    return _layers_summary(config, backbone) + stored
+
+
+def _layers_summary(config: MethodConfig, backbone: str) -> str:
     if config.plan_file is not None:
         return f"the plan {config.plan_file} (backbone: {backbone})"
     if config.bits_per_weight is not None:
@@ -130,7 +140,7 @@ def show_decomposition(
     """One line per kind of layer (the last part of its name): ranks and errors."""
     kinds: dict[str, list[LayerRecord]] = {}
     for name, record in layers.items():
-        kinds.setdefault(_kind(name), []).append(record)
+        kinds.setdefault(kind_of(name), []).append(record)
     rows = []
     for kind, records in kinds.items():
         chosen = [record for record in records if record.rank != "dense"]
@@ -149,9 +159,10 @@ def show_decomposition(
     show_table("mean relative output error by kind of layer" if measured else "layers by kind", columns, rows)
     if not measured:
         say("errors of layers are measured on calibration text, and there was none")
-    _show_equal_bits(layers)
+    show_equal_bits(layers)
     _show_recovery(recovery)
     show_totals(totals)
+    show_bytes(totals["bytes_by_part"])
     if skipped:
         say(f"not decomposed: {_count_reasons(skipped)}")
     told = _show_poor_experts(layers)
@@ -204,50 +215,6 @@ def _show_recovery(blocks: Mapping[str, Recovered]) -> None:
     )
 
 
-def _show_equal_bits(layers: Mapping[str, LayerRecord]) -> None:
-    """Whether L R pays: feedback rounding without it, at 2, 3 and 4 bits and, between them, at the bits of this run."""
-    compared = {name: record for name, record in layers.items() if record.equal_bits}
-    if not compared:
-        return
-    rows, ratios, above = [], [], False
-    for name, record in compared.items():
-        own = record.error_calibrated if record.error_heldout is None else record.error_heldout
-        assert own is not None, "layers are compared where there is text"
-        points = record.equal_bits.values()
-        curve = sorted((p["bits"], p["calibrated"] if p["heldout"] is None else p["heldout"]) for p in points)
-        equal = _interpolated(curve, record.bits_per_weight)
-        ratios.append(max(own, 1e-300) / max(equal, 1e-300))  # a layer of zeros has no error
-        cells = [f"{error:.4f} ({bits:.2f})" for bits, error in curve]
-        beyond = "< " if record.bits_per_weight > curve[-1][0] else ""
-        above |= bool(beyond)
-        rows.append([_kind(name), f"{own:.4f} ({record.bits_per_weight:.2f})", *cells, f"{beyond}{equal:.4f}"])
-    block = next(iter(compared)).removesuffix("." + _kind(next(iter(compared))))
-    columns = ["layer", "Q + L R", "2-bit Q", "3-bit Q", "4-bit Q", "Q at equal bits"]
-    text = "calibration" if any(record.error_heldout is None for record in compared.values()) else "held-out"
-    show_table(
-        f"the same bits without L R: {block}, relative error on {text} text (bits per weight), E8 with feedback",
-        columns,
-        rows,
-    )
-    if above:
-        say("<: Q + L R has more than 4 bits, so the error of the 4-bit Q is given")
-    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-    verdict = "L R makes the error smaller"
-    if mean >= 1:
-        verdict = "spent on a finer Q, the bits of L R would make the error smaller; L R is also what training changes"
-    say(f"error of Q + L R / error of Q alone at the same bits (4 at most): {mean:.2f}; {verdict}")
-
-
-def _interpolated(curve: list[tuple[float, float]], bits: float) -> float:
-    """The error at `bits`, its logarithm linear in the bits; beyond the ends that of the end."""
-    if bits <= curve[0][0] or bits >= curve[-1][0]:
-        return curve[0][1] if bits <= curve[0][0] else curve[-1][1]
-    upper = next(i for i, (width, _) in enumerate(curve) if width >= bits)
-    (a, low), (b, high) = curve[upper - 1], curve[upper]
-    share = (bits - a) / (b - a)
-    return max(low, 1e-300) ** (1 - share) * max(high, 1e-300) ** share
-
-
 def _is_poorly_determined(record: LayerRecord) -> bool:
     inputs = record.inputs
     return bool(inputs) and (inputs["tokens"] < record.shape[1] or inputs["dead_inputs"] > 0)
@@ -256,12 +223,6 @@ def _is_poorly_determined(record: LayerRecord) -> bool:
 def _is_overfitted(record: LayerRecord) -> bool:
     calibrated, heldout = record.error_calibrated, record.error_heldout
     return bool(calibrated and heldout is not None and heldout > 2 * calibrated)
-
-
-def _kind(name: str) -> str:
-    part = expert_of(name)
-    parts = (name if part is None else part[0]).split(".")
-    return next((".".join(parts[i + 1 :]) for i in range(len(parts) - 1, -1, -1) if parts[i].isdigit()), name)
 
 
 def _without_empty(columns: list[str], rows: list[list[str]], kept: int) -> tuple[list[str], list[list[str]]]:
@@ -329,7 +290,7 @@ def _span(ranks: list[int]) -> str:
 def show_coverage(covered: Coverage) -> None:
     kinds: dict[str, list[int]] = {}
     for name, rank in covered.trained.items():
-        kinds.setdefault(_kind(name), []).append(rank)
+        kinds.setdefault(kind_of(name), []).append(rank)
     rows = [[kind, str(len(ranks)), _span(ranks)] for kind, ranks in kinds.items()]
     show_table(f"training mode {covered.mode}", ["layer", "trained", "rank"], rows)
     total = len(covered.trained) + len(covered.untouched)

@@ -287,8 +287,11 @@ def case_bits_per_weight(b: Bench) -> None:
             step = ALIGNMENT * sum(entry["shape"]) * 32 / (entry["shape"][0] * entry["shape"][1])  # of float32 factors
             assert entry["bits_per_weight"] <= bits < entry["bits_per_weight"] + step
             assert run.manifest[name]["rank"] == entry["rank"] and entry["rank"] % ALIGNMENT == 0
-    chosen = b.small(bits_per_weight=9.0, backbone="none", factor_format="fp16")  # 4.25 + 4 bits of rank 8 at 64 x 64
-    assert chosen.manifest[Q1]["backbone"] == "lloyd2" and chosen.manifest[Q1]["backbone_options"]["incoherence"]
+    # 4 bits of rank 8 at 64 x 64, and 6 at 32 x 64, which alone would leave no place for lloyd4 (4.25 and rotations)
+    chosen = b.small(bits_per_weight=9.0, backbone="none", factor_format="fp16")
+    assert chosen.manifest[Q1]["backbone"] == "lloyd4" and chosen.manifest[Q1]["backbone_options"]["incoherence"]
+    spent = [(e["bits_per_weight"], e["shape"][0] * e["shape"][1]) for e in chosen.report["layers"].values()]
+    assert sum(bits * count for bits, count in spent) <= 9.0 * sum(count for _, count in spent)
 
 
 def case_allocation(b: Bench) -> None:
@@ -658,6 +661,16 @@ def case_recover_learning_rate(b: Bench) -> None:
         b.decompose(recover_learning_rate=1e-3)
 
 
+def case_embeddings(b: Bench) -> None:
+    """tests/test_embeddings.py looks closely."""
+    dense, packed = b.decompose(), b.decompose(embeddings="int8")
+    key = "model.embed_tokens"
+    assert f"{key}.table.weight" in packed.tensors and f"{key}.table.weight" not in dense.tensors
+    assert packed.ranks == dense.ranks
+    sizes = [run.report["totals"]["bytes_by_part"]["embeddings"] for run in (dense, packed)]
+    assert sizes[1] < 0.3 * sizes[0]
+
+
 def case_average_rank(b: Bench) -> None:
     """The bytes of the rank, shared out."""
     same, shared = b.decompose(rank=16, backbone="int4"), b.decompose(average_rank=16, backbone="int4")
@@ -698,6 +711,7 @@ DECOMPOSE: dict[str, Case] = {
     "full_rank": case_full_rank,
     "kept_fraction": case_kept_fraction,
     "average_rank": case_average_rank,
+    "embeddings": case_embeddings,
     "rounding": case_rounding,
     "bits_per_weight": case_bits_per_weight,
     "plan_file": case_plan_file,
@@ -852,6 +866,13 @@ def case_plan_mix(b: Bench) -> None:
     """Every format is looked at in every layer."""
     few, many = (b.plan(**MIXED | {"mix": mix}) for mix in (["int2"], ["int2", "int4", "int8"]))
     assert few["seconds"] < many["seconds"] and few["ranks"] is None
+
+
+def case_plan_embeddings(b: Bench) -> None:
+    dense, packed = b.plan(rank=8), b.plan(rank=8, embeddings="int4")
+    saved = dense["bytes_by_part"]["embeddings"] - packed["bytes_by_part"]["embeddings"]
+    head = dense["bytes_by_part"]["head"] - packed["bytes_by_part"]["head"]
+    assert dense["model_bytes_after"] - packed["model_bytes_after"] == saved + head > 0
 
 
 def case_plan_refine(b: Bench) -> None:
@@ -1086,6 +1107,7 @@ PLAN: dict[str, Case] = {
     "allocation": case_plan_allocation,
     "max_bytes": case_plan_max_bytes,
     "mix": case_plan_mix,
+    "embeddings": case_plan_embeddings,
     "refine": case_plan_refine,
     "measure_control": case_plan_measure_control,
     "sweep": case_plan_sweep,
@@ -2121,7 +2143,8 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
             DecomposeConfig,
             "m o --method whitened --backbone nf4 --factor-format bf16 --rank 3 --calibration a.txt b.txt "
             "--calibration-tokens 99 --context-length 9 --sink-weight 0.5 --block-size 128 --double-quant "
-            "--targets q --exclude k --seed 7 --dtype float16 --plain-prompts --overwrite --dry-run",
+            "--targets q --exclude k --seed 7 --dtype float16 --plain-prompts --overwrite --dry-run "
+            "--embeddings int8",
         ),
         (
             DecomposeConfig,
@@ -2175,7 +2198,7 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
             "m --method afm --covariance-groups 2 --kept-fraction 0.7 --allocation bolaco --trials 5 --probes 4 "
             "--validation-tokens 99 --kl-weight 2.5 --searched qk,up+gate",
         ),
-        (PlanConfig, "m --max-bytes 9 --allocation mixed --mix int2 nf4 --refine 3 --measure-control"),
+        (PlanConfig, "m --max-bytes 9 --embeddings nf4 --allocation mixed --mix int2 nf4 --refine 3 --measure-control"),
         (PlanConfig, "m --sweep s --measure --calibration a.txt --bits-per-weight 8 --allocation mixed"),
         (
             PlanConfig,

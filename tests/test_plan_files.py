@@ -15,12 +15,14 @@ from transformers import AutoModelForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausal
 
 import lord_tune
 from lord_tune.allocation import Uniform
-from lord_tune.decomposition import Bits, Given, Ranks, Request, Sized
+from lord_tune.decomposition import Bits, Given, LayerRecord, Ranks, Request, Sized
 from lord_tune.decomposition.decide import decide
+from lord_tune.decomposition.sizes import bits_at, stored_bytes
 from lord_tune.errors import LordWarning, UsageError
 from lord_tune.layers import FactoredLinear, factored_layers
 from lord_tune.plans import LayerChoice, Plan
 from lord_tune.sites import Site
+from lord_tune.size_tables import show_equal_bits
 
 SHORT: dict[str, Any] = {"context_length": 64, "calibration_tokens": 512}
 
@@ -278,3 +280,38 @@ def test_rank_1_of_tucker_is_stored_and_loads(llama_dir, tmp_path):
         # stored in float32
         reference = s[0] * torch.outer(u[:, 0], vh[0])
         assert float((layer.dense_weight().double() - reference).norm()) < 1e-5 * float(reference.norm())
+
+
+def test_a_small_layer_does_not_decide_the_format_of_all():
+    """Rank 8 in 16 bits takes 0.89 bits per weight of the small layer and 0.31 of the large one."""
+    shapes = {"k_proj": (192, 576), "up_proj": (1536, 576)}
+    layers = {name: Site(name, shape, torch.bfloat16, False, False) for name, shape in shapes.items()}
+    widths = tuple(LayerChoice("svd", None, backbone=n, factor_format="bf16") for n in ("e8-2", "e8-3", "e8-4"))
+    for bits, form in ((3.45, "e8-3"), (3.9, "e8-3"), (4.5, "e8-4"), (3.35, "e8-2")):
+        plan = decide(layers, Request(widths[0], Bits(bits, widths)))
+        assert plan is not None
+        assert {choice.backbone for choice in plan.layers.values()} == {form}
+        assert min(choice.rank or 0 for choice in plan.layers.values()) >= 8
+        stored = sum(stored_bytes(site, plan.layers[name]) for name, site in layers.items())
+        spent = 8 * stored / sum(site.numbers for site in layers.values())
+        assert bits - 0.35 < spent <= bits
+    assert bits_at(layers["k_proj"], widths[1].at(8)) > 3.45  # by itself it would have taken the format from both
+    with pytest.raises(UsageError, match=r"the narrowest format, e8-2, takes 2.398 with rank 8"):
+        decide(layers, Request(widths[0], Bits(2.3, widths)))
+
+
+def _record(bits: float, error: float) -> LayerRecord:
+    curve = {"e8-2": (2.03, 0.3), "e8-3": (3.03, 0.15), "e8-4": (4.03, 0.075)}
+    equal = {name: {"bits": b, "calibrated": e, "heldout": e} for name, (b, e) in curve.items()}
+    return LayerRecord((8, 8), 8, "whitened", "int4", bits, error, error, None, None, 0.0, equal_bits=equal)
+
+
+def test_what_l_r_pays_is_said_at_equal_bits_alone(capfd):
+    show_equal_bits({"b.1.q_proj": _record(7.0, 0.01)})
+    said = " ".join(capfd.readouterr().out.split())
+    assert "makes the error smaller" not in said and "compared with none" in said
+    show_equal_bits({"b.1.q_proj": _record(7.0, 0.01), "b.1.k_proj": _record(3.03, 0.3), "b.1.v_proj": _record(1, 0.9)})
+    said = " ".join(capfd.readouterr().out.split())
+    assert "(1 layers): 2.00; spent on a finer Q" in said
+    show_equal_bits({"b.1.q_proj": _record(4.03, 0.0375)})
+    assert "(1 layers): 0.50; L R makes the error smaller" in " ".join(capfd.readouterr().out.split())

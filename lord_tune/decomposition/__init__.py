@@ -3,7 +3,7 @@
 from ..calibration.task import Task
 from .base import BlockRecovery, LayerRecord, Notify, Progress, Source, Windows
 from .choices import Sized, Unit
-from .decide import Bits, Budget, Given, Ranks, Request
+from .decide import Bits, Budget, Given, Ranks, Request, Untouched
 from .engine import CONTROL, SOLUTION, Compared, Outcome, decide_measured, decompose_checkpoint
 from .estimate import Estimate, estimate_run
 from .journal import Journal
@@ -35,6 +35,7 @@ __all__ = [
     "Task",
     "TextSize",
     "Unit",
+    "Untouched",
     "Windows",
     "decide_measured",
     "decompose_checkpoint",

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..allocation import ALIGNMENT, Tilt, break_even
+from ..declared import Options
 from ..errors import LordWarning, UsageError
 from ..factorizations import Projection
 from ..plans import LayerChoice, Plan
@@ -34,12 +35,19 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Bits:
-    """Stored bits per weight, Q and L R together. Of several backbones (narrowest first) the widest is taken that
-    leaves every layer `rank`, or rank 8 where none is given."""
+    """Stored bits per weight, Q and L R together. Of one backbone each layer takes at most so many. Of several (the
+    narrowest
+    first) the widest is taken that leaves every layer `rank`, or rank 8 where none is given, and all layers together
+    take at most so many."""
 
     bits: float
     backbones: tuple[LayerChoice, ...]  # templates that differ in the backbone
     rank: int | None = None  # None: the largest rank that fits each layer
+
+
+@dataclass(frozen=True)
+class Untouched:
+    """Every layer stays dense: the embeddings alone are stored in another format."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ class Given:
     plan: Plan
 
 
-Budget = Ranks | Sized | Bits | Given
+Budget = Ranks | Sized | Bits | Untouched | Given
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,7 @@ class Request:
     refine: int = 0  # whole models around the allocator's solution, of which held-out text chooses
     measure_control: bool = False  # run the control at equal bytes on held-out text as well
     seed: int = 0  # of an allocator that searches
+    embeddings: tuple[str, Options] | None = None  # the format of embedding and output head; None: as they are
 
     @property
     def by_loss(self) -> bool:
@@ -88,6 +97,8 @@ class Request:
 
     def needs(self) -> frozenset[str]:
         """The statistics that the run may take."""
+        if isinstance(self.budget, Untouched):
+            return frozenset()
         own = self.budget.plan.needs() if isinstance(self.budget, Given) else self.template.factorization().needs
         return own | (self.budget.allocator.needs if isinstance(self.budget, Sized) else frozenset())
 
@@ -107,21 +118,24 @@ class Request:
         return (self.template,)
 
 
-def decide(layers: Layers, request: Request, rest: int = 0) -> Plan | None:
+def decide(layers: Layers, request: Request, rest: int = 0, embeddings: int = 0) -> Plan | None:
     """The plan, or None where the calibration decides it. UsageError for what is impossible.
 
-    rest: bytes of everything in the checkpoint but these layers' weights, for budgets of the whole.
+    rest: bytes of everything in the checkpoint but these layers' weights, for budgets of the whole; embeddings: those
+    of embedding and output head among them.
     """
-    plan = _from_shapes(layers, request, rest)
+    plan = _from_shapes(layers, request, rest, embeddings)
     if plan is not None:
         _say_dense(plan)
     return plan
 
 
-def _from_shapes(layers: Layers, request: Request, rest: int) -> Plan | None:
+def _from_shapes(layers: Layers, request: Request, rest: int, embeddings: int) -> Plan | None:
     budget = request.budget
     if isinstance(budget, Given):
         return _matched(layers, budget.plan)
+    if isinstance(budget, Untouched):
+        return Plan({name: request.template.at(None) for name in layers})
     for template in request.templates():
         _check_template(template)
     if isinstance(budget, Ranks):
@@ -133,7 +147,7 @@ def _from_shapes(layers: Layers, request: Request, rest: int) -> Plan | None:
         _check_sides(_shapes(layers), int(budget.limit))
     if budget.allocator.needs:
         _check_nested(request)
-    plan = share_out(layers, request.template, budget, rest)
+    plan = share_out(layers, request.template, budget, rest, embeddings=embeddings)
     return None if budget.allocator.needs else plan
 
 
@@ -229,30 +243,62 @@ def _below_break_even(template: LayerChoice, rank: int, shape: tuple[int, int]) 
 def _of_bits(layers: Layers, budget: Bits) -> Plan:
     if budget.rank is not None:
         _check_sides(_shapes(layers), budget.rank)
-    template = budget.backbones[0] if len(budget.backbones) == 1 else _widest(layers, budget)
+    chosen = len(budget.backbones) > 1
+    template = _widest(layers, budget) if chosen else budget.backbones[0]
     if budget.rank is not None:
         return _of_one_rank(layers, template, budget.rank)
     able = _able(layers, ALIGNMENT)
-    needed = {name: bits_at(site, template.at(0)) for name, site in able.items()}
-    name = max(needed, key=lambda n: needed[n])
-    if needed[name] > budget.bits:
-        raise UsageError(
-            f"Got {budget.bits:g} bits per weight; {template.backbone} alone takes {needed[name]:.3f} for '{name}'. "
-            "Give more, or choose a backbone of fewer bits."
-        )
-    by_kind: dict[Any, int] = {}
-    for site in able.values():
-        key = (site.shape, site.dtype)
-        if key not in by_kind:
-            by_kind[key] = _rank_within(site, template, budget.bits)
+    if not chosen:
+        _check_backbone(able, template, budget.bits)
+    ranks = _ranks_together(able, template, budget.bits) if chosen else _ranks_within(able, template, budget.bits)
     return Plan(
         {
-            name: template.at(by_kind[site.shape, site.dtype])
+            name: template.at(ranks[name])
             if name in able
             else template.at(None, f"its smaller side {min(site.shape)} is below the smallest rank {ALIGNMENT}")
             for name, site in layers.items()
         }
     )
+
+
+def _check_backbone(able: Layers, template: LayerChoice, bits: float) -> None:
+    needed = {name: bits_at(site, template.at(0)) for name, site in able.items()}
+    name = max(needed, key=lambda n: needed[n])
+    if needed[name] > bits:
+        raise UsageError(
+            f"Got {bits:g} bits per weight; {template.backbone} alone takes {needed[name]:.3f} for '{name}'. "
+            "Give more, or choose a backbone of fewer bits."
+        )
+
+
+def _ranks_within(able: Layers, template: LayerChoice, bits: float, least: int = 0) -> dict[str, int]:
+    """Each layer's largest rank at which it takes at most `bits` per weight, and `least` where that is less."""
+    by_kind: dict[Any, int] = {}
+    for site in able.values():
+        key = (site.shape, site.dtype)
+        if key not in by_kind:
+            by_kind[key] = max(least, _rank_within(site, template, bits))
+    return {name: by_kind[site.shape, site.dtype] for name, site in able.items()}
+
+
+def _ranks_together(able: Layers, template: LayerChoice, bits: float) -> dict[str, int]:
+    """Ranks from the smallest on at which all layers together take at most `bits` per weight: a small layer, whose
+    smallest rank takes more, has it all the same, and the others that much less."""
+    low, high = 0.0, bits
+    ranks = _ranks_within(able, template, bits, ALIGNMENT)
+    if _mean_bits(able, template, ranks) <= bits:
+        return ranks
+    for _ in range(40):
+        middle = (low + high) / 2
+        ranks = _ranks_within(able, template, middle, ALIGNMENT)
+        low, high = (middle, high) if _mean_bits(able, template, ranks) <= bits else (low, middle)
+    return _ranks_within(able, template, low, ALIGNMENT)
+
+
+def _mean_bits(able: Layers, template: LayerChoice, ranks: Mapping[str, int]) -> float:
+    """Stored bits of all these layers per weight of them all."""
+    stored = sum(bits_at(site, template.at(ranks[name])) * site.numbers for name, site in able.items())
+    return stored / sum(site.numbers for site in able.values())
 
 
 def _able(layers: Layers, rank: int) -> Layers:
@@ -261,18 +307,20 @@ def _able(layers: Layers, rank: int) -> Layers:
 
 
 def _widest(layers: Layers, budget: Bits) -> LayerChoice:
-    """The template with the widest backbone that leaves every layer that can take it the smallest rank.
+    """The template with the widest backbone that leaves the layers that can take it the smallest rank, together: of a
+    small layer it takes more bits per weight than of a large one, and no layer decides for all.
 
     Width goes to Q first: at equal bits feedback rounding gains more from another bit than from a rank at widths up to
     a few thousand (the table of equal bits after each run says by how much), and L R is there to be trained.
     """
     smallest = ALIGNMENT if budget.rank is None else budget.rank
-    able = _able(layers, smallest).values()
+    able = _able(layers, smallest)
+    ranks = dict.fromkeys(able, smallest)
     for template in reversed(budget.backbones):
-        if all(bits_at(site, template.at(smallest)) <= budget.bits for site in able):
+        if _mean_bits(able, template, ranks) <= budget.bits:
             return template
     narrowest = budget.backbones[0]
-    needed = max(bits_at(site, narrowest.at(smallest)) for site in able)
+    needed = _mean_bits(able, narrowest, ranks)
     raise UsageError(
         f"Got {budget.bits:g} bits per weight; the narrowest format, {narrowest.backbone}, takes {needed:.3f} with "
         f"rank {smallest}. Give at least that{', a coarser factor_format, or rank 0' if smallest else ''}."
@@ -313,4 +361,4 @@ def _matched(layers: Layers, plan: Plan) -> Plan:
             )
         if choice.rank is not None:
             _check_template(choice)
-    return Plan({name: plan.layers[name] for name in layers})
+    return Plan({name: plan.layers[name] for name in layers}, embeddings=plan.embeddings)

@@ -41,18 +41,20 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..allocation import TILTS, Bolaco, Search
 from ..calibration.task import Task
 from ..errors import CalibrationError, LordError, LordWarning, UsageError
-from ..plans import LayerPlan, Plan
+from ..plans import LayerPlan, Plan, TablePlan
 from .base import GivenCodes, LayerRecord, Notify, Source, Windows
 from .calibrating import calibrate
 from .choices import Measured, Sized
 from .decide import Request, decide_from
 from .gradients import measure_gradients
+from .head_inputs import measure_head
 from .journal import Journal
 from .measuring import measure, scored
 from .passes import Passes
@@ -103,6 +105,7 @@ class Outcome:
     weight_map: dict[str, str]  # tensor -> file
     recovery: dict[str, Recovered]  # block -> held-out error before and after block-wise recovery, passes kept
     compared: Compared
+    rounded: dict[str, Any]  # table -> how it was rounded, and its error
 
 
 def decompose_checkpoint(
@@ -116,13 +119,14 @@ def decompose_checkpoint(
     notify: Notify = lambda step: None,
     rest: int = 0,  # bytes of everything in the checkpoint but the layers to decompose
     given: GivenCodes | None = None,
+    tables: Mapping[str, TablePlan] | None = None,  # embedding and output head, where they are stored otherwise
 ) -> Outcome:
     """Write the shards of the decomposed checkpoint into the journal's folder."""
     if windows is None and request.needs_text():
         raise CalibrationError(
             f"Method '{request.template.method}' with this budget needs calibration text; pass `calibration` files."
         )
-    costs = costs_of(request, plan)
+    costs = costs_of(request, plan) | ({Phase.HEAD: 0.05} if tables else {})
     if given is not None and task.scored is not None:
         costs |= {Phase.MEASURING: 1.3, Phase.WRITING: 0.05}
     run = Passes(source, survey, windows, task, journal, costs, notify, given)
@@ -133,14 +137,16 @@ def decompose_checkpoint(
         from_analysis = request.propagate == "dense" and not request.template.rounds_factors and plain
     elif request.gradients_first:
         measure_gradients(run, {name: choice.factorization() for name, choice in plan.factored().items()}, False)
-    if not plan.factored():
+    plan = replace(plan, embeddings=dict(tables or {}))
+    if not plan.changes():
         journal.discard()
         raise LordError("Every layer stays dense at this budget, so nothing is done; choose another budget.")
     if given is not None and task.scored is not None:
         compared = Compared(measure(run, given.compared(plan, survey.layers), analysed=False, kept=CORRECTED))
         from_analysis = True
+    measure_head(run, plan.embeddings)
     write(run, plan, request, from_analysis)
-    write_rest(run)
+    write_rest(run, plan.embeddings)
     return _outcome(run, plan, compared)
 
 
@@ -215,6 +221,7 @@ def _outcome(run: Passes, plan: Plan, compared: Compared) -> Outcome:
     plans: dict[str, LayerPlan] = {}
     weight_map: dict[str, str] = {}
     recovery: dict[str, Recovered] = {}
+    rounded: dict[str, Any] = {}
     for index in range(run.count):
         line = run.journal.steps[of_block(Phase.WRITING, index)]
         if line["recovery"]:
@@ -225,6 +232,7 @@ def _outcome(run: Passes, plan: Plan, compared: Compared) -> Outcome:
         weight_map |= dict.fromkeys(line["tensors"], line["file"])
     if run.journal.has(REST):
         line = run.journal.steps[REST]
+        rounded = line.get("rounded", {})
         weight_map |= dict.fromkeys(line["tensors"], line["file"])
     for name, record in records.items():
         reason = plan.layers[name].reason
@@ -232,4 +240,5 @@ def _outcome(run: Passes, plan: Plan, compared: Compared) -> Outcome:
         for text in record.warnings:
             if text != said:
                 warnings.warn(f"{name}: {text}", LordWarning, stacklevel=2)
-    return Outcome({name: records[name] for name in run.survey.layers}, plan, plans, weight_map, recovery, compared)
+    ordered = {name: records[name] for name in run.survey.layers}
+    return Outcome(ordered, plan, plans, weight_map, recovery, compared, rounded)

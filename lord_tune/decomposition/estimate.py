@@ -58,6 +58,7 @@ from ..sites import Site
 from .base import CHECKED_TOKENS
 from .choices import Sized
 from .decide import Request
+from .embedding import parts_after, planned_tables, saved_bytes
 from .layerwise import COMPARED_INPUTS
 from .sizes import added_bias_bytes, stored_bytes
 from .survey import Survey
@@ -84,6 +85,7 @@ class Estimate:
     scratch_bytes: int  # disk, beside the checkpoint
     seconds: float | None  # None: rates were not measured
     phases: dict[str, int]  # phase -> bytes above held_bytes
+    bytes_by_part: dict[str, int] | None = None  # of model_bytes_after; the layers as they are where it is None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -103,6 +105,7 @@ def estimate_run(
     device: torch.device | None = None,  # whose memory it is; the CPU
 ) -> Estimate:
     """See the top of this file for the model of the peak."""
+    tables = planned_tables(model, survey, request)
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     tensors = {n: t for n, t in model.state_dict().items() if n not in tied}
     size = {name: t.numel() * t.element_size() for name, t in tensors.items()}
@@ -180,7 +183,7 @@ def estimate_run(
     rounds |= any(template.backbone != "none" for template in offered)
     again = ranks is not None or sequential or rounds  # the writing pass calibrates
     phases["writing"] = work if again else resident + block_bytes[widest] + bases + factors + cut
-    phases["rest"] = rest_bytes
+    phases["rest"] = rest_bytes + sum(table.stored_bytes for table in tables.values())
     if text is not None and text.validation:
         # both models' logits, their logarithms and what is summed of them; a block with plain L R, and its bases
         logits = 8 * 4 * text.sensitivity_length * vocabulary
@@ -209,7 +212,7 @@ def estimate_run(
         dense_linear = sum(site.dense_bytes for site in survey.layers.values())
         packed = sum(stored_bytes(site, choices[n]) for n, site in survey.layers.items())
         biases = sum(added_bias_bytes(site, choices[n]) for n, site in survey.layers.items())
-        after = sum(size.values()) - dense_linear + packed + biases
+        after = sum(size.values()) - dense_linear + packed + biases - saved_bytes(model, tables)
         bits = 8.0 * packed / sum(s[0] * s[1] for s in shapes.values())
     seconds = None
     if rates is not None:
@@ -234,6 +237,7 @@ def estimate_run(
         scratch_bytes=scratch,
         seconds=seconds,
         phases=phases,
+        bytes_by_part=parts_after(model, survey, plan, tables),
     )
 
 

@@ -25,6 +25,7 @@ def share_out(
     rest: int,  # bytes of everything else in the checkpoint
     measured: Mapping[str, Measured] | None = None,  # None: nothing yet, to see whether the budget can be met at all
     tilt: Tilt | None = None,
+    embeddings: int = 0,  # bytes of embedding and output head, of `rest`
 ) -> Plan:
     """The allocator's choices as a plan; warns where it keeps more than was asked for. A layer that nothing was
     measured of never ran: it stays dense."""
@@ -38,7 +39,7 @@ def share_out(
     try:
         picked = sized.allocator.allocate(table if tilt is None else tilt(table), budget)
     except Infeasible as error:
-        raise _infeasible(sized, sized.as_limit(error.least, able, rest + silent), rest + silent) from error
+        raise _infeasible(sized, sized.as_limit(error.least, able, rest + silent), rest + silent, embeddings) from error
     chosen: dict[str, LayerChoice] = {}
     for name, site in layers.items():
         if name not in table:
@@ -54,12 +55,15 @@ def share_out(
     return Plan(chosen)
 
 
-def _infeasible(sized: Sized, least: float, fixed: int) -> UsageError:
+def _infeasible(sized: Sized, least: float, fixed: int, embeddings: int) -> UsageError:
     if sized.unit == "max_bytes":
+        share = f"; {human_bytes(embeddings)} of them, {embeddings / least:.0%} of the whole, are embeddings"
+        smaller = "`embeddings` int8 or int4, " if embeddings else ""
         return UsageError(
             f"`max_bytes` {human_bytes(int(sized.limit))} cannot be met: the smallest checkpoint that these choices "
-            f"allow has {human_bytes(int(least))}, {human_bytes(fixed)} of them outside the layers to decompose. Allow "
-            "more, or offer smaller choices (`allocation` mixed, a `backbone` of fewer bits)."
+            f"allow has {human_bytes(int(least))}, {human_bytes(fixed)} of them outside the layers to decompose"
+            f"{share if embeddings else ''}. Allow more, or offer smaller choices ({smaller}`allocation` mixed, a "
+            "`backbone` of fewer bits)."
         )
     amount = f"{math.ceil(least * 1000) / 1000:.3f}"
     if sized.unit == "bits_per_weight":

@@ -23,20 +23,24 @@ def stored_bytes(site: Site, choice: LayerChoice) -> int:
     """Of the weight of one layer in the checkpoint, without its bias."""
     if choice.rank is None:
         return site.dense_bytes
+    return sum(split_bytes(site, choice))
+
+
+def split_bytes(site: Site, choice: LayerChoice) -> tuple[int, int]:
+    """(of Q, of L R) of a decomposed layer."""
     plan = choice.on(site.shape, site.dtype, site.bias, site.conv1d)
-    total = 0
-    backbone = choice.quantizer()
-    if backbone is not None:
-        total += sum(p.numel() * p.element_size() for p in backbone.empty(site.shape, "meta").values())
+    quantizer = choice.quantizer()
+    backbone = 0
+    if quantizer is not None:
+        backbone = sum(p.numel() * p.element_size() for p in quantizer.empty(site.shape, "meta").values())
     out, inputs = site.shape
-    total += _matrix_bytes(
-        (out, plan.top_rank), (plan.top_rank, inputs), form=plan.top_format, options=plan.top_options
-    )
+    total = _matrix_bytes((out, plan.top_rank), (plan.top_rank, inputs), form=plan.top_format, options=plan.top_options)
     rank = plan.rank - plan.top_rank
     if plan.form == PIVOTED:
         total += rank * torch.int32.itemsize
         out -= rank
-    return total + _matrix_bytes((out, rank), (rank, inputs), form=plan.left_format, options=plan.factor_options)
+    total += _matrix_bytes((out, rank), (rank, inputs), form=plan.left_format, options=plan.factor_options)
+    return backbone, total
 
 
 def added_bias_bytes(site: Site, choice: LayerChoice) -> int:
@@ -67,6 +71,7 @@ class Totals(TypedDict):
     parameters: float
     model_bytes_before: float
     model_bytes: float
+    bytes_by_part: NotRequired[dict[str, int]]  # of model_bytes
     linear_bits_per_weight: float
     seconds: float
     peak_memory_bytes: NotRequired[int]

@@ -14,10 +14,12 @@ class Phase(StrEnum):
     MEASURING = "measuring"
     PROBING = "probing"
     SEARCHING = "searching"
+    HEAD = "head"
     WRITING = "writing"
 
 
 CHECKED = "checked"  # the walk over the blocks did what the model does
+HEAD = "head-inputs"  # what the output head reads is summed up
 REST = "rest"  # the shard of everything outside the blocks
 
 

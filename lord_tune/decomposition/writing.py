@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -12,11 +13,13 @@ from ..calibration.moments import Moments
 from ..errors import UsageError
 from ..factorizations import Fisher
 from ..layers import FactoredLinear
-from ..plans import LayerPlan, Plan
+from ..plans import LayerPlan, Plan, TablePlan
 from ..storage import write_tensors
 from .calibrating import analyses, collect
 from .decide import Request
+from .embedding import RoundedTable, show_tables, table_tensors
 from .gradients import sensitivity_file
+from .head_inputs import head_gram, head_table
 from .layerwise import Analysis, Finished, install, left_dense, project_layer, split_layer
 from .passes import CALIBRATION, HELDOUT, Passes, Statistics
 from .recovery import STUDENT, STUDENT_HELDOUT, tune_block
@@ -28,7 +31,7 @@ from .steps import REST, Phase, of_block
 def write(run: Passes, plan: Plan, request: Request, from_analysis: bool) -> None:
     """Factorize as planned and write one shard per block. With `from_analysis` the factors are cut from what the
     calibrating pass kept; otherwise this pass calibrates."""
-    walk = _walk(run, request, from_analysis)
+    walk = _walk(run, request, from_analysis) if plan.factored() else None
     student = request.recovery is not None
     handed_on = [STUDENT, STUDENT_HELDOUT] if student else [CALIBRATION, HELDOUT]
     if not student and request.propagate != "sequential":
@@ -173,16 +176,27 @@ def _show_plans(run: Passes, step: str) -> None:
         site.install(run.model, FactoredLinear(LayerPlan.from_dict(name, content), device="meta", dtype=site.dtype))
 
 
-def write_rest(run: Passes) -> None:
-    """The shard of everything outside the blocks."""
-    if run.blocks.whole or run.journal.has(REST):
-        return
+def write_rest(run: Passes, tables: Mapping[str, TablePlan]) -> None:
+    """The shard of everything outside the blocks, with the embeddings that are stored in another format; shows these
+    in the skeleton."""
+    if not (run.blocks.whole or run.journal.has(REST)):
+        _write_rest(run, tables)
+    show_tables(run.model, tables)
+
+
+def _write_rest(run: Passes, tables: Mapping[str, TablePlan]) -> None:
     path = run.journal.folder / shard_name(run.count, run.shards)
     tensors: dict[str, Tensor] = {}
     digest = None
+    rounded: dict[str, RoundedTable] = {}
+    gram, head = head_gram(run), head_table(run.model, tables)
     if run.journal.writes:
-        stored = {name: run.source.stored(name) for name in run.outside}
+        replaced = {f"{name}.weight" for name in tables}
+        stored = {name: run.source.stored(name) for name in run.outside if name not in replaced}
         with Loaded(run.source, [name for name, tensor in stored.items() if tensor is None], run.model):
             tensors = {n: untouched(run.source, n) if t is None else t for n, t in stored.items()}
-            digest = write_tensors(path, tensors)
-    run.journal.commit(REST, path, digest, tensors=list(tensors))
+        for name, table in tables.items():
+            made, rounded[name] = table_tensors(run.source, name, table, gram if name == head else None)
+            tensors |= made
+        digest = write_tensors(path, tensors)
+    run.journal.commit(REST, path, digest, tensors=list(tensors), rounded=run.workers.send(rounded, 0))

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..errors import UsageError
 from ..integrations.models import DTYPE_NAMES, load_dense_or_factored, save_model
 from ..integrations.transformers_quantizer import detach
-from ..layers import densify, expert_of, factored_layers
+from ..layers import dense_tables, densify, expert_of, factored_layers
 from .base import Job
 from .verify import outputs_of
 
@@ -35,6 +35,7 @@ class DenseExport:
         biased = [name for name, layer in factored_layers(model).items() if layer.bias is not None]
         expected = {name for name in biased if expert_of(name) is None}  # densify looks after those of experts
         densify(model, dtype)
+        dense_tables(model, dtype)
         detach(model)
         model.to(dtype)  # type: ignore[arg-type]  # transformers' decorator hides the signature
         model.config.dtype = dtype

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from ..errors import ExportMismatch, UsageError
 from ..integrations.running import kind_of
 from ..integrations.transformers_quantizer import detach
-from ..layers import FactoredLinear, densify, factored_layers, unfused_parameters
+from ..layers import FactoredLinear, densify, factored_layers, stored_tables, unfused_parameters
 from ..quantizers import GGML
 from ..quantizers.engines import Block, gguf_blocks
 from .base import Job
@@ -57,6 +57,13 @@ class GGUFExport:
     model_folder: ClassVar[str] = "."
 
     def check(self, model: PreTrainedModel) -> None:
+        tables = stored_tables(model)
+        if tables:
+            raise UsageError(
+                f"'{next(iter(tables))}' is stored in {next(iter(tables.values())).format}, and `format` gguf takes "
+                "all embeddings from the file `like`, so another model would be written; export with `format` dense "
+                "and convert that, or decompose with `embeddings` dense."
+            )
         if importlib.util.find_spec("gguf") is None:
             raise UsageError("`format` gguf needs the package of this name; run: pip install gguf")
         experts = unfused_parameters(model)

@@ -17,13 +17,14 @@ from typing import Any
 
 from ..adapters.attach import has_adapters
 from ..adapters.fold import fold
+from ..console import human_bytes
 from ..errors import ExportMismatch, UsageError, unknown_name
 from ..integrations.companions import Companions
 from ..integrations.models import DTYPE_NAMES
 from ..integrations.running import kind_of, max_length
 from ..integrations.space import check_space, dense_bytes
 from ..integrations.vocabulary import check_vocabulary
-from ..layers import factored_layers, plain_model
+from ..layers import dense_tables, factored_layers, plain_model, stored_tables
 from ..layers.sizes import sizes
 from ..protocols import CausalModel, Tokenizer
 from .alone import keep_adapter
@@ -72,7 +73,7 @@ def export_model(
     if dtype is not None and dtype not in DTYPE_NAMES:
         raise UsageError(f"Got `dtype` {dtype!r}; expected one of {', '.join(DTYPE_NAMES)}.")
     plain = plain_model(model)
-    if not factored_layers(plain) and not merged:
+    if not (factored_layers(plain) or stored_tables(plain)) and not merged:
         if has_adapters(model):
             raise UsageError(
                 f"The adapter's base model, {plain.name_or_path}, has no factored layers; fold the adapter by PEFT's "
@@ -92,7 +93,11 @@ def export_model(
     ids, tokens = probe_windows(plain, ids), kind_of(plain) != "bare"
     reference = outputs_of(model, ids)
     job = Job(tokenizer, folder, final or folder, dtype or own, ids, **options)
-    written = export.write(fold(model) if has_adapters(model) else plain, job)
+    folded = fold(model) if has_adapters(model) else plain
+    if form not in ("dense", "factored") and (decoded := dense_tables(plain_model(folded))):
+        told = human_bytes(decoded * model_dtype.itemsize)
+        job.notes.append(f"this format has no embeddings in low precision, so they were decoded ({told})")
+    written = export.write(folded, job)
     if base is not None:
         keep_adapter(folder, form, base)
     elif beside is not None:

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import CheckpointError, UsageError
-from ..layers import expert_of, unfused_parameters
+from ..layers import expert_of
 from ..plans import LayerPlan
 from ..protocols import Tokenizer
 from ..storage import write_json
 from .models import default_device, load_dense_or_factored, model_class
 from .remote_code import add_remote_code
-from .transformers_quantizer import LordConfig
+from .transformers_quantizer import lord_config
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -232,7 +232,7 @@ def write_index(
     config.architectures = [type(model).__name__]
     config.dtype = str(model.dtype).removeprefix("torch.")
     manifest = {name: plan.to_dict() for name, plan in plans.items()}
-    config.quantization_config = LordConfig(manifest, unfused=unfused_parameters(model))
+    config.quantization_config = lord_config(model, manifest)
     add_remote_code(config, folder)
     config.save_pretrained(folder)
     if model.can_generate():

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..console import human_bytes
 from ..errors import LordError
-from ..layers import factored_layers
+from ..layers import factored_layers, stored_tables
 
 
 def check_space(out: Path, needed: float, what: str) -> None:
@@ -39,7 +39,10 @@ def dense_bytes(model: nn.Module, element: int) -> int:
     """Of the parameters of a model, its layers multiplied out, at `element` bytes per number."""
     layers = factored_layers(model)
     inside = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
+    tables = stored_tables(model)
+    inside |= {id(parameter) for name in tables for parameter in model.get_submodule(name).parameters()}
     rest = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside)
+    rest += sum(table.shape[0] * table.shape[1] for table in tables.values())
     own = sum(layer.plan.shape[0] * layer.plan.shape[1] for layer in layers.values())
     biases = sum(layer.bias.numel() for layer in layers.values() if layer.bias is not None)
     return element * (rest + own + biases)

@@ -23,18 +23,22 @@ from ..declared import PIVOTED, PLAIN
 from ..errors import CheckpointError
 from ..layers import (
     FactoredLinear,
+    Packed,
     PivotedLinear,
     QuantizedLinear,
     check_plain,
+    dense_tables,
     densify,
     factored_layers,
     is_linear,
+    put_table,
     sentinels_of,
+    stored_tables,
     unfuse,
     unfused_parameters,
     weight_of,
 )
-from ..plans import FORMAT_VERSION, LayerPlan
+from ..plans import EMBEDDINGS_VERSION, FORMAT_VERSION, LayerPlan, TablePlan
 from ..quantizers import DTYPES
 from .remote_code import remove_remote_code, saves_remote_code
 
@@ -53,21 +57,28 @@ class LordConfig(QuantizationConfigMixin):
         layers: Mapping[str, Mapping[str, object]] | None = None,
         format_version: int = FORMAT_VERSION,
         unfused: Iterable[str] = (),  # parameters whose experts are layers of their own, decomposed or not
+        embeddings: Mapping[str, object] | None = None,  # module -> how the embedding or output head is stored
         **unknown: object,
     ) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
-        if format_version > FORMAT_VERSION:
+        if format_version > EMBEDDINGS_VERSION:
             raise CheckpointError(
-                f"The checkpoint has format version {format_version}, this lord_tune reads up to {FORMAT_VERSION}; "
+                f"The checkpoint has format version {format_version}, this lord_tune reads up to {EMBEDDINGS_VERSION}; "
                 "update lord_tune."
             )
-        self.format_version = format_version
+        self.format_version = EMBEDDINGS_VERSION if embeddings else FORMAT_VERSION
         self.layers = dict(layers or {})
         if unfused:
             self.unfused = list(unfused)
+        if embeddings:
+            self.embeddings = dict(embeddings)
 
     def plans(self) -> dict[str, LayerPlan]:
         return {name: LayerPlan.from_dict(name, content) for name, content in self.layers.items()}
+
+    def tables(self) -> dict[str, TablePlan]:
+        content = getattr(self, "embeddings", {})
+        return {name: TablePlan.from_dict(name, entry) for name, entry in content.items()}
 
 
 @register_quantizer(QUANT_METHOD)
@@ -113,6 +124,8 @@ class LordQuantizer(HfQuantizer):
                 )
             with torch.device("meta"):
                 model.set_submodule(found, FactoredLinear(plan, device="meta", dtype=weight_of(old).dtype))
+        for name, table in self.quantization_config.tables().items():
+            put_table(model, name, table, lambda known: found_in(modules, known))
         _ignore_sentinels(model, self.quantization_config)
         _expect_scalars(model, checkpoint_files or [])
 
@@ -120,7 +133,7 @@ class LordQuantizer(HfQuantizer):
         for layer in factored_layers(model).values():  # the loader lets every floating tensor require gradients
             layer.requires_grad_(False)
         for module in model.modules():
-            if isinstance(module, QuantizedLinear):
+            if isinstance(module, Packed):
                 parts = module.parts()
                 if any(not part.dim() for part in parts.values()):
                     module.set_parts({name: part.reshape(part.shape or 1) for name, part in parts.items()})
@@ -131,7 +144,9 @@ class LordQuantizer(HfQuantizer):
         if not getattr(model, "_hf_peft_config_loaded", False):  # with it transformers saves the adapter alone
             check_plain(model)
         self.quantization_config.layers = manifest_of(model)
-        return model.state_dict() | sentinels_of(model), {}
+        tied = getattr(model, "all_tied_weights_keys", None) or {} if stored_tables(model) else {}
+        own = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+        return own | sentinels_of(model), {}
 
     def is_serializable(self) -> bool:
         return True
@@ -142,13 +157,15 @@ class LordQuantizer(HfQuantizer):
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         densify(model, dtype)
+        dense_tables(model, dtype)
         return model
 
 
 def _ignore_sentinels(model: PreTrainedModel, config: LordConfig) -> None:
     """Let the loader pass over them. One pattern for all layers whose names differ in numbers: it tries each pattern on
     each key, and experts are thousands."""
-    keys = [*(f"{name}.weight" for name in config.layers), *getattr(config, "unfused", ())]
+    weights = (f"{name}.weight" for name in (*config.layers, *config.tables()))
+    keys = [*weights, *getattr(config, "unfused", ())]
     patterns = {rf"(^|\.){re.sub(r'[0-9]+', '[0-9]+', re.escape(key))}$" for key in keys}
     known = model._keys_to_ignore_on_load_unexpected or ()
     model._keys_to_ignore_on_load_unexpected = {*known, *patterns}
@@ -204,9 +221,15 @@ def manifest_of(model: nn.Module) -> dict[str, Mapping[str, object]]:
     return {name: realised_plan(layer).to_dict() for name, layer in factored_layers(model).items()}
 
 
+def lord_config(model: nn.Module, layers: Mapping[str, Mapping[str, object]]) -> LordConfig:
+    """The manifest of a model with these layers, and the embeddings that it has."""
+    embeddings = {name: table.to_dict() for name, table in stored_tables(model).items()}
+    return LordConfig(layers, unfused=unfused_parameters(model), embeddings=embeddings)
+
+
 def attach(model: PreTrainedModel) -> None:
     """Make a decomposed model savable by `save_pretrained`, as if it had been loaded from a factored checkpoint."""
-    config = LordConfig(manifest_of(model), unfused=unfused_parameters(model))
+    config = lord_config(model, manifest_of(model))
     model.config.quantization_config = config
     model.__dict__ |= {
         "hf_quantizer": LordQuantizer(config),

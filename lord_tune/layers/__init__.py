@@ -1,10 +1,19 @@
 """Runtime layers and the surgery that puts them into a model."""
 
+from .embeddings import (
+    TokenTable,
+    dense_tables,
+    put_table,
+    stored_tables,
+    token_modules,
+    token_tables,
+)
 from .experts import expert_of, fuse, fuse_untouched, unfuse, unfused_parameters
 from .factored_linear import FactoredLinear, FrozenBasis, FrozenSum, Parts, build_layer, dense_factor
 from .names import place_of
 from .pivoted_linear import PivotedLinear
-from .quantized_linear import CastLinear, QuantizedLinear, ZeroLinear, dequantize_once
+from .quantized_embedding import QuantizedEmbedding, QuantizedHead
+from .quantized_linear import CastLinear, Packed, QuantizedLinear, ZeroLinear, dequantize_once
 from .sentinels import sentinel, sentinels_of
 from .surgery import (
     SHARED,
@@ -28,15 +37,20 @@ __all__ = [
     "FactoredLinear",
     "FrozenBasis",
     "FrozenSum",
+    "Packed",
     "Parts",
     "PivotedLinear",
+    "QuantizedEmbedding",
+    "QuantizedHead",
     "QuantizedLinear",
+    "TokenTable",
     "ZeroLinear",
     "bias_of",
     "build_layer",
     "check_finite",
     "check_plain",
     "dense_factor",
+    "dense_tables",
     "densify",
     "dequantize_once",
     "expert_of",
@@ -48,10 +62,14 @@ __all__ = [
     "is_transposed",
     "place_of",
     "plain_model",
+    "put_table",
     "select_linears",
     "sentinel",
     "sentinels_of",
     "shape_of",
+    "stored_tables",
+    "token_modules",
+    "token_tables",
     "unfuse",
     "unfused_parameters",
     "weight_of",

@@ -43,8 +43,8 @@ class Stored(nn.Parameter):
         pass
 
 
-class QuantizedLinear(nn.Linear):
-    """y = x Q^T (+ bias), Q decoded from `weight` and the format's other parts (all frozen parameters).
+class Packed(nn.Module):
+    """A matrix Q (out, in) in a format's parts, all frozen parameters, and its product x Q^T.
 
     Parameters rather than buffers: DistributedDataParallel broadcasts buffers at every forward.
     """
@@ -52,7 +52,7 @@ class QuantizedLinear(nn.Linear):
     def __init__(
         self, in_features: int, out_features: int, quantizer: Quantizer, device: torch.device | str | None = None
     ):
-        nn.Module.__init__(self)  # not Linear's: it would allocate the dense weight
+        nn.Module.__init__(self)  # of a linear layer not its own: it would allocate the dense weight
         self.in_features, self.out_features, self.quantizer = in_features, out_features, quantizer
         self._is_hf_initialized = True  # transformers must not draw normal numbers into the codes
         self._part_names: list[str] = []
@@ -63,6 +63,11 @@ class QuantizedLinear(nn.Linear):
     @property
     def shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
+
+    @property
+    def codes(self) -> Tensor:
+        """The stored part that every format has."""
+        return self.get_parameter("weight")
 
     def parts(self) -> dict[str, Tensor]:
         return {name: getattr(self, name).data for name in self._part_names}
@@ -95,7 +100,7 @@ class QuantizedLinear(nn.Linear):
         """Decode at every product again."""
         self._dense = None
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
         """Moves the parts and leaves their dtypes alone: rounding a scale would change every weight it belongs to."""
         kept, before = self._dense, [part.data_ptr() for part in self.parts().values()]
         super()._apply(_moving(fn), recurse)  # type: ignore[no-untyped-call]
@@ -124,9 +129,13 @@ class QuantizedLinear(nn.Linear):
         return f"in_features={self.in_features}, out_features={self.out_features}, format={self.quantizer.name}"
 
 
+class QuantizedLinear(Packed, nn.Linear):
+    """y = x Q^T (+ bias), Q decoded from `weight` and the format's other parts."""
+
+
 def dequantize_once(model: nn.Module, dtype: torch.dtype = torch.float32) -> int:
     """`keep_dense` in every packed layer of a model; the bytes held."""
-    return sum(module.keep_dense(dtype) for module in model.modules() if isinstance(module, QuantizedLinear))
+    return sum(module.keep_dense(dtype) for module in model.modules() if isinstance(module, Packed))
 
 
 def _moving(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -19,7 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from ..integrations.models import default_device
-from ..layers import QuantizedLinear
+from ..layers import Packed
 from ..protocols import AutogradContext
 from ..quantizers import Quantizer, Rotated
 from ..quantizers.base import spans, tile_of
@@ -170,7 +170,7 @@ class _FusedAttention(torch.autograd.Function):
 
 def decode_by_shapes(model: nn.Module) -> None:
     for module in model.modules():
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, Packed):
             module.quantizer = ShapesOnly(module.quantizer)  # type: ignore[assignment]
 
 
