@@ -69,7 +69,7 @@ def show_compared(plan: Plan | None, compared: Compared) -> None:
             gain = losses[compared.chosen] - losses[CONTROL]
             say(
                 f"without L R the same bytes are better here, by {gain:.4f} nats per token; "
-                "--rank 0 takes the control (L R is also what training changes)"
+                "rank 0 takes the control (L R is also what training changes)"
             )
 
 
