@@ -195,8 +195,8 @@ def test_a_manifest_of_another_model_is_refused(tied, tmp_path):
 
 
 def test_a_head_is_rounded_with_feedback_on_what_it_reads(tied_dir, rows, tmp_path):
-    """Text makes the logits of a tied pair better, not its rows, where hidden states have a direction in common, as in
-    trained models."""
+    """Text makes the logits of a tied pair better, not its rows, where hidden states have a direction in common, as
+    they have in trained models."""
     uneven = lord_tune.load(str(tied_dir))
     uneven[0].model.embed_tokens.weight.data += torch.linspace(-2, 2, 64)
     uneven[0].save_pretrained(tmp_path / "m")

@@ -154,7 +154,7 @@ def test_another_plan_is_another_run(llama_dir, tmp_path, monkeypatch):
     plan = tmp_path / "plan.json"
     lord_tune.plan(str(llama_dir), save=str(plan), json=str(tmp_path / "e.json"), method="svd", rank=4)
     monkeypatch.setattr(
-        "lord_tune.decomposition.engine.write_rest", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt)
+        "lord_tune.decomposition.engine.write_rest", lambda run, tables: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):
         lord_tune.decompose(str(llama_dir), str(tmp_path / "out"), plan=str(plan))
