@@ -241,7 +241,7 @@ def _train(config: TrainConfig, source: str, arguments: TrlConfig, own: list[str
 
 
 @documented(EvaluateConfig)
-def evaluate(model: str, text: list[str] | None = None, **options: Unpack[EvaluateOptions]) -> dict[str, Any]:
+def evaluate(model: str, text: str | list[str] | None = None, **options: Unpack[EvaluateOptions]) -> dict[str, Any]:
     """Perplexity on texts, tasks, comparison with the original, sizes and speed; returns the keys of `--json`."""
     config = EvaluateConfig.build({"model": model, "text": text, **options})
     if config.dry_run:

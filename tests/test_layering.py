@@ -14,7 +14,7 @@ ROOT = Path(lord_tune.__file__).parent
 # each row imports from rows above it only; files of one row may import each other if they are one folder
 STAIRS = [
     ["errors", "declared", "linalg", "memory", "parallel", "protocols"],
-    ["storage", "console", "data", "kept", "yaml_files"],
+    ["storage", "console", "data", "kept", "yaml_files", "python_values"],
     ["calibration", "quantizers"],
     ["factorizations"],
     ["plans"],
