@@ -8,7 +8,6 @@ exits with 1 where a file is not up to date.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import subprocess
@@ -89,18 +88,6 @@ def field_of(key: str, owners: dict[str, Option]) -> str:
     return f"    {key}: {annotation} = Field({shown}{limits}, description=({' '.join(map(json.dumps, lines))}))"
 
 
-def check_declared(owner: type[Any]) -> None:
-    """Exit where a field hides an option of a base: it would be set by nobody, and the option refused as idle."""
-    declared = {item.field for base in owner.__mro__[1:] if dataclasses.is_dataclass(base) for item in options_of(base)}
-    hidden = declared - {item.field for item in options_of(owner)}
-    if hidden:
-        field = sorted(hidden)[0]
-        sys.exit(
-            f"error: {owner.__name__}.{field} hides an option of its base; declare it too: {field} = option(DEFAULT, "
-            "HELP)"
-        )
-
-
 def check_alike(key: str, owners: dict[str, Option]) -> None:
     """Exit where two owners of a key take other values: one field of a record stands for both."""
     (first, wanted), *others = owners.items()
@@ -117,7 +104,6 @@ def formatted(text: str) -> str:
 def options_text() -> str:
     owners: dict[str, dict[str, Option]] = {}
     for name, owner in {**METHODS, **QUANTIZERS, **ALLOCATORS}.items():
-        check_declared(owner)
         for item in options_of(owner):
             owners.setdefault(item.key, {})[name] = item
     methods = [DEFAULT_METHOD, *(name for name in METHODS if name != DEFAULT_METHOD)]
