@@ -173,7 +173,7 @@ def plan(model: str, **options: Unpack[PlanOptions]) -> dict[str, Any]:
     if config.json_file:
         write_json(Path(config.json_file), result)
         return result
-    show_estimate(foreseen, found, config, backbones_of(chosen))
+    show_estimate(foreseen, found, config, config.backbone if chosen is None else backbones_of(chosen))
     show_compared(chosen, compared)
     return result
 

@@ -17,6 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from .table_layout import fitted
+
 _PLAIN_WIDTH = 160  # of tables written to a file or pipe
 
 
@@ -37,12 +39,8 @@ def say(text: str = "") -> None:
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table whose first column is left-aligned, the others right-aligned."""
-    table = Table(title=title or None, title_justify="left", title_style="bold")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    console().print(table)
+    shown = console()
+    shown.print(fitted(title, columns, rows, shown.width))
 
 
 def show_spans(title: str, spans: Sequence[tuple[str, bool]]) -> None:

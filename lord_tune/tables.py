@@ -276,8 +276,10 @@ def show_layers(title: str, layers: Mapping[str, _Written]) -> None:
     columns, rows = _without_empty(columns, [inspect_row(name, entry) for name, entry in layers.items()], 5)
     show_table(title, columns, rows)
     if len(columns) > 5:
-        say("calibrated, held-out, plain SVD: relative error of the layer's output on the text it was fitted to, on")
-        say("other text, and of a truncated SVD of the same rank")
+        say(
+            "calibrated, held-out, plain SVD: relative error of the layer's output on the text it was fitted to, on "
+            "other text, and of a truncated SVD of the same rank"
+        )
     else:
         say("errors of layers are measured on calibration text, and there was none")
 

@@ -13,7 +13,7 @@ import lord_tune
 ROOT = Path(lord_tune.__file__).parent
 # each row imports from rows above it only; files of one row may import each other if they are one folder
 STAIRS = [
-    ["errors", "declared", "linalg", "memory", "parallel", "protocols"],
+    ["errors", "declared", "linalg", "memory", "parallel", "protocols", "table_layout"],
     ["storage", "console", "data", "kept", "yaml_files", "python_values"],
     ["calibration", "quantizers"],
     ["factorizations"],
