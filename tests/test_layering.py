@@ -26,7 +26,7 @@ STAIRS = [
     ["adapters"],
     ["evaluation", "training", "exports"],
     ["cards"],
-    ["options"],
+    ["options", "trl_keys"],
     ["config"],
     ["signatures", "keywords"],
     ["provenance", "resolve", "checkup"],
