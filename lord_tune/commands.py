@@ -37,6 +37,7 @@ from .decomposing import run_decomposition
 from .decomposition import Compared, Rates
 from .decomposition.decide import decide
 from .decomposition.survey import survey
+from .dry_run import show_dry_run, show_steps
 from .errors import LordWarning, UsageError
 from .evaluating import measured, prepared
 from .exports.alone import check_base
@@ -94,7 +95,6 @@ from .tables import (
     show_estimate,
     show_layers,
     show_memory,
-    show_plan,
     show_totals,
 )
 from .training import TrainOptions, begun, train_model, trainer_arguments
@@ -108,7 +108,8 @@ def decompose(model: str, out: str, **options: Unpack[DecomposeOptions]) -> dict
     """
     config = DecomposeConfig.build({"model": model, "out": out, **options})
     if config.dry_run:
-        return show_plan(config)
+        check_formats(config)
+        return show_dry_run(config, [config.model], config.sources(), [config.plan_file])
     quiet()
     check_formats(config)
     protect(Path(config.out), [config.model], [*config.sources(), config.plan_file], config.overwrite)
@@ -121,7 +122,7 @@ def correct(quantized: str, original: str, out: str, **options: Unpack[CorrectOp
     codes at `out`, and the adapter for that very file in it; returns the content of decomposition.json."""
     config = CorrectConfig.build({"quantized": quantized, "original": original, "out": out, **options})
     if config.dry_run:
-        return show_plan(config)
+        return show_dry_run(config, [config.original], names_of(config.calibration), [config.quantized])
     quiet()
     protect(Path(config.out), [config.quantized, config.original], names_of(config.calibration), config.overwrite)
     check_destination(Path(config.out), config.overwrite)
@@ -190,7 +191,11 @@ def train(**options: object) -> dict[str, Any]:
     held = bool(config.eval_dataset_name or config.dataset_test_split)
     if config.dry_run:
         arguments = trainer_arguments(config.trainer_values(), config.mode, True, own, held, config.objective)
-        shown = show_plan(config)
+        teacher = config.teacher_model_name_or_path
+        shown = show_dry_run(
+            config, [config.model_name_or_path, teacher], [config.dataset_name, config.eval_dataset_name]
+        )
+        shown |= {"effective": show_steps(arguments)}
         foreseen = None
         if Path(config.model_name_or_path).is_dir():
             foreseen = foresee(config, resolve_model(config.model_name_or_path), arguments)
@@ -245,7 +250,7 @@ def evaluate(model: str, text: str | list[str] | None = None, **options: Unpack[
     """Perplexity on texts, tasks, comparison with the original, sizes and speed; returns the keys of `--json`."""
     config = EvaluateConfig.build({"model": model, "text": text, **options})
     if config.dry_run:
-        return show_plan(config)
+        return show_dry_run(config, [config.model, config.original], config.text or [], [config.tasks_dir])
     quiet()
     asked = prepared(config)
     loaded, tokenizer = load(config.model, config.dtype)
@@ -258,10 +263,11 @@ def evaluate(model: str, text: str | list[str] | None = None, **options: Unpack[
 def export(model: str, out: str, format: Export, **options: Unpack[ExportOptions]) -> dict[str, Any]:
     """Write a factored checkpoint or training output in another form; returns export.json's content."""
     config = ExportConfig.build({"model": model, "out": out, "format": format, **options})
-    if config.dry_run:
-        return show_plan(config)
-    quiet()
     models, data = [config.model, config.base, config.like], [config.text, *names_of(config.calibration)]
+    if config.dry_run:
+        gguf_file(config.like)
+        return show_dry_run(config, [config.model], data, [config.base])
+    quiet()
     protect(Path(config.out), models, data, config.overwrite)
     check_destination(Path(config.out), config.overwrite)
     with sole_writer(Path(config.out)):

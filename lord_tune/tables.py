@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 import torch
 
 from .adapters.attach import Coverage
 from .allocation import PLAIN, break_even
-from .config import MIX, MethodConfig, PlanConfig, RunConfig
+from .config import MIX, MethodConfig, PlanConfig
 from .console import LiveTable, duration, human_bytes, say, show_spans, show_table
 from .decomposition import Estimate, LayerRecord, Notify, Progress, Survey
 from .decomposition.recovery import Recovered
@@ -390,10 +390,3 @@ def notify_training(event: str, payload: object) -> None:
         show_spans("beginning of the first training sequence (trained tokens are marked):", _beginning(payload))
     elif isinstance(payload, Coverage):
         show_coverage(payload)
-
-
-def show_plan(config: RunConfig) -> dict[str, Any]:
-    """What `--dry-run` prints; returned as a dict."""
-    resolved = config.resolved()
-    show_table("resolved configuration", ["key", "value"], [[key, str(value)] for key, value in resolved.items()])
-    return resolved
