@@ -368,6 +368,11 @@ def show_memory(foreseen: MemoryEstimate, measured: dict[str, int] | None = None
         "The peak is weights, adapters, optimizer, and the most that forward and backward hold at one time, which is "
         f"less than the sum of the parts. Python and the libraries hold {human_bytes(foreseen.held)} more."
     )
+    if measured:
+        say(
+            "On a CPU the measured peak is memory of the process: beside tensors, code of the libraries that training "
+            "runs for the first time and pieces of freed memory, together up to 0.1 GB."
+        )
     for text in foreseen.notes:
         say(f"note: {text}")
 
