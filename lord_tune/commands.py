@@ -49,6 +49,7 @@ from .integrations.files import ADAPTER_FILE, relative_folder
 from .integrations.models import default_device, quiet
 from .integrations.running import kind_of, run_model, window_length
 from .integrations.sources import base_of_adapter, gguf_file, resolve_model, weights_identity
+from .journey import described, journey, show_journey
 from .keywords import documented
 from .layers import dequantize_once
 from .layers.sizes import sizes
@@ -158,7 +159,8 @@ def plan(model: str, **options: Unpack[PlanOptions]) -> dict[str, Any]:
         warnings.warn(text, LordWarning, stacklevel=2)
     if config.sweep is not None:
         return write_sweep(config, source_name, request)
-    chosen = decide(found.layers, request, rest_of(sizes(shape), found))
+    rest = rest_of(sizes(shape), found)
+    chosen = decide(found.layers, request, rest)
     rates = Rates.measure(next(shape.parameters()).dtype, device)
     foreseen = estimate_of(shape, found, request, chosen, size, rates, config.processes, device)
     compared = Compared()
@@ -170,12 +172,18 @@ def plan(model: str, **options: Unpack[PlanOptions]) -> dict[str, Any]:
         made = chosen.made or made_from(config, identity_of(config.model, source_name), None)
         replace(chosen, made=made).save(Path(config.save))
         say(f"wrote {config.save}: a choice for each of {len(chosen.layers)} layers; decompose MODEL OUT --plan FILE")
-    result = {"model": config.model, **foreseen.to_dict()}
+    result: dict[str, Any] = {"model": config.model, **foreseen.to_dict()}
+    legs = []
+    if config.gpu_memory is not None:
+        legs = journey(config, shape, found, request, chosen, size, foreseen, rest)
+        result["journey"] = described(legs, config)
     if config.json_file:
         write_json(Path(config.json_file), result)
         return result
     show_estimate(foreseen, found, config, config.backbone if chosen is None else backbones_of(chosen))
     show_compared(chosen, compared)
+    if legs:
+        show_journey(legs, config, decided=chosen is not None)
     return result
 
 

@@ -476,11 +476,27 @@ class PlanConfig(MethodConfig):
     )
     measure: bool = Field(False, description="run every plan of --sweep on the held-out text as well")
     processes: int = Field(1, gt=0, description="foresee a run on this many processes")
+    gpu_memory: str | None = Field(
+        None,
+        coerce_numbers_to_str=True,
+        description="also say whether this decomposition, a training step on it and each export fit, on a GPU of this "
+        "memory (24GB) and on this machine",
+    )
     json_file: str | None = Field(
         None, description="write the plan into this file as JSON, and print nothing", alias="json"
     )
 
+    def gpu_bytes(self) -> int | None:
+        """`gpu_memory` as a number; UsageError for what is none."""
+        found = None if self.gpu_memory is None else size_of(self.gpu_memory)
+        if self.gpu_memory is not None and found is None:
+            raise UsageError(f"Got `gpu_memory` {self.gpu_memory}; expected a size like 24GB, 80GiB or a number.")
+        return found
+
     def check(self) -> None:
+        self.gpu_bytes()
+        if self.sweep is not None and self.gpu_memory is not None:
+            raise UsageError("`gpu_memory` looks at one plan and `sweep` makes many; remove one of them.")
         if self.sweep is None:
             self.check_budget()
         self.check_method(True)

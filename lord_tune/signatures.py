@@ -135,6 +135,7 @@ class PlanOptions(TypedDict, total=False):
     sweep: str | None
     measure: bool
     processes: int
+    gpu_memory: str | None
     json: str | None
 
 

@@ -32,7 +32,7 @@ STAIRS = [
     ["provenance", "resolve", "checkup"],
     ["planning", "correction", "merges", "chatting", "reporting"],
     ["sweep_plot", "tables", "evaluation_tables", "comparison_plot"],
-    ["plan_tables", "dry_run"],
+    ["plan_tables", "dry_run", "journey"],
     ["decomposing", "evaluating"],
     ["commands"],
     ["demo", "comparing"],

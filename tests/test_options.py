@@ -1053,6 +1053,15 @@ def case_plan_symmetric(b: Bench) -> None:
     assert bits[0] > bits[1]
 
 
+def case_plan_gpu_memory(b: Bench) -> None:
+    """tests/test_journey.py compares what is foreseen with what is written."""
+    assert "journey" not in b.plan(backbone="nf4")
+    found = {size: b.plan(backbone="nf4", gpu_memory=size)["journey"] for size in ("24GB", "700MB")}
+    assert found["24GB"]["gpu_bytes"] == 24 * 10**9 and found["24GB"]["fits"]
+    with pytest.raises(UsageError, match="expected a size like 24GB"):
+        b.plan(backbone="nf4", gpu_memory="large")
+
+
 def case_plan_plain_prompts(b: Bench) -> None:
     model, rows = prompts(b)
     given = {"kept_fraction": 0.8, "calibration": [str(rows)], "context_length": 64, "calibration_tokens": 1024}
@@ -1067,6 +1076,7 @@ def case_plan_plain_prompts(b: Bench) -> None:
 
 
 PLAN: dict[str, Case] = {
+    "gpu_memory": case_plan_gpu_memory,
     "plain_prompts": case_plan_plain_prompts,
     "plan_file": case_plan_plan_file,
     "save": case_plan_save,
