@@ -27,7 +27,7 @@ from .config import (
     PlanConfig,
     TrainConfig,
 )
-from .console import LiveTable, human_bytes, is_main_process, note, say
+from .console import LiveTable, human_bytes, is_main_process, note, say, show_next
 from .correction.adapter import SERVED, adapter_in, open_quantized, show_gain
 from .correction.gguf_file import GGUFFile
 from .data.texts import documents
@@ -248,8 +248,9 @@ def _train(config: TrainConfig, source: str, arguments: TrlConfig, own: list[str
         say(f"trained {metrics['steps']} steps, mean loss {metrics['train_loss']:.4f}; adapter in {config.output_dir}")
         if foreseen is not None:
             show_memory(foreseen, metrics["memory"]["measured"])
-        form = "factored, then train OUT" if config.mode == "basis" else "dense"
-        say(f"next: lord-tune export {config.output_dir} OUT --format {form}")
+        form = "factored" if config.mode == "basis" else "dense"
+        then = "then train that" if config.mode == "basis" else "or evaluate it, or another form of export"
+        show_next("export", config.output_dir, f"{config.output_dir.rstrip('/')}_{form}", "--format", form, then=then)
     return metrics
 
 
