@@ -98,12 +98,13 @@ def show_steps(arguments: TrlConfig) -> dict[str, Any]:
     say(
         f"a step: {here} sequences at once x {batches} accumulated x {processes} processes = {sequences} sequences{per}"
     )
-    schedule = getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type)
+    schedule = vars(arguments)["lr_scheduler_type"]
+    schedule, warmup = getattr(schedule, "value", schedule), float(vars(arguments)["warmup_steps"])
     whole = f"{arguments.num_train_epochs:g} passes over the rows" if steps is None else f"{steps:,} steps"
     total = "" if steps is None or tokens is None else f", at most {steps * tokens:,} tokens"
     say(
-        f"learning rate {arguments.learning_rate:g}, {schedule}, rising for {arguments.warmup_steps:g} "
-        f"{'of the' if arguments.warmup_steps < 1 else ''} steps; {whole}{total}".replace("  ", " ")
+        f"learning rate {arguments.learning_rate:g}, {schedule}, rising for {warmup:g} "
+        f"{'of the' if warmup < 1 else ''} steps; {whole}{total}".replace("  ", " ")
     )
     return {
         "learning_rate": arguments.learning_rate,

@@ -143,7 +143,7 @@ def _training(config: PlanConfig, folder: str, memory: int) -> Leg:
     last = None
     for batch in BATCHES:
         arguments = trainer_arguments(given | {"per_device_train_batch_size": batch}, "factors", True, [])
-        arguments.bf16 = True  # what a run on a GPU takes
+        vars(arguments)["bf16"] = True  # what a run on a GPU takes, and a CPU's arguments refuse
         try:
             step = predict_memory(folder, options, arguments, accelerator=True)
         except (LordError, RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:

@@ -34,8 +34,8 @@ def documented(record: type[RunConfig]) -> Callable[[_Verb], _Verb]:
             lines += [f"    {shown}", *textwrap.wrap(field.description or "", 112, break_on_hyphens=False, **_INDENTED)]
         if record.model_config["extra"] == "allow":
             lines += ["", f"{HEADING}:", ""]
-            for name, key in TRL_KEYS.items():
-                lines += [f"    {name}", *textwrap.wrap(key.line(), 112, break_on_hyphens=False, **_INDENTED)]
+            for name, usual in TRL_KEYS.items():
+                lines += [f"    {name}", *textwrap.wrap(usual.line(), 112, break_on_hyphens=False, **_INDENTED)]
             added.append(Parameter("trl_options", Parameter.VAR_KEYWORD, annotation=Any))
         vars(verb)["__signature__"] = Signature([*own, *added], return_annotation=signature.return_annotation)
         verb.__doc__ = f"{inspect.cleandoc(verb.__doc__ or '')}\n\nOptions:\n\n" + "\n".join(lines)
