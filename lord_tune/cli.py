@@ -24,12 +24,32 @@ from . import __version__
 from .config import RECORDS, DecomposeConfig, MethodConfig, PlanConfig, RunConfig
 from .console import is_main_process
 from .errors import LordError, LordWarning, UsageError
+from .trl_keys import HEADING, TRL_KEYS
 
 _RICH: Any = "rich" if sys.stdout.isatty() else None  # panels on a terminal, plain text elsewhere
 
 
 class _Verb(TyperCommand):
-    """A verb whose plain help has the headings of the panels, and whose examples are not wrapped."""
+    """A verb whose plain help has the headings of the panels, and whose examples are not wrapped.
+
+    The help of train shows the usual keys of trl as well, which are no options of ours: `_extra_options` takes any key.
+    """
+
+    _helping = False
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        self._helping = True
+        try:
+            super().format_help(ctx, formatter)
+        finally:
+            self._helping = False
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        found = super().get_params(ctx)
+        if not self._helping or self.name != "train":
+            return found
+        place = 1 + max(i for i, item in enumerate(found) if getattr(item, "rich_help_panel", None) == "Common")
+        return [*found[:place], *_trl_options(), *found[place:]]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
@@ -58,6 +78,26 @@ app = typer.Typer(
 _MANY = ("--calibration", "--text", "--mix", "--tasks", "--methods", "--learning-rate")
 _POSITIONAL = ("quantized", "original", "model", "runs", "out")
 _OUTPUT_KEYS = set(DecomposeConfig.model_fields) - set(MethodConfig.model_fields)
+
+
+def _trl_options() -> list[Any]:
+    """Lines of the help: the options of a command that is never called."""
+    parameters = []
+    for name, key in TRL_KEYS.items():
+        shown: Any = {"help": _shown(key.line()), "metavar": f"<{key.kind.__name__}>", "show_default": False}
+        value = typer.Option(None, f"--{name}", rich_help_panel=HEADING, **shown)
+        kind = str if key.kind is bool else key.kind
+        parameters.append(Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=value, annotation=kind | None))
+
+    def command(**values: object) -> None:
+        """Never called."""
+
+    command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    holder = typer.Typer(add_completion=False)
+    holder.command()(command)
+    found: Any = typer.main.get_command(holder)
+    return [item for item in found.params if item.name in TRL_KEYS]
 
 
 def _flag(record: type[RunConfig], name: str) -> str:

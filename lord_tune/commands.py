@@ -27,7 +27,7 @@ from .config import (
     PlanConfig,
     TrainConfig,
 )
-from .console import LiveTable, human_bytes, is_main_process, note, say
+from .console import LiveTable, human_bytes, is_main_process, note, say, show_next
 from .correction.adapter import SERVED, adapter_in, open_quantized, show_gain
 from .correction.gguf_file import GGUFFile
 from .data.texts import documents
@@ -37,6 +37,7 @@ from .decomposing import run_decomposition
 from .decomposition import Compared, Rates
 from .decomposition.decide import decide
 from .decomposition.survey import survey
+from .dry_run import show_dry_run, show_steps
 from .errors import LordWarning, UsageError
 from .evaluating import measured, prepared
 from .exports.alone import check_base
@@ -49,6 +50,7 @@ from .integrations.files import ADAPTER_FILE, relative_folder
 from .integrations.models import default_device, quiet
 from .integrations.running import kind_of, run_model, window_length
 from .integrations.sources import gguf_file, resolve_model, weights_identity
+from .journey import described, journey, show_journey
 from .keywords import documented
 from .layers import dequantize_once
 from .merges import ORIGINAL, UNMERGED, Merges, weigh
@@ -94,7 +96,6 @@ from .tables import (
     show_estimate,
     show_layers,
     show_memory,
-    show_plan,
     show_totals,
 )
 from .training import TrainOptions, begun, train_model, trainer_arguments
@@ -108,7 +109,8 @@ def decompose(model: str, out: str, **options: Unpack[DecomposeOptions]) -> dict
     """
     config = DecomposeConfig.build({"model": model, "out": out, **options})
     if config.dry_run:
-        return show_plan(config)
+        check_formats(config)
+        return show_dry_run(config, [config.model], config.sources(), [config.plan_file])
     quiet()
     check_formats(config)
     protect(Path(config.out), [config.model], [*config.sources(), config.plan_file], config.overwrite)
@@ -121,7 +123,7 @@ def correct(quantized: str, original: str, out: str, **options: Unpack[CorrectOp
     codes at `out`, and the adapter for that very file in it; returns the content of decomposition.json."""
     config = CorrectConfig.build({"quantized": quantized, "original": original, "out": out, **options})
     if config.dry_run:
-        return show_plan(config)
+        return show_dry_run(config, [config.original], names_of(config.calibration), [config.quantized])
     quiet()
     protect(Path(config.out), [config.quantized, config.original], names_of(config.calibration), config.overwrite)
     check_destination(Path(config.out), config.overwrite)
@@ -170,12 +172,18 @@ def plan(model: str, **options: Unpack[PlanOptions]) -> dict[str, Any]:
         made = chosen.made or made_from(config, identity_of(config.model, source_name), None)
         replace(chosen, made=made, embeddings=outside.tables).save(Path(config.save))
         say(f"wrote {config.save}: a choice for each of {len(chosen.layers)} layers; decompose MODEL OUT --plan FILE")
-    result = {"model": config.model, **foreseen.to_dict()}
+    result: dict[str, Any] = {"model": config.model, **foreseen.to_dict()}
+    legs = []
+    if config.gpu_memory is not None:
+        legs = journey(config, shape, found, request, chosen, size, foreseen, outside.rest)
+        result["journey"] = described(legs, config)
     if config.json_file:
         write_json(Path(config.json_file), result)
         return result
-    show_estimate(foreseen, found, config, backbones_of(chosen))
+    show_estimate(foreseen, found, config, config.backbone if chosen is None else backbones_of(chosen))
     show_compared(chosen, compared)
+    if legs:
+        show_journey(legs, config, decided=chosen is not None)
     return result
 
 
@@ -191,7 +199,11 @@ def train(**options: object) -> dict[str, Any]:
     held = bool(config.eval_dataset_name or config.dataset_test_split)
     if config.dry_run:
         arguments = trainer_arguments(config.trainer_values(), config.mode, True, own, held, config.objective)
-        shown = show_plan(config)
+        teacher = config.teacher_model_name_or_path
+        shown = show_dry_run(
+            config, [config.model_name_or_path, teacher], [config.dataset_name, config.eval_dataset_name]
+        )
+        shown |= {"effective": show_steps(arguments)}
         foreseen = None
         if Path(config.model_name_or_path).is_dir():
             foreseen = foresee(config, resolve_model(config.model_name_or_path), arguments)
@@ -236,17 +248,18 @@ def _train(config: TrainConfig, source: str, arguments: TrlConfig, own: list[str
         say(f"trained {metrics['steps']} steps, mean loss {metrics['train_loss']:.4f}; adapter in {config.output_dir}")
         if foreseen is not None:
             show_memory(foreseen, metrics["memory"]["measured"])
-        form = "factored, then train OUT" if config.mode == "basis" else "dense"
-        say(f"next: lord-tune export {config.output_dir} OUT --format {form}")
+        form = "factored" if config.mode == "basis" else "dense"
+        then = "then train that" if config.mode == "basis" else "or evaluate it, or another form of export"
+        show_next("export", config.output_dir, f"{config.output_dir.rstrip('/')}_{form}", "--format", form, then=then)
     return metrics
 
 
 @documented(EvaluateConfig)
-def evaluate(model: str, text: list[str] | None = None, **options: Unpack[EvaluateOptions]) -> dict[str, Any]:
+def evaluate(model: str, text: str | list[str] | None = None, **options: Unpack[EvaluateOptions]) -> dict[str, Any]:
     """Perplexity on texts, tasks, comparison with the original, sizes and speed; returns the keys of `--json`."""
     config = EvaluateConfig.build({"model": model, "text": text, **options})
     if config.dry_run:
-        return show_plan(config)
+        return show_dry_run(config, [config.model, config.original], config.text or [], [config.tasks_dir])
     quiet()
     asked = prepared(config)
     loaded, tokenizer = load(config.model, config.dtype)
@@ -259,10 +272,11 @@ def evaluate(model: str, text: list[str] | None = None, **options: Unpack[Evalua
 def export(model: str, out: str, format: Export, **options: Unpack[ExportOptions]) -> dict[str, Any]:
     """Write a factored checkpoint or training output in another form; returns export.json's content."""
     config = ExportConfig.build({"model": model, "out": out, "format": format, **options})
-    if config.dry_run:
-        return show_plan(config)
-    quiet()
     models, data = [config.model, config.base, config.like], [config.text, *names_of(config.calibration)]
+    if config.dry_run:
+        gguf_file(config.like)
+        return show_dry_run(config, [config.model], data, [config.base])
+    quiet()
     protect(Path(config.out), models, data, config.overwrite)
     check_destination(Path(config.out), config.overwrite)
     with sole_writer(Path(config.out)):

@@ -30,6 +30,7 @@ from .data.files import local_paths
 from .data.weighted import names_of
 from .decomposition.decide import decide
 from .decomposition.survey import Survey, survey
+from .dry_run import show_dry_run
 from .errors import LordError, LordWarning, UsageError, unknown_name
 from .factorizations import METHODS
 from .integrations.checkpoint import skeleton
@@ -43,7 +44,6 @@ from .provenance import command_line, identity_of, versions
 from .resolve import check_formats, request_of, rest_of
 from .signatures import CompareOptions
 from .storage import check_destination, read_json, sole_writer, write_json
-from .tables import show_plan
 
 RECORD = "report.json"  # a folder with it is ours
 _WORDS: dict[str, dict[str, Any]] = {
@@ -61,11 +61,11 @@ def compare(model: str, out: str, **options: Unpack[CompareOptions]) -> dict[str
     OUT/comparison.png and .svg show perplexities; OUT/<row> holds each checkpoint, and its training output.
     """
     config = CompareConfig.build({"model": model, "out": out, **options})
+    read = [*names_of(config.calibration), *config.text, config.dataset_name]
     if config.dry_run:
-        return show_plan(config)
+        return show_dry_run(config, [config.model], read)
     quiet()
     folder = Path(config.out)
-    read = [*names_of(config.calibration), *config.text, config.dataset_name]
     protect(folder, [config.model], read, config.overwrite)
     with sole_writer(folder):
         return _compare(config, folder)

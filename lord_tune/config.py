@@ -11,15 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, ClassVar, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .console import size_of
 from .data.weighted import names_of, weighted_sources
 from .declared import LOOKUPS, PIVOTED, PLAIN, chosen, options_of
 from .errors import UsageError, unknown_name
 from .options import ALLOCATION_KEYS, FORMAT_KEYS, METHOD_KEYS, Allocation, Export, Method, MethodOptions, Quantized
+from .python_values import as_written
 from .yaml_files import expand_home
 
 
@@ -39,15 +41,18 @@ class RunConfig(BaseModel):
             for key in values:
                 if key not in known and key not in cls.model_fields:
                     raise unknown_name("key", key, known)
+        kinds = {key: f.annotation for name, f in cls.model_fields.items() for key in (name, f.alias or name)}
+        given = {key: as_written(key, value, kinds.get(key)) for key, value in values.items()}
         try:
-            record = cls(**expand_home(dict(values)))
+            record = cls(**expand_home(given))
         except ValidationError as error:
             first = error.errors()[0]
             name = str(first["loc"][0]) if first["loc"] else "config"
             if first["type"] == "missing":
                 raise UsageError(f"`{name}` is missing; give it.") from error
             told = first["msg"].replace("Input should", "it should", 1)
-            raise UsageError(f"Got {first['input']!r} for `{name}`; {told[0].lower()}{told[1:]}.") from error
+            came = shorten(repr(first["input"]), 100)
+            raise UsageError(f"Got {came} for `{name}`; {told[0].lower()}{told[1:]}.") from error
         record.check()
         return record
 
@@ -510,11 +515,27 @@ class PlanConfig(MethodConfig):
     )
     measure: bool = Field(False, description="run every plan of --sweep on the held-out text as well")
     processes: int = Field(1, gt=0, description="foresee a run on this many processes")
+    gpu_memory: str | None = Field(
+        None,
+        coerce_numbers_to_str=True,
+        description="also say whether this decomposition, a training step on it and each export fit, on a GPU of this "
+        "memory (24GB) and on this machine",
+    )
     json_file: str | None = Field(
         None, description="write the plan into this file as JSON, and print nothing", alias="json"
     )
 
+    def gpu_bytes(self) -> int | None:
+        """`gpu_memory` as a number; UsageError for what is none."""
+        found = None if self.gpu_memory is None else size_of(self.gpu_memory)
+        if self.gpu_memory is not None and found is None:
+            raise UsageError(f"Got `gpu_memory` {self.gpu_memory}; expected a size like 24GB, 80GiB or a number.")
+        return found
+
     def check(self) -> None:
+        self.gpu_bytes()
+        if self.sweep is not None and self.gpu_memory is not None:
+            raise UsageError("`gpu_memory` looks at one plan and `sweep` makes many; remove one of them.")
         if self.sweep is None:
             self.check_budget()
         self.check_method(True)
@@ -728,12 +749,6 @@ class EvaluateConfig(RunConfig):
         alias="json",
     )
     dry_run: bool = Field(False, description="print the resolved configuration and stop")
-
-    @field_validator("tasks", mode="before")
-    @classmethod
-    def _listed(cls, value: object) -> object:
-        """YAML and Python may write what the command line does: `tasks: piqa,copa`."""
-        return [value] if isinstance(value, str) else value
 
     @property
     def task_names(self) -> list[str]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+import shutil
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console, Group
@@ -16,6 +19,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from .table_layout import fitted
 
 _PLAIN_WIDTH = 160  # of tables written to a file or pipe
 
@@ -35,14 +40,28 @@ def say(text: str = "") -> None:
     console().print(text, markup=False)
 
 
+def show_next(*words: object, then: str = "") -> None:
+    """A command that goes on from here, to be pasted into the same shell: names are quoted, and no line is wrapped.
+
+    then: what else may come, in words.
+    """
+    shown = console()
+    command = shlex.join([*_as_called(), *map(str, words)])
+    shown.print(f"next: {command}" + (f"   ({then})" if then else ""), markup=False, soft_wrap=True)
+
+
+def _as_called() -> list[str]:
+    """How this shell reaches the command line: by its name if that is this installation's, else by this Python."""
+    found = shutil.which("lord-tune")
+    if found is not None and Path(found).parent == Path(sys.executable).parent:
+        return ["lord-tune"]
+    return [sys.executable, "-m", "lord_tune"]
+
+
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table whose first column is left-aligned, the others right-aligned."""
-    table = Table(title=title or None, title_justify="left", title_style="bold")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    console().print(table)
+    shown = console()
+    shown.print(fitted(title, columns, rows, shown.width))
 
 
 def show_spans(title: str, spans: Sequence[tuple[str, bool]]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from .cards import decomposition_card
 from .config import DecomposeConfig
-from .console import LiveTable, human_bytes, note, say
+from .console import LiveTable, human_bytes, note, say, show_next
 from .correction.base import Corrected, Quantized
 from .decomposition import Journal, Phase, decompose_checkpoint, is_block
 from .decomposition.base import Source
@@ -173,7 +173,7 @@ def run_decomposition(
     if outcome.plan.factored():
         show_compared(outcome.plan, outcome.compared)
     say(f"wrote {config.out}")
-    say(f"next: lord-tune evaluate {config.out} --text FILE   or   lord-tune inspect {config.out}")
+    show_next("inspect", config.out, then="or evaluate it, with --text FILE of text that it has not seen, or train it")
     return report
 
 

@@ -19,7 +19,8 @@ from typing import Any, Unpack
 
 from .commands import decompose, evaluate, export, train
 from .config import QuickstartConfig
-from .console import human_bytes, say, show_table
+from .console import human_bytes, say, show_next, show_table
+from .dry_run import show_dry_run
 from .integrations.destination import protect
 from .integrations.models import quiet
 from .integrations.sources import resolve_model
@@ -27,7 +28,6 @@ from .keywords import documented
 from .provenance import command_line, versions
 from .signatures import QuickstartOptions
 from .storage import check_destination, sole_writer, write_json
-from .tables import show_plan
 
 _HELD_OUT_SHARE = 5  # one file in five is held out
 _MIN_FILE, _MAX_FILE = 4_000, 120_000  # characters: no stubs, no tables of data
@@ -56,7 +56,7 @@ def quickstart(**options: Unpack[QuickstartOptions]) -> dict[str, Any]:
     """Decompose, train, evaluate and export in two stories; returns the report, also written to report.json."""
     config = QuickstartConfig.build(dict(options))
     if config.dry_run:
-        return show_plan(config)
+        return show_dry_run(config, [config.model])
     quiet()
     out = Path(config.out)
     protect(out, [config.model], replaces=config.overwrite)
@@ -177,4 +177,6 @@ def _show_report(measured: Mapping[str, Mapping[str, float]], out: Path, seconds
     peak = max(entry["peak_memory_bytes"] for entry in measured.values())
     say(f"{seconds / 60:.1f} minutes, peak memory {human_bytes(peak)}; everything is in {out}, figures in report.json")
     say("Fewer bytes are not more speed: NF4 is decoded for every matrix product on a CPU.")
-    say(f"next: lord-tune train --model_name_or_path {out}/nf4_whitened --dataset_name YOUR.jsonl --output_dir mine")
+    given = {"model_name_or_path": out / "nf4_whitened", "dataset_name": out / "code_train.jsonl"}
+    words = [word for key, value in given.items() for word in (f"--{key}", value)]
+    show_next("train", *words, "--output_dir", out / "mine", then="with your rows as --dataset_name")

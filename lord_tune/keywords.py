@@ -9,6 +9,7 @@ from inspect import Parameter, Signature
 from typing import Any, TypeVar
 
 from .config import RunConfig
+from .trl_keys import HEADING, TRL_KEYS
 
 _INDENTED: dict[str, Any] = {"initial_indent": " " * 8, "subsequent_indent": " " * 8}
 _Verb = TypeVar("_Verb", bound=Callable[..., Any])
@@ -32,6 +33,9 @@ def documented(record: type[RunConfig]) -> Callable[[_Verb], _Verb]:
             shown = str(parameter.replace(annotation=Parameter.empty)) + (" (required)" if required else "")
             lines += [f"    {shown}", *textwrap.wrap(field.description or "", 112, break_on_hyphens=False, **_INDENTED)]
         if record.model_config["extra"] == "allow":
+            lines += ["", f"{HEADING}:", ""]
+            for name, usual in TRL_KEYS.items():
+                lines += [f"    {name}", *textwrap.wrap(usual.line(), 112, break_on_hyphens=False, **_INDENTED)]
             added.append(Parameter("trl_options", Parameter.VAR_KEYWORD, annotation=Any))
         vars(verb)["__signature__"] = Signature([*own, *added], return_annotation=signature.return_annotation)
         verb.__doc__ = f"{inspect.cleandoc(verb.__doc__ or '')}\n\nOptions:\n\n" + "\n".join(lines)

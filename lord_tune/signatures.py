@@ -116,10 +116,10 @@ class PlanOptions(TypedDict, total=False):
     max_bytes: str | None
     plan: str | None
     allocation: Literal["uniform", "loss_weighted", "mixed", "energy", "typed", "bolaco", "spread"]
-    mix: list[str] | None
+    mix: str | list[str] | None
     refine: int
     measure_control: bool
-    calibration: list[str]
+    calibration: str | list[str]
     plain_prompts: bool
     calibration_tokens: int
     context_length: int
@@ -136,6 +136,7 @@ class PlanOptions(TypedDict, total=False):
     sweep: str | None
     measure: bool
     processes: int
+    gpu_memory: str | None
     json: str | None
 
 
@@ -229,10 +230,10 @@ class DecomposeOptions(TypedDict, total=False):
     max_bytes: str | None
     plan: str | None
     allocation: Literal["uniform", "loss_weighted", "mixed", "energy", "typed", "bolaco", "spread"]
-    mix: list[str] | None
+    mix: str | list[str] | None
     refine: int
     measure_control: bool
-    calibration: list[str]
+    calibration: str | list[str]
     plain_prompts: bool
     calibration_tokens: int
     context_length: int
@@ -258,7 +259,7 @@ class EvaluateOptions(TypedDict, total=False):
     plain_prompts: bool
     context_length: int
     max_tokens: int | None
-    tasks: list[str]
+    tasks: str | list[str]
     tasks_dir: str | None
     limit: int | None
     apply_chat_template: bool
@@ -289,7 +290,7 @@ class ExportOptions(TypedDict, total=False):
     merge: Literal["original", "nearest", "feedback"] | None
     advise: bool
     merge_limit: float
-    calibration: list[str]
+    calibration: str | list[str]
     calibration_tokens: int
     plain_prompts: bool
     overwrite: bool
@@ -299,7 +300,7 @@ class ExportOptions(TypedDict, total=False):
 class CorrectOptions(TypedDict, total=False):
     """Keywords of `correct`."""
 
-    calibration: list[str]
+    calibration: str | list[str]
     rank: int
     plain_prompts: bool
     calibration_tokens: int
@@ -332,9 +333,9 @@ class ChatOptions(TypedDict, total=False):
 class CompareOptions(TypedDict, total=False):
     """Keywords of `compare`."""
 
-    methods: list[str]
-    text: list[str]
-    calibration: list[str]
+    methods: str | list[str]
+    text: str | list[str]
+    calibration: str | list[str]
     kept_fraction: float | None
     bits_per_weight: float | None
     max_bytes: str | None
@@ -347,7 +348,7 @@ class CompareOptions(TypedDict, total=False):
     max_tokens: int | None
     steps: int
     dataset_name: str | None
-    learning_rate: list[str]
+    learning_rate: str | list[str]
     max_length: int
     seed: int
     overwrite: bool

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 import torch
 
 from .adapters.attach import Coverage
 from .allocation import PLAIN, break_even
-from .config import MIX, MethodConfig, PlanConfig, RunConfig
+from .config import MIX, MethodConfig, PlanConfig
 from .console import LiveTable, duration, human_bytes, say, show_spans, show_table
 from .decomposition import Estimate, LayerRecord, Notify, Progress, Survey
 from .decomposition.recovery import Recovered
@@ -237,8 +237,10 @@ def show_layers(title: str, layers: Mapping[str, _Written]) -> None:
     columns, rows = _without_empty(columns, [inspect_row(name, entry) for name, entry in layers.items()], 5)
     show_table(title, columns, rows)
     if len(columns) > 5:
-        say("calibrated, held-out, plain SVD: relative error of the layer's output on the text it was fitted to, on")
-        say("other text, and of a truncated SVD of the same rank")
+        say(
+            "calibrated, held-out, plain SVD: relative error of the layer's output on the text it was fitted to, on "
+            "other text, and of a truncated SVD of the same rank"
+        )
     else:
         say("errors of layers are measured on calibration text, and there was none")
 
@@ -327,6 +329,11 @@ def show_memory(foreseen: MemoryEstimate, measured: dict[str, int] | None = None
         "The peak is weights, adapters, optimizer, and the most that forward and backward hold at one time, which is "
         f"less than the sum of the parts. Python and the libraries hold {human_bytes(foreseen.held)} more."
     )
+    if measured:
+        say(
+            "On a CPU the measured peak is memory of the process: beside tensors, code of the libraries that training "
+            "runs for the first time and pieces of freed memory, together up to 0.1 GB."
+        )
     for text in foreseen.notes:
         say(f"note: {text}")
 
@@ -349,10 +356,3 @@ def notify_training(event: str, payload: object) -> None:
         show_spans("beginning of the first training sequence (trained tokens are marked):", _beginning(payload))
     elif isinstance(payload, Coverage):
         show_coverage(payload)
-
-
-def show_plan(config: RunConfig) -> dict[str, Any]:
-    """What `--dry-run` prints; returned as a dict."""
-    resolved = config.resolved()
-    show_table("resolved configuration", ["key", "value"], [[key, str(value)] for key, value in resolved.items()])
-    return resolved

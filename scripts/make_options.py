@@ -88,6 +88,14 @@ def field_of(key: str, owners: dict[str, Option]) -> str:
     return f"    {key}: {annotation} = Field({shown}{limits}, description=({' '.join(map(json.dumps, lines))}))"
 
 
+def check_alike(key: str, owners: dict[str, Option]) -> None:
+    """Exit where two owners of a key take other values: one field of a record stands for both."""
+    (first, wanted), *others = owners.items()
+    for name, item in others:
+        if (item.annotation, item.limits) != (wanted.annotation, wanted.limits):
+            sys.exit(f"error: {first} and {name} declare `{key}` with other types or limits; give one another key")
+
+
 def formatted(text: str) -> str:
     formatter = [sys.executable, "-m", "ruff", "format", "--stdin-filename", str(PACKAGE / "made.py"), "-"]
     return subprocess.run(formatter, input=text, capture_output=True, text=True, check=True).stdout
@@ -102,7 +110,9 @@ def options_text() -> str:
     quoted = {"Method": methods, "Quantized": list(QUANTIZERS), "Allocation": list(ALLOCATORS), "Export": list(EXPORTS)}
     lines = [f"{name} = Literal[{', '.join(map(json.dumps, names))}]" for name, names in quoted.items()]
     lines += ["", "", "class MethodOptions(BaseModel):", '    """What methods, formats and allocators declare."""', ""]
-    lines += [field_of(key, found) for key, found in owners.items()]
+    for key, found in owners.items():
+        check_alike(key, found)
+        lines.append(field_of(key, found))
     families = {"METHOD_KEYS": METHODS, "FORMAT_KEYS": QUANTIZERS, "ALLOCATION_KEYS": ALLOCATORS}
     for title, family_of in families.items():
         keys = [key for key, found in owners.items() if next(iter(found)) in family_of]
@@ -120,7 +130,9 @@ def signatures_text() -> str:
             continue
         keys = {field.alias or name: field for name, field in record.model_fields.items()}
         lines = [f"class {verb.capitalize()}Options(TypedDict, total=False):", f'    """Keywords of `{verb}`."""', ""]
-        lines += [f"    {key}: {source_of(keys[key].annotation)}" for key in keys if key not in record.positional]
+        kinds = {key: source_of(keys[key].annotation) for key in keys if key not in record.positional}
+        # one name is a list of one (lord_tune/python_values.py)
+        lines += [f"    {key}: {kind.replace('list[str]', 'str | list[str]')}" for key, kind in kinds.items()]
         parts.append("\n".join(lines))
     return formatted(SIGNATURES_HEAD + "\n\n\n".join(parts) + "\n")
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,6 +83,65 @@ def test_the_format_passes_the_laws(monkeypatch, tmp_path):
         test_quantizers.test_row_slices_decode_to_the_rows(form(), shape)
     test_quantizers.test_constant_and_zero_rows_are_finite(form())
     assert LayerChoice("svd", 4, {}, "ternary", {"group_size": 32}).quantizer() == form(32)
+
+
+def entered(folder: Path, marker: str, file: str, entry: tuple[str, str]) -> None:
+    """Enter an example in a copy of the package, as the page says: a file, an import and a place in the dict."""
+    code = re.search(rf"<!-- {marker} -->.*?```python\n(.*?)```", TEXT, flags=re.S)[1]
+    package = folder / "lord_tune" / Path(file).parent
+    uses = "\n".join(f"from lord_tune.{where} import {what}" for what, where in USED.items() if what in code)
+    head = "from dataclasses import dataclass\nfrom typing import ClassVar\n\nimport torch\nfrom torch import Tensor\n"
+    (package / Path(file).name).write_text(f"from __future__ import annotations\n\n{head}\n{uses}\n\n\n{code}")
+    name = re.search(r"class (\w+)", code)[1]
+    before, after = entry  # in the dict
+    text = (package / "__init__.py").read_text()
+    assert text.count(before) == 1
+    line = f"from .{Path(file).stem} import {name}\n\n"
+    text = text.replace(before, after)
+    (package / "__init__.py").write_text(re.sub(r"^(METHODS|QUANTIZERS):", line + r"\1:", text, count=1, flags=re.M))
+
+
+USED = {
+    "Grouped": "quantizers.grouped",
+    "option": "declared",
+    "Core": "factorizations.base",
+    "Projection": "factorizations.base",
+    "Moments": "calibration.moments",
+    "principal_axes": "linalg",
+}
+
+
+def test_their_options_are_flags_once_the_script_has_run(llama_dir, rows_file, tmp_path):
+    """The two examples, entered in a copy: in the help, and taken by a run."""
+    root = Path(lord_tune.__file__).parent
+    ignored = shutil.ignore_patterns("__pycache__")
+    for folder in ("lord_tune", "scripts"):
+        shutil.copytree(root.parent / folder, tmp_path / folder, ignore=ignored)
+    shutil.copy(root.parent / "pyproject.toml", tmp_path)
+    entered(tmp_path, "add-format", "quantizers/ternary.py", ("W8A16),\n    )", "W8A16, Ternary),\n    )"))
+    entered(
+        tmp_path,
+        "add-method",
+        "factorizations/tempered.py",
+        ('"tucker": Tucker,', '"tucker": Tucker, "tempered": Tempered,'),
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+
+    def run(*words: str) -> str:
+        command = [sys.executable, *words]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return " ".join(done.stdout.split())
+
+    run("scripts/make_options.py")
+    shown = run("-m", "lord_tune", "decompose", "--help")
+    assert "ternary: weights per scale" in shown and "--temper <float> tempered: power" in shown
+    given = ["--backbone", "ternary", "--group-size", "32", "--method", "tempered", "--temper", "0.25", "--rank", "4"]
+    short = ["--calibration", str(rows_file), "--context-length", "64", "--calibration-tokens", "256"]
+    run("-m", "lord_tune", "decompose", str(llama_dir), "out", *given, *short)
+    layers = json.loads((tmp_path / "out" / "plan.json").read_text())["layers"].values()
+    assert {choice["method_options"]["temper"] for choice in layers} == {0.25}
+    assert {choice["backbone_options"]["group_size"] for choice in layers} == {32}
 
 
 def test_the_allocator_meets_its_budget(monkeypatch):

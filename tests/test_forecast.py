@@ -112,7 +112,7 @@ def test_a_teacher_is_foreseen_and_its_files_need_none(base, rows_file, tmp_path
     filed, measured = compare(found, rows_file, tmp_path / "filed", **options)
     assert filed["teacher"] == 0 and filed["peak"] <= foreseen["peak"] - foreseen["teacher"]
     assert "first run holds the teacher" in filed["notes"][0]
-    again = {"model_name_or_path": str(found), "dataset_name": "d", "output_dir": "o", "dry_run": True}
+    again = {"model_name_or_path": str(found), "dataset_name": str(rows_file), "output_dir": "o", "dry_run": True}
     assert lord_tune.train(**again, **options)["memory"]["notes"] == []
     assert_foreseen(filed, measured, 0.005, 0.01)
 

@@ -13,8 +13,8 @@ import lord_tune
 ROOT = Path(lord_tune.__file__).parent
 # each row imports from rows above it only; files of one row may import each other if they are one folder
 STAIRS = [
-    ["errors", "declared", "linalg", "memory", "parallel", "protocols"],
-    ["storage", "console", "data", "kept", "yaml_files"],
+    ["errors", "declared", "linalg", "memory", "parallel", "protocols", "table_layout"],
+    ["storage", "console", "data", "kept", "yaml_files", "python_values"],
     ["calibration", "quantizers"],
     ["factorizations"],
     ["plans"],
@@ -26,14 +26,14 @@ STAIRS = [
     ["adapters"],
     ["evaluation", "training", "exports"],
     ["cards"],
-    ["options"],
+    ["options", "trl_keys"],
     ["config"],
     ["signatures", "keywords"],
     ["provenance", "resolve", "checkup"],
     ["planning", "correction", "merges", "chatting", "reporting", "inspecting"],
     ["size_tables"],
     ["sweep_plot", "tables", "evaluation_tables", "comparison_plot"],
-    ["plan_tables"],
+    ["plan_tables", "dry_run", "journey"],
     ["decomposing", "evaluating"],
     ["commands"],
     ["demo", "comparing"],

@@ -1074,6 +1074,15 @@ def case_plan_symmetric(b: Bench) -> None:
     assert bits[0] > bits[1]
 
 
+def case_plan_gpu_memory(b: Bench) -> None:
+    """tests/test_journey.py compares what is foreseen with what is written."""
+    assert "journey" not in b.plan(backbone="nf4")
+    found = {size: b.plan(backbone="nf4", gpu_memory=size)["journey"] for size in ("24GB", "700MB")}
+    assert found["24GB"]["gpu_bytes"] == 24 * 10**9 and found["24GB"]["fits"]
+    with pytest.raises(UsageError, match="expected a size like 24GB"):
+        b.plan(backbone="nf4", gpu_memory="large")
+
+
 def case_plan_plain_prompts(b: Bench) -> None:
     model, rows = prompts(b)
     given = {"kept_fraction": 0.8, "calibration": [str(rows)], "context_length": 64, "calibration_tokens": 1024}
@@ -1088,6 +1097,7 @@ def case_plan_plain_prompts(b: Bench) -> None:
 
 
 PLAN: dict[str, Case] = {
+    "gpu_memory": case_plan_gpu_memory,
     "plain_prompts": case_plan_plain_prompts,
     "plan_file": case_plan_plan_file,
     "save": case_plan_save,
@@ -1412,9 +1422,14 @@ def case_train_dequantize_once(b: Bench) -> None:
 
 def case_train_dry_run(b: Bench) -> None:
     out, before = b.fresh("dry"), sorted(b.folder.iterdir())
-    own = {"model_name_or_path": "not/there", "dataset_name": "none.jsonl", "output_dir": str(out)}
-    plan = lord_tune.train(**own, learning_rate=1.0, dry_run=True)
+    own = {"model_name_or_path": "not/there", "dataset_name": str(b.rows), "output_dir": str(out)}
+    asked = {"learning_rate": 1.0, "gradient_accumulation_steps": 3, "max_length": 64, "max_steps": 5}
+    plan = lord_tune.train(**own, **asked, dry_run=True)  # a name of the Hub is not looked up
     assert plan["mode"] == "factors" and plan["learning_rate"] == 1.0
+    step = {"sequences_per_step": 24, "tokens_per_step": 24 * 64, "processes": 1, "steps": 5, "epochs": None}
+    assert plan["effective"] == step | {"learning_rate": 1.0}
+    with pytest.raises(UsageError, match="data file none.jsonl does not exist"):
+        lord_tune.train(**own | {"dataset_name": "none.jsonl"}, dry_run=True)
     assert sorted(b.folder.iterdir()) == before
     with pytest.raises(UsageError, match="did you mean 'learning_rate'"):
         lord_tune.train(**own, learnin_rate=1.0, dry_run=True)
@@ -1611,7 +1626,7 @@ def case_evaluate_json(b: Bench) -> None:
 
 
 def case_evaluate_dry_run(b: Bench) -> None:
-    plan = evaluate(b, model="not/there", text=["none.txt"], dry_run=True, json=str(b.folder / "dry.json"))
+    plan = evaluate(b, model="not/there", text=[str(b.rows)], dry_run=True, json=str(b.folder / "dry.json"))
     assert plan["context_length"] == 64 and not (b.folder / "dry.json").exists()
 
 
@@ -2078,7 +2093,10 @@ def case_correct_overwrite(b: Bench) -> None:
 
 def case_correct_dry_run(b: Bench) -> None:
     out = b.fresh("dry")
-    lord_tune.correct("q.gguf", str(b.model), str(out), calibration=["x.txt"], dry_run=True)
+    given = {"calibration": [str(b.rows)], "dry_run": True}
+    with pytest.raises(UsageError, match="q.gguf does not exist"):
+        lord_tune.correct("q.gguf", str(b.model), str(out), **given)
+    lord_tune.correct(str(b.model), str(b.model), str(out), **given)
     assert not out.exists()
 
 

@@ -45,18 +45,25 @@ def load_rows(source: str, split: str = "train", config: str | None = None) -> D
     UsageError, in one sentence, for what does not exist or cannot be read.
     """
     path = Path(source).expanduser()
+    check_there(source)
     if not path.exists() and is_hub_id(source):
         return _load(source, source, config, split=split)
     if not path.exists() and glob.has_magic(source):
         return _matches(source, split, config)
-    if not path.exists():
-        what = "data" if row_kind(path) else "text"
-        raise UsageError(f"The {what} file {source} does not exist; check the path.")
     if path.is_file() and config is not None:
         raise UsageError(f"dataset_config {config} has no effect on the file {source}; remove it.")
     if path.is_dir():
         return _folder(path, source, split, config)
     return _data_file(path, source, split) if row_kind(path) else _texts([path], source, split)
+
+
+def check_there(source: str) -> None:
+    """UsageError for a file that does not exist; patterns and names of the Hub are not looked up."""
+    path = Path(source).expanduser()
+    if path.exists() or is_hub_id(source) or glob.has_magic(source):
+        return
+    what = "data" if row_kind(path) else "text"
+    raise UsageError(f"The {what} file {source} does not exist; check the path.")
 
 
 def local_paths(source: str) -> list[Path]:

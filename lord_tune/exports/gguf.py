@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from ..errors import ExportMismatch, UsageError
 from ..integrations.running import kind_of
+from ..integrations.space import check_space
 from ..integrations.transformers_quantizer import detach
 from ..layers import FactoredLinear, densify, factored_layers, stored_tables, unfused_parameters
 from ..quantizers import GGML
@@ -81,8 +82,11 @@ class GGUFExport:
         reader, places = file.reader, places_in(file, model, layers)
         typed = {name: kind for name, layer in layers.items() if (kind := _kind(layer)) is not None}
         pieces = list(_pieces(reader, layers, typed, places, job))
-        _write_model(reader, pieces, job.folder / MODEL_FILE)
         ranked = {name: layers[name] for name in typed if layers[name].rank}
+        number = {"f32": 4, "f16": 2, "q8_0": 1}[job.adapter_type]
+        adapter_bytes = sum(number * layer.rank * sum(layer.plan.shape) for layer in ranked.values())
+        check_space(job.folder, sum(map(_piece_bytes, pieces)) + adapter_bytes, "The gguf export")
+        _write_model(reader, pieces, job.folder / MODEL_FILE)
         if ranked:
             _write_adapter(reader, ranked, places, job)
         for kind, count in Counter(piece.kind.name for piece in pieces if _is_layer(piece, layers, places)).items():
@@ -185,6 +189,10 @@ def _pieces(
             yield _Piece(tensor.name, tensor.data.shape, tensor.tensor_type, tensor.data.dtype, same)
 
 
+def _piece_bytes(piece: _Piece) -> int:
+    return int(np.prod(piece.shape)) * piece.dtype.itemsize
+
+
 def _is_layer(piece: _Piece, layers: dict[str, FactoredLinear], places: dict[str, Place]) -> bool:
     return any(places[f"{name}.weight"].name == piece.name for name in layers)
 
@@ -236,8 +244,7 @@ def _write_model(reader: Any, pieces: list[_Piece], path: Path) -> None:
     writer.add_file_type(metadata(reader, gguf.Keys.General.FILE_TYPE) or 0 if known is None else known)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for piece in pieces:
-        size = int(np.prod(piece.shape)) * piece.dtype.itemsize
-        writer.add_tensor_info(piece.name, piece.shape, piece.dtype, size, piece.kind)
+        writer.add_tensor_info(piece.name, piece.shape, piece.dtype, _piece_bytes(piece), piece.kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

@@ -22,7 +22,7 @@ from ..errors import ExportMismatch, UsageError, unknown_name
 from ..integrations.companions import Companions
 from ..integrations.models import DTYPE_NAMES
 from ..integrations.running import kind_of, max_length
-from ..integrations.space import check_space, dense_bytes
+from ..integrations.space import apart_bytes, check_space, dense_bytes
 from ..integrations.vocabulary import check_vocabulary
 from ..layers import dense_tables, factored_layers, plain_model, stored_tables
 from ..layers.sizes import sizes
@@ -42,6 +42,7 @@ EXPORTS: dict[str, Export] = {
     for form in (DenseExport(), FactoredExport(), PeftExport(), CompressedTensorsExport(), GGUFExport(), VLLMExport())
 }
 
+_APART = ("peft", "compressed-tensors", "vllm")  # forms with L R in tensors of their own; gguf asks for room itself
 _REMEDIES = {
     "dense": "try `dtype` float32, or ",
     "compressed-tensors": "try `dtype` float32, or ",
@@ -83,7 +84,7 @@ def export_model(
     export, model_dtype = EXPORTS[form], plain.dtype
     export.check(plain)
     own = "float32" if form == "dense" else str(model_dtype).removeprefix("torch.")
-    if form in ("dense", "factored"):  # of the others the size is known when they are written
+    if form in ("dense", "factored"):
         size = (
             dense_bytes(plain, DTYPE_NAMES[dtype or own].itemsize) if form == "dense" else sizes(plain)["model_bytes"]
         )
@@ -97,6 +98,9 @@ def export_model(
     if form not in ("dense", "factored") and (decoded := dense_tables(plain_model(folded))):
         told = human_bytes(decoded * model_dtype.itemsize)
         job.notes.append(f"this format has no embeddings in low precision, so they were decoded ({told})")
+    if form in _APART:
+        element = (model_dtype if form == "peft" else DTYPE_NAMES[job.dtype]).itemsize
+        check_space(folder, apart_bytes(folded, element, 4 if form == "peft" else element), f"The {form} export")
     written = export.write(folded, job)
     if base is not None:
         keep_adapter(folder, form, base)

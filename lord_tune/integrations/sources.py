@@ -65,6 +65,20 @@ def gguf_file(name: str | None) -> Path | None:
 
 def resolve_model(name: str) -> str:
     """A directory or Hub id for `name`; `.gguf` files are converted into the cache first; `demo` is SmolLM2-135M."""
+    found = local_model(name)
+    if found is None:
+        _check_hub(name)
+        return name
+    if found.is_file():
+        return str(convert_gguf(found))
+    return str(found.resolve())  # an adapter remembers it, and may be loaded from elsewhere
+
+
+def local_model(name: str) -> Path | None:
+    """The folder or `.gguf` file that is meant by `name`; None for what can only be a Hub id. No weight is read.
+
+    Raises UsageError for what is not there or is no model.
+    """
     if name == DEMO:
         name = demo_model()
     path = Path(name).expanduser()
@@ -72,19 +86,18 @@ def resolve_model(name: str) -> str:
         if not path.is_file():
             raise UsageError(f"The model file {name} does not exist; check the path.")
         check_not_pointers([path])
-        return str(convert_gguf(path))
+        return path
     if path.is_dir():
         if not (path / "config.json").is_file() and not (path / ADAPTER_FILE).is_file():
             raise UsageError(f"{name} holds no config.json; it is not a Hugging Face model folder.")
         check_not_pointers(settings_files(str(path)))  # tokenizers are large files too
-        return str(path.resolve())  # an adapter remembers it, and may be loaded from elsewhere
+        return path
     if path.exists():
         raise UsageError(f"{name} is a file; expected a model folder, a .gguf file or a Hub id.")
     looks_local = name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", name)
     if looks_local or (path.parent != Path() and path.parent.is_dir()):
         raise UsageError(f"The model folder {name} does not exist; check the path.")
-    _check_hub(name)
-    return name
+    return None
 
 
 def base_of_adapter(folder: Path) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from ..console import human_bytes
+from ..declared import PIVOTED
 from ..errors import LordError
 from ..layers import factored_layers, stored_tables
 
@@ -46,3 +47,19 @@ def dense_bytes(model: nn.Module, element: int) -> int:
     own = sum(layer.plan.shape[0] * layer.plan.shape[1] for layer in layers.values())
     biases = sum(layer.bias.numel() for layer in layers.values() if layer.bias is not None)
     return element * (rest + own + biases)
+
+
+def apart_bytes(model: nn.Module, element: int, of_factors: int) -> int:
+    """Of a model whose decomposed layers are written as codes of Q, as they are stored, and L R: `element` bytes per
+    number of all else, `of_factors` per number of L and R. No adapter is attached."""
+    layers = factored_layers(model)
+    inside = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
+    rest = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside)
+    biases = sum(layer.bias.numel() for layer in layers.values() if layer.bias is not None)
+    codes = numbers = 0
+    for layer in layers.values():
+        if layer.plan.backbone != "none":
+            codes += sum(part.numel() * part.element_size() for part in layer.backbone.parts().values())
+        out, width = layer.plan.shape
+        numbers += layer.rank * (out + width - (layer.rank if layer.plan.form == PIVOTED else 0))
+    return element * (rest + biases) + codes + of_factors * numbers

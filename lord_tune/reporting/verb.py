@@ -19,7 +19,7 @@ from .themed_svg import SERIES
 
 
 @documented(ReportConfig)
-def report(runs: list[str], **options: Unpack[ReportOptions]) -> dict[str, Any]:
+def report(runs: str | list[str], **options: Unpack[ReportOptions]) -> dict[str, Any]:
     """Write one self-contained HTML page about one or several results; returns what it shows.
 
     The checkpoint that an adapter was trained on gets a column of its own, before that of the adapter.

@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
 
-from ..memory import PeakMemory
+from ..memory import PeakMemory, give_back
 from .pieces import piece_width
 
 if TYPE_CHECKING:
@@ -230,9 +230,9 @@ def vocabulary_of(model: nn.Module) -> int:
 
 
 class FirstStep(TrainerCallback):
-    """Counts the first batch of the first optimiser step that a trainer makes, by part; the rest runs as if it were not
-    there. Sharded models are not looked into, and their logits not counted; of compiled ones not even what they keep,
-    since a hook would break their graphs."""
+    """Counts the first batch of the first optimiser step that a trainer makes, by part, and on a CPU gives freed memory
+    back after every step; the rest runs as if it were not there. Sharded models are not looked into, and their logits
+    not counted; of compiled ones not even what they keep, since a hook would break their graphs."""
 
     def __init__(self) -> None:
         self.parts: dict[str, int] = {}
@@ -284,6 +284,8 @@ class FirstStep(TrainerCallback):
     ) -> None:
         if optimizer is not None and "optimizer" not in self.parts:
             self.parts["optimizer"] = optimizer_bytes(optimizer)
+        if args.device.type == "cpu":  # pieces that the C library keeps: 71 MiB of a step of SmolLM2-135M on 512 tokens
+            give_back()
 
     def close(self) -> None:
         """After the first batch's backward pass, or where training broke off in it."""
