@@ -1,0 +1,172 @@
+"""One row: its model is made, measured, trained at every rate, measured and merged; every phase is written at once, so
+that a row that was stopped goes on with the phase it was in."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import shutil
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lord_tune.console import say
+from lord_tune.provenance import versions
+from lord_tune.storage import read_json, write_json
+
+from .experiments import EXPERIMENTS
+from .protocol import (
+    Made,
+    Moments,
+    Setting,
+    adapter_of,
+    collect_moments,
+    errors,
+    loss,
+    peak_bytes,
+    perplexities,
+    ready,
+    set_state,
+    sizes,
+    stored_state,
+    train,
+)
+
+PHASES = ("start", "train", "merge")
+_PACKAGES = ("hqq", "gguf", "nncf", "openvino", "numpy")
+
+
+def source_state() -> dict[str, Any]:
+    """The commit of this checkout, and whether files of it were changed since."""
+
+    def git(*words: str) -> str:
+        run = subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True)
+        return run.stdout.strip()
+
+    return {"commit": git("rev-parse", "HEAD") or None, "dirty": bool(git("status", "--porcelain"))}
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def package_versions() -> dict[str, str]:
+    found = versions()
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def prepare(setting: Setting, folder: Path) -> dict[str, Path]:
+    """What errors are computed with, made once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for name, text in (("calibrated", setting.calibration), ("heldout", setting.validation)):
+        files[name] = folder / f"moments_{name}.safetensors"
+        if not files[name].is_file():
+            say(f"--- inputs of the layers: {name}")
+            collect_moments(setting, text, files[name])
+    return files
+
+
+class Row:
+    def __init__(self, name: str, setting: Setting, folder: Path):
+        self.name, self.setting, self.folder = name, setting, folder
+        self.experiment, self.path = EXPERIMENTS[name], folder / "rows" / f"{name}.json"
+        self.found: dict[str, Any] = read_json(self.path) if self.path.is_file() else {}
+        self.moments = {name: Moments(path) for name, path in prepare(setting, folder / "shared").items()}
+
+    def write(self, **found: Any) -> None:
+        self.found |= found
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, self.found)
+
+    def run(self, phases: list[str]) -> None:
+        torch.manual_seed(self.setting.seed)
+        place = self.folder / "made" / self.name
+        place.mkdir(parents=True, exist_ok=True)
+        begin = time.perf_counter()
+        made = self.experiment.made(self.setting, place, self.moments)
+        seconds = time.perf_counter() - begin
+        if "start" not in self.found:
+            self._start(made, seconds)
+        if made.trains and "train" in phases:
+            best = self._train(made)
+            if made.merge is not None and "merge" in phases and "merged" not in self.found:
+                self._merge(made, best)
+        self.write(done=sorted({*phases, *self.found.get("done", [])}))
+        if set(PHASES) <= set(self.found["done"]):
+            shutil.rmtree(place)
+
+    def _start(self, made: Made, seconds: float) -> None:
+        self.write(
+            experiment={"size": self.experiment.size, "what": self.experiment.what, "options": self.experiment.options},
+            setting={name: value for name, value in vars(self.setting).items()},
+            versions=package_versions(),
+            machine=machine(),
+            **source_state(),
+        )
+        dense = self.setting.dense()
+        stored, peak = sizes(made, dense), peak_bytes()
+        wrong = errors(made.model, dense, self.moments) if made.linears else {}
+        begin = time.perf_counter()
+        at = perplexities(made.model, self.setting)
+        self.write(
+            made={"seconds": seconds, "peak_bytes": peak, **stored, **made.notes},
+            errors=wrong,
+            start=at,
+            trainable=sum(value.numel() for value in adapter_of(made.model).values()) if made.trains else 0,
+            evaluation_seconds=time.perf_counter() - begin,
+        )
+
+    def _train(self, made: Made) -> dict[str, torch.Tensor]:
+        """Every rate from the same start; the best by the validation text, measured on the others. Its adapter."""
+        start, states = stored_state(made.model), {}
+        windows = self.setting.windows(self.setting.validation, self.setting.validation_tokens)
+        for rate in self.setting.rates:
+            tried = self.found.get("rates", {})
+            if f"{rate:g}" not in tried:
+                begin = time.perf_counter()
+                states[rate] = self._trained(made, start, rate)
+                spent = time.perf_counter() - begin
+                ready(made.model)
+                entry = {"validation": loss(made.model, windows), "seconds": spent}
+                self.write(rates=tried | {f"{rate:g}": entry})
+        best = min(self.setting.rates, key=lambda rate: _finite(self.found["rates"][f"{rate:g}"]["validation"]))
+        if "end" not in self.found or (made.merge is not None and "merged" not in self.found):
+            if best not in states:
+                states[best] = self._trained(made, start, best)
+            set_state(made.model, states[best])
+        if "end" not in self.found:
+            self.write(end=perplexities(made.model, self.setting), rate=best, train_peak_bytes=peak_bytes())
+        return states.get(best, {})
+
+    def _trained(self, made: Made, start: dict[str, torch.Tensor], rate: float) -> dict[str, torch.Tensor]:
+        set_state(made.model, start)
+        torch.manual_seed(self.setting.seed)
+        train(made.model, self.setting, rate)
+        return stored_state(made.model)
+
+    def _merge(self, made: Made, best: dict[str, torch.Tensor]) -> None:
+        assert made.merge is not None and best
+        ready(made.model)
+        begin = time.perf_counter()
+        merged = made.merge(made.model)
+        seconds = time.perf_counter() - begin
+        self.write(merged=perplexities(merged, self.setting), merge={"how": made.merged, "seconds": seconds})
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else math.inf
