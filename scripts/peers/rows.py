@@ -103,11 +103,12 @@ class Row:
         if "start" not in self.found:
             self._start(made, seconds)
         if made.trains and "train" in phases:
-            best = self._train(made)
-            if made.merge is not None and "merge" in phases and "merged" not in self.found:
-                self._merge(made, best)
+            merging = made.merge is not None and "merge" in phases
+            self._train(made, merging)
+            if merging and "merged" not in self.found:
+                self._merge(made)
         self.write(done=sorted({*phases, *self.found.get("done", [])}))
-        if set(PHASES) <= set(self.found["done"]):
+        if set(PHASES) <= set(phases):
             shutil.rmtree(place)
 
     def _start(self, made: Made, seconds: float) -> None:
@@ -131,8 +132,8 @@ class Row:
             evaluation_seconds=time.perf_counter() - begin,
         )
 
-    def _train(self, made: Made) -> dict[str, torch.Tensor]:
-        """Every rate from the same start; the best by the validation text, measured on the others. Its adapter."""
+    def _train(self, made: Made, merging: bool) -> None:
+        """Every rate from the same start; the best by the validation text, measured on the others and left there."""
         start, states = stored_state(made.model), {}
         windows = self.setting.windows(self.setting.validation, self.setting.validation_tokens)
         for rate in self.setting.rates:
@@ -144,14 +145,16 @@ class Row:
                 ready(made.model)
                 entry = {"validation": loss(made.model, windows), "seconds": spent}
                 self.write(rates=tried | {f"{rate:g}": entry})
-        best = min(self.setting.rates, key=lambda rate: _finite(self.found["rates"][f"{rate:g}"]["validation"]))
-        if "end" not in self.found or (made.merge is not None and "merged" not in self.found):
+        tried = self.found["rates"]  # also of earlier sittings
+        best = float(min(tried, key=lambda rate: _finite(tried[rate]["validation"])))
+        measured = self.found.get("rate") == best and "end" in self.found
+        if not measured or (merging and "merged" not in self.found):
             if best not in states:
                 states[best] = self._trained(made, start, best)
             set_state(made.model, states[best])
-        if "end" not in self.found:
+        if not measured:
+            self.found.pop("merged", None)  # of another rate
             self.write(end=perplexities(made.model, self.setting), rate=best, train_peak_bytes=peak_bytes())
-        return states.get(best, {})
 
     def _trained(self, made: Made, start: dict[str, torch.Tensor], rate: float) -> dict[str, torch.Tensor]:
         set_state(made.model, start)
@@ -159,8 +162,8 @@ class Row:
         train(made.model, self.setting, rate)
         return stored_state(made.model)
 
-    def _merge(self, made: Made, best: dict[str, torch.Tensor]) -> None:
-        assert made.merge is not None and best
+    def _merge(self, made: Made) -> None:
+        assert made.merge is not None
         ready(made.model)
         begin = time.perf_counter()
         merged = made.merge(made.model)
