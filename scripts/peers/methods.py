@@ -60,9 +60,9 @@ def kept_adapter(model: Any, folder: Path) -> Path:
     return path
 
 
-def adapted(base: Any, file: Path, model: Any, folder: Path, merged: str, **notes: Any) -> Made:
-    """base: what was wrapped. merged: what PEFT's own merge does to this base."""
-    return Made(model, [file, kept_adapter(model, folder)], True, lambda m: m.merge_and_unload(), merged, notes=notes)
+def adapted(files: list[Path], model: Any, folder: Path, merged: str) -> Made:
+    """files: of the base. merged: what PEFT's own merge does to this base."""
+    return Made(model, [*files, kept_adapter(model, folder)], True, lambda m: m.merge_and_unload(), merged)
 
 
 INTO_NF4 = "PEFT's merge, into NF4 again"
@@ -83,15 +83,15 @@ def original(setting: Setting, folder: Path) -> Made:
 
 def qlora(setting: Setting, folder: Path, double_quant: bool = False) -> Made:
     base, file = nf4_base(setting.source, folder, double_quant)
-    return adapted(base, file, get_peft_model(base, lora(setting)), folder, INTO_NF4)
+    return adapted([file], get_peft_model(base, lora(setting)), folder, INTO_NF4)
 
 
 def eva(setting: Setting, folder: Path, nf4: bool = True) -> Made:
     """Right singular vectors of the inputs as A, B = 0. rho 1: every layer keeps the rank."""
-    base, file = nf4_base(setting.source, folder, False) if nf4 else dense_base(setting)
+    base, file = nf4_base(setting.source, folder, False) if nf4 else (setting.dense(), None)
     model = get_peft_model(base, lora(setting, "eva", eva_config=EvaConfig(rho=1.0)))
     initialize_lora_eva_weights(model, calibration_batches(setting), show_progress_bar=False)
-    return adapted(base, file, model, folder, INTO_NF4 if nf4 else EXACT)
+    return adapted([file], model, folder, INTO_NF4) if file else dense_adapted(model, setting, folder)
 
 
 def loftq_once(setting: Setting, folder: Path) -> Made:
@@ -100,7 +100,7 @@ def loftq_once(setting: Setting, folder: Path) -> Made:
     model = get_peft_model(base, lora(setting))
     with_cpu(loftq_utils._loftq_init_new, loftq_utils)
     loftq_utils.replace_lora_weights_loftq(model, model_path=str(setting.source))
-    return adapted(base, file, model, folder, INTO_NF4)
+    return adapted([file], model, folder, INTO_NF4)
 
 
 def loftq(setting: Setting, folder: Path, iterations: int = 5) -> Made:
@@ -155,14 +155,10 @@ def stored_in_nf4(model: Any, setting: Setting, folder: Path) -> Made:
             value.copy_(state[name])
     for path in (folder / "rest").glob("*.safetensors"):  # as large as the original
         path.unlink()
-    return adapted(base, file, fresh, folder, INTO_NF4)
+    return adapted([file], fresh, folder, INTO_NF4)
 
 
 # --- beside the original ---
-
-
-def dense_base(setting: Setting) -> tuple[Any, Path]:
-    return setting.dense(), next(Path(setting.source).glob("*.safetensors"))
 
 
 def dense_lora(setting: Setting, folder: Path, kind: Any = True) -> Made:
@@ -171,8 +167,7 @@ def dense_lora(setting: Setting, folder: Path, kind: Any = True) -> Made:
 
 def dense_adapted(model: Any, setting: Setting, folder: Path) -> Made:
     """A base that an initialisation changed is as large as the original, whose file stands for it."""
-    files = [*Path(setting.source).glob("*.safetensors"), kept_adapter(model, folder)]
-    return Made(model, files, True, lambda m: m.merge_and_unload(), EXACT)
+    return adapted([*Path(setting.source).glob("*.safetensors")], model, folder, EXACT)
 
 
 # --- low rank alone ---
@@ -235,7 +230,7 @@ def hqq(setting: Setting, folder: Path, bits: int, group: int = 64, adapter: boo
         return Made(model, [file])
     names = sorted({name.rpartition(".")[2] for name in linears})  # "all-linear" does not see HQQ's layers
     wrapped = get_peft_model(model, lora(setting, targets=names))
-    return adapted(model, file, wrapped, folder, "PEFT's merge, into HQQ again")
+    return adapted([file], wrapped, folder, "PEFT's merge, into HQQ again")
 
 
 def _inside(name: str, linears: Mapping[str, Any]) -> bool:

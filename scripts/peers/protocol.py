@@ -10,7 +10,7 @@ import math
 import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,6 @@ class Made:
     merge: Callable[[Any], Any] | None = None  # the trained model -> the model without an adapter
     merged: str = ""  # what `merge` does, in a word
     linears: bool = True  # whether its linear layers can be called one by one
-    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 def dense_linears(model: Any) -> dict[str, nn.Module]:

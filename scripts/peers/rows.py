@@ -125,7 +125,7 @@ class Row:
         begin = time.perf_counter()
         at = perplexities(made.model, self.setting)
         self.write(
-            made={"seconds": seconds, "peak_bytes": peak, **stored, **made.notes},
+            made={"seconds": seconds, "peak_bytes": peak, **stored},
             errors=wrong,
             start=at,
             trainable=sum(value.numel() for value in adapter_of(made.model).values()) if made.trains else 0,

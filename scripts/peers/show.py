@@ -14,67 +14,84 @@ TEXTS = ("code", "wikitext")
 
 
 def tables(model: str, rows: Mapping[str, dict[str, Any]]) -> None:
-    columns = ["row", "MB", "bits/weight", "weight", "outputs", "held out"]
-    columns += [f"{text}: {when}" for text in TEXTS for when in ("start", "trained", "merged")]
-    columns += ["rate", "peak GB: made, trained", "seconds: made, a run, merged"]
+    """Of every size class: sizes, errors and perplexities, then memory and time."""
+    quality = ["row", "MB", "bits/weight", "error: weights", "outputs", "held out"]
+    quality += [f"{text}: {when}" for text in TEXTS for when in ("start", "trained", "merged")] + ["rate"]
+    costs = ["row", "what", "peak GB: made", "trained", "seconds: made", "a run", "merged"]
     for size, title in CLASSES.items():
-        lines = [line(rows[name]) for name, entry in EXPERIMENTS.items() if entry.size == size and name in rows]
-        lines += [[what, why] + [""] * (len(columns) - 2) for of, what, why in REFUSED.values() if of == size]
-        if lines:
-            show_table(f"{model}: {title}", columns, lines)
+        found = {name: rows[name] for name, entry in EXPERIMENTS.items() if entry.size == size and name in rows}
+        refused = {name: (what, why) for name, (of, what, why) in REFUSED.items() if of == size}
+        if not found:
+            continue
+        lines = [[name, *qualities(row)] for name, row in found.items()]
+        lines += [[name, why, *[""] * (len(quality) - 2)] for name, (_, why) in refused.items()]
+        show_table(f"{model}: {title}", quality, lines)
+        lines = [[name, row["experiment"]["what"], *spent(row)] for name, row in found.items()]
+        lines += [[name, what, *[""] * (len(costs) - 2)] for name, (what, _) in refused.items()]
+        show_table(f"{model}: {title}: memory and time", costs, lines)
 
 
-def line(row: Mapping[str, Any]) -> list[str]:
-    what = row["experiment"]["what"]
+def qualities(row: Mapping[str, Any]) -> list[str]:
     if "start" not in row:
-        return [what, row.get("why", "stopped"), *[""] * 12]
+        return [row.get("why", "stopped"), *[""] * 11]
     made, wrong = row["made"], row["errors"]
-    cells = [what, f"{made['bytes'] / 1e6:.1f}", f"{made['bits_per_weight']:.2f}"]
+    cells = [f"{made['bytes'] / 1e6:.1f}", f"{made['bits_per_weight']:.2f}"]
     cells += [f"{wrong[key]:.4f}" if wrong else "" for key in ("weight", "calibrated", "heldout")]
     for text in TEXTS:
         cells += [f"{row[when][text]:.3f}" if when in row else "" for when in ("start", "end", "merged")]
-    cells.append(f"{row['rate']:g}" if "rate" in row else "")
-    peaks = [made["peak_bytes"], *([row["train_peak_bytes"]] if "train_peak_bytes" in row else [])]
-    cells.append(", ".join(f"{value / 1e9:.2f}" for value in peaks))
+    return [*cells, f"{row['rate']:g}" if "rate" in row else ""]
+
+
+def spent(row: Mapping[str, Any]) -> list[str]:
+    """Peak memory in GB, made and trained; seconds to make, of a training run (mean over the rates), to merge."""
+    if "start" not in row:
+        return [""] * 5
     runs = [entry["seconds"] for entry in row.get("rates", {}).values()]
-    spent = [made["seconds"], *([sum(runs) / len(runs)] if runs else [])]
-    spent += [row["merge"]["seconds"]] if "merge" in row else []
-    return [*cells, ", ".join(f"{value:.0f}" for value in spent)]
+    return [
+        f"{row['made']['peak_bytes'] / 1e9:.2f}",
+        f"{row['train_peak_bytes'] / 1e9:.2f}" if "train_peak_bytes" in row else "",
+        f"{row['made']['seconds']:.0f}",
+        f"{sum(runs) / len(runs):.0f}" if runs else "",
+        f"{row['merge']['seconds']:.0f}" if "merge" in row else "",
+    ]
 
 
 _COLOURS = {"lord_tune": "#c0392b", "others": "#2c5d8f"}
 
 
 def plot(model: str, rows: Mapping[str, dict[str, Any]], target: Path) -> None:
-    """Perplexity against bytes on each text: hollow at the start, filled after training, joined; the line is the best
-    of what is as small."""
+    """Perplexity against bytes on each text: hollow at the start, filled after training, joined; the dotted line is the
+    best of what is as small."""
     from matplotlib.figure import Figure
 
-    shown = {
-        name: row for name, row in rows.items() if "start" in row and row["experiment"]["size"] not in (DENSE, LOW_RANK)
-    }
-    figure = Figure(figsize=(13, 6), layout="constrained")
+    shown = [
+        name for name, row in rows.items() if "start" in row and row["experiment"]["size"] not in (DENSE, LOW_RANK)
+    ]
+    shown.sort(key=lambda name: rows[name]["made"]["bytes"])
+    if not shown:
+        return
+    figure = Figure(figsize=(13, 7), layout="constrained")
     for axes, text in zip(figure.subplots(1, 2), TEXTS, strict=True):
-        for number, (_, row) in enumerate(sorted(shown.items(), key=lambda item: item[1]["made"]["bytes"])):
-            size, before = row["made"]["bytes"] / 1e6, row["start"][text]
-            colour = _COLOURS["lord_tune" if row["experiment"]["what"].startswith("lord_tune") else "others"]
+        points = []
+        for number, name in enumerate(shown):
+            row = rows[name]
+            size, before, after = row["made"]["bytes"] / 1e6, row["start"][text], row.get("end", row["start"])[text]
+            points.append((size, after))
+            colour = _COLOURS["lord_tune" if name.startswith("ours") else "others"]
             axes.plot(size, before, "o", mfc="none", color=colour)
-            after = row["end"][text] if "end" in row else before
             if "end" in row:
                 axes.plot([size, size], [before, after], "-", color=colour, lw=0.8)
                 axes.plot(size, after, "o", color=colour)
-            axes.annotate(str(number + 1), (size, after), xytext=(4, -9), textcoords="offset points", fontsize=8)
-        best = pareto([(row["made"]["bytes"] / 1e6, row.get("end", row["start"])[text]) for row in shown.values()])
-        axes.step(*zip(*best, strict=True), where="post", color="grey", lw=0.8, ls=":")
+            aside = (6 if number % 2 else -14, 6 if number % 4 < 2 else -10)  # equal bytes give equal places
+            axes.annotate(str(number + 1), (size, after), xytext=aside, textcoords="offset points", fontsize=8)
+        axes.step(*zip(*pareto(points), strict=True), where="post", color="grey", lw=0.8, ls=":")
         if "original" in rows:
             axes.axhline(rows["original"]["start"][text], color="grey", lw=0.8)
         axes.set(title=f"{model}, {text}", xlabel="MB of the kept files", ylabel="perplexity", yscale="log")
         axes.grid(alpha=0.3, which="both")
-    names = [row["experiment"]["what"] for row in sorted(shown.values(), key=lambda row: row["made"]["bytes"])]
-    told = "   ".join(f"{number + 1} {name}" for number, name in enumerate(names))
-    figure.supxlabel(
-        _wrapped(told + "\nhollow: start; filled: trained; red: lord_tune; grey line: the original"), fontsize=8
-    )
+    told = _wrapped("   ".join(f"{number + 1} {name}" for number, name in enumerate(shown)))
+    told += "\nhollow: start, filled: trained; red: lord_tune, blue: others; grey line: the original"
+    figure.supxlabel(told, fontsize=8)
     figure.savefig(target, dpi=110)
 
 
