@@ -3,7 +3,7 @@
     pip install hqq gguf nncf openvino           # rows of a package that is missing say so
     python scripts/bench_peers.py OUT --train CODE.jsonl --validation CODE.jsonl --code NEW_CODE.jsonl --wikitext FILE
                                   [--models DIR] [--parts four three two low_rank dense] [--only SUBSTRING]
-                                  [--phases start train merge]
+                                  [--phases made start train merge]
 
 Every row is a file OUT/MODEL/rows/NAME.json, with versions, seed, commit and whether the checkout was changed, is
 measured in a process of its own, phase by phase, and not measured again; so several processes may share OUT (--only,

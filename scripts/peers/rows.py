@@ -37,7 +37,7 @@ from .protocol import (
     train,
 )
 
-PHASES = ("start", "train", "merge")
+PHASES = ("made", "start", "train", "merge")
 _PACKAGES = ("hqq", "gguf", "nncf", "openvino", "numpy")
 
 
@@ -100,8 +100,12 @@ class Row:
         begin = time.perf_counter()
         made = self.experiment.made(self.setting, place, self.moments)
         seconds = time.perf_counter() - begin
-        if "start" not in self.found:
-            self._start(made, seconds)
+        if "made" not in self.found:
+            self._made(made, seconds)
+        if "start" in phases and "start" not in self.found:
+            begin = time.perf_counter()
+            at = perplexities(made.model, self.setting)
+            self.write(start=at, evaluation_seconds=time.perf_counter() - begin)
         if made.trains and "train" in phases:
             merging = made.merge is not None and "merge" in phases
             self._train(made, merging)
@@ -111,25 +115,19 @@ class Row:
         if set(PHASES) <= set(phases):
             shutil.rmtree(place)
 
-    def _start(self, made: Made, seconds: float) -> None:
+    def _made(self, made: Made, seconds: float) -> None:
+        """Where it came from, its sizes and its errors."""
+        peak = peak_bytes()
+        dense = self.setting.dense()
         self.write(
             experiment={"size": self.experiment.size, "what": self.experiment.what, "options": self.experiment.options},
-            setting={name: value for name, value in vars(self.setting).items()},
+            setting=dict(vars(self.setting)),
             versions=package_versions(),
             machine=machine(),
             **source_state(),
-        )
-        dense = self.setting.dense()
-        stored, peak = sizes(made, dense), peak_bytes()
-        wrong = errors(made.model, dense, self.moments) if made.linears else {}
-        begin = time.perf_counter()
-        at = perplexities(made.model, self.setting)
-        self.write(
-            made={"seconds": seconds, "peak_bytes": peak, **stored},
-            errors=wrong,
-            start=at,
+            made={"seconds": seconds, "peak_bytes": peak, **sizes(made, dense)},
+            errors=errors(made.model, dense, self.moments) if made.linears else {},
             trainable=sum(value.numel() for value in adapter_of(made.model).values()) if made.trains else 0,
-            evaluation_seconds=time.perf_counter() - begin,
         )
 
     def _train(self, made: Made, merging: bool) -> None:

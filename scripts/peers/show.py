@@ -32,7 +32,7 @@ def tables(model: str, rows: Mapping[str, dict[str, Any]]) -> None:
 
 
 def qualities(row: Mapping[str, Any]) -> list[str]:
-    if "start" not in row:
+    if "made" not in row:
         return [row.get("why", "stopped"), *[""] * 11]
     made, wrong = row["made"], row["errors"]
     cells = [f"{made['bytes'] / 1e6:.1f}", f"{made['bits_per_weight']:.2f}"]
@@ -44,7 +44,7 @@ def qualities(row: Mapping[str, Any]) -> list[str]:
 
 def spent(row: Mapping[str, Any]) -> list[str]:
     """Peak memory in GB, made and trained; seconds to make, of a training run (mean over the rates), to merge."""
-    if "start" not in row:
+    if "made" not in row:
         return [""] * 5
     runs = [entry["seconds"] for entry in row.get("rates", {}).values()]
     return [
@@ -63,6 +63,7 @@ def plot(model: str, rows: Mapping[str, dict[str, Any]], target: Path) -> None:
     """Perplexity against bytes on each text: hollow at the start, filled after training, joined; the dotted line is the
     best of what is as small."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
 
     shown = [
         name for name, row in rows.items() if "start" in row and row["experiment"]["size"] not in (DENSE, LOW_RANK)
@@ -88,6 +89,8 @@ def plot(model: str, rows: Mapping[str, dict[str, Any]], target: Path) -> None:
         if "original" in rows:
             axes.axhline(rows["original"]["start"][text], color="grey", lw=0.8)
         axes.set(title=f"{model}, {text}", xlabel="MB of the kept files", ylabel="perplexity", yscale="log")
+        for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            axis(ScalarFormatter())
         axes.grid(alpha=0.3, which="both")
     told = _wrapped("   ".join(f"{number + 1} {name}" for number, name in enumerate(shown)))
     told += "\nhollow: start, filled: trained; red: lord_tune, blue: others; grey line: the original"
