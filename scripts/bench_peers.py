@@ -2,13 +2,15 @@
 
     pip install hqq gguf nncf openvino           # rows of a package that is missing say so
     python scripts/bench_peers.py OUT --train CODE.jsonl --validation CODE.jsonl --code NEW_CODE.jsonl --wikitext FILE
-                                  [--models DIR] [--parts four three two low_rank dense] [--only SUBSTRING]
-                                  [--phases made start train merge]
+                                  [--processes 2] [--parts four three two low_rank dense] [--only SUBSTRING]
+                                  [--phases made start train merge] [--models DIR]
 
 Every row is a file OUT/MODEL/rows/NAME.json, with versions, seed, commit and whether the checkout was changed, is
-measured in a process of its own, phase by phase, and not measured again; so several processes may share OUT (--only,
---parts). About 2 hours on 2 idle cores for `demo` (SmolLM2-135M), two processes of one thread. DIR/qwen-coder, if it is
-there, is measured as well, at four times the time.
+measured in a process of its own with one thread, phase by phase, and not measured again; so several sittings may share
+OUT (--only, --parts, --phases). A row that could not be measured says why; delete its file to try again. About 2 hours
+on 2 idle cores for `demo` (SmolLM2-135M) with --processes 2, and half an hour more with the part `dense` (adapters beside
+the original), which is left out unless it is named. DIR/qwen-coder, if it is there, is measured as well, at four times
+the time.
 
 Protocol. --train is calibrated on (16,384 tokens, windows of 512) and trained on: 32 steps of 256 tokens, the same rows
 in the same order, AdamW, rank 16 in every linear, float32, adapters kept in bfloat16; every rate of a grid from the
@@ -25,12 +27,14 @@ Rows compare within a size class, at the bytes printed beside them. SmolLM2's wh
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from peers.experiments import CLASSES, EXPERIMENTS
+from peers.experiments import CLASSES, DENSE, EXPERIMENTS
 from peers.protocol import Setting
 from peers.rows import PHASES, Row, prepare
 from peers.show import plot, tables
@@ -48,7 +52,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--models", type=Path, help="folder with qwen-coder, which is measured as well")
     parser.add_argument("--model", help="one other model alone: a folder or a name")
-    parser.add_argument("--parts", nargs="*", default=list(CLASSES), choices=list(CLASSES))
+    parser.add_argument("--parts", nargs="*", default=[c for c in CLASSES if c != DENSE], choices=list(CLASSES))
+    parser.add_argument("--processes", type=int, default=1, help="rows that are measured at once")
     parser.add_argument("--only", default="", help="measure rows with this in their names; show all that are there")
     parser.add_argument("--phases", nargs="*", default=list(PHASES), choices=PHASES)
     for name in (
@@ -99,7 +104,9 @@ def measured(given: argparse.Namespace, model: str, name: str, words: list[str])
     if path.is_file() and complete(read_json(path), given):
         return
     say(f"--- {model}: {name}")
-    run = subprocess.run([sys.executable, __file__, *words, "--one", model, name], stderr=subprocess.PIPE, text=True)
+    words = [sys.executable, __file__, *words, "--one", model, name]
+    threads = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run(words, stderr=subprocess.PIPE, text=True, env=threads)
     if run.returncode != 0:
         last = run.stderr.strip().splitlines()[-1] if run.stderr.strip() else f"exit {run.returncode}"
         found = read_json(path) if path.is_file() else {}
@@ -121,9 +128,12 @@ def main(words: list[str] | None = None) -> None:
     shown: dict[str, dict[str, Any]] = {}
     for model, source in models(given).items():
         prepare(setting(given, source), given.out / model / "shared")
-        for name, entry in EXPERIMENTS.items():
-            if entry.size in given.parts and given.only in name:
-                measured(given, model, name, words)
+        chosen = [name for name, entry in EXPERIMENTS.items() if entry.size in given.parts and given.only in name]
+        with ThreadPoolExecutor(given.processes) as pool:
+            for job in [
+                pool.submit(measured, given, model, name, words) for name in dict.fromkeys(["original", *chosen])
+            ]:
+                job.result()
         rows = {path.stem: read_json(path) for path in sorted((given.out / model / "rows").glob("*.json"))}
         shown[model] = rows
         tables(model, rows)

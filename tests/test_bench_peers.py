@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,8 @@ def test_a_row_is_made_trained_merged_and_kept(peers, setting, tmp_path):
     again = peers.rows.Row("loftq_1", setting, tmp_path)
     again.run(list(peers.rows.PHASES))
     assert json.loads(again.path.read_text()) == content
+    with pytest.raises(SystemExit, match="was measured with steps 3, and 4 is asked for"):
+        peers.rows.Row("loftq_1", replace(setting, steps=4), tmp_path)
     qlora = peers.rows.Row("qlora", setting, tmp_path)
     qlora.run(["start"])
     assert content["errors"]["weight"] < qlora.found["errors"]["weight"]

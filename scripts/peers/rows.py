@@ -3,6 +3,7 @@ that a row that was stopped goes on with the phase it was in."""
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import platform
@@ -86,7 +87,18 @@ class Row:
         self.name, self.setting, self.folder = name, setting, folder
         self.experiment, self.path = EXPERIMENTS[name], folder / "rows" / f"{name}.json"
         self.found: dict[str, Any] = read_json(self.path) if self.path.is_file() else {}
+        self._check_setting()
         self.moments = {name: Moments(path) for name, path in prepare(setting, folder / "shared").items()}
+
+    def _check_setting(self) -> None:
+        now = json.loads(json.dumps(vars(self.setting)))
+        was = self.found.get("setting", now)
+        other = [key for key in now if key != "rates" and was.get(key) != now[key]]
+        if other:
+            raise SystemExit(
+                f"{self.path} was measured with {other[0]} {was.get(other[0])!r}, and {now[other[0]]!r} is asked for; "
+                "take another OUT, or the same options."
+            )
 
     def write(self, **found: Any) -> None:
         self.found |= found
