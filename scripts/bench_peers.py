@@ -8,9 +8,9 @@
 Every row is a file OUT/MODEL/rows/NAME.json, with versions, seed, commit and whether the checkout was changed, is
 measured in a process of its own with one thread, phase by phase, and not measured again; so several sittings may share
 OUT (--only, --parts, --phases). A row that could not be measured says why; delete its file to try again. About 2 hours
-on 2 idle cores for `demo` (SmolLM2-135M) with --processes 2, and half an hour more with the part `dense` (adapters beside
-the original), which is left out unless it is named. DIR/qwen-coder, if it is there, is measured as well, at four times
-the time.
+on 2 idle cores for `demo` (SmolLM2-135M) with --processes 2, and half an hour more with the part `dense` (adapters
+beside the original), which is left out unless it is named. DIR/qwen-coder, if it is there, is measured as well, at four
+times the time.
 
 Protocol. --train is calibrated on (16,384 tokens, windows of 512) and trained on: 32 steps of 256 tokens, the same rows
 in the same order, AdamW, rank 16 in every linear, float32, adapters kept in bfloat16; every rate of a grid from the

@@ -7,9 +7,11 @@ Every function takes the setting and a folder, and returns what it made. All ada
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from peft import EvaConfig, LoraConfig, get_peft_model, get_peft_model_state_dict
@@ -98,27 +100,31 @@ def loftq_once(setting: Setting, folder: Path) -> Made:
     """PEFT's `replace_lora_weights_loftq`: the residual of a loaded NF4 model, one iteration."""
     base, file = nf4_base(setting.source, folder, False)
     model = get_peft_model(base, lora(setting))
-    with_cpu(loftq_utils._loftq_init_new, loftq_utils)
-    loftq_utils.replace_lora_weights_loftq(model, model_path=str(setting.source))
+    with on_cpu(loftq_utils._loftq_init_new, loftq_utils):
+        loftq_utils.replace_lora_weights_loftq(model, model_path=str(setting.source))
     return adapted([file], model, folder, INTO_NF4)
 
 
 def loftq(setting: Setting, folder: Path, iterations: int = 5) -> Made:
     """PEFT's `LoftQConfig`. What it leaves in the base lies on NF4's grid and is stored there."""
-    with_cpu(loftq_utils.loftq_init, loftq_utils, lora_layer)
     config = lora(setting, "loftq", loftq_config={"loftq_bits": 4, "loftq_iter": iterations})
-    return stored_in_nf4(get_peft_model(setting.dense(), config), setting, folder)
+    with on_cpu(loftq_utils.loftq_init, loftq_utils, lora_layer):
+        model = get_peft_model(setting.dense(), config)
+    return stored_in_nf4(model, setting, folder)
 
 
-def with_cpu(function: Callable[..., Any], *modules: Any) -> None:
+@contextmanager
+def on_cpu(function: Callable[..., Any], *modules: Any) -> Iterator[None]:
     """PEFT's LoftQ moves every weight to "cuda" and has no way around it; this is its own text with "cpu" instead."""
     text = inspect.getsource(function)
     changed = text.replace('else "cuda"', 'else "cpu"')
     assert changed != text, f"{function.__name__} of this PEFT no longer chooses cuda; call it as it is"
     scope = dict(vars(loftq_utils))
     exec(changed, scope)
-    for module in modules:
-        setattr(module, function.__name__, scope[function.__name__])
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(patch.object(module, function.__name__, scope[function.__name__]))
+        yield
 
 
 def qpissa(setting: Setting, folder: Path, kind: str = "pissa") -> Made:
