@@ -23,17 +23,19 @@ def tables(model: str, rows: Mapping[str, dict[str, Any]]) -> None:
         refused = {name: (what, why) for name, (of, what, why) in REFUSED.items() if of == size}
         if not found:
             continue
-        lines = [[name, *qualities(row)] for name, row in found.items()]
-        lines += [[name, why, *[""] * (len(quality) - 2)] for name, (_, why) in refused.items()]
+        lines = [[name, *qualities(row)] for name, row in found.items() if "made" in row]
         show_table(f"{model}: {title}", quality, lines)
-        lines = [[name, row["experiment"]["what"], *spent(row)] for name, row in found.items()]
-        lines += [[name, what, *[""] * (len(costs) - 2)] for name, (what, _) in refused.items()]
+        lines = [[name, _told(row), *spent(row)] for name, row in found.items()]
+        lines += [[name, f"{what}: {why}", *[""] * (len(costs) - 2)] for name, (what, why) in refused.items()]
         show_table(f"{model}: {title}: memory and time", costs, lines)
 
 
+def _told(row: Mapping[str, Any]) -> str:
+    """What a row is, and why it was not measured."""
+    return row["experiment"]["what"] + (f": {row['why']}" if "why" in row else "")
+
+
 def qualities(row: Mapping[str, Any]) -> list[str]:
-    if "made" not in row:
-        return [row.get("why", "stopped"), *[""] * 11]
     made, wrong = row["made"], row["errors"]
     cells = [f"{made['bytes'] / 1e6:.1f}", f"{made['bits_per_weight']:.2f}"]
     cells += [f"{wrong[key]:.4f}" if wrong else "" for key in ("weight", "calibrated", "heldout")]
