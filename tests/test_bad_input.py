@@ -322,11 +322,11 @@ WRONG_CALLS: list[Case] = [
     (
         "too few bits for any format",
         lambda w: w.decompose("--bits-per-weight", 3, "--factor-format", "fp16"),
-        "the narrowest format, lloyd2, takes 8.297 with rank 8. Give at least that, a coarser factor_format",
+        "the narrowest format, lloyd2, takes 5.621 with rank 8. Give at least that, a coarser factor_format",
     ),
     (
         "too few bits for the rank",
-        lambda w: w.decompose("--bits-per-weight", 5, "--rank", 16, "--factor-format", "int4"),
+        lambda w: w.decompose("--bits-per-weight", 3, "--rank", 16, "--factor-format", "int4"),
         "with rank 16. Give at least that",
     ),
     (

@@ -336,7 +336,7 @@ def test_a_sensitivity_pass_copies_nothing_in_its_hooks():
         with _observed({"a": layer}, {"a": torch.eye(4)}) as sums, device.watched() as seen:
             layer(torch.randn(3, 6, device=DEVICE)).sum().backward()
         assert not seen and torch.equal(sums["a"].cpu(), torch.full((4,), 3.0, dtype=torch.float64))
-        with _output_products({"a": layer}, {"a": (4, 6)}) as sums, device.watched() as seen:
+        with _output_products({"a": layer}, {"a": (4, 6)}, True) as sums, device.watched() as seen:
             layer(torch.randn(3, 6, device=DEVICE)).sum().backward()
         assert not seen and torch.equal(sums["a"].cpu(), torch.full((4, 4), 3.0, dtype=torch.float64))
 

@@ -293,13 +293,14 @@ def test_every_trained_parameter_gets_a_gradient_and_nothing_else(factored):
 
 
 def test_a_stock_adapter_load_does_not_double_the_factors(factored, tmp_path):
-    """Plain PEFT on the factored checkpoint must stop, not add L R a second time."""
+    """Plain PEFT on the factored checkpoint puts L and R where they belong, and does not add them a second time."""
     from peft import PeftModel
 
     folder = str(factored("llama", "nf4"))
     expose_factors(load_dense_or_factored(folder)).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match="[Tt]arget modules"):
-        PeftModel.from_pretrained(load_dense_or_factored(folder), tmp_path / "adapter")
+    stock = PeftModel.from_pretrained(load_dense_or_factored(folder), tmp_path / "adapter").eval()
+    assert torch.equal(logits(stock), logits(lord_tune.load(str(tmp_path / "adapter"))[0].eval()))
+    assert torch.allclose(logits(stock), logits(load_dense_or_factored(folder)), atol=1e-5)
 
 
 def test_saved_adapter_is_an_ordinary_lora_adapter(factored, tmp_path):
@@ -585,7 +586,8 @@ def test_evaluate_counts_what_is_stored(factored, tmp_path, rows_file):
         assert result["model_bytes"] == sum(t.numel() * t.element_size() for t in without_sentinels(stored).values())
         keys = ["perplexity", "loss", "tokens", "context_length", "parameters", "model_bytes", "linear_bits_per_weight",
                 "tokens_per_second", "peak_rss_bytes", "peak_memory_bytes", "texts"]  # fmt: skip
-        assert list(result) == keys and json.loads((tmp_path / "r.json").read_text()) == result
+        new = {"model", "perplexity_standard_error", "loss_standard_error", "windows"}
+        assert set(result) == {*keys, *new} and json.loads((tmp_path / "r.json").read_text()) == result
         report = json.loads((folder / "decomposition.json").read_text())
         weights = sum(e["shape"][0] * e["shape"][1] for e in report["layers"].values())
         bits = sum(e["bits_per_weight"] * e["shape"][0] * e["shape"][1] for e in report["layers"].values())

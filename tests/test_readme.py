@@ -90,7 +90,9 @@ def run(words: list[str]) -> None:
     if called is not None:
         with pytest.raises(SystemExit) as stop:
             main(smaller(called)[1:])
-        assert stop.value.code == 0, words
+        # a run on a checkpoint of a Hub model's decomposition, which was not made here
+        absent = called[1] == "train" and "--dry-run" in smaller(called)
+        assert stop.value.code == (2 if absent else 0), words
     elif words[:2] == ["python", "scripts/make_code_data.py"]:
         subprocess.run([sys.executable, *words[1:]], check=True, capture_output=True)
     else:
