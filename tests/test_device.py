@@ -338,7 +338,8 @@ def test_a_sensitivity_pass_copies_nothing_in_its_hooks():
         assert not seen and torch.equal(sums["a"].cpu(), torch.full((4,), 3.0, dtype=torch.float64))
         with _output_products({"a": layer}, {"a": (4, 6)}, True) as sums, device.watched() as seen:
             layer(torch.randn(3, 6, device=DEVICE)).sum().backward()
-        assert not seen and torch.equal(sums["a"].cpu(), torch.full((4, 4), 3.0, dtype=torch.float64))
+        assert not seen and torch.equal(sums["a:gram"].cpu(), torch.full((4, 4), 3.0, dtype=torch.float64))
+        assert float(sums["a:inputs"].cpu().diagonal().min()) > 0
 
 
 def test_random_numbers_do_not_depend_on_the_default_device():

@@ -499,8 +499,9 @@ def test_there_is_no_such_table_without_low_rank_or_backbone(llama_dir, rows_fil
 def test_errors_between_two_widths_are_interpolated_in_their_logarithm():
     curve = [(2.0, 0.4), (3.0, 0.1), (4.0, 0.05)]
     assert size_tables._interpolated(curve, 2.5) == pytest.approx(0.2)  # the geometric mean
-    assert size_tables._interpolated(curve, 3.0) == pytest.approx(0.1) and size_tables._interpolated(curve, 1.0) == 0.4
-    assert size_tables._interpolated(curve, 9.0) == 0.05
+    assert size_tables._interpolated(curve, 3.0) == pytest.approx(0.1)
+    assert size_tables._interpolated(curve, 2.0) == pytest.approx(0.4)
+    assert size_tables._interpolated(curve, 4.0) == pytest.approx(0.05)
 
 
 def test_a_layer_of_zeros_goes_through(llama_dir, rows_file, tmp_path, capsys):
@@ -514,7 +515,7 @@ def test_a_layer_of_zeros_goes_through(llama_dir, rows_file, tmp_path, capsys):
         options |= {"method": "caldera", "iterations": 1, "backbone": "lloyd2", "rank": 2}
         report = lord_tune.decompose(str(base), str(out), **options, **text)
         assert report["layers"]["model.layers.1.self_attn.q_proj"]["error_calibrated"] == 0
-        assert "Q alone at the same bits (4 at most): 1.00" in " ".join(capsys.readouterr().out.split())
+        assert "Q alone at the same bits (1 layers): 1.00" in " ".join(capsys.readouterr().out.split())
         assert torch.isfinite(outputs(load_dense_or_factored(str(out)))).all()
 
 

@@ -2203,7 +2203,8 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
             PlanConfig,
             "m --backbone nf4 --factor-format bf16 --rank 3 --calibration a.txt b.txt --calibration-tokens 99 "
             "--context-length 9 --sink-weight 0.5 --shrinkage auto --block-size 128 --double-quant --targets q "
-            "--exclude k --seed 7 --dtype float16 --propagate sequential --processes 2 --plain-prompts --json j --gpu-memory 24GB",
+            "--exclude k --seed 7 --dtype float16 --propagate sequential --processes 2 --plain-prompts --json j "
+            "--gpu-memory 24GB",
         ),
         (PlanConfig, "m --method afm --no-centred --kept-fraction 0.7 --allocation uniform --form pivoted"),
         (PlanConfig, "m --method loftq --backbone nf4 --rank 3 --iterations 2 --save s"),
