@@ -308,10 +308,11 @@ def _show(config: CompareConfig, report: dict[str, Any]) -> None:
     say()
     show_table("perplexity on held-out text", columns, rows)
     sized = {word: row["start"]["model_bytes"] for word, row in report["rows"].items() if "start" in row}
-    least, most = min(sized.values(), default=1), max(sized.values(), default=1)
-    if most > 1.01 * least:
-        small, large = (word for word, size in sized.items() for end in (least, most) if size == end)
-        note(f"{small} stores {1 - least / most:.1%} less than {large}, because no format and rank of it is nearer")
+    if sized:
+        small, large = min(sized, key=sized.__getitem__), max(sized, key=sized.__getitem__)
+        if sized[large] > 1.01 * sized[small]:
+            less = 1 - sized[small] / sized[large]
+            note(f"{small} stores {less:.1%} less than {large}, because no format and rank of it is nearer")
     say("error: of the outputs on held-out calibration text, mean over layers (- for methods that use no text).")
     if config.steps:
         say("After training L and R are in float32; bytes are those of the decomposition.")

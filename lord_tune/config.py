@@ -1011,6 +1011,8 @@ class CompareConfig(RunConfig):
                 raise UsageError(f"`{name}` has no effect without `steps`; remove it.")
         if self.steps and self.dataset_name is None and not self.calibration:
             raise UsageError("There is nothing to train on; pass `dataset_name` FILE or `calibration` FILE.")
+        if self.steps and self.dataset_name is None and len(names_of(self.calibration)) > 1:
+            raise UsageError("Training reads one source, and `calibration` has several; pass `dataset_name` FILE.")
         self.rates()
 
     def rates(self) -> list[float]:

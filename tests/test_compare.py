@@ -11,6 +11,7 @@ import pytest
 from test_engine import CALIBRATION
 
 import lord_tune
+from lord_tune.config import CompareConfig
 from lord_tune.errors import UsageError
 from lord_tune.storage import read_json
 
@@ -119,6 +120,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "too few bits": ({"methods": ["loftq"], "bits_per_weight": 1.0}, "The row loftq cannot be run"),
     "fewer bytes than the embeddings": ({"methods": ["loftq"], "bits_per_weight": None, "max_bytes": "1kB"}, "alone"),
     "two sizes": ({"max_bytes": "1MB"}, "Expected one of"),
+    "several texts to train on": ({"calibration": ["a.txt:0.5", "b.txt:0.5"], "steps": 2}, "one source"),
     "a rate without steps": ({"learning_rate": ["1e-4"]}, "no effect without `steps`"),
 }
 
@@ -131,3 +133,15 @@ def test_it_refuses_before_anything_is_run(kind, llama_dir, rows_file, texts, tm
     with pytest.raises(UsageError, match=words):
         lord_tune.compare(str(llama_dir), str(out), **{key: value for key, value in given.items() if value is not None})
     assert not out.exists()
+
+
+@pytest.mark.parametrize("order", [(3000, 2000, 2000), (2000, 3000, 3000)])
+def test_rows_of_other_sizes_are_named_the_smaller_first(order, capfd):
+    """Also where several rows have one size."""
+    start = {"losses": [1.0], "linear_bits_per_weight": 4.0}
+    rows = {name: {"start": start | {"model_bytes": size}} for name, size in zip("abc", order, strict=True)}
+    config = CompareConfig.build({"model": "m", "out": "o", "methods": ["svd"], "text": ["t"], "bits_per_weight": 4})
+    lord_tune.comparing._show(config, {"dense": {"start": start | {"model_bytes": 9000}}, "rows": rows})
+    small, large = ("b", "a") if order[0] == 3000 else ("a", "b")
+    said = capfd.readouterr()
+    assert f"{small} stores 33.3% less than {large}" in said.out + said.err
