@@ -79,8 +79,8 @@ def journey(
     assert memory is not None, "asked for by the caller"
     plan = chosen or _alike(config, found, rest)
     legs = [_decomposition(config, shape, found, request, chosen, text, foreseen, memory)]
-    if plan is None:
-        return legs
+    if plan is None:  # a silent end would read as if everything fitted
+        return [*legs, Leg("train", "gpu", None, 0, None, "not foreseen: the calibration decides more than ranks")]
     with _written(shape, found, plan) as folder:
         legs.append(_training(config, folder, memory))
         legs += _exports(folder, foreseen.held_bytes)
@@ -221,6 +221,8 @@ def described(legs: list[Leg], config: PlanConfig) -> dict[str, Any]:
         "gpu_context_bytes": CONTEXT_BYTES,
         "memory_bytes": psutil.virtual_memory().total,
         "free_disk_bytes": _free_disk(),
-        "fits": all(leg.fits is not False for leg in legs),
+        "fits": None
+        if any(leg.step == "train" and leg.fits is None for leg in legs)
+        else all(leg.fits is not False for leg in legs),
         "steps": {leg.step: {key: value for key, value in asdict(leg).items() if key != "step"} for leg in legs},
     }
