@@ -214,6 +214,13 @@ def show_journey(legs: list[Leg], config: PlanConfig, decided: bool) -> None:
         say("The calibration decides the ranks; training and exports are foreseen for every layer alike, same size.")
 
 
+def _verdict(legs: list[Leg]) -> bool | None:
+    """Of the whole way; None where nothing is known to be too large, and the memory of training is not foreseen."""
+    if any(leg.fits is False for leg in legs):
+        return False
+    return None if any(leg.step == "train" and leg.fits is None for leg in legs) else True
+
+
 def described(legs: list[Leg], config: PlanConfig) -> dict[str, Any]:
     """The keys of `--json`."""
     return {
@@ -221,8 +228,6 @@ def described(legs: list[Leg], config: PlanConfig) -> dict[str, Any]:
         "gpu_context_bytes": CONTEXT_BYTES,
         "memory_bytes": psutil.virtual_memory().total,
         "free_disk_bytes": _free_disk(),
-        "fits": None
-        if any(leg.step == "train" and leg.fits is None for leg in legs)
-        else all(leg.fits is not False for leg in legs),
+        "fits": _verdict(legs),
         "steps": {leg.step: {key: value for key, value in asdict(leg).items() if key != "step"} for leg in legs},
     }
