@@ -282,6 +282,7 @@ def test_train_evaluate_and_export(mode, made, rows, tmp_path):
         given = {"model_name_or_path": str(base), "dataset_name": str(rows), "output_dir": str(tmp_path / "run")}
         short = {"max_steps": 2, "max_length": 32, "per_device_train_batch_size": 2, "bf16": False}
         short["optim"] = "adamw_torch"  # the fused one knows devices by name
+        short |= {"basis_share": 0.9, "basis_every": 1} if mode == "basis" else {}
         lord_tune.train(mode=mode, **given, **short)
         result = lord_tune.evaluate(str(tmp_path / "run"), text=[str(rows)], context_length=32, max_tokens=64)
         assert result["peak_memory_bytes"] == PEAK
