@@ -290,8 +290,8 @@ def test_the_estimated_peak_is_within_a_quarter_of_the_measured_one(size, settin
 
 
 def test_rounding_a_large_embedding_with_feedback_takes_what_is_foreseen(random_llamas, tmp_path):
-    """When rounding kept its matrices until Python
-    looked for circles of references, 32,000 rows took 219 MiB more: 960 in place of 741, and 812 foreseen."""
+    """When rounding kept its matrices until Python looked for circles of references, 32,000 rows took 219 MiB more: 960
+    in place of 741, and 812 foreseen."""
     peak, estimated = measured(random_llamas("many tokens"), tmp_path / "out", "embeddings", 256)
     assert 0.9 * peak < estimated < 1.15 * peak
 
