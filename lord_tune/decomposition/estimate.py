@@ -357,7 +357,8 @@ def _working_parts(
             rounded: Parts = [(1.5, m), (1.0, 16 * stacked), (len(DAMPINGS), 4 * inputs**2), (3.0, 8 * inputs**2)]
             own = max(own, rounded, key=_bytes)
         compared = rank > 0 and inputs <= COMPARED_INPUTS  # with feedback rounding alone
-        return max(own, alternation if compared else own, key=_bytes)
+        alone: Parts = [(5.0, m), *alternation[1:]]  # one iterate: W twice, Q, what it leaves, and their products
+        return max(own, alone if compared else own, key=_bytes)
     above = 2.0 if backbone else 0.0  # W and Q beside the residual's solution
     if text is None:
         choices = [(2.0, 7.0)] if tall else [(1.0, 6.0)]
