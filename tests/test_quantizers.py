@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
@@ -334,6 +337,22 @@ def test_rounder_without_feedback_is_plain_rounding(quantizer, shape, stretch):
     assert {k: (v.shape, v.dtype) for k, v in rounder.parts().items()} == {
         k: (v.shape, v.dtype) for k, v in empty.items()
     }
+
+
+@pytest.mark.parametrize("form", [Int4(group_size=16), E8P2()], ids=str)
+def test_what_rounding_with_feedback_worked_with_is_free_when_it_returns(form):
+    """Not only once Python looks for circles of references, before which a large matrix is through: each of its parts
+    would take a matrix of the same size three times over."""
+    w = weight((16, 64)).float()
+    rounder = form.rounder(w)
+    gone = weakref.ref(rounder)
+    gc.disable()
+    try:
+        ldlq(w, Feedback.of(torch.eye(64, dtype=torch.float64), 0.01, rounder.block), rounder)
+        del rounder
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("form", [Int4(group_size=16), Lloyd2(), E8P2(), NF4()], ids=str)

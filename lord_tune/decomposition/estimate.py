@@ -14,7 +14,12 @@ Peak memory above what the process holds already is the largest of
     sensitivity  weights outside the blocks + 5 float32 copies of a window's logits; or
                  block + bases + one window's activations with gradients
     writing      block + bases + factors + one layer's truncation (and what calibrating needs, if it happens here)
+    rest         weights outside the blocks; of an embedding that is stored in another format its rounding beside it,
+                 a few rows at a time (embedding.rounding_bytes)
     recovering   block + factors + 20 bytes per number of L and R + three times one window's activations
+
+On a CPU each has _LIBRARIES more, and whatever reads the weights outside the blocks the largest of them once more: as
+pages of its file, while it is copied.
 
 Methods that weigh the outputs by gradients (two_sided) hold 12 out^2 per layer of a block in the sensitivity pass, 4 of
 them where the block is factorized, and keep 4 out^2 per layer of the model on disk: on the shapes of Llama-2 7B 3.9 GB,
@@ -52,17 +57,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..allocation import PIVOTED, break_even
-from ..plans import LayerChoice, Plan
+from ..plans import LayerChoice, Plan, TablePlan
 from ..quantizers.ldlq import DAMPINGS, STACKED, STRETCHES
 from ..sites import Site
 from .base import CHECKED_TOKENS
 from .choices import Sized
 from .decide import Request
-from .embedding import parts_after, planned_tables, saved_bytes
+from .embedding import parts_after, planned_tables, rounding_bytes, saved_bytes
+from .head_inputs import head_table, windows_read
 from .layerwise import COMPARED_INPUTS
 from .sizes import added_bias_bytes, stored_bytes
 from .survey import Survey
-from .timing import Rates, TextSize, rounds_with_feedback, run_seconds
+from .timing import Rates, TextSize, rounds_with_feedback, run_seconds, tables_seconds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -147,6 +153,7 @@ def estimate_run(
         grams = sum(8 * width * width + min(4 * text.heldout * width, 8 * width * width) for width in inputs)
         window = text.length * (sum(shapes[n][0] for n in layers) + 4 * max(inputs, default=0)) * max(element, 4)
     phases = {}
+    pages = max((s for n, s in size.items() if n not in inside), default=0) if on_cpu else 0  # while it is read
     resident = 0  # of the parts outside the blocks, while blocks are calibrated
     if calibrated:
         head = model.get_output_embeddings()
@@ -158,8 +165,7 @@ def estimate_run(
         head_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) in own)
         resident = rest_bytes - head_bytes if survey.follows else 0
         phases["start"] = rest_bytes - head_bytes + block_bytes[widest] + window
-        if on_cpu:  # a page map while it is read
-            phases["start"] += max((s for n, s in size.items() if n not in inside), default=0)
+        phases["start"] += pages
     at_hand = largest + (bases if ranks is None else factors)
     widths = [width for n in layers for width in shapes[n]]
     if text is not None and 4 * text.length * max(widths, default=0) >= mapped:
@@ -172,18 +178,21 @@ def estimate_run(
     vocabulary = max((t.shape[0] for n, t in tensors.items() if t.dim() == 2 and n not in inside), default=0)
     checked = 0 if text is None or survey.blocks.whole else min(CHECKED_TOKENS, text.length)
     if checked:
-        phases["check"] = rest_bytes + 3 * 4 * checked * vocabulary
+        phases["check"] = rest_bytes + max(pages, 3 * 4 * checked * vocabulary)
     if weighted and text is not None:
         share = text.sensitivity_length / max(text.length, 1)
         phases["sensitivity"] = max(
-            rest_bytes + 5 * 4 * text.sensitivity_length * vocabulary,
+            rest_bytes + max(pages, 5 * 4 * text.sensitivity_length * vocabulary),
             resident + block_bytes[widest] + (bases if by_loss else 3 * output_grams) + int(3 * share * window),
         )
     cut = _together([_truncation_parts(shapes[n], kept_ranks[n], choices[n].form) for n in layers], mapped)
     rounds |= any(template.backbone != "none" for template in offered)
     again = ranks is not None or sequential or rounds  # the writing pass calibrates
     phases["writing"] = work if again else resident + block_bytes[widest] + bases + factors + cut
-    phases["rest"] = rest_bytes + sum(table.stored_bytes for table in tables.values())
+    head_name = head_table(model, tables)
+    phases["rest"] = _rest(size, rest_bytes, tables, head_name if calibrated else None, on_cpu)
+    if calibrated and head_name is not None:
+        phases["head"] = rest_bytes + max(pages, 8 * tables[head_name].shape[1] ** 2)
     if text is not None and text.validation:
         # both models' logits, their logarithms and what is summed of them; a block with plain L R, and its bases
         logits = 8 * 4 * text.sensitivity_length * vocabulary
@@ -193,6 +202,8 @@ def estimate_run(
         # beside the block: float32 L and R, gradients, Adam's moments, the best so far; activations with gradients
         tuned = sum(20 * kept_ranks[n] * sum(shapes[n]) for n in layers)
         phases["recovering"] = resident + block_bytes[widest] + factors + tuned + 3 * window
+    if on_cpu:
+        phases = {phase: needed + _LIBRARIES for phase, needed in phases.items()}
 
     scratch = 0
     hidden = min((min(shapes[n]) for n in layers), default=0)
@@ -222,6 +233,10 @@ def estimate_run(
         seconds = run_seconds(
             survey.layers, choices, request, inputs, count, text, forward_flops, rates, walks, weighted, looks
         )
+        read = 0
+        if text is not None and head_name is not None:
+            read = min(text.tokens, windows_read(tables[head_name].shape[1], text.length) * text.length)
+        seconds += tables_seconds(tables, head_name, read, forward_flops, rates)
         seconds /= processes
     return Estimate(
         parameters=sum(t.numel() for t in tensors.values()),
@@ -239,6 +254,21 @@ def estimate_run(
         phases=phases,
         bytes_by_part=parts_after(model, survey, plan, tables),
     )
+
+
+def _rest(
+    size: Mapping[str, int],  # tensor -> bytes
+    rest_bytes: int,
+    tables: Mapping[str, TablePlan],
+    head: str | None,  # of them the one that is rounded with feedback
+    on_cpu: bool,
+) -> int:
+    """Bytes of writing what is outside the blocks; embeddings are loaded and rounded one after another."""
+    dense = {name: size.get(f"{name}.weight", 0) for name in tables}
+    stored = sum(table.stored_bytes for table in tables.values())
+    work = [dense[name] + rounding_bytes(table, name == head, on_cpu) for name, table in tables.items()]
+    gram = 0 if head is None else 8 * tables[head].shape[1] ** 2
+    return rest_bytes - sum(dense.values()) + stored + gram + max(work, default=0)
 
 
 def _gradient_bytes(shape: tuple[int, int], predicts: bool) -> int:
@@ -267,6 +297,9 @@ def _distinct_inputs(groups: list[set[str]], members: Iterable[str], shapes: dic
     return [shapes[name][1] for name in members]
 
 
+# code of torch and others that is read when it first runs, buffers of theirs, and pieces that blocks leave: measured 33
+# to 62 MiB on SmolLM2-135M after its blocks are released, more than before the run
+_LIBRARIES = 48 << 20
 _MAPPED = 32 << 20  # glibc's largest DEFAULT_MMAP_THRESHOLD: freed blocks below it stay with the process
 Parts = list[tuple[float, int]]  # (how many, bytes of one)
 
@@ -324,7 +357,8 @@ def _working_parts(
             rounded: Parts = [(1.5, m), (1.0, 16 * stacked), (len(DAMPINGS), 4 * inputs**2), (3.0, 8 * inputs**2)]
             own = max(own, rounded, key=_bytes)
         compared = rank > 0 and inputs <= COMPARED_INPUTS  # with feedback rounding alone
-        return max(own, alternation if compared else own, key=_bytes)
+        alone: Parts = [(5.0, m), *alternation[1:]]  # one iterate: W twice, Q, what it leaves, and their products
+        return max(own, alone if compared else own, key=_bytes)
     above = 2.0 if backbone else 0.0  # W and Q beside the residual's solution
     if text is None:
         choices = [(2.0, 7.0)] if tall else [(1.0, 6.0)]

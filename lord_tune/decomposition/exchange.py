@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..layers import FactoredLinear
+from ..memory import give_back
 from ..parallel import Workers, share_out
 from .layerwise import Analysis, Finished
 
@@ -23,7 +24,11 @@ def dealt_out(
 ) -> dict[str, Result]:
     """layer -> do(layer), each done by one process and sent to all."""
     owners = share_out(work, workers.size)
-    mine = {name: do(name) for name in work if owners[name] == workers.rank}
+    mine = {}
+    for name in work:
+        if owners[name] == workers.rank:
+            mine[name] = do(name)
+            give_back()  # the next layer's matrices have other sizes and do not fit into what this one left
     if workers.size == 1:
         return mine
     return {name: cast(Result, _sent(mine.get(name), owners[name], device, workers)) for name in work}

@@ -29,7 +29,7 @@ def measure_head(run: Passes, tables: Mapping[str, TablePlan]) -> None:
         return
     windows = run.text.calibration
     width = next(iter(tables.values())).shape[1]
-    windows = windows[: max(1, -(-TOKENS_PER_INPUT * width // windows.shape[1]))]
+    windows = windows[: windows_read(width, windows.shape[1])]
     walk = run.walk({_STREAM: windows}, Phase.HEAD)
     for index in range(run.count):
         step = of_block(Phase.HEAD, index)
@@ -64,6 +64,11 @@ def measure_head(run: Passes, tables: Mapping[str, TablePlan]) -> None:
     path = run.journal.work / _FILE
     digest = write_tensors(path, tensors) if run.journal.writes and ran else None
     run.journal.commit(HEAD, path if ran else None, digest, ran=ran)
+
+
+def windows_read(width: int, length: int) -> int:
+    """How many windows of `length` tokens H is summed over, where there are so many."""
+    return max(1, -(-TOKENS_PER_INPUT * width // length))
 
 
 def head_gram(run: Passes) -> Tensor | None:

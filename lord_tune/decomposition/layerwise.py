@@ -35,6 +35,7 @@ from ..factorizations import (
     truncate,
 )
 from ..layers import FactoredLinear, bias_of, build_layer, is_transposed, shape_of, weight_of
+from ..memory import give_back
 from ..plans import LayerChoice
 from ..quantizers import DTYPES, E8P2, E8P3, E8P4, Quantizer, Rotated
 from .base import EqualBits, LayerRecord
@@ -275,13 +276,16 @@ def split_layer(
         record.error_backbone = relative_error(dense - split.backbone, dense, calibration)
         centre = split.centre
         del split, factors
+        give_back()
         first = dense - quantizer.dequantize(quantizer.quantize(weight), layer.plan.shape, torch.float64)
         plain = truncate(first, PlainSVD().spectrum(first, None), rank)
         record.error_plain = relative_error(first - plain.product(), dense, calibration)
         del first, plain
+        give_back()
         _measure_stored(record, layer, weight, calibration, heldout, centre)
         record.inputs = calibration.describe()
         if compare and weight.shape[1] <= COMPARED_INPUTS:
+            del dense
             record.equal_bits = _equal_bits(weight, calibration, heldout)
     record.seconds = time.perf_counter() - start
     return Finished(record, layer)
@@ -325,7 +329,9 @@ def _equal_bits(weight: Tensor, calibration: Moments, heldout: InputStatistics |
     dense = weight.double()
     found: dict[str, EqualBits] = {}
     forms: list[Any] = [Rotated(form()) for form in _REFERENCES]
-    for form, split in zip(forms, feedback_alone(weight, calibration, forms, heldout), strict=True):
+    alone = feedback_alone(weight, calibration, forms, heldout)
+    for form in forms:
+        split = next(alone)
         assert split.parts is not None and split.backbone is not None
         residual = dense - split.backbone
         size = sum(t.numel() * t.element_size() for t in split.parts.values())
@@ -334,6 +340,8 @@ def _equal_bits(weight: Tensor, calibration: Moments, heldout: InputStatistics |
             "calibrated": relative_error(residual, dense, calibration),
             "heldout": None if heldout is None else relative_error(residual, dense, heldout),
         }
+        del split, residual  # not beside those of the next format
+        give_back()
     return found
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..calibration.moments import Moments
 from ..factorizations import Projection
+from ..memory import give_back
 from ..quantizers import Quantizer, Rotated
 from ..quantizers.ldlq import Feedback, round_with_feedback
 from .choices import Noise
@@ -34,6 +35,8 @@ def noise_by_format(
         assert quantizer is not None, "a backbone has a format"
         left = weight.double() - _foreseen(weight, calibration, quantizer, method, feedbacks)
         found[name] = _noise(left, basis, calibration, method, ranked, output_gram, noticed)
+        del left
+        give_back()
     return found
 
 

@@ -15,7 +15,7 @@ from ..calibration.blocks import first_input
 from ..errors import LordError
 from ..factorizations import Factorization, Projection
 from ..memory import synchronize
-from ..plans import LayerChoice
+from ..plans import LayerChoice, TablePlan
 from ..sites import Site
 from .choices import Sized
 from .decide import Request
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 # a weight's rounding with feedback, in operations at the rate of float32 products: once, and with all candidates
 _ROUNDING, _FITTING = 1e4, 5e4
+# the same of an embedding or output head, for formats that round numbers and that round blocks (e8): 1.2e4 to 4.2e4 and
+# 6.5e4 to 9.5e4 on 16,384 x 576 and 8,192 x 2,048 numbers, with feedback as much as to the nearest
+_TABLE, _BLOCK_TABLE = 2e4, 8e4
 _EIGH = 9.0  # operations per k^3 of a symmetric eigenproblem with vectors (Golub and Van Loan, 8.3)
 # how much slower than a matrix product these run, for dealing out layers (measured at k = 576: 2.5 and 4)
 _EIGH_SLOWNESS, _QR_SLOWNESS = 2.5, 4.0
@@ -196,6 +199,23 @@ def run_seconds(
         if text is not None and rounds_with_feedback(choices[name]):
             total += (_FITTING + (looks - 1) * _ROUNDING) * out * width / rates.single
         total += tries * (eigenproblems / rates.eigen + products / rates.double)
+    return total
+
+
+def tables_seconds(
+    tables: Mapping[str, TablePlan],
+    head: str | None,  # of them the one that the output head reads, rounded with feedback where there is text
+    read: int,  # tokens of the pass that sums the head's inputs; 0: there is none
+    forward_flops: float,
+    rates: Rates,
+) -> float:
+    """Of rounding embeddings and output head, and of the pass over all blocks before it."""
+    total = 0.0
+    for name, plan in tables.items():
+        numbers, width = plan.shape[0] * plan.shape[1], plan.shape[1]
+        total += (_BLOCK_TABLE if plan.quantizer().block > 1 else _TABLE) * numbers / rates.single
+        if name == head and read:
+            total += read * forward_flops / rates.forward + read * (width + 192.0) * width / rates.single
     return total
 
 

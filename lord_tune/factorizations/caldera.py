@@ -138,8 +138,11 @@ def feedback_alone(
     dampings = DAMPINGS
     for quantizer in quantizers:
         problem = _Problem(weight.double(), moments, heldout, quantizer, None, None, dampings)
-        yield problem.start().split
+        split = problem.start().split
         dampings = (problem.damping,)
+        del problem
+        yield split
+        del split
 
 
 @dataclass(frozen=True)

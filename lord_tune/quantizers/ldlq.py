@@ -113,25 +113,38 @@ def ldlq(weight: Tensor, feedback: Feedback | Sequence[Feedback], rounder: Round
     equal share of the rows."""
     feedbacks = [feedback] if isinstance(feedback, Feedback) else list(feedback)
     values = weight.float().T.contiguous()  # (in, out)
-    corrected, error = values.clone(), torch.empty_like(values)
-    block = feedbacks[0].block
-    shares = list(zip(feedbacks, corrected.chunk(len(feedbacks), 1), error.chunk(len(feedbacks), 1), strict=True))
+    sheet = _Sheet(values, values.clone(), torch.empty_like(values), feedbacks, rounder)
+    sheet.round(0, len(values))
+    return Rounded(sheet.error.T, sheet.corrected.sub_(values).add_(sheet.error).T)
 
-    def round_range(start: int, stop: int) -> None:
+
+@dataclass(frozen=True)
+class _Sheet:
+    """A matrix in the making, transposed. No closure of `ldlq` that calls itself: such a circle of references keeps
+    all of these, and the rounder, until Python looks for circles (1 GB for the embedding of SmolLM2-135M)."""
+
+    values: Tensor  # (in, out) float32: W
+    corrected: Tensor  # (in, out): with the corrections from the right so far; in place
+    error: Tensor  # (in, out): W - Q, result
+    feedbacks: list[Feedback]
+    rounder: Rounder
+
+    def round(self, start: int, stop: int) -> None:
+        """Columns start..stop, whose corrections from the right are in."""
+        count, block = len(self.feedbacks), self.feedbacks[0].block
+        part = slice(start, stop)
         if block == 1 and stop - start <= _LEAF:
-            part = slice(start, stop)
-            _round_columns(start, values[part], corrected[part], error[part], feedbacks, rounder)
+            given = self.values[part], self.corrected[part], self.error[part]
+            _round_columns(start, *given, self.feedbacks, self.rounder)
         elif stop - start <= block:
-            torch.sub(values[start:stop], rounder.round(corrected[start:stop], start), out=error[start:stop])
+            torch.sub(self.values[part], self.rounder.round(self.corrected[part], start), out=self.error[part])
         else:
             middle = start + -(-(stop - start) // (2 * block)) * block
-            round_range(middle, stop)
+            self.round(middle, stop)
+            shares = zip(self.feedbacks, self.corrected.chunk(count, 1), self.error.chunk(count, 1), strict=True)
             for own, target, known in shares:
                 target[start:middle].addmm_(own.lower[middle:stop, start:middle].T, known[middle:stop])
-            round_range(start, middle)
-
-    round_range(0, len(values))
-    return Rounded(error.T, corrected.sub_(values).add_(error).T)
+            self.round(start, middle)
 
 
 def _round_columns(

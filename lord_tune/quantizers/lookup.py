@@ -16,7 +16,7 @@ from .base import Quantizer
 
 STRETCHES = (0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15)
 _BLOCK_STRETCHES = (0.95, 1.0, 1.05)  # of formats that search for the nearest of blocks: slow, and little is gained
-_AT_ONCE = 2**22  # weights rounded together
+AT_ONCE = 2**22  # weights rounded together
 
 
 def check_lookup(form: Quantizer, shape: tuple[int, int]) -> None:
@@ -51,7 +51,7 @@ def round_rows(form: Quantizer, weight: Tensor) -> dict[str, Tensor]:
     """The stored parts of a matrix (out, in), rounded to the nearest in searched scales."""
     shape = weight.shape[0], weight.shape[1]
     check_lookup(form, shape)
-    step = max(1, _AT_ONCE // shape[1])
+    step = max(1, AT_ONCE // shape[1])
     pieces = [_rounded(form, weight[start : start + step].float()) for start in range(0, shape[0], step)]
     return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
