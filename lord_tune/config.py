@@ -1056,6 +1056,33 @@ class ReportConfig(RunConfig):
             raise UsageError("Got no results; pass folders that decompose or train wrote, or JSON files of evaluate.")
 
 
+class RecipesConfig(RunConfig):
+    """`lord-tune recipes list|show|copy`"""
+
+    positional: ClassVar[tuple[str, ...]] = ("action", "name", "dest")
+
+    action: Literal["list", "show", "copy"] = Field("list", description="what to do")
+    name: str | None = Field(
+        None, description="show, copy: a recipe, as the list has it; list: only recipes that mention this word"
+    )
+    dest: str | None = Field(None, description="copy: file or folder to write it to")
+    overwrite: bool = Field(False, description="copy: replace the file if there is one")
+    json_file: str | None = Field(
+        None,
+        description="write name, verb, description and path into this file as JSON, and print nothing",
+        alias="json",
+    )
+
+    def check(self) -> None:
+        if self.action != "list" and self.name is None:
+            raise UsageError(f"NAME is missing; give a recipe to {self.action}, as `recipes` list names it.")
+        if (self.action == "copy") != (self.dest is not None):
+            what = "is missing; give the file or folder to copy to" if self.action == "copy" else "has no effect"
+            raise UsageError(f"DEST {what} (lord-tune recipes copy NAME DEST).")
+        if self.overwrite and self.action != "copy":
+            raise UsageError(f"`overwrite` has no effect with {self.action}; remove it.")
+
+
 class DoctorConfig(RunConfig):
     """`lord-tune doctor`"""
 
@@ -1091,5 +1118,6 @@ RECORDS: dict[str, type[RunConfig]] = {
     "compare": CompareConfig,
     "inspect": InspectConfig,
     "report": ReportConfig,
+    "recipes": RecipesConfig,
     "doctor": DoctorConfig,
 }

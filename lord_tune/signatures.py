@@ -368,6 +368,13 @@ class ReportOptions(TypedDict, total=False):
     overwrite: bool
 
 
+class RecipesOptions(TypedDict, total=False):
+    """Keywords of `recipes`."""
+
+    overwrite: bool
+    json: str | None
+
+
 class DoctorOptions(TypedDict, total=False):
     """Keywords of `doctor`."""
 
