@@ -209,8 +209,8 @@ class MethodConfig(MethodOptions, RunConfig):
     refine: int = Field(
         0,
         ge=0,
-        description="run this many whole models around the plan that allocation found on the held-out text, and keep "
-        "the best",
+        description="run this many whole models around the plan that allocation found on the held-out text, with "
+        "--allocation mixed also the best plan without L R of the same bytes, and keep the best",
     )
     measure_control: bool = Field(
         False, description="run the control, the best plan without L R of the same bytes, on the held-out text as well"

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import lord_tune
 from lord_tune.cli import main
 from lord_tune.config import DecomposeConfig
-from lord_tune.decomposition import Compared, measuring
+from lord_tune.decomposition import Compared, engine, measuring
 from lord_tune.errors import UsageError
 from lord_tune.plan_tables import show_compared
 from lord_tune.plans import LayerChoice, Plan
@@ -119,7 +119,7 @@ def test_whole_models_are_measured_before_one_is_written(made, rows_file):
     folder, report = made(bits_per_weight=3.5, refine=3, measure_control=True, **MIX)
     losses = report["heldout_losses"]
     assert {"solution", "control", "dense"} < losses.keys() and len(losses) >= 4
-    candidates = {name: loss for name, loss in losses.items() if name not in ("control", "dense")}
+    candidates = {name: loss for name, loss in losses.items() if name != "dense"}  # of a mixture, the control is one
     assert report["refined"] == min(candidates, key=candidates.__getitem__)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     _assert_heldout_loss(model, folder, rows_file, losses[report["refined"]])
@@ -151,6 +151,21 @@ def test_refining_never_keeps_what_held_out_text_says_is_worse(made):
     _, report = made(kept_fraction=0.7, refine=2)
     losses = report["heldout_losses"]
     assert losses[report["refined"]] == min(losses.values()) <= losses["solution"]
+
+
+def test_refining_a_mixture_drops_l_r_where_that_is_better(llama_dir, rows_file, tmp_path, monkeypatch):
+    def measure(run, plans, analysed):
+        return {name: 2.0 - (name == "control") for name in plans}
+
+    monkeypatch.setattr(engine, "measure", measure)
+    options = {"bits_per_weight": 6, "refine": 1, "calibration": [str(rows_file)], **MIX, "mix": ["int2"]} | TEXT
+    report = lord_tune.decompose(str(llama_dir), str(tmp_path / "out"), **options)
+    plan = Plan.read(tmp_path / "out" / "plan.json")
+    assert report["refined"] == "control" and "control" not in report
+    assert not any(choice.rank for choice in plan.factored().values())
+    with_l_r = {**options, "rank": 8, "bits_per_weight": 9}  # asked for: there the control is no candidate
+    report = lord_tune.decompose(str(llama_dir), str(tmp_path / "ranked"), **with_l_r)
+    assert report["refined"] != "control" and "control" in report
 
 
 def test_a_run_that_dies_while_it_measures_is_continued_to_the_same_bytes(

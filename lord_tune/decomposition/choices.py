@@ -109,6 +109,12 @@ class Sized:
         return found | {template.backbone: (template, ranked) for template in self.backbones}
 
     @property
+    def includes_control(self) -> bool:
+        """Whether the plan without L R is one of those that were asked for."""
+        formats = {template.backbone for template in self.control} <= {template.backbone for template in self.backbones}
+        return bool(self.control) and formats and (self.ranks is None or 0 in self.ranks)
+
+    @property
     def relative(self) -> bool:
         """Whether the limit says something of each layer, so that those that never ran do not count."""
         return self.unit in ("kept_fraction", "average_rank")

@@ -179,6 +179,8 @@ def decide_measured(run: Passes, request: Request, rest: int) -> tuple[Plan, Com
         if other.choices() not in [known.choices() for known in candidates.values()]:
             candidates[tilt.name] = other
     control = control_of(layers, request.template, sized, measured, plan)
+    if request.refine and control is not None and sized.includes_control and control.choices() != plan.choices():
+        candidates[CONTROL] = control
     tried = dict(candidates) if request.refine else {}
     if request.measure_control:
         if control is None:
@@ -190,7 +192,7 @@ def decide_measured(run: Passes, request: Request, rest: int) -> tuple[Plan, Com
     best = min(candidates, key=lambda name: losses.get(name, 0.0 if name == SOLUTION else math.inf))
     plan = candidates[best]
     if control is not None:
-        control = control_of(layers, request.template, sized, measured, plan)
+        control = None if best == CONTROL else control_of(layers, request.template, sized, measured, plan)
     return plan, Compared(losses, best, control, found)
 
 
