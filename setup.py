@@ -17,7 +17,8 @@ class BuildPy(build_py):
             return
         target = Path(self.build_lib) / "lord_tune" / "_recipes"
         shutil.rmtree(target, ignore_errors=True)  # what an earlier build left
-        shutil.copytree("recipes", target)
+        # not what Jupyter, and notebooks that were run there, leave beside them
+        shutil.copytree("recipes", target, ignore=shutil.ignore_patterns(".*", "runs"))
 
 
 setup(cmdclass={"build_py": BuildPy})

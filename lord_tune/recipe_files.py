@@ -1,4 +1,4 @@
-"""The recipes that come with lord_tune, by name: where they are, what each is for, and the verb `recipes`.
+"""The recipes and notebooks that come with lord_tune, by name: where they are, what for, and the verb `recipes`.
 
 One copy of the files is kept: in a checkout the folder `recipes` beside the package, in an installed wheel the same
 files inside the package (setup.py puts them there).
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,12 +19,13 @@ from .console import note, say, show_next, show_table
 from .errors import LordError, UsageError
 from .keywords import documented
 from .signatures import RecipesOptions
-from .storage import check_json_file, write_json, write_text
+from .storage import check_json_file, read_json, write_json, write_text
 from .yaml_files import load_yaml
 
 _PACKAGE = Path(__file__).parent
 _FOLDERS = (_PACKAGE / "_recipes", _PACKAGE.parent / "recipes")  # of a wheel, of a checkout
 _PROFILES = "accelerate_configs"
+_RECIPE, _NOTEBOOK = ".yaml", ".ipynb"
 _READ = ("model", "model_name_or_path", "calibration", "dataset_name", "eval_dataset_name")
 _END = re.compile(r"(?<=\.) | (?=command:)")  # of the first sentence of a header
 _MADE_BEFORE = ("data/", "runs/")  # where recipes look for what scripts and other recipes write
@@ -32,7 +34,7 @@ _MADE_BEFORE = ("data/", "runs/")  # where recipes look for what scripts and oth
 @dataclass(frozen=True)
 class Recipe:
     """One file. name: its path below the folder of recipes without the ending, with / on every system; verb: what takes
-    it as `config`; description: the first sentence of its header."""
+    it as `config`, or jupyter; description: the first sentence of its header, or its title."""
 
     name: str
     verb: str
@@ -83,17 +85,16 @@ def recipes_folder() -> Path:
 
 def all_recipes() -> list[Recipe]:
     """In the order of their names."""
-    return sorted((_recipe(path) for path in recipes_folder().rglob("*.yaml")), key=lambda recipe: recipe.name)
+    return [_recipe(name, path) for name, path in sorted(_files().items())]
 
 
 def recipe_named(name: str) -> Recipe:
     """The recipe of this name, which may have the ending and the folder `recipes/` that it has in a checkout;
     UsageError with the nearest names."""
-    folder = recipes_folder()
-    paths = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.yaml")}
-    bare = name.removeprefix("recipes/").removesuffix(".yaml")
+    paths = _files()
+    bare = name.removeprefix("recipes/").removesuffix(_RECIPE).removesuffix(_NOTEBOOK)
     if bare in paths:
-        return _recipe(paths[bare])
+        return _recipe(bare, paths[bare])
     near = _nearest(bare, sorted(paths))
     hint = f"did you mean {' or '.join(near)}?" if near else "lord-tune recipes list names them all."
     raise UsageError(f"There is no recipe {name}; {hint}")
@@ -109,8 +110,17 @@ def config_file(given: str) -> str:
         raise UsageError(f"The config file {given} does not exist; check the path. {error}") from error
 
 
-def _recipe(path: Path) -> Recipe:
-    name = path.relative_to(recipes_folder()).with_suffix("").as_posix()
+def _files() -> dict[str, Path]:
+    folder = recipes_folder()
+    found = [path.relative_to(folder) for path in folder.rglob("*") if path.suffix in (_RECIPE, _NOTEBOOK)]
+    hidden = [path for path in found if any(part.startswith(".") for part in path.parts)]  # Jupyter's copies
+    return {path.with_suffix("").as_posix(): folder / path for path in found if path not in hidden}
+
+
+def _recipe(name: str, path: Path) -> Recipe:
+    if path.suffix == _NOTEBOOK:
+        title = "".join(read_json(path)["cells"][0]["source"]).splitlines()[0].lstrip("# ")
+        return Recipe(name, "jupyter", title, str(path))
     header = [line.lstrip("# ") for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     sentence = _END.split(" ".join(header))[0].rstrip(".")
     keys = {} if name.startswith(_PROFILES) else load_yaml(str(path))
@@ -137,8 +147,8 @@ def _copied(recipe: Recipe, dest: str, overwrite: bool) -> Recipe:
     path = Path(dest, source.name) if Path(dest).is_dir() or dest.endswith("/") else Path(dest)
     if path.exists() and not overwrite:
         raise UsageError(f"{path} exists already; name another file or pass `overwrite`.")
-    if path.suffix not in (".yaml", ".yml"):
-        raise UsageError(f"{path} is neither a folder nor a name that ends in .yaml; give one of them.")
+    if path.suffix != source.suffix:
+        raise UsageError(f"{path} is neither a folder nor a name that ends in {source.suffix}; give one of them.")
     if path.resolve() != source.resolve():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, source.read_text(encoding="utf-8"))
@@ -148,6 +158,9 @@ def _copied(recipe: Recipe, dest: str, overwrite: bool) -> Recipe:
 def _show_use(copy: Recipe) -> None:
     """The command that runs a copy, and what it reads that has to be made before."""
     say(f"wrote {copy.path}")
+    if copy.verb == "jupyter":
+        say(f"next: {shlex.join(['jupyter', 'lab', copy.path])}   (it comes with pip install jupyterlab)")
+        return
     if copy.verb == "accelerate":
         show_next("train", "--config", "RECIPE.yaml", launcher=["accelerate", "launch", "--config_file", copy.path])
         return

@@ -19,7 +19,13 @@ from lord_tune.table_layout import fitted
 from lord_tune.yaml_files import load_yaml
 
 FOLDER = Path(__file__).parent.parent / "recipes"
-FILES = {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in FOLDER.rglob("*.yaml")}
+FILES = {
+    path.relative_to(FOLDER).with_suffix("").as_posix(): path
+    for path in FOLDER.rglob("*")
+    if path.suffix in (".yaml", ".ipynb")
+}
+RECIPES = [name for name in FILES if not name.startswith("notebooks/")]
+NOTEBOOK = "notebooks/compare_methods"
 SMALL = "smollm2_135m/decompose/max_60mb"
 
 
@@ -29,9 +35,10 @@ def test_every_recipe_has_a_row_with_what_it_does_and_what_takes_it(capsys):
     for row in rows:
         profile = row["name"].startswith("accelerate_configs/")
         wanted = "accelerate" if profile else "decompose" if "/decompose/" in row["name"] else "train"
+        wanted = "jupyter" if row["name"].startswith("notebooks/") else wanted
         assert row["verb"] == wanted and Path(row["path"]).samefile(FILES[row["name"]])
         assert 5 < len(row["description"]) < 230 and "command:" not in row["description"], row
-        assert re.sub(r"\s", "", row["description"]) in re.sub(r"[\s#]", "", FILES[row["name"]].read_text())
+        assert re.sub(r"\s", "", row["description"]) in re.sub(r"[\s#]", "", FILES[row["name"]].read_text()), row
     assert "smollm2_135m/decompose/max_60mb" in capsys.readouterr().out
     console = Console(width=80, color_system=None)
     with console.capture() as shown:
@@ -54,7 +61,7 @@ def test_show_prints_the_file(name, capsys):
     assert capsys.readouterr().out == FILES[SMALL].read_text()
 
 
-@pytest.mark.parametrize("name", [*list(FILES)[::9], SMALL, "accelerate_configs/ddp"])
+@pytest.mark.parametrize("name", [*RECIPES[::9], SMALL, "accelerate_configs/ddp"])
 def test_the_copy_is_the_file_and_its_next_command_is_valid(name, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lord_tune.recipes("copy", name, "mine/of it.yaml")
@@ -73,6 +80,14 @@ def test_the_copy_is_the_file_and_its_next_command_is_valid(name, tmp_path, caps
         main(words[words.index(verb) :])
     assert stop.value.code == 0 and built[0].model_fields_set
     assert name != SMALL or "the recipe reads what is not here: data/code_train.jsonl;" in shown.err
+
+
+def test_a_notebook_is_copied_as_well(tmp_path, capsys):
+    (row,) = lord_tune.recipes("copy", NOTEBOOK, f"{tmp_path}/")
+    assert Path(row["path"]).read_bytes() == FILES[NOTEBOOK].read_bytes()
+    assert f"next: jupyter lab {tmp_path / 'compare_methods.ipynb'}" in capsys.readouterr().out
+    with pytest.raises(lord_tune.UsageError, match=r"a name that ends in \.ipynb"):
+        lord_tune.recipes("copy", NOTEBOOK, f"{tmp_path}/mine.yaml")
 
 
 def test_nothing_is_written_over(tmp_path):
