@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from contracts import SHAPES, inputs, moments_of, output_gram_of, weight
+from sklearn.covariance import ledoit_wolf_shrinkage
 from test_engine import CALIBRATION, decompose_recorded, linear_weight
 from tiny import read_tensors, save_tiny, tiny_family, tiny_llama, tiny_tokenizer
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from lord_tune.calibration.blocks import find_blocks
 from lord_tune.calibration.collect import BlockWalk
 from lord_tune.calibration.moments import SampleAccumulator
 from lord_tune.calibration.sensitivity import output_grams, whole_model_output_grams
+from lord_tune.decomposition.gradients import gram_beside
 from lord_tune.decomposition.layerwise import NO_GRADIENT, analyse, install, project_layer
 from lord_tune.errors import UsageError
 from lord_tune.factorizations import TwoSided, Whitened, error_curves, relative_error, truncate
@@ -220,12 +222,19 @@ def test_output_grams_are_those_of_one_backward_pass(whole, tmp_path):
         for index in reversed(range(len(blocks.modules))):
             members = {name: layer for name, layer in layers.items() if blocks.holds(index, name)}
             found |= output_grams(walk, index, "s", members, layer_shapes, ids.numel(), inputs=True)
-    assert found.keys() == {f"{name}:{kind}" for name in layers for kind in ("gram", "inputs")}
+    assert found.keys() == {f"{name}:{kind}" for name in layers for kind in ("gram", "chance", "inputs")}
     for name in layers:
         g, gram = torch.cat(rows[name]), found[f"{name}:gram"]
         expected = g.T @ g / ids.numel()
         assert gram.dtype == torch.float32 and torch.equal(gram, gram.T)
         assert torch.allclose(gram.double(), expected, rtol=1e-3, atol=1e-5 * float(expected.max())), name
+        share = ledoit_wolf_shrinkage(g.numpy(), assume_centered=True)  # of scikit-learn
+        assert 0.05 < share < 1 and abs(float(found[f"{name}:chance"]) - share) < 1e-3, name
+        beside = (1 - share) * expected + share * expected.trace() / len(expected) * torch.eye(len(expected))
+        assert torch.allclose(
+            gram_beside(found, name, backbone=True).double(), beside, rtol=2e-3, atol=1e-5 * float(beside.max())
+        )
+        assert gram_beside(found, name, backbone=False) is gram
         x, noticed = torch.cat(read[name]), found[f"{name}:inputs"]
         weights = g.square().sum(1, keepdim=True)
         expected = (weights * x).T @ x / weights.sum()
@@ -264,7 +273,7 @@ def test_a_budget_is_shared_out_by_what_the_loss_notices(llama_dir, rows_file, t
     seen: list[bool] = []
 
     def spy(weight: Tensor, moments: Any, heldout: Any, method: Any, limit: Any, gram: Any, *rest: Any) -> Any:
-        noticed = rest[-1]
+        noticed = rest[-2]
         assert noticed.shape == moments.gram.shape and gram.shape == (len(weight), len(weight))
         seen.append(not torch.allclose(noticed.double(), moments.gram, rtol=0.01))
         return analyse(weight, moments, heldout, method, limit, gram, *rest)

@@ -14,7 +14,7 @@ from ..factorizations import Projection
 from ..storage import write_tensors
 from .choices import Measured, Sized
 from .decide import Request
-from .gradients import measure_sensitivity, sensitivity_file
+from .gradients import gram_beside, measure_sensitivity, sensitivity_file
 from .layerwise import Analysis, analyse
 from .noise import noise_of
 from .passes import CALIBRATION, HELDOUT, SENSITIVITY, Passes, Statistics
@@ -68,9 +68,10 @@ def _analyse_block(run: Passes, walk: BlockWalk, index: int, request: Request) -
         assert isinstance(calibration, Moments)
         weight = run.survey.layers[name].weight(run.model)
         limit = None if request.by_loss else break_even((weight.shape[0], weight.shape[1]), form)
-        heldout, output_gram = statistics[HELDOUT].get(name), gradients.get(f"{name}:gram")
-        noticed = gradients.get(f"{name}:inputs")
-        return analyse(weight, calibration, heldout, method, limit, output_gram, form, formats, noticed)
+        heldout, noticed = statistics[HELDOUT].get(name), gradients.get(f"{name}:inputs")
+        output_gram = gram_beside(gradients, name, backbone=False)
+        beside = gram_beside(gradients, name, backbone=True) if formats else None
+        return analyse(weight, calibration, heldout, method, limit, output_gram, form, formats, noticed, beside)
 
     return run.deal(index, dict.fromkeys(run.survey.members(index), method), look)
 

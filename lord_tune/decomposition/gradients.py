@@ -11,6 +11,7 @@ from ..calibration.sensitivity import (
     fisher_means,
     output_grams,
     output_sensitivity,
+    shrunk,
     whole_model_fisher,
     whole_model_output_grams,
     whole_model_sensitivity,
@@ -107,6 +108,12 @@ def _needing(run: Passes, index: int, methods: Methods, kind: str) -> dict[str, 
     return {
         name: module for name, module in run.modules(index).items() if name in methods and kind in methods[name].needs
     }
+
+
+def gram_beside(gradients: Mapping[str, Tensor], name: str, backbone: bool) -> Tensor | None:
+    """(out, out): what weighs the outputs of a layer, with or without a backbone; None where nothing measured it."""
+    gram = gradients.get(f"{name}:gram")
+    return shrunk(gram, gradients[f"{name}:chance"]) if backbone and gram is not None else gram
 
 
 def sensitivity_file(index: int) -> str:

@@ -97,6 +97,7 @@ def analyse(
     form: str = PLAIN,  # in which the factors will be stored
     formats: Formats | None = None,  # to be measured beside W = L R
     noticed: Tensor | None = None,  # (in, in): by it the energies are foreseen, see Projection.noticed_energies
+    gram_beside: Tensor | None = None,  # (out, out): what weighs the outputs beside the formats, output_gram if None
 ) -> Analysis:
     """Basis and error curves at every rank."""
     start = time.perf_counter()
@@ -105,7 +106,8 @@ def analyse(
     noise = {}
     if formats:
         assert calibration is not None, "these budgets are shared out on calibration text"
-        noise = noise_by_format(weight, spectrum.basis, calibration, chosen, formats, output_gram, noticed)
+        weighing = output_gram if gram_beside is None else gram_beside
+        noise = noise_by_format(weight, spectrum.basis, calibration, chosen, formats, weighing, noticed)
     whole = spectrum.basis.shape[1]
     keep = whole if limit is None else min(max(limit, 1), whole)
     dual = None if spectrum.dual is None else spectrum.dual[:, :keep].float().contiguous()

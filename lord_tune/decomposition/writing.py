@@ -18,7 +18,7 @@ from ..storage import write_tensors
 from .calibrating import analyses, collect
 from .decide import Request
 from .embedding import RoundedTable, show_tables, table_tensors
-from .gradients import sensitivity_file
+from .gradients import gram_beside, sensitivity_file
 from .head_inputs import head_gram, head_table
 from .layerwise import Analysis, Finished, install, left_dense, project_layer, split_layer
 from .passes import CALIBRATION, HELDOUT, Passes, Statistics
@@ -134,7 +134,7 @@ def factorize(
     weighed = any(method.needs & {"fisher", "output_gram"} for method in methods.values())
     gradients = {}
     if weighed and not (from_analysis and statistics is None):
-        gradients = run.read(sensitivity_file(index), ":gram", ":rows", ":columns")
+        gradients = run.read(sensitivity_file(index), ":gram", ":chance", ":rows", ":columns")
     # in the middle of the model, one layer of each shape is compared with feedback rounding alone
     middle = only is None and index == run.count // 2
     compared = {site.shape: name for name, site in reversed(members.items())} if middle else {}
@@ -153,11 +153,12 @@ def factorize(
         if analysis is not None and choice.backbone == "none" and not choice.rounds_factors:
             return install(module, analysis, choice)
         assert calibration is None or isinstance(calibration, Moments)
+        output_gram = gram_beside(gradients, name, choice.backbone != "none")
         if choice.backbone == "none":
-            return project_layer(module, calibration, heldout, choice, gradients.get(f"{name}:gram"))
+            return project_layer(module, calibration, heldout, choice, output_gram)
         given = None if run.given is None else run.given.parts(name, choice)
         compare = choice.rank > 0 and compared.get(site.shape) == name and given is None
-        fisher, output_gram = _fisher(name, gradients), gradients.get(f"{name}:gram")
+        fisher = _fisher(name, gradients)
         return split_layer(module, calibration, heldout, choice, fisher, compare, output_gram, only is None, given)
 
     return run.deal(index, methods, finish)
