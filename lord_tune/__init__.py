@@ -28,6 +28,7 @@ _NAMES = {
     "inspect": "commands",
     "plan": "commands",
     "report": "reporting.verb",
+    "recipes": "recipe_files",
     "quickstart": "demo",
     "compare": "comparing",
     "doctor": "checkup",
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from .demo import quickstart
     from .errors import LordError, UsageError
     from .plans import LayerChoice, Plan
+    from .recipe_files import recipes
     from .reporting.verb import report
 
 __all__ = [
@@ -82,6 +84,7 @@ __all__ = [
     "merge",
     "plan",
     "quickstart",
+    "recipes",
     "report",
     "train",
     "unmerge",

@@ -76,7 +76,7 @@ app = typer.Typer(
     rich_markup_mode=_RICH,
 )
 _MANY = ("--calibration", "--text", "--mix", "--tasks", "--methods", "--learning-rate")
-_POSITIONAL = ("quantized", "original", "model", "runs", "out")
+_POSITIONAL = ("quantized", "original", "model", "runs", "out", "action", "name", "dest")
 _OUTPUT_KEYS = set(DecomposeConfig.model_fields) - set(MethodConfig.model_fields)
 
 
@@ -111,7 +111,7 @@ _FLAGS = {
     _flag(record, name)[2:].replace("-", "_"): _flag(record, name)
     for record in sorted(RECORDS.values(), key=lambda record: record.model_config["extra"] != "allow")
     for name in record.model_fields
-    if name not in ("model", "out")
+    if name not in ("model", "out", "action", "name", "dest")
 }
 
 
@@ -162,7 +162,7 @@ def _add(verb: str, record: type[RunConfig], summary: str, call: Callable[[dict[
     positional = [name for name in _POSITIONAL if name in record.positional]
     groups = record.grouped()
     ordered = dict.fromkeys([*positional, *groups, *fields, "config"])
-    text = "YAML file with any of these keys; the command line wins"
+    text = "YAML file with any of these keys, or the name of a recipe; the command line wins"
     yaml = typer.Option(None, help=text, rich_help_panel=groups.get("config"))
     from_yaml = Parameter("config", Parameter.POSITIONAL_OR_KEYWORD, default=yaml, annotation=str | None)
     parameters = [
@@ -177,9 +177,10 @@ def _add(verb: str, record: type[RunConfig], summary: str, call: Callable[[dict[
         if ctx is not None:
             given |= _extra_options(ctx.args)
         if config is not None:
+            from .recipe_files import config_file
             from .yaml_files import load_yaml
 
-            found = load_yaml(config)
+            found = load_yaml(config_file(config))
             if record is PlanConfig:  # a recipe of `decompose`: where it would write is of no interest to a plan
                 found = {key: value for key, value in found.items() if key not in _OUTPUT_KEYS}
             given = found | given
@@ -237,6 +238,7 @@ _SUMMARIES = {
     "compare": "Several methods at the same bytes, in one table and one plot.",
     "inspect": "Per-layer table of a factored checkpoint.",
     "report": "One page about one or several results: tables and figures.",
+    "recipes": "The recipes that come with lord_tune: list, show, or copy one.",
     "doctor": "Versions, devices, threads, and what is missing.",
 }
 EXAMPLES = {
@@ -277,6 +279,7 @@ EXAMPLES = {
         "lord-tune report runs/nf4 --out nf4.html",
         "lord-tune report dense.json runs/lord runs/nf4 runs/sft --out report.html",
     ],
+    "recipes": ["lord-tune recipes list 4-bit", "lord-tune recipes copy smollm2_135m/decompose/max_60mb mine.yaml"],
     "doctor": ["lord-tune doctor", "lord-tune doctor --json report.json"],
 }
 for _name, _record in RECORDS.items():

@@ -47,6 +47,7 @@ from .integrations.checkpoint import skeleton
 from .integrations.companions import companions_of
 from .integrations.destination import protect, protect_file
 from .integrations.files import ADAPTER_FILE, relative_folder
+from .integrations.hub import CHECKPOINTS, check_push, push
 from .integrations.models import default_device, quiet
 from .integrations.running import kind_of, run_model, window_length
 from .integrations.sources import gguf_file, resolve_model, weights_identity
@@ -113,8 +114,11 @@ def decompose(model: str, out: str, **options: Unpack[DecomposeOptions]) -> dict
         return show_dry_run(config, [config.model], config.sources(), [config.plan_file])
     quiet()
     check_formats(config)
+    check_push(config.push_to_hub)
     protect(Path(config.out), [config.model], [*config.sources(), config.plan_file], config.overwrite)
-    return run_decomposition(config, command_line("decompose", config))
+    report = run_decomposition(config, command_line("decompose", config))
+    push(Path(config.out), *config.upload())
+    return report
 
 
 @documented(CorrectConfig)
@@ -125,6 +129,7 @@ def correct(quantized: str, original: str, out: str, **options: Unpack[CorrectOp
     if config.dry_run:
         return show_dry_run(config, [config.original], names_of(config.calibration), [config.quantized])
     quiet()
+    check_push(config.push_to_hub)
     protect(Path(config.out), [config.quantized, config.original], names_of(config.calibration), config.overwrite)
     check_destination(Path(config.out), config.overwrite)
     source = open_quantized(config.quantized)
@@ -135,6 +140,7 @@ def correct(quantized: str, original: str, out: str, **options: Unpack[CorrectOp
     command = command_line("correct", config)
     report = run_decomposition(own, command, source, served, lambda folder: adapter_in(folder, config))
     show_gain(report)
+    push(Path(config.out), *config.upload())
     return report
 
 
@@ -212,6 +218,7 @@ def train(**options: object) -> dict[str, Any]:
         if foreseen is not None:
             show_memory(foreseen)
         return shown | {"memory": None if foreseen is None else foreseen.to_dict()}
+    check_push(config.upload()[0])
     source = resolve_model(config.model_name_or_path)
     if (Path(source) / ADAPTER_FILE).is_file():
         raise UsageError(
@@ -224,7 +231,9 @@ def train(**options: object) -> dict[str, Any]:
     # before any loading
     arguments = trainer_arguments(config.trainer_values(), config.mode, True, own, held, config.objective)
     with sole_writer(Path(config.output_dir), Workers.launched()):
-        return _train(config, source, arguments, own, held)
+        metrics = _train(config, source, arguments, own, held)
+    push(Path(config.output_dir), *config.upload(), leave_out=[CHECKPOINTS])
+    return metrics
 
 
 def _train(config: TrainConfig, source: str, arguments: TrlConfig, own: list[str], held: bool) -> dict[str, Any]:
@@ -277,10 +286,13 @@ def export(model: str, out: str, format: Export, **options: Unpack[ExportOptions
         gguf_file(config.like)
         return show_dry_run(config, [config.model], data, [config.base])
     quiet()
+    check_push(config.push_to_hub)
     protect(Path(config.out), models, data, config.overwrite)
     check_destination(Path(config.out), config.overwrite)
     with sole_writer(Path(config.out)):
-        return _export(config)
+        result = _export(config)
+    push(Path(config.out), *config.upload())
+    return result
 
 
 def _export(config: ExportConfig) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any, ClassVar, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from .console import size_of
 from .data.weighted import names_of, weighted_sources
@@ -76,6 +76,26 @@ class RunConfig(BaseModel):
     def resolved(self) -> dict[str, Any]:
         """Every key, with the values of the defaults that depend on others."""
         return self.model_dump()
+
+
+class HubOptions(BaseModel):
+    """Where a finished result is uploaded to."""
+
+    push_to_hub: str | None = Field(
+        None,
+        description="upload OUT, when it is complete, to this repository of the Hugging Face Hub (USER/NAME), which is "
+        "made if it does not exist",
+    )
+    private: bool = Field(False, description="push_to_hub: the repository is a private one")
+
+    def upload(self) -> tuple[str | None, bool]:
+        """(repository or None, whether it is private)"""
+        return self.push_to_hub, self.private
+
+    def check_upload(self) -> None:
+        """Refuse what has no effect."""
+        if self.private and self.push_to_hub is None:
+            raise UsageError("`private` has no effect without `push_to_hub`; remove it.")
 
 
 FORMATS = ("none", *get_args(Quantized))
@@ -459,6 +479,7 @@ class MethodConfig(MethodOptions, RunConfig):
         if self.calibration:  # an output head is rounded with feedback on it
             free |= {"calibration_tokens", "context_length", "plain_prompts", "seed"}
         free |= {"model", "out", "embeddings", "dtype", "resume", "overwrite", "dry_run", "save", "json_file"}
+        free |= set(HubOptions.model_fields)
         for key in self.given(*sorted(type(self).model_fields.keys() - free - {"processes"})):
             raise UsageError(
                 f"`{key}` has no effect where `embeddings` alone is given and no budget, so that every layer stays as "
@@ -479,7 +500,7 @@ class MethodConfig(MethodOptions, RunConfig):
         )
 
 
-class DecomposeConfig(MethodConfig):
+class DecomposeConfig(HubOptions, MethodConfig):
     """`lord-tune decompose MODEL OUT`"""
 
     positional: ClassVar[tuple[str, ...]] = ("model", "out")
@@ -490,6 +511,7 @@ class DecomposeConfig(MethodConfig):
     dry_run: bool = Field(False, description="print the resolved configuration and stop")
 
     def check(self) -> None:
+        self.check_upload()
         self.check_budget()
         self.check_method(bool(self.calibration))
         if not self.calibration and self.needs_text:
@@ -550,6 +572,7 @@ class PlanConfig(MethodConfig):
 
 
 _OF_MODES = ("lora_", "scales_", "basis_")
+HUB_KEYS = ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy")  # trl's; this package does the upload
 
 
 class TrainConfig(RunConfig):
@@ -675,10 +698,45 @@ class TrainConfig(RunConfig):
                 raise UsageError(f"{name} has no effect with objective: {self.objective}; remove it.")
         if self.given("teacher_top_k") and self.teacher_logits is None:
             raise UsageError("teacher_top_k has no effect without teacher_logits; remove it.")
+        self._check_upload()
+
+    def _check_upload(self) -> None:
+        """Refuse what an upload of the finished result alone does not do, and keys without effect."""
+        extra = self.model_extra or {}
+        if "hub_token" in extra:
+            raise UsageError(
+                "hub_token would be written into the records of the run; log in with `hf auth login`, or set HF_TOKEN."
+            )
+        during: list[str] = [key for key in ("hub_revision", "hub_always_push") if key in extra]
+        during += ["hub_strategy"] if extra.get("hub_strategy", "end") != "end" else []
+        if during:
+            raise UsageError(
+                f"{during[0]} has no effect: the adapter is uploaded once, when it is finished, to the main branch of "
+                "hub_model_id; remove it."
+            )
+        if self.upload()[0] is None:
+            for key in (key for key in HUB_KEYS[1:] if key in extra):
+                raise UsageError(f"{key} has no effect without push_to_hub: true; remove it.")
+
+    def upload(self) -> tuple[str | None, bool]:
+        """(repository or None, whether it is private), from trl's keys and with its default."""
+        extra = self.model_extra or {}
+        asked, private = (_truth(key, extra.get(key, False)) for key in ("push_to_hub", "hub_private_repo"))
+        return (str(extra.get("hub_model_id") or Path(self.output_dir).name) if asked else None), private
 
     def trainer_values(self) -> dict[str, Any]:
         """The keys meant for trl."""
-        return dict(self.model_extra or {}) | {"output_dir": self.output_dir}
+        extra = {key: value for key, value in (self.model_extra or {}).items() if key not in HUB_KEYS}
+        return extra | {"output_dir": self.output_dir}
+
+
+def _truth(key: str, value: object) -> bool:
+    """A switch of trl's from YAML, the command line or Python; None is false."""
+    try:
+        return TypeAdapter(bool).validate_python(value or False)
+    except ValidationError as error:
+        told = " and hub_model_id names the repository" if key == "push_to_hub" else ""
+        raise UsageError(f"Got {value!r} for {key}; in `train` it is true or false{told}.") from error
 
 
 class EvaluateConfig(RunConfig):
@@ -791,7 +849,7 @@ class EvaluateConfig(RunConfig):
             raise UsageError(f"Task '{name}' is read from a file; pass `tasks_dir` FOLDER with {name}.jsonl in it.")
 
 
-class ExportConfig(RunConfig):
+class ExportConfig(HubOptions, RunConfig):
     """`lord-tune export MODEL OUT --format F`"""
 
     positional: ClassVar[tuple[str, ...]] = ("model", "out", "format")
@@ -856,6 +914,7 @@ class ExportConfig(RunConfig):
     dry_run: bool = Field(False, description="print the resolved configuration and stop")
 
     def check(self) -> None:
+        self.check_upload()
         if self.given("dtype") and self.format not in ("dense", "compressed-tensors", "vllm"):
             raise UsageError("`dtype` has no effect with this `format` (stored formats are kept); remove it.")
         if self.pad_ranks and self.format not in ("peft", "compressed-tensors"):
@@ -886,7 +945,7 @@ class ExportConfig(RunConfig):
                 raise UsageError(f"`{name}` has no effect with this `format`; remove it.")
 
 
-class CorrectConfig(RunConfig):
+class CorrectConfig(HubOptions, RunConfig):
     """`lord-tune correct QUANTIZED ORIGINAL OUT`"""
 
     positional: ClassVar[tuple[str, ...]] = ("quantized", "original", "out")
@@ -919,6 +978,7 @@ class CorrectConfig(RunConfig):
     dry_run: bool = Field(False, description="print the resolved configuration and stop")
 
     def check(self) -> None:
+        self.check_upload()
         if not self.calibration:
             raise UsageError("L R is fitted on calibration text; pass `calibration` FILE.")
         if self.given("adapter_type") and not self.quantized.lower().endswith(".gguf"):
@@ -1056,6 +1116,33 @@ class ReportConfig(RunConfig):
             raise UsageError("Got no results; pass folders that decompose or train wrote, or JSON files of evaluate.")
 
 
+class RecipesConfig(RunConfig):
+    """`lord-tune recipes list|show|copy`"""
+
+    positional: ClassVar[tuple[str, ...]] = ("action", "name", "dest")
+
+    action: Literal["list", "show", "copy"] = Field("list", description="what to do")
+    name: str | None = Field(
+        None, description="show, copy: a recipe, as the list has it; list: only recipes that mention this word"
+    )
+    dest: str | None = Field(None, description="copy: file or folder to write it to")
+    overwrite: bool = Field(False, description="copy: replace the file if there is one")
+    json_file: str | None = Field(
+        None,
+        description="write name, verb, description and path into this file as JSON, and print nothing",
+        alias="json",
+    )
+
+    def check(self) -> None:
+        if self.action != "list" and self.name is None:
+            raise UsageError(f"NAME is missing; give a recipe to {self.action}, as `recipes` list names it.")
+        if (self.action == "copy") != (self.dest is not None):
+            what = "is missing; give the file or folder to copy to" if self.action == "copy" else "has no effect"
+            raise UsageError(f"DEST {what} (lord-tune recipes copy NAME DEST).")
+        if self.overwrite and self.action != "copy":
+            raise UsageError(f"`overwrite` has no effect with {self.action}; remove it.")
+
+
 class DoctorConfig(RunConfig):
     """`lord-tune doctor`"""
 
@@ -1091,5 +1178,6 @@ RECORDS: dict[str, type[RunConfig]] = {
     "compare": CompareConfig,
     "inspect": InspectConfig,
     "report": ReportConfig,
+    "recipes": RecipesConfig,
     "doctor": DoctorConfig,
 }

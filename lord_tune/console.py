@@ -40,13 +40,14 @@ def say(text: str = "") -> None:
     console().print(text, markup=False)
 
 
-def show_next(*words: object, then: str = "") -> None:
+def show_next(*words: object, then: str = "", launcher: Sequence[str] = ()) -> None:
     """A command that goes on from here, to be pasted into the same shell: names are quoted, and no line is wrapped.
 
-    then: what else may come, in words.
+    then: what else may come, in words. launcher: a program that starts Python modules, and its options.
     """
     shown = console()
-    command = shlex.join([*_as_called(), *map(str, words)])
+    called = [*launcher, "-m", "lord_tune"] if launcher else _as_called()
+    command = shlex.join([*called, *map(str, words)])
     shown.print(f"next: {command}" + (f"   ({then})" if then else ""), markup=False, soft_wrap=True)
 
 

@@ -10,11 +10,21 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .config import CompareConfig, CorrectConfig, DecomposeConfig, EvaluateConfig, QuickstartConfig, RunConfig
+from .config import (
+    CompareConfig,
+    CorrectConfig,
+    DecomposeConfig,
+    EvaluateConfig,
+    HubOptions,
+    QuickstartConfig,
+    RunConfig,
+    TrainConfig,
+)
 from .console import note, say, show_table
 from .data.files import check_there, is_hub_id, local_paths
 from .errors import UsageError
 from .integrations.files import ADAPTER_FILE
+from .integrations.hub import check_push, place_of
 from .integrations.sources import base_of_adapter, local_model
 from .protocols import TrlConfig
 
@@ -27,6 +37,8 @@ def show_dry_run(
 ) -> dict[str, Any]:
     """Refuse what is missing, then print the resolved configuration and return it."""
     check_inputs(models, data, files)
+    if isinstance(config, HubOptions | TrainConfig):
+        check_push(config.upload()[0])
     resolved = config.resolved()
     show_table("resolved configuration", ["key", "value"], [[key, str(value)] for key, value in resolved.items()])
     for line in _effective(config):
@@ -74,6 +86,11 @@ def _effective(config: RunConfig) -> list[str]:
         lines.append(_training(config.steps, 1, config.max_length, f"learning rate {rates}"))
     if isinstance(config, QuickstartConfig):
         lines.append(_training(config.steps, 1, 256, "learning rate 3e-05 and 0.0001"))
+    if isinstance(config, HubOptions | TrainConfig):
+        repo, private = config.upload()
+        if repo is not None:
+            what = f"{config.output_dir} without its checkpoints" if isinstance(config, TrainConfig) else config.out
+            lines.append(f"upload: {what} to {place_of(repo, private)}")
     return lines
 
 

@@ -9,12 +9,14 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .config import RunConfig
+from .config import HUB_KEYS, HubOptions, RunConfig
 from .integrations.files import hub_revision, settings_files, weights_sha256
 from .storage import sha256_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+_PASSING = ("resume", "overwrite", "dry_run", *HubOptions.model_fields, *HUB_KEYS)  # what does not change a result
 
 
 def command_line(verb: str, config: RunConfig) -> str:
@@ -26,7 +28,7 @@ def command_line(verb: str, config: RunConfig) -> str:
     values = {name: getattr(config, name) for name in type(config).model_fields} | (config.model_extra or {})
     for name, value in values.items():
         field = type(config).model_fields.get(name)
-        if name in (*positional, "overwrite", "resume", "dry_run"):
+        if name in (*positional, *_PASSING):
             continue
         if field is not None and value == field.get_default(call_default_factory=True):
             continue
@@ -78,4 +80,4 @@ def made_from(config: RunConfig, base: object, calibration: object) -> dict[str,
 
 def lasting(config: RunConfig) -> dict[str, Any]:
     """The configuration without what does not change the result."""
-    return {key: value for key, value in config.resolved().items() if key not in ("resume", "overwrite", "dry_run")}
+    return {key: value for key, value in config.resolved().items() if key not in _PASSING}

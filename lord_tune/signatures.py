@@ -246,6 +246,8 @@ class DecomposeOptions(TypedDict, total=False):
     exclude: str | None
     seed: int
     dtype: Literal["float32", "float16", "bfloat16"] | None
+    push_to_hub: str | None
+    private: bool
     resume: bool
     overwrite: bool
     dry_run: bool
@@ -279,6 +281,8 @@ class EvaluateOptions(TypedDict, total=False):
 class ExportOptions(TypedDict, total=False):
     """Keywords of `export`."""
 
+    push_to_hub: str | None
+    private: bool
     dtype: Literal["float32", "float16", "bfloat16"] | None
     pad_ranks: bool
     base: str | None
@@ -300,6 +304,8 @@ class ExportOptions(TypedDict, total=False):
 class CorrectOptions(TypedDict, total=False):
     """Keywords of `correct`."""
 
+    push_to_hub: str | None
+    private: bool
     calibration: str | list[str]
     rank: int
     plain_prompts: bool
@@ -366,6 +372,13 @@ class ReportOptions(TypedDict, total=False):
 
     out: str
     overwrite: bool
+
+
+class RecipesOptions(TypedDict, total=False):
+    """Keywords of `recipes`."""
+
+    overwrite: bool
+    json: str | None
 
 
 class DoctorOptions(TypedDict, total=False):

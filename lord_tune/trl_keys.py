@@ -47,4 +47,7 @@ TRL_KEYS: dict[str, TrlKey] = {
     "save_total_limit": TrlKey(int, "keep this many of the newest checkpoints", "all"),
     "seed": TrlKey(int, "of the order of the rows, and of adapters", 42),
     "report_to": TrlKey(str, "tensorboard, trackio, wandb, ... or none", "tensorboard and trackio if installed"),
+    "push_to_hub": TrlKey(bool, "upload the finished adapter, without checkpoints, to the Hugging Face Hub", False),
+    "hub_model_id": TrlKey(str, "push_to_hub: the repository, USER/NAME", "the name of output_dir"),
+    "hub_private_repo": TrlKey(bool, "push_to_hub: a private one", "as your organization says"),
 }

@@ -70,7 +70,7 @@ def test_the_examples_are_valid(monkeypatch):
         with pytest.raises(SystemExit) as stop:
             main(shlex.split(line)[1:])
         assert stop.value.code == 0, line
-    assert len(built) == len(lines) == 23
+    assert len(built) == len(lines) == 25
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo terminal")

@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -643,6 +644,32 @@ def case_dry_run(b: Bench) -> None:
     assert sorted(b.folder.iterdir()) == before
 
 
+@contextlib.contextmanager
+def uploads() -> Iterator[list[tuple[Any, ...]]]:
+    """What would be uploaded where, with a Hub that takes everything (tests/test_hub.py has one that answers)."""
+    seen: list[tuple[Any, ...]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commands, "check_push", lambda repo: None)
+        patch.setattr(commands, "push", lambda *given: seen.append(given))
+        yield seen
+
+
+def case_push_to_hub(b: Bench) -> None:
+    out = b.fresh("pushed")
+    with uploads() as seen:
+        lord_tune.decompose(str(b.model), str(out), method="svd", rank=8, push_to_hub="me/it")
+    assert seen == [(out, "me/it", False)] and (out / "config.json").is_file()
+
+
+def case_private(b: Bench) -> None:
+    out = b.fresh("pushed")
+    with uploads() as seen:
+        lord_tune.decompose(str(b.model), str(out), method="svd", rank=8, push_to_hub="me/it", private=True)
+    assert seen == [(out, "me/it", True)]
+    with pytest.raises(UsageError, match="`private` has no effect"):
+        lord_tune.decompose(str(b.model), str(b.fresh("private")), method="svd", rank=8, private=True)
+
+
 def recovered(b: Bench, **options: Any) -> dict[str, Any]:
     return b.decompose(recover_epochs=2, **options).report["recovery"]
 
@@ -756,6 +783,8 @@ DECOMPOSE: dict[str, Case] = {
     "resume": case_resume,
     "overwrite": case_overwrite,
     "dry_run": case_dry_run,
+    "push_to_hub": case_push_to_hub,
+    "private": case_private,
 }
 
 
@@ -1953,6 +1982,22 @@ def case_export_plain_prompts(b: Bench) -> None:
         lord_tune.export(base, str(b.fresh("prompts")), "factored", plain_prompts=True)
 
 
+def case_export_push_to_hub(b: Bench) -> None:
+    out, source = b.fresh("pushed"), str(b.decompose().folder)
+    with uploads() as seen:
+        lord_tune.export(source, str(out), "factored", push_to_hub="me/it")
+    assert seen == [(out, "me/it", False)]
+
+
+def case_export_private(b: Bench) -> None:
+    out, source = b.fresh("pushed"), str(b.decompose().folder)
+    with uploads() as seen:
+        lord_tune.export(source, str(out), "factored", push_to_hub="me/it", private=True)
+    assert seen == [(out, "me/it", True)]
+    with pytest.raises(UsageError, match="`private` has no effect"):
+        lord_tune.export(source, str(b.fresh("private")), "factored", private=True)
+
+
 EXPORT: dict[str, Case] = {
     "plain_prompts": case_export_plain_prompts,
     "model": case_export_model,
@@ -1973,6 +2018,8 @@ EXPORT: dict[str, Case] = {
     "text": case_export_text,
     "overwrite": case_export_overwrite,
     "dry_run": case_export_dry_run,
+    "push_to_hub": case_export_push_to_hub,
+    "private": case_export_private,
 }
 
 
@@ -2100,6 +2147,18 @@ def case_correct_dry_run(b: Bench) -> None:
     assert not out.exists()
 
 
+def case_correct_push_to_hub(b: Bench) -> None:
+    with uploads() as seen:
+        run = corrected(b, push_to_hub="me/it")
+    assert seen[-1] == (run.folder, "me/it", False)
+
+
+def case_correct_private(b: Bench) -> None:
+    with uploads() as seen:
+        run = corrected(b, push_to_hub="me/it", private=True)
+    assert seen[-1] == (run.folder, "me/it", True)
+
+
 CORRECT: dict[str, Case] = {
     name.removeprefix("case_correct_"): case
     for name, case in list(globals().items())
@@ -2162,7 +2221,7 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
             "m o --method whitened --backbone nf4 --factor-format bf16 --rank 3 --calibration a.txt b.txt "
             "--calibration-tokens 99 --context-length 9 --sink-weight 0.5 --block-size 128 --double-quant "
             "--targets q --exclude k --seed 7 --dtype float16 --plain-prompts --overwrite --dry-run "
-            "--embeddings int8",
+            "--embeddings int8 --push-to-hub me/it --private",
         ),
         (
             DecomposeConfig,
@@ -2271,7 +2330,8 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
     "export": [
         (
             ExportConfig,
-            "m o --format dense --dtype float16 --threshold 0.5 --text a.txt --plain-prompts --overwrite --dry-run",
+            "m o --format dense --dtype float16 --threshold 0.5 --text a.txt --plain-prompts --overwrite --dry-run "
+            "--push-to-hub me/it --private",
         ),
         (ExportConfig, "m o --format gguf --base b --like a.gguf --adapter-type q8_0 --dense-type f32"),
         (ExportConfig, "m o --format peft --pad-ranks"),
@@ -2287,7 +2347,7 @@ FLAGS: dict[str, list[tuple[type[RunConfig], str]]] = {
             CorrectConfig,
             "q.gguf m o --calibration a.txt b.txt --rank 3 --calibration-tokens 9 --context-length 8 --targets t "
             "--exclude e --factor-format bf16 --adapter-type q8_0 --dtype float16 --seed 4 --plain-prompts --overwrite "
-            "--dry-run",
+            "--dry-run --push-to-hub me/it --private",
         )
     ],
     "chat": [

@@ -59,6 +59,7 @@ if TYPE_CHECKING:
 
 _MAY_CHANGE = {  # of a continued run, whose folder may have another name now
     *("resume_from_checkpoint", "num_train_epochs", "max_steps", "dry_run", "report_to", "output_dir"),
+    *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy"),
 }
 # a name or path -> what it stands for: only the latter has to stay, so that a run may be moved with what it reads
 _STANDS_FOR = {
