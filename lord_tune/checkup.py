@@ -139,9 +139,7 @@ def check_quantizer() -> bool:
     """True; LordError unless transformers reads factored checkpoints."""
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-    from .plans import QUANT_METHOD
-
-    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+    if "lord" not in AUTO_QUANTIZER_MAPPING:
         raise LordError("transformers does not know the format of factored checkpoints")
     return True
 

@@ -9,7 +9,6 @@ from .errors import UsageError
 from .integrations.files import ADAPTER_FILE
 from .integrations.sources import base_of_adapter
 from .layers.sizes import bytes_by_part
-from .plans import QUANT_METHODS
 from .storage import read_json
 from .training.forecast import factored_skeleton
 
@@ -27,7 +26,7 @@ def report_of(folder: Path) -> tuple[Path, dict[str, Any]]:
         report: dict[str, Any] = read_json(folder / "decomposition.json")
     else:
         manifest = read_json(folder / "config.json").get("quantization_config") or {}
-        if manifest.get("quant_method") not in QUANT_METHODS:
+        if manifest.get("quant_method") != "lord":
             raise UsageError(f"{folder} is not a factored checkpoint; run lord-tune decompose first.")
         report = {"layers": manifest["layers"], "totals": {}}
     if "bytes_by_part" not in report["totals"]:

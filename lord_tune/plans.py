@@ -25,9 +25,6 @@ from .quantizers import DTYPES, Quantizer, make_quantizer
 from .storage import read_json, write_json
 
 FORMAT_VERSION = 1  # of a factored checkpoint
-# the format's name in config.json, which a transformers that does not know it prints: its one line says what to do
-QUANT_METHOD = "lord (import lord_tune)"
-QUANT_METHODS = (QUANT_METHOD, "lord")  # as it is read; the second is what earlier versions wrote
 EMBEDDINGS_VERSION = 2  # of one whose embeddings are stored in another format, which older versions cannot read
 PLAN_VERSION = 1
 Record = TypeVar("Record")

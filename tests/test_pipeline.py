@@ -340,7 +340,6 @@ def test_without_lord_tune_loading_fails_loudly(factored, family):
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode != 0 and "mismatched" in run.stderr
-    assert "Unknown quantization type, got lord (import lord_tune) - " in run.stderr  # what to do, in its first line
 
 
 def test_auto_model_loads_after_import(factored):

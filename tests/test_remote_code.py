@@ -9,7 +9,6 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -51,26 +50,6 @@ def test_a_model_that_is_saved_again_keeps_the_entry_and_a_dense_one_has_none(ll
     model.save_pretrained(tmp_path / "dense")
     assert "auto_map" not in json.loads((tmp_path / "dense" / "config.json").read_text())
     assert not (tmp_path / "dense" / "configuration_lord_tune.py").exists()
-
-
-def test_what_earlier_versions_wrote_is_read_and_written_by_its_present_name(llama_dir, tmp_path, capsys):
-    """The name of the format tells a transformers without lord_tune what to do; it was `lord` alone."""
-    lord_tune.decompose(str(llama_dir), str(tmp_path / "out"), method="svd", rank=4, backbone="int8")
-    now = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert now["quantization_config"]["quant_method"] == "lord (import lord_tune)"
-    before = now | {"quantization_config": now["quantization_config"] | {"quant_method": "lord"}}
-    (tmp_path / "out" / "config.json").write_text(json.dumps(before))
-    (tmp_path / "out" / "decomposition.json").unlink()  # so that inspect reads the manifest
-    assert len(lord_tune.inspect(tmp_path / "out")["layers"]) == 21
-    model = load_dense_or_factored(str(tmp_path / "out"))
-    model.save_pretrained(tmp_path / "again")
-    assert (
-        json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
-        == (now["quantization_config"])
-    )
-    lord_tune.export(tmp_path / "out", tmp_path / "exported", "factored")
-    with pytest.raises(lord_tune.UsageError, match="is decomposed already"):
-        lord_tune.decompose(tmp_path / "out", tmp_path / "twice", method="svd", rank=4)
 
 
 _LOADING = """

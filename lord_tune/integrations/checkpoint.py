@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import CheckpointError, UsageError
 from ..layers import expert_of
-from ..plans import QUANT_METHODS, LayerPlan
+from ..plans import LayerPlan
 from ..protocols import Tokenizer
 from ..storage import write_json
 from .models import default_device, load_dense_or_factored, model_class
@@ -56,7 +56,7 @@ def _check_plain(name: str, config: PreTrainedConfig) -> None:
     if quantization is None:
         return
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-    if method in QUANT_METHODS:
+    if method == "lord":
         raise UsageError(f"{name} is decomposed already; start from the original dense model.")
     raise UsageError(f"{name} is quantized ({method}); start from the original dense model.")
 

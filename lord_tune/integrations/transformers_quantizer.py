@@ -1,4 +1,4 @@
-"""The transformers plugin: checkpoints with the `quant_method` of plans.py load through `from_pretrained`.
+"""The transformers plugin: checkpoints with `quant_method: lord` load through `from_pretrained`.
 
 The model is on the meta device when experts are unfused and modules swapped; their parameter names equal the keys, so
 transformers' ordinary loader fills them (sharded files, device_map, no converter that would break `save_pretrained`).
@@ -38,18 +38,17 @@ from ..layers import (
     unfused_parameters,
     weight_of,
 )
-from ..plans import EMBEDDINGS_VERSION, FORMAT_VERSION, QUANT_METHOD, QUANT_METHODS, LayerPlan, TablePlan
+from ..plans import EMBEDDINGS_VERSION, FORMAT_VERSION, LayerPlan, TablePlan
 from ..quantizers import DTYPES
 from .remote_code import remove_remote_code, saves_remote_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel  # this file is imported while transformers is
 
-EARLIER_METHOD = QUANT_METHODS[1]
+QUANT_METHOD = "lord"
 
 
 @register_quantization_config(QUANT_METHOD)
-@register_quantization_config(EARLIER_METHOD)
 class LordConfig(QuantizationConfigMixin):
     """The manifest inside `config.json`."""
 
@@ -83,7 +82,6 @@ class LordConfig(QuantizationConfigMixin):
 
 
 @register_quantizer(QUANT_METHOD)
-@register_quantizer(EARLIER_METHOD)
 class LordQuantizer(HfQuantizer):
     """Rebuilds the skeleton from the manifest; trainable through adapters."""
 

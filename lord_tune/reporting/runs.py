@@ -17,7 +17,6 @@ from ..evaluation.records import Measured, is_measured, measured_in, measured_of
 from ..factorizations import Curve
 from ..integrations.files import RUN_FILE
 from ..layers import place_of
-from ..plans import QUANT_METHODS
 from ..storage import read_json
 from .parts import bytes_by_part
 from .trained import base_of, repeated_command
@@ -164,7 +163,7 @@ def _export(path: Path) -> Run:
     manifest: Any = {}
     if (path / "config.json").is_file():
         manifest = _record(path / "config.json").get("quantization_config") or {}
-    layers = layers_of(manifest["layers"]) if manifest.get("quant_method") in QUANT_METHODS else ()
+    layers = layers_of(manifest["layers"]) if manifest.get("quant_method") == "lord" else ()
     found, (samples, before) = measured_in(path), samples_in(path)
     return Run(
         path,

@@ -28,10 +28,9 @@ from ..errors import UsageError
 from ..integrations.checkpoint import skeleton
 from ..integrations.models import DTYPE_NAMES, model_class
 from ..integrations.running import max_length
-from ..integrations.transformers_quantizer import LordConfig, LordQuantizer
+from ..integrations.transformers_quantizer import QUANT_METHOD, LordConfig, LordQuantizer
 from ..layers import dequantize_once, plain_model
 from ..memory import held_bytes
-from ..plans import QUANT_METHODS
 from .arguments import DISTILL, DPO, TrainOptions
 from .distillation import CHUNK, TokenLoss, head_of, kl_divergence
 from .memory import Live, Saved, gradient_bytes, held
@@ -179,7 +178,7 @@ def _manifest(config: PreTrainedConfig) -> dict[str, Any] | None:
     """What a factored checkpoint's configuration says about its layers; None for another model's."""
     found = getattr(config, "quantization_config", None)
     found = found if isinstance(found, dict) or found is None else found.to_dict()
-    return found if found and found.get("quant_method") in QUANT_METHODS else None
+    return found if found and found.get("quant_method") == QUANT_METHOD else None
 
 
 def factored_skeleton(name: str, dtype: str | None = None, called: str | None = None) -> PreTrainedModel:
