@@ -1,7 +1,7 @@
 """The recipes and notebooks that come with lord_tune, by name: where they are, what for, and the verb `recipes`.
 
 One copy of the files is kept: in a checkout the folder `recipes` beside the package, in an installed wheel the same
-files inside the package (setup.py puts them there).
+files inside the package (scripts/build_recipes.py puts them there).
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ def test_config_takes_the_name_of_a_recipe_unless_a_file_has_it(tmp_path, monkey
 
 
 def test_a_wheel_has_them_in_the_package(tmp_path, monkeypatch):
-    """setup.py copies the folder; scripts/check_package.sh builds a wheel and asks it."""
+    """scripts/build_recipes.py copies the folder; scripts/check_package.sh builds a wheel and asks it."""
     inside = tmp_path / "lord_tune" / "_recipes"
     shutil.copytree(FOLDER, inside)
     monkeypatch.setattr(recipe_files, "_FOLDERS", (inside, tmp_path / "recipes"))
