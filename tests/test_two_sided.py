@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -83,18 +84,22 @@ def test_the_energies_are_the_loss_of_what_is_dropped(shape):
 
 @shapes
 @pytest.mark.parametrize("ranked", [True, False])
-def test_the_noticed_energies_are_the_loss_of_what_is_dropped_at_the_tokens_that_count(shape, ranked):
-    """tr(G_d E H_g E^T) with H_g of other tokens than H's: of W's truncations, and of what is left beside a Q."""
+@pytest.mark.parametrize("share", [0.1, 0.9], ids=["massive activations", "others"])
+def test_the_foreseen_energies_are_the_loss_of_what_is_dropped(shape, ranked, share):
+    """tr(G_d E H E^T) of truncations of W, and of what is left beside a Q; with H_g where that is less than half."""
     w, moments, gram = weight(shape), moments_of(inputs(shape[1])), output_gram_of(shape[0])
-    other = moments_of(inputs(shape[1], seed=7))
+    weighed = moments_of(inputs(shape[1], seed=7))
     metric, method = damped(gram, 0.01), TwoSided(0.0, 0.01)
+    least = share * loss(w, metric, moments) / loss(w, metric, weighed)
+    other = replace(weighed, gram=least * weighed.gram)
+    counted = other if share < 0.5 else moments
     found = analyse(w, moments, None, method, None, gram, noticed=other.gram).spectrum
     solution = method.spectrum(w, moments, gram)
     energies = method.energies(w, moments, gram, ranked, other.gram)
     assert len(energies) == (min(shape) if ranked else 1)
-    whole = loss(w, metric, other)
+    whole = loss(w, metric, counted)
     for rank in range(0, min(shape) + 1 if ranked else 1, 4):
-        expected = loss(w - truncate(w, solution, rank).product(), metric, other)
+        expected = loss(w - truncate(w, solution, rank).product(), metric, counted)
         for tails in (found.energies, energies):
             assert float(tails[rank:].sum()) == pytest.approx(expected, rel=1e-9, abs=1e-13 * whole)
 

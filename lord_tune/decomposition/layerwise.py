@@ -29,6 +29,7 @@ from ..factorizations import (
     calibrated_curve,
     error_curves,
     feedback_alone,
+    foreseen,
     relative_error,
     round_factors,
     thinned,
@@ -115,7 +116,7 @@ def analyse(
     energies = spectrum.energies
     if noticed is not None:
         assert output_gram is not None, "the backward pass gives both"
-        energies = chosen.noticed_energies(solution, output_gram, noticed)
+        energies = foreseen(energies, chosen.noticed_energies(solution, output_gram, noticed))
     kept = Spectrum(spectrum.basis[:, :keep].float().contiguous(), energies, spectrum.centre, dual)
     facts = _facts(chosen, calibration, output_gram)
     facts["seconds"] = time.perf_counter() - start

@@ -16,6 +16,7 @@ from .base import (
     Split,
     balance,
     calibrated_curve,
+    foreseen,
     truncate,
 )
 from .caldera import Caldera, feedback_alone
@@ -63,6 +64,7 @@ __all__ = [
     "calibrated_curve",
     "error_curves",
     "feedback_alone",
+    "foreseen",
     "others_of",
     "pivoted",
     "pivoted_left",

@@ -296,7 +296,7 @@ class Projection(Method):
         moments: Moments | None,
         output_gram: Tensor | None,
         ranked: bool,
-        noticed: Tensor | None = None,  # see `noticed_energies`
+        noticed: Tensor | None = None,  # see `noticed_energies` and `foreseen`
     ) -> Tensor:
         """Those of `solve`, without its basis: (k,), or where no rank is asked for their sum, (1,)."""
         core = Core.of(weight, moments)
@@ -306,12 +306,16 @@ class Projection(Method):
             return moment.trace().reshape(1) if not ranked else _eigenvalues(moment)
         other = None if noticed is None else core.matrix @ noticed.to(core.matrix) @ core.matrix.T
         if not ranked:
-            return metric.scale * (metric.matrix * (moment if other is None else other)).sum().reshape(1)
+            whole = (metric.matrix * moment).sum().reshape(1)
+            if other is not None:
+                whole = foreseen(whole, (metric.matrix * other).sum().reshape(1))
+            return metric.scale * whole
         root = torch.linalg.cholesky(metric.matrix)
         moment = root.T @ moment @ root
         if other is None:
             return metric.scale * _eigenvalues(moment)
-        return metric.scale * row_energies((root @ principal_axes(moment)[1]).T, other).clamp_min(0)
+        energies, axes = principal_axes(moment)
+        return metric.scale * foreseen(energies, row_energies((root @ axes).T, other).clamp_min(0))
 
     def noticed_energies(
         self,
@@ -361,6 +365,16 @@ class Projection(Method):
             return parts, quantizer.dequantize(parts, (weight.shape[0], weight.shape[1]), torch.float64)
         found = fitted(quantizer, weight, quantizer.turned_gram(moments.gram), heldout_energies(quantizer, heldout))
         return found.parts, found.backbone
+
+
+MASSIVE = 0.5  # of what H foresees; below it tokens that the loss hardly notices make the rest
+
+
+def foreseen(energies: Tensor, noticed: Tensor) -> Tensor:
+    """Of two predictions of the loss, direction by direction, that of H, unless H_g foresees less than half of it: then
+    massive activations make the difference, and K-FAC's assumption fails. Elsewhere H_g, whose tokens weigh as unevenly
+    as their gradients, is the less certain of the two (scripts/RESULTS.md)."""
+    return noticed if bool(noticed.sum() < MASSIVE * energies.sum()) else energies
 
 
 def _eigenvalues(moment: Tensor) -> Tensor:
