@@ -85,7 +85,7 @@ def test_the_energies_are_the_loss_of_what_is_dropped(shape):
 @shapes
 @pytest.mark.parametrize("ranked", [True, False])
 @pytest.mark.parametrize("share", [0.1, 0.9], ids=["massive activations", "others"])
-def test_the_foreseen_energies_are_the_loss_of_what_is_dropped(shape, ranked, share):
+def test_the_foreseen_noise_is_the_loss_of_what_rank_leaves(shape, ranked, share):
     """tr(G_d E H E^T) of truncations of W, and of what is left beside a Q; with H_g where that is less than half."""
     w, moments, gram = weight(shape), moments_of(inputs(shape[1])), output_gram_of(shape[0])
     weighed = moments_of(inputs(shape[1], seed=7))
@@ -93,15 +93,13 @@ def test_the_foreseen_energies_are_the_loss_of_what_is_dropped(shape, ranked, sh
     least = share * loss(w, metric, moments) / loss(w, metric, weighed)
     other = replace(weighed, gram=least * weighed.gram)
     counted = other if share < 0.5 else moments
-    found = analyse(w, moments, None, method, None, gram, noticed=other.gram).spectrum
     solution = method.spectrum(w, moments, gram)
     energies = method.energies(w, moments, gram, ranked, other.gram)
     assert len(energies) == (min(shape) if ranked else 1)
     whole = loss(w, metric, counted)
     for rank in range(0, min(shape) + 1 if ranked else 1, 4):
         expected = loss(w - truncate(w, solution, rank).product(), metric, counted)
-        for tails in (found.energies, energies):
-            assert float(tails[rank:].sum()) == pytest.approx(expected, rel=1e-9, abs=1e-13 * whole)
+        assert float(energies[rank:].sum()) == pytest.approx(expected, rel=1e-9, abs=1e-13 * whole)
 
 
 @shapes
@@ -273,20 +271,26 @@ def test_the_recorded_errors_are_those_of_the_layers(kind, llama_dir, rows_file,
             assert error == pytest.approx(entry[key], rel=1e-5), (name, key)
 
 
-def test_a_budget_is_shared_out_by_what_the_loss_notices(llama_dir, rows_file, tmp_path, monkeypatch):
-    """Every layer is analysed with H_g, in the block-wise run and in that of a whole model."""
-    seen: list[bool] = []
+def test_noise_is_foreseen_by_what_the_loss_notices(llama_dir, rows_file, tmp_path, monkeypatch):
+    """Where formats are compared, every layer is analysed with H_g and with G less chance; L R alone needs neither."""
+    seen: list[Any] = []
 
     def spy(weight: Tensor, moments: Any, heldout: Any, method: Any, limit: Any, gram: Any, *rest: Any) -> Any:
-        noticed = rest[-2]
-        assert noticed.shape == moments.gram.shape and gram.shape == (len(weight), len(weight))
-        seen.append(not torch.allclose(noticed.double(), moments.gram, rtol=0.01))
+        *_, noticed, beside = rest
+        seen.append((moments.gram, noticed, gram, beside))
         return analyse(weight, moments, heldout, method, limit, gram, *rest)
 
     monkeypatch.setattr("lord_tune.decomposition.calibrating.analyse", spy)
-    text = TEXT | {"calibration": [str(rows_file)], "kept_fraction": 0.8}
-    lord_tune.decompose(str(llama_dir), str(tmp_path / "out"), **text)
-    assert len(seen) == 21 and all(seen)
+    text = TEXT | {"calibration": [str(rows_file)]}
+    mixed = {"bits_per_weight": 4.0, "allocation": "mixed", "mix": ["int2", "int4"]}
+    lord_tune.decompose(str(llama_dir), str(tmp_path / "mixed"), **text, **mixed)
+    assert len(seen) == 21
+    for gram, noticed, outputs, beside in seen:
+        assert noticed.shape == gram.shape and not torch.allclose(noticed.double(), gram, rtol=0.01)
+        assert beside.shape == outputs.shape and not torch.allclose(beside, outputs, rtol=0.01)
+    seen.clear()
+    lord_tune.decompose(str(llama_dir), str(tmp_path / "alone"), **text, kept_fraction=0.8)
+    assert len(seen) == 21 and all(noticed is None and beside is None for _, noticed, _, beside in seen)
 
 
 def test_an_expert_that_no_token_of_the_backward_pass_chose_is_told(rows_file, tmp_path):

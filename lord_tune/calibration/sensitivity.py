@@ -13,7 +13,8 @@ also gives H of the inputs x with every token weighed by its |g|^2,
 
 in 8 in^2 bytes more. An error E of the weight adds about tr(G E H_g E^T) to the loss: of K-FAC's assumption that x and
 g are independent only their directions remain. That matters at tokens with massive activations, of which the loss
-notices little: with H in place of H_g the increase is foreseen up to 40 times too large (scripts/RESULTS.md).
+notices little: with H in place of H_g the increase is foreseen up to 40 times too large. Elsewhere H is the better of
+the two, and for L R alone everywhere (scripts/RESULTS.md).
 
 It also gives the share of chance in G. Gradients have heavy tails, and L R beside a backbone, whose error W - Q looks
 the same in all directions, would seek those in which these few thousand tokens' G happens to be large. There G is taken

@@ -2,9 +2,9 @@
 
 A choice moves the layer's outputs by E x, E = W - W'. To second order, with the K-FAC factors H = E[x x^T] of the
 inputs and G = E[g g^T] of the loss gradients at the outputs (Martens and Grosse 2015), the loss grows by
-1/2 tr(G E H E^T), in nats per token. A method that weighs the outputs itself (two_sided) gives that, with H_g in place
-of H where the layer reads massive activations (`foreseen` in factorizations/base.py). For others both kinds of choices
-are measured in one basis U, that of the method for W:
+1/2 tr(G E H E^T), in nats per token. A method that weighs the outputs itself (two_sided) gives that, beside a backbone
+with H_g in place of H where the layer reads massive activations (`foreseen` in factorizations/base.py). For others both
+kinds of choices are measured in one basis U, that of the method for W:
 
     L R of rank r   E H E^T is diagonal in U: 1/2 sum over j >= r of sigma_j^2 u_j^T G u_j
     Q + L R         D = W - Q: the spectrum of D H D^T gives the energy that rank r leaves of it, and 1/2 of the mean of

@@ -91,6 +91,11 @@ class Request:
         return "output_gram" in self.template.factorization().needs
 
     @property
+    def weighs_noise(self) -> bool:
+        """Whether what rounding costs the loss is among that: with H_g of the inputs, see factorizations/base.py."""
+        return self.weighs and isinstance(self.budget, Sized) and bool(self.budget.formats)
+
+    @property
     def gradients_first(self) -> bool:
         """Whether a backward pass comes before anything is factorized."""
         return bool(self.needs() & {"fisher", "output_gram"})

@@ -153,7 +153,7 @@ def decompose_checkpoint(
 def look(run: Passes, request: Request) -> dict[str, Measured]:
     """All passes that a budget is shared out by."""
     if request.gradients_first:
-        measure_gradients(run, dict.fromkeys(run.survey.layers, request.template.factorization()), request.weighs)
+        measure_gradients(run, dict.fromkeys(run.survey.layers, request.template.factorization()), request.weighs_noise)
     return calibrate(run, request)
 
 

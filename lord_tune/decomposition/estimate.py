@@ -33,7 +33,7 @@ The layer at hand, in float64 matrices that live together; m = out in, k = min(o
 
     solution     (wide: out <= in) W, then rows of its curves, 2.5 m + 6 k^2;  (tall) rotation and basis, 2 m + 8.5 k^2;
                  with output weights their moment, its root, the dual and products of the curves, out^2 + 4 k^2 more and
-                 (tall) m; where they share a budget out H_g, in^2
+                 (tall) m; where they foresee noise H_g, in^2
     truncation   2 m + f, tall 3 m + f, while the solution is alive; pivoted factors: LU of L, where it is larger than B
     backbone     Q, W, W - Q and, for the error of a plain SVD beside them, the quantized W and two differences:
                  wide max(7 m, 5 m + 6 k^2), tall max(6 m + 7 k^2, 7 m + 4 k^2); one more Q with --shrinkage auto;
@@ -139,14 +139,14 @@ def estimate_run(
     noticed = {n for n, choice in choices.items() if "output_gram" in choice.factorization().needs}
     kept_bases = _kept_bases(shapes, noticed, choices) if ranks is None else {}
     bases = sum(kept_bases.get(n, 0) for n in layers)
-    by_output = {n: _gradient_bytes(shape, request.weighs) for n, shape in shapes.items() if n in noticed}
+    by_output = {n: _gradient_bytes(shape, request.weighs_noise) for n, shape in shapes.items() if n in noticed}
     output_grams = sum(by_output.get(n, 0) for n in layers)
     factors = sum(stored.values()) if stored else block_bytes[widest]
     kept_ranks = {n: _rank_bound(members[n], request) if ranks is None else ranks.get(n) or 0 for n in layers}
     on_cpu = device is None or device.type == "cpu"
     mapped = _MAPPED if on_cpu else 0  # an accelerator's allocator counts what is alive
     largest = _together(
-        [_working_parts(shapes[n], kept_ranks[n], text, choices[n], request.weighs) for n in layers], mapped
+        [_working_parts(shapes[n], kept_ranks[n], text, choices[n], request.weighs_noise) for n in layers], mapped
     )
     grams = window = 0
     if text is not None:

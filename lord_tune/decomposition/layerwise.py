@@ -29,7 +29,6 @@ from ..factorizations import (
     calibrated_curve,
     error_curves,
     feedback_alone,
-    foreseen,
     relative_error,
     round_factors,
     thinned,
@@ -98,7 +97,7 @@ def analyse(
     output_gram: Tensor | None = None,
     form: str = PLAIN,  # in which the factors will be stored
     formats: Formats | None = None,  # to be measured beside W = L R
-    noticed: Tensor | None = None,  # (in, in): by it the energies are foreseen, see Projection.noticed_energies
+    noticed: Tensor | None = None,  # (in, in): H_g, by which noise is foreseen, see Projection.energies
     gram_beside: Tensor | None = None,  # (out, out): what weighs the outputs beside the formats, output_gram if None
 ) -> Analysis:
     """Basis and error curves at every rank."""
@@ -113,11 +112,7 @@ def analyse(
     whole = spectrum.basis.shape[1]
     keep = whole if limit is None else min(max(limit, 1), whole)
     dual = None if spectrum.dual is None else spectrum.dual[:, :keep].float().contiguous()
-    energies = spectrum.energies
-    if noticed is not None:
-        assert output_gram is not None, "the backward pass gives both"
-        energies = foreseen(energies, chosen.noticed_energies(solution, output_gram, noticed))
-    kept = Spectrum(spectrum.basis[:, :keep].float().contiguous(), energies, spectrum.centre, dual)
+    kept = Spectrum(spectrum.basis[:, :keep].float().contiguous(), spectrum.energies, spectrum.centre, dual)
     facts = _facts(chosen, calibration, output_gram)
     facts["seconds"] = time.perf_counter() - start
     return Analysis(kept, curves, facts, noise)

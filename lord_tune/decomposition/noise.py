@@ -26,7 +26,7 @@ def noise_by_format(
     method: Projection,  # that fits L R to what rounding leaves, and in whose metric that is measured
     formats: Formats,
     output_gram: Tensor | None,
-    noticed: Tensor | None = None,  # (in, in), see Projection.noticed_energies
+    noticed: Tensor | None = None,  # (in, in): H_g, see Projection.energies
 ) -> dict[str, Noise]:
     """Backbone -> noise."""
     found: dict[str, Noise] = {}

@@ -183,7 +183,7 @@ def run_seconds(
         if weighted:
             total += 4 * text.sensitivity * forward_flops / rates.forward
             if request.predicts_loss:  # second moments of the gradients, and of the inputs as the loss notices them
-                squares = sum(site.shape[0] ** 2 + request.weighs * site.shape[1] ** 2 for site in sites.values())
+                squares = sum(site.shape[0] ** 2 + request.weighs_noise * site.shape[1] ** 2 for site in sites.values())
                 total += 1.2 * text.sensitivity * squares / rates.single
     for name, site in sites.items():
         method = choices[name].factorization()

@@ -16,7 +16,6 @@ from .base import (
     Split,
     balance,
     calibrated_curve,
-    foreseen,
     truncate,
 )
 from .caldera import Caldera, feedback_alone
@@ -64,7 +63,6 @@ __all__ = [
     "calibrated_curve",
     "error_curves",
     "feedback_alone",
-    "foreseen",
     "others_of",
     "pivoted",
     "pivoted_left",

@@ -296,7 +296,7 @@ class Projection(Method):
         moments: Moments | None,
         output_gram: Tensor | None,
         ranked: bool,
-        noticed: Tensor | None = None,  # see `noticed_energies` and `foreseen`
+        noticed: Tensor | None = None,  # (in, in): H_g of calibration/sensitivity.py, see `foreseen`
     ) -> Tensor:
         """Those of `solve`, without its basis: (k,), or where no rank is asked for their sum, (1,)."""
         core = Core.of(weight, moments)
@@ -316,19 +316,6 @@ class Projection(Method):
             return metric.scale * _eigenvalues(moment)
         energies, axes = principal_axes(moment)
         return metric.scale * foreseen(energies, row_energies((root @ axes).T, other).clamp_min(0))
-
-    def noticed_energies(
-        self,
-        solution: Solution,
-        output_gram: Tensor,  # (out, out)
-        noticed: Tensor,  # (in, in): H_g, see calibration/sensitivity.py
-    ) -> Tensor:
-        """The energies of the solution's directions with H_g in place of H: (k,), in the order of the directions. The
-        sum over j >= r is what the loss notices of the error of rank r."""
-        metric = self.metric(solution.core, output_gram)
-        assert metric is not None and solution.dual_axes is not None, "the method weighs the outputs"
-        rows = solution.dual_axes.T @ solution.core.matrix
-        return metric.scale * row_energies(rows, noticed.to(rows)).clamp_min(0)
 
     def spectrum(self, weight: Tensor, moments: Moments | None, output_gram: Tensor | None = None) -> Spectrum:
         return self.solve(weight, moments, output_gram).spectrum
@@ -371,9 +358,9 @@ MASSIVE = 0.5  # of what H foresees; below it tokens that the loss hardly notice
 
 
 def foreseen(energies: Tensor, noticed: Tensor) -> Tensor:
-    """Of two predictions of the loss, direction by direction, that of H, unless H_g foresees less than half of it: then
-    massive activations make the difference, and K-FAC's assumption fails. Elsewhere H_g, whose tokens weigh as unevenly
-    as their gradients, is the less certain of the two (scripts/RESULTS.md)."""
+    """Of two predictions of what rounding costs the loss, direction by direction, that of H, unless H_g foresees less
+    than half of it: then massive activations make the difference, and K-FAC's assumption fails. Elsewhere H_g, whose
+    tokens weigh as unevenly as their gradients, is the less certain of the two (scripts/RESULTS.md)."""
     return noticed if bool(noticed.sum() < MASSIVE * energies.sum()) else energies
 
 
