@@ -1,5 +1,5 @@
-"""Write a Hugging Face checkpoint tensor by tensor: the files that `save_pretrained` writes, to the last byte, of tensors
-that need not be in memory together.
+"""Write a Hugging Face checkpoint tensor by tensor: the files that `save_pretrained` writes, to the last byte, of
+tensors that need not be in memory together.
 
 safetensors writes a file from tensors that all are there. Its format (https://github.com/huggingface/safetensors) lets
 a file be begun without them: 8 bytes of length, a JSON header with the place of each tensor, the tensors. What belongs
