@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ..calibration.blocks import find_blocks
 from ..integrations.checkpoint import Checkpoint
 from ..integrations.models import load_dense_or_factored
-from ..integrations.shards import save_streamed
+from ..integrations.shards import save_streamed, stored_tensors
 from ..integrations.space import bytes_in
 from ..integrations.transformers_quantizer import detach
 from ..layers import (
@@ -30,9 +30,10 @@ from ..layers import (
     fuse,
     unfused_parameters,
 )
+from ..layers.sizes import sizes
 from ..memory import give_back, settle
 from ..protocols import Tokenizer
-from .verify import outputs_of
+from .verify import COMPARED_ROWS, PROBE_TOKENS, outputs_of
 
 
 def dense_skeleton(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -64,6 +65,30 @@ def save_dense(
     to_nothing(model)
 
 
+def foreseen_bytes(model: PreTrainedModel, dtype: torch.dtype | None) -> int:
+    """An upper bound of what a dense export in `dtype`, or a factored one (None), holds beside the process itself.
+    model: on the meta device.
+
+    Writing: the model as it is stored; the largest layer being multiplied out in float64, three times its numbers; the
+    largest tensor, twice for experts that become one. Reading a dense one again: what stands outside the blocks, the
+    largest of block and head, and a tensor as it comes from the file. Both: the outputs of source and copy.
+    """
+    layers = factored_layers(model).values()
+    decoded = 24 * max((layer.plan.shape[0] * layer.plan.shape[1] for layer in layers), default=0)
+    stored, head = int(sizes(model)["model_bytes"]), model.get_output_embeddings()
+    width = 0 if head is None else int(head.weight.shape[0])
+    compared = width * (PROBE_TOKENS * 3 * 4 + COMPARED_ROWS * 6 * 8)
+    skeleton = dense_skeleton(model, dtype or model.dtype)
+    state = {name: tensor.numel() * tensor.itemsize for name, tensor in stored_tensors(skeleton).items()}
+    largest = max(state.values(), default=0)
+    if dtype is None:
+        return stored + decoded + largest + compared
+    parts, outside = _parts_to_run(skeleton, [*state])
+    unit = max((sum(state.get(name, 0) for name in names) for _, names in parts), default=0)
+    reading = sum(state[name] for name in outside) + unit + largest
+    return max(stored + decoded + 2 * largest, reading) + compared
+
+
 class _Parts:
     """The tensors of the dense model of a factored one, made when they are asked for."""
 
@@ -93,17 +118,16 @@ class _Parts:
         module = self._model.get_submodule(path)
         if isinstance(module, QuantizedEmbedding | QuantizedHead) and leaf == "weight":
             return module.table.whole(self._dtype)
-        tensor = module._parameters.get(leaf)
-        return module._buffers[leaf] if tensor is None else tensor
+        return _tensors_with(module, leaf)[leaf]
 
     def let_go(self, names: Iterable[str]) -> None:
         for name in names:
             path, _, leaf = name.rpartition(".")
-            module = self._model.get_submodule(path)
-            for tensors in (module._parameters, module._buffers):
-                tensor = tensors.get(leaf)
-                for owner, key in self._tied.get(id(tensor), [(tensors, leaf)]) if tensor is not None else ():
-                    owner[key] = _emptied(tensor)
+            tensors = _tensors_with(self._model.get_submodule(path), leaf)
+            if leaf in tensors:  # and no stored table
+                empty = _emptied(tensors[leaf])
+                for owner, key in self._tied.get(id(tensors[leaf]), [(tensors, leaf)]):
+                    owner[key] = empty
         give_back()
 
 
@@ -111,6 +135,11 @@ def _places(model: nn.Module) -> Iterable[tuple[dict[str, Any], str, Tensor]]:
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             yield from ((tensors, leaf, tensor) for leaf, tensor in list(tensors.items()) if tensor is not None)
+
+
+def _tensors_with(module: nn.Module, leaf: str) -> dict[str, Any]:
+    """Of the parameters and the buffers of a module those that have this name."""
+    return module._parameters if module._parameters.get(leaf) is not None else module._buffers
 
 
 def _emptied(tensor: Tensor) -> Tensor:
@@ -150,9 +179,18 @@ def outputs_by_blocks(folder: Path, ids: Tensor, check: Callable[[PreTrainedMode
 
 def _walked(source: Checkpoint, ids: Tensor) -> Tensor:
     """The outputs, with the weights of a block, or of the output head, in memory while it runs."""
-    model, blocks = source.model, find_blocks(source.model)
-    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    names = [name for name in model.state_dict() if name not in tied]
+    tied = getattr(source.model, "all_tied_weights_keys", None) or {}
+    parts, outside = _parts_to_run(source.model, [name for name in source.model.state_dict() if name not in tied])
+    source.load(outside)
+    with ExitStack() as stack:
+        for module, names in parts:
+            stack.enter_context(_loaded_while_it_runs(source, module, names))
+        return outputs_of(source.model, ids)
+
+
+def _parts_to_run(model: PreTrainedModel, names: list[str]) -> tuple[list[tuple[nn.Module, list[str]]], list[str]]:
+    """Blocks and output head with the tensors that each needs while it runs; the tensors that stay in memory."""
+    blocks, tied = find_blocks(model), getattr(model, "all_tied_weights_keys", None) or {}
     inside = () if blocks.whole else tuple(f"{path}." for path in blocks.paths)
     parts: list[tuple[nn.Module, list[str]]] = []
     for prefix, module in zip(inside, blocks.modules, strict=False):
@@ -163,11 +201,7 @@ def _walked(source: Checkpoint, ids: Tensor) -> Tensor:
     alone = [] if head is None else _alone(model, head, names, {*tied, *tied.values()})
     if head is not None and alone:
         parts.append((head, alone))
-    source.load(name for name in names if not name.startswith(inside) and name not in alone)
-    with ExitStack() as stack:
-        for module, own in parts:
-            stack.enter_context(_loaded_while_it_runs(source, module, own))
-        return outputs_of(model, ids)
+    return parts, [name for name in names if not name.startswith(inside) and name not in alone]
 
 
 def _alone(model: nn.Module, head: nn.Module, names: list[str], tied: set[str]) -> list[str]:

@@ -17,7 +17,7 @@ THRESHOLDS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 # ||written - unmerged|| / ||unmerged|| of outputs that are not the logits of tokens: softmax would not see what moves
 # all of them, and of a single one nothing. The rounding of weights adds up over some tens of layers
 DIFFERENCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 1e-1}
-_ROWS = 32  # of outputs that are compared at once, in float64
+COMPARED_ROWS = 32  # of outputs that are compared at once, in float64
 WINDOWS = 8  # that a head with one output per text is compared on
 PROBE_TOKENS = 256
 PROBE_TEXT = '''def moving_average(values, width):
@@ -92,7 +92,7 @@ def outputs_of(model: CausalModel, ids: Tensor) -> Tensor:
 def compare(reference: Tensor, written: Tensor, tokens: bool = True) -> Comparison:
     """Both (row, width); tokens: whether they are logits of a vocabulary, whose softmax is what counts."""
     norms, divergences, largest = [], [], []
-    for one, other in zip(reference.split(_ROWS), written.split(_ROWS), strict=True):
+    for one, other in zip(reference.split(COMPARED_ROWS), written.split(COMPARED_ROWS), strict=True):
         p, q = one.double(), other.double()
         norms.append(torch.stack([(p - q).norm(), p.norm()]))
         largest.append((one - other).abs().max())

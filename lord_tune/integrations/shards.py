@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import get_torch_storage_size, split_state_dict_into_shards_factory
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -93,8 +93,12 @@ def save_streamed(
     skeleton.save_pretrained(folder, state_dict={})  # configuration, code of the model, generation
     state = stored_tensors(skeleton)
     whole = revert_weight_conversion(skeleton, dict(state))
-    split = split_torch_state_dict_into_shards(
-        whole, filename_pattern="model{suffix}.safetensors", max_shard_size=largest
+    split = split_state_dict_into_shards_factory(
+        whole,
+        get_storage_size=get_torch_storage_size,
+        get_storage_id=lambda tensor: tensor.untyped_storage()._cdata,  # parts of one tensor stay together
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=largest,
     )
     places: dict[str, tuple[Path, int]] = {}
     for file, names in split.filename_to_tensors.items():
@@ -136,4 +140,4 @@ def _put(path: Path, offset: int, tensor: Tensor) -> None:
     values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     with path.open("r+b") as file:
         file.seek(offset)
-        file.write(memoryview(values.numpy()))
+        values.numpy().tofile(file)
