@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny import HIDDEN, INTERMEDIATE, VOCABULARY, save_tiny, tiny_family, tiny_head, tiny_llama
+from safetensors.torch import load_file, save_file
+from tiny import HIDDEN, INTERMEDIATE, VOCABULARY, read_tensors, save_tiny, tiny_family, tiny_head, tiny_llama
 
 import lord_tune
-from lord_tune.exports import streamed
+from lord_tune.errors import ExportMismatch
+from lord_tune.exports import dense, streamed
 from lord_tune.exports.streamed import foreseen_bytes, outputs_by_blocks, save_dense
 from lord_tune.exports.verify import outputs_of, probe_windows
 from lord_tune.integrations.models import load_dense_or_factored
@@ -119,6 +122,49 @@ def test_reading_by_blocks_gives_the_outputs_of_the_whole_model(case, decomposed
     assert torch.equal(outputs_by_blocks(tmp_path, windows, seen.append), expected)
     assert [type(model) for model in seen] == [type(whole)] and all(p.is_meta for p in seen[0].parameters())
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("why", ["weights are used elsewhere", "there is no room"])
+def test_what_cannot_be_read_by_blocks_is_read_whole(why, decomposed, tmp_path, monkeypatch):
+    written_whole(load_dense_or_factored(str(decomposed("llama"))), tmp_path, torch.float32)
+    before, loaded = sorted(tmp_path.iterdir()), []
+    expected = outputs_of(load_dense_or_factored(str(tmp_path)), IDS)
+    if why == "there is no room":
+        monkeypatch.setattr(streamed, "free_bytes", lambda folder: 1000)
+    else:  # the model computes with tensors that are never loaded
+        monkeypatch.setattr(streamed, "_parts_to_run", lambda model, names: ([], names[:1]))
+    monkeypatch.setattr(
+        streamed, "load_dense_or_factored", lambda name: loaded.append(name) or load_dense_or_factored(name)
+    )
+    assert torch.equal(outputs_by_blocks(tmp_path, IDS, lambda model: None), expected)
+    assert loaded == [str(tmp_path)] and sorted(tmp_path.iterdir()) == before
+
+
+def test_a_tensor_that_was_written_wrong_is_noticed_by_blocks(decomposed, tmp_path, monkeypatch):
+    """In the middle of the file, in a block that is not in memory when the walk begins."""
+
+    def corrupted(model: Any, tokenizer: Any, folder: Path, *rest: Any) -> None:
+        save_dense(model, tokenizer, folder, *rest)
+        file = folder / "model.safetensors"
+        tensors = load_file(file)
+        name = "model.layers.1.mlp.down_proj.weight"
+        save_file(tensors | {name: tensors[name] * 1.05}, file, {"format": "pt"})
+
+    monkeypatch.setattr(dense, "save_dense", corrupted)
+    monkeypatch.setattr(streamed, "load_dense_or_factored", lambda name: pytest.fail("it was loaded whole"))
+    with pytest.raises(ExportMismatch, match="differs from the model"):
+        lord_tune.export(str(decomposed("llama")), str(tmp_path / "bad"), "dense")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_dtype_is_that_of_the_original_unless_another_is_asked_for(decomposed, tmp_path):
+    for asked, expected in ((None, "bfloat16"), ("float32", "float32")):
+        out = tmp_path / expected
+        report = lord_tune.export(str(decomposed("half")), str(out), "dense", **({"dtype": asked} if asked else {}))
+        assert {tensor.dtype for tensor in read_tensors(out).values()} == {getattr(torch, expected)}
+        assert report["dtype"] == json.loads((out / "config.json").read_text())["dtype"] == expected
+        # the model computes in bfloat16 either way; its threshold is that of its 16 bits
+        assert report["comparison"]["kl"] < 5e-2
 
 
 MEASURED = """

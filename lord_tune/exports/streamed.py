@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,7 +17,7 @@ from ..calibration.blocks import find_blocks
 from ..integrations.checkpoint import Checkpoint
 from ..integrations.models import load_dense_or_factored
 from ..integrations.shards import save_streamed, stored_tensors
-from ..integrations.space import bytes_in
+from ..integrations.space import bytes_in, free_bytes
 from ..integrations.transformers_quantizer import detach
 from ..layers import (
     QuantizedEmbedding,
@@ -161,7 +160,8 @@ def outputs_by_blocks(folder: Path, ids: Tensor, check: Callable[[PreTrainedMode
     A model whose code computes with the weights of a block elsewhere is loaded whole, and so is one whose experts
     transformers would write to disk again (it cuts them out of the file's tensors) where there is no room for that.
     """
-    if shutil.disk_usage(folder).free > 1.1 * bytes_in(folder):
+    free = free_bytes(folder)
+    if free is None or free > 1.1 * bytes_in(folder):
         with tempfile.TemporaryDirectory(dir=folder, prefix=".lord_tune_read_") as scratch:
             source = Checkpoint(str(folder), None, Path(scratch))
             check(source.model)
