@@ -34,8 +34,8 @@ def check_space(out: Path, needed: float, what: str) -> None:
     free = free_bytes(out)
     if free is not None and needed > free:
         raise LordError(
-            f"{what} needs {human_bytes(needed)} of disk space in {_existing(out)}, where {human_bytes(free)} are free; "
-            "make space, or choose an output on another disk."
+            f"{what} needs {human_bytes(needed)} of disk space in {_existing(out)}, where {human_bytes(free)} are "
+            "free; make space, or choose an output on another disk."
         )
 
 
