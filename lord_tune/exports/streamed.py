@@ -75,7 +75,8 @@ def foreseen_bytes(model: PreTrainedModel, dtype: torch.dtype | None) -> int:
     layers = factored_layers(model).values()
     decoded = 24 * max((layer.plan.shape[0] * layer.plan.shape[1] for layer in layers), default=0)
     stored, head = int(sizes(model)["model_bytes"]), model.get_output_embeddings()
-    width = 0 if head is None else int(head.weight.shape[0])
+    weight = getattr(head, "weight", None)
+    width = 0 if weight is None else int(weight.shape[0])
     compared = width * (PROBE_TOKENS * 3 * 4 + COMPARED_ROWS * 6 * 8)
     skeleton = dense_skeleton(model, dtype or model.dtype)
     state = {name: tensor.numel() * tensor.itemsize for name, tensor in stored_tensors(skeleton).items()}
