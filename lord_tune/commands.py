@@ -41,7 +41,7 @@ from .dry_run import show_dry_run, show_steps
 from .errors import LordWarning, UsageError
 from .evaluating import measured, prepared
 from .exports.alone import check_base
-from .exports.run import export_model
+from .exports.run import export_model, own_dtype
 from .inspecting import report_of
 from .integrations.checkpoint import skeleton
 from .integrations.companions import companions_of
@@ -53,7 +53,7 @@ from .integrations.running import kind_of, run_model, window_length
 from .integrations.sources import gguf_file, resolve_model, weights_identity
 from .journey import described, journey, show_journey
 from .keywords import documented
-from .layers import dequantize_once
+from .layers import dequantize_once, plain_model
 from .merges import ORIGINAL, UNMERGED, Merges, weigh
 from .options import Export
 from .parallel import Workers
@@ -317,6 +317,7 @@ def _export(config: ExportConfig) -> dict[str, Any]:
             if config.text is None
             else "\n\n".join(documents([config.text], tokenizer, config.plain_prompts, note))
         )
+        own = own_dtype(plain_model(loaded).dtype)
         comparison = export_model(
             *(loaded, tokenizer, folder, config.format, config.dtype, config.threshold, text, Path(config.out), beside),
             **config.model_dump(include={"pad_ranks", "dense_type", "adapter_type"}),
@@ -329,7 +330,7 @@ def _export(config: ExportConfig) -> dict[str, Any]:
             "format_version": FORMAT_VERSION,
             "source": config.model,
             "format": config.format,
-            "dtype": config.dtype or ("float32" if config.format == "dense" else None),
+            "dtype": config.dtype or (own if config.format == "dense" else None),
             "command": command,
             "comparison": asdict(comparison),
             **({"notes": notes} if notes else {}),

@@ -863,8 +863,7 @@ class ExportConfig(HubOptions, RunConfig):
     )
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
         None,
-        description="dense, compressed-tensors, vllm: dtype of the written weights; default float32 of dense, the "
-        "model's own of the others",
+        description="dense, compressed-tensors, vllm: dtype of the written weights; default: the model's own",
     )
     pad_ranks: bool = Field(
         False,

@@ -4,9 +4,10 @@ The plan is written as the config.json that `decompose` would write, without ten
 step (training/forecast.py) and the exports' own checks take what they need: shapes. The decomposition and a training
 step are held against the memory of the GPU, exports against this machine's memory and disk, since they run on the CPU.
 
-An export holds what Python and the libraries do, the model, what it writes, and what it reads again to compare: the
-model as it is stored and twice what is written, or for gguf the model in float32 twice. That is a bound and no
-forecast.
+An export holds what Python and the libraries do and, dense or factored, the model as it is stored or what stands
+outside its blocks, and the layer or block at hand (exports/streamed.py). Other forms hold the model, what they write,
+and what they read again to compare: the model as it is stored and twice what is written, or for gguf the model in
+float32 twice. These are bounds and no forecasts.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from .decomposition import Estimate, Request, Survey, TextSize, estimate_run, tr
 from .decomposition.decide import decide
 from .errors import LordError, UsageError
 from .exports.run import EXPORTS
+from .exports.streamed import foreseen_bytes
 from .integrations.checkpoint import write_index
 from .integrations.files import first_line
 from .integrations.running import max_length, run_on_meta
@@ -169,14 +171,17 @@ def _exports(folder: str, held: int) -> list[Leg]:
             legs.append(Leg(f"export {form}", "cpu", None, 0, None, f"no: {first_line(error).partition(';')[0]}"))
             continue
         element = model.dtype.itemsize
-        stored, whole = int(sizes(model)["model_bytes"]), dense_bytes(model, 4)
+        stored = int(sizes(model)["model_bytes"])
         written = {
-            "dense": whole,
+            "dense": dense_bytes(model, element),
             "factored": stored,
             "peft": apart_bytes(model, element, 4),
             "gguf": _gguf_bytes(model),
         }.get(form, apart_bytes(model, element, element))
-        memory = held + (2 * whole + stored if form == "gguf" else stored + 2 * written)
+        if form in ("dense", "factored"):
+            memory = held + foreseen_bytes(model, model.dtype if form == "dense" else None)
+        else:
+            memory = held + stored + 2 * (dense_bytes(model, 4) if form == "gguf" else written)
         fits = memory <= available and written <= _free_disk()
         legs.append(Leg(f"export {form}", "cpu", memory, written, fits, _WRITES.get(form, "")))
     return legs

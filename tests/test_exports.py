@@ -15,7 +15,6 @@ import lord_tune
 from lord_tune.errors import ExportMismatch
 from lord_tune.exports import dense, factored
 from lord_tune.exports.verify import compare
-from lord_tune.integrations import models
 
 
 def decomposed(model: Any, folder: Path, **options: Any) -> str:
@@ -51,15 +50,17 @@ def test_a_wrong_export_of_a_head_for_labels_is_noticed(head, form, tmp_path, mo
     assert good["kl"] is None and good["relative_difference"] < 1e-5 and good["top1_agreement"] is None
     assert good["tokens"] == 8
 
-    def corrupted(model: Any, tokenizer: Any, folder: Path) -> None:
-        models.save_model(model, tokenizer, folder)
+    def corrupted(model: Any, tokenizer: Any, folder: Path, *rest: Any) -> None:
+        write(model, tokenizer, folder, *rest)
         file = folder / "model.safetensors"
         tensors = load_file(file)
         name = next(key for key in ("score.weight", "classifier.weight") if key in tensors)
         rows = tensors[name]
         save_file(tensors | {name: rows + 0.02 * rows.abs().mean()}, file, {"format": "pt"})
 
-    monkeypatch.setattr({"dense": dense, "factored": factored}[form], "save_model", corrupted)
+    module, name = {"dense": (dense, "save_dense"), "factored": (factored, "save_model")}[form]
+    write = getattr(module, name)
+    monkeypatch.setattr(module, name, corrupted)
     with pytest.raises(
         ExportMismatch, match=r"got a relative difference of the outputs of \S+, expected at most 0.001"
     ):

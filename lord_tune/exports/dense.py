@@ -10,11 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import UsageError
-from ..integrations.models import DTYPE_NAMES, load_dense_or_factored, save_model
-from ..integrations.transformers_quantizer import detach
-from ..layers import dense_tables, densify, expert_of, factored_layers
+from ..integrations.models import DTYPE_NAMES
+from ..layers import expert_of, factored_layers
 from .base import Job
-from .verify import outputs_of
+from .streamed import outputs_by_blocks, save_dense
 
 
 @dataclass(frozen=True)
@@ -31,21 +30,17 @@ class DenseExport:
         return [str(model_dtype).removeprefix("torch."), job.dtype]
 
     def write(self, model: PreTrainedModel, job: Job) -> Tensor:
-        dtype = DTYPE_NAMES[job.dtype]
         biased = [name for name, layer in factored_layers(model).items() if layer.bias is not None]
         expected = {name for name in biased if expert_of(name) is None}  # densify looks after those of experts
-        densify(model, dtype)
-        dense_tables(model, dtype)
-        detach(model)
-        model.to(dtype)  # type: ignore[arg-type]  # transformers' decorator hides the signature
-        model.config.dtype = dtype
-        save_model(model, job.tokenizer, job.folder)
-        reloaded = load_dense_or_factored(str(job.folder))
-        for name in expected:
-            if getattr(reloaded.get_submodule(name), "bias", None) is None:
-                raise UsageError(
-                    f"'{name}' carries a bias (method afm) and {type(reloaded).__name__} has no place for one, so a "
-                    "dense checkpoint would lose it; export with `format` factored, or decompose with `method` "
-                    "whitened."
-                )
-        return outputs_of(reloaded, job.ids)
+
+        def check(reloaded: PreTrainedModel) -> None:
+            for name in expected:
+                if getattr(reloaded.get_submodule(name), "bias", None) is None:
+                    raise UsageError(
+                        f"'{name}' carries a bias (method afm) and {type(reloaded).__name__} has no place for one, so "
+                        "a dense checkpoint would lose it; export with `format` factored, or decompose with `method` "
+                        "whitened."
+                    )
+
+        save_dense(model, job.tokenizer, job.folder, DTYPE_NAMES[job.dtype])
+        return outputs_by_blocks(job.folder, job.ids, check)

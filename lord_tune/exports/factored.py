@@ -13,6 +13,7 @@ from ..integrations.models import load_dense_or_factored, save_model
 from ..integrations.remote_code import add_remote_code
 from ..integrations.transformers_quantizer import attach
 from .base import Job
+from .streamed import to_nothing
 from .verify import outputs_of
 
 
@@ -30,6 +31,7 @@ class FactoredExport:
         attach(model)
         add_remote_code(model.config, job.folder)
         save_model(model, job.tokenizer, job.folder)
+        to_nothing(model)  # so that it and what is read again are not there together
         return outputs_of(load_dense_or_factored(str(job.folder)), job.ids)
 
     def rounds_to(self, model_dtype: torch.dtype, job: Job) -> list[str]:

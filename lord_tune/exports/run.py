@@ -1,6 +1,6 @@
 """Write a factored model (or one with a trained adapter) in another form, reload what was written, compare logits.
 
-dense: an ordinary Hugging Face checkpoint, W = Q + L R per layer, any loader.
+dense: an ordinary Hugging Face checkpoint in the dtype of the original, W = Q + L R per layer, any loader.
 factored: the adapter folded back into L and R, exactly; needs lord_tune to load.
 peft: a bitsandbytes NF4 base holding Q and an ordinary LoRA adapter holding L and R with lora_alpha == r; loads with
   stock transformers + peft, without lord_tune. Only for an NF4 backbone: LoRD has no Q, its base would be zeros.
@@ -14,6 +14,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..adapters.attach import has_adapters
 from ..adapters.fold import fold
@@ -51,12 +53,17 @@ _REMEDIES = {
 }
 
 
+def own_dtype(dtype: torch.dtype) -> str:
+    """What an export of a model in this dtype is written in; float32 if the name is none that can be asked for."""
+    return next((name for name, known in DTYPE_NAMES.items() if known == dtype), "float32")
+
+
 def export_model(
     model: CausalModel,
     tokenizer: Tokenizer,
     folder: Path,  # empty, exists; becomes the export
     form: str,
-    dtype: str | None = None,  # of the written weights; None: float32 of a dense export, the model's own of others
+    dtype: str | None = None,  # of the written weights; None: the model's own
     threshold: float | None = None,
     text: str | None = None,
     final: Path | None = None,  # where `folder` will be moved
@@ -67,7 +74,7 @@ def export_model(
 ) -> Comparison:
     """Write `model` as `form` into `folder` and verify it; raises ExportMismatch over the threshold.
 
-    The model is consumed: its adapter is folded and, for `dense`, its layers are replaced.
+    The model is consumed: its adapter is folded, and a dense or factored export lets go of its tensors.
     """
     if form not in EXPORTS:
         raise unknown_name("format", form, list(EXPORTS))
@@ -83,7 +90,7 @@ def export_model(
         raise UsageError("The model has no factored layers; it is an ordinary checkpoint already.")
     export, model_dtype = EXPORTS[form], plain.dtype
     export.check(plain)
-    own = "float32" if form == "dense" else str(model_dtype).removeprefix("torch.")
+    own = own_dtype(model_dtype)
     if form in ("dense", "factored"):
         size = (
             dense_bytes(plain, DTYPE_NAMES[dtype or own].itemsize) if form == "dense" else sizes(plain)["model_bytes"]

@@ -17,6 +17,7 @@ THRESHOLDS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 # ||written - unmerged|| / ||unmerged|| of outputs that are not the logits of tokens: softmax would not see what moves
 # all of them, and of a single one nothing. The rounding of weights adds up over some tens of layers
 DIFFERENCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 1e-1}
+COMPARED_ROWS = 32  # of outputs that are compared at once, in float64
 WINDOWS = 8  # that a head with one output per text is compared on
 PROBE_TOKENS = 256
 PROBE_TEXT = '''def moving_average(values, width):
@@ -90,11 +91,18 @@ def outputs_of(model: CausalModel, ids: Tensor) -> Tensor:
 
 def compare(reference: Tensor, written: Tensor, tokens: bool = True) -> Comparison:
     """Both (row, width); tokens: whether they are logits of a vocabulary, whose softmax is what counts."""
-    difference = (reference.double() - written.double()).norm() / reference.double().norm().clamp_min(1e-30)
+    norms, divergences, largest = [], [], []
+    for one, other in zip(reference.split(COMPARED_ROWS), written.split(COMPARED_ROWS), strict=True):
+        p, q = one.double(), other.double()
+        norms.append(torch.stack([(p - q).norm(), p.norm()]))
+        largest.append((one - other).abs().max())
+        if tokens:
+            p, q = p.log_softmax(-1), q.log_softmax(-1)
+            divergences.append((p.exp() * (p - q)).sum(-1))
+    difference, size = torch.stack(norms).norm(dim=0)
     kl = agreement = None
     if tokens:
-        p, q = reference.double().log_softmax(-1), written.double().log_softmax(-1)
-        kl = float((p.exp() * (p - q)).sum(-1).mean().clamp_min(0))
+        kl = float(torch.cat(divergences).mean().clamp_min(0))
         agreement = float((reference.argmax(-1) == written.argmax(-1)).double().mean())
-    largest = float((reference - written).abs().max())
-    return Comparison(kl, float(difference), largest, agreement, reference.shape[0])
+    relative = float(difference / size.clamp_min(1e-30))
+    return Comparison(kl, relative, float(torch.stack(largest).max()), agreement, reference.shape[0])

@@ -13,21 +13,29 @@ from ..errors import LordError
 from ..layers import factored_layers, stored_tables
 
 
+def free_bytes(out: Path) -> int | None:
+    """Of the disk of `out`, which need not exist; None of one that does not say."""
+    try:
+        return shutil.disk_usage(_existing(out)).free
+    except OSError:
+        return None
+
+
+def _existing(out: Path) -> Path:
+    real = out.resolve()
+    return next(parent for parent in (real, *real.parents) if parent.is_dir())
+
+
 def check_space(out: Path, needed: float, what: str) -> None:
     """LordError if the disk of `out`, which need not exist, has less than `needed` bytes free.
 
     what: the beginning of the sentence. A disk that does not say what is free is not refused.
     """
-    real = out.resolve()
-    folder = next(parent for parent in (real, *real.parents) if parent.is_dir())
-    try:
-        free = shutil.disk_usage(folder).free
-    except OSError:
-        return
-    if needed > free:
+    free = free_bytes(out)
+    if free is not None and needed > free:
         raise LordError(
-            f"{what} needs {human_bytes(needed)} of disk space in {folder}, where {human_bytes(free)} are free; make "
-            "space, or choose an output on another disk."
+            f"{what} needs {human_bytes(needed)} of disk space in {_existing(out)}, where {human_bytes(free)} are "
+            "free; make space, or choose an output on another disk."
         )
 
 

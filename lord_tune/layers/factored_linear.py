@@ -101,9 +101,7 @@ class FactoredLinear(nn.Module):
             own = (QuantizedLinear, CastLinear, PivotedLinear, type(None))  # not wrapped by an adapter
             plain = self.host is None and self.route is None and all(isinstance(part, own) for part in self.parts())
             trains = gradients and any(p.requires_grad for p in self.parameters())
-            if self.device.type == "meta":
-                weight = torch.empty(self.plan.shape, dtype=self.dtype, device="meta")
-            elif plain and not trains:
+            if self.device.type == "meta" or (plain and not trains):
                 weight = self.dense_weight(self.dtype)
             else:
                 dtype = torch.promote_types(self.dtype, torch.float32)
@@ -142,10 +140,12 @@ class FactoredLinear(nn.Module):
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W = Q + L R, summed in float64. (out, in)"""
+        if self.device.type == "meta":
+            return torch.empty(self.plan.shape, dtype=dtype, device="meta")
         left, right = self.dense_factors()
         total = left @ right
         if self.backbone is not None:
-            total = total + self.backbone.dequantize(torch.float64)
+            total += self.backbone.dequantize(torch.float64)
         return total.to(dtype)
 
     def dense_factors(self) -> tuple[Tensor, Tensor]:

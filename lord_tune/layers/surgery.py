@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Container, Iterable
+from collections.abc import Collection, Container, Iterable
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -210,13 +210,16 @@ def factored_layers(model: nn.Module) -> dict[str, FactoredLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, FactoredLinear)}
 
 
-def densify(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+def densify(model: nn.Module, dtype: torch.dtype | None = None, names: Collection[str] | None = None) -> None:
     """Replace every factored layer by the dense layer it stands for, in the class the original had, in place; experts
     become 3-D parameters again.
 
-    The weight takes `dtype`, by default float32.
+    The weight takes `dtype`, by default float32. names: of the layers to replace, with all experts of a 3-D parameter
+    or none of them; default all.
     """
-    for name, layer in factored_layers(model).items():
+    layers = factored_layers(model)
+    for name in layers if names is None else names:
+        layer = layers[name]
         weight = layer.dense_weight(dtype or torch.float32)
         if expert_of(name) is not None:
             weight = weight.T.contiguous() if layer.plan.conv1d else weight
@@ -236,4 +239,4 @@ def densify(model: nn.Module, dtype: torch.dtype | None = None) -> None:
         elif layer.plan.conv1d:  # a Conv1D always has a bias
             dense.bias = nn.Parameter(weight.new_zeros(layer.out_features), requires_grad=False)
         model.set_submodule(name, dense)
-    fuse(model)
+    fuse(model, None if names is None else {part[0] for name in names if (part := expert_of(name)) is not None})
