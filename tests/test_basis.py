@@ -307,6 +307,7 @@ def test_bytes_are_those_of_the_checkpoint_in_its_own_dtype(base, llama_dir, row
     assert 290_000 < sizes(load_dense_or_factored(str(tmp_path / "out")))["model_bytes"] <= 300_000
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("moment", [("step", "5", "before"), ("rename", "run/train_results.json", "before")])
 @pytest.mark.parametrize("size", ["--basis_share=0.5", "--basis_kept_fraction=0.4"])
 def test_a_killed_run_prunes_as_if_it_had_not_been(forks, base, rows, tmp_path, moment, size):

@@ -332,6 +332,7 @@ def test_partially_exposed_models_reload_and_fold(factored, tmp_path):
     assert torch.equal(logits(fold(exposed)), after)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_lord_tune_loading_fails_loudly(factored, family):
     code = (

@@ -47,22 +47,19 @@ def test_the_help_describes_every_option(verb):
         assert f"{field.alias or name}" in shown and " ".join(field.description.split()) in shown, name
 
 
-def checked(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
-    """mypy on a user's file."""
-    (folder / "user.py").write_text(code)
+def test_a_type_checker_knows_the_options(tmp_path):
+    """mypy on users' files."""
+    (tmp_path / "right.py").write_text(USER)
+    (tmp_path / "wrong.py").write_text(USER.replace('rank=8, backbone="nf4"', 'rnak=8, backbone="nf5"'))
     root = Path(lord_tune.__file__).parent
     assert (root / "py.typed").is_file()
     settings = ["--config-file", str(root.parent / "pyproject.toml"), "--cache-dir", str(root.parent / ".mypy_cache")]
-    command = [sys.executable, "-m", "mypy", *settings, "user.py"]  # its cache is warm where scripts/test.sh ran mypy
+    command = [sys.executable, "-m", "mypy", *settings, "right.py", "wrong.py"]  # its cache is warm in scripts/test.sh
     environment = {**os.environ, "MYPYPATH": str(root.parent)}  # an editable install is invisible to mypy
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
-
-
-def test_a_type_checker_knows_the_options(tmp_path):
-    right = checked(tmp_path, USER)
-    assert right.returncode == 0, right.stdout
-    wrong = checked(tmp_path, USER.replace('rank=8, backbone="nf4"', 'rnak=8, backbone="nf5"'))
-    assert wrong.returncode == 1 and "rnak" in wrong.stdout and "backbone" in wrong.stdout, wrong.stdout
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and "right.py" not in done.stdout, done.stdout
+    assert all(f"wrong.py:3: error: {what}" in done.stdout for what in ("Unexpected keyword", "Argument")), done.stdout
+    assert "rnak" in done.stdout and "backbone" in done.stdout, done.stdout
 
 
 def test_names_of_the_package_are_complete():
