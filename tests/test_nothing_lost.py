@@ -254,9 +254,11 @@ def test_an_adapter_of_an_export_keeps_its_base(world):
 
 
 def test_new_files_beside_a_model_are_allowed(world):
+    before = sorted(world.folder.rglob("*"))
     protect_file(str(world.factored / "new.json"), [str(world.factored)])
     protect_file(str(world.folder / "other.json"), [str(world.factored)], [str(world.rows)])
     protect(world.folder / "out", [str(world.factored), "org/name", "demo", None], [str(world.rows)])
+    assert sorted(world.folder.rglob("*")) == before
 
 
 def test_a_record_of_the_same_verb_is_written_anew(world):
@@ -272,6 +274,8 @@ def test_a_record_of_the_same_verb_is_written_anew(world):
 
 
 def test_damaged_records_protect_nothing_and_break_nothing(world):
+    with pytest.raises(UsageError, match="base model of the adapter"):
+        protect(world.factored, [str(world.base)], replaces=True)  # a whole record does
     for text in ("", "[]", '{"base_model_name_or_path": 3}'):
         (world.adapter / "adapter_config.json").write_text(text)
         protect(world.factored, [str(world.base)], replaces=True)

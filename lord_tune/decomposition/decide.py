@@ -36,9 +36,8 @@ class Ranks:
 @dataclass(frozen=True)
 class Bits:
     """Stored bits per weight, Q and L R together. Of one backbone each layer takes at most so many. Of several (the
-    narrowest
-    first) the widest is taken that leaves every layer `rank`, or rank 8 where none is given, and all layers together
-    take at most so many."""
+    narrowest first) the widest is taken that leaves every layer `rank`, or rank 8 where none is given, and all layers
+    together take at most so many."""
 
     bits: float
     backbones: tuple[LayerChoice, ...]  # templates that differ in the backbone

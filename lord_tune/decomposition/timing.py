@@ -174,6 +174,8 @@ def run_seconds(
         total += runs * tokens * forward_flops / rates.forward
         total += walks * count * sum(text.tokens * (width + 192.0) * width for width in inputs) / rates.single
         whole = request.refine + 1 if request.refine else 0  # models that are run on held-out text
+        if request.refine and not request.measure_control and isinstance(request.budget, Sized):
+            whole += request.budget.includes_control  # which --refine of a mixture runs as well
         total += (whole + (2 if request.measure_control else 0)) * text.heldout * forward_flops / rates.forward
         if isinstance(request.budget, Sized) and isinstance(request.budget.allocator, Bolaco):
             rule = request.budget.allocator  # and the head on the original's states
