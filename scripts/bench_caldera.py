@@ -198,6 +198,7 @@ _TOP = ("--top-rank", "8", "--top-format", "fp16")
 MODEL: list[tuple[str, str, tuple[str, ...]]] = [
     ("e8-2_caldera", "CALDERA, E8 2 bit", ("--method", "caldera", "--backbone", "e8-2", *_FACTORS)),
     ("e8-2_caldera_top", "CALDERA, first 8 in fp16", ("--method", "caldera", "--backbone", "e8-2", *_FACTORS, *_TOP)),
+    ("nf4_caldera", "CALDERA, NF4, rank 16", ("--method", "caldera", "--backbone", "nf4", "--rank", "16")),
     ("int2", "rounding, int2 groups of 64", ("--method", "svd", "--backbone", "int2", "--rank", "0")),
     ("lloyd2", "rounding, Lloyd 2 bit rotated", ("--method", "svd", "--backbone", "lloyd2", "--rank", "0")),
     ("lloyd2_loftq", "Lloyd 2 bit + LoftQ", ("--method", "loftq", "--backbone", "lloyd2", *_FACTORS)),
@@ -208,7 +209,7 @@ MODEL: list[tuple[str, str, tuple[str, ...]]] = [
     ("e8-4_ldlq", "feedback alone, E8 4 bit", ("--method", "caldera", "--backbone", "e8-4", "--rank", "0")),
     ("spqr_ldlq", "feedback alone, SpQR 3 bit", ("--method", "caldera", "--backbone", "spqr", "--rank", "0")),
 ]
-MINUTES = {"e8-2_caldera": 20.0, "e8-2_ldlq": 4.0}
+MINUTES = {"e8-2_caldera": 10.0, "nf4_caldera": 6.0, "e8-2_ldlq": 4.0}
 
 
 def model(bench: Bench) -> None:

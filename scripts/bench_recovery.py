@@ -5,9 +5,10 @@
 
 SmolLM2-135M, one thread. Held-out losses are in nats per token on 8k tokens.
 
-nf4     initialisations of L and R at equal trainable parameters, steps and data (NF4, rank 16): whitened, LoftQ,
-        QPiSSA (Q = NF4 of what the first 16 singular components leave) and QLoRA (L = 0). Every one is trained at every
-        rate of one grid with the first seed, and at its best rate with two more seeds.
+nf4     initialisations of L and R at equal trainable parameters, steps and data (NF4, rank 16): whitened beside Q
+        rounded with feedback, and to the nearest; LoftQ, QPiSSA (Q = NF4 of what the first 16 singular components leave)
+        and QLoRA (L = 0). Every one is trained at every rate of one grid with the first seed, and at its best rate with
+        two more seeds.
 lord    20 % of the linears removed, then sft and distill, and as the control the dense model, whose linears are all
         tuned on the same rows; grid and seeds as above.
 long    the same for 98k tokens, one seed; and after `blocks`, from what that wrote.
@@ -128,8 +129,10 @@ def initialised(bench: Bench, kind: str) -> str:
     if folder.is_dir():
         return str(folder)
     stored = {"backbone": "nf4", "factor_format": "fp32", "rank": RANK}
-    if kind == "whitened":
-        lord_tune.decompose(bench.dense, str(folder), calibration=[str(bench.code)], calibration_tokens=32768, **stored)
+    if kind in ("whitened", "nearest"):
+        rounding = "nearest" if kind == "nearest" else "feedback"
+        text = {"calibration": [str(bench.code)], "calibration_tokens": 32768}
+        lord_tune.decompose(bench.dense, str(folder), rounding=rounding, **text, **stored)
     elif kind == "loftq":
         lord_tune.decompose(bench.dense, str(folder), method="loftq", **stored)
     else:
@@ -158,7 +161,7 @@ def initialised(bench: Bench, kind: str) -> str:
 
 def nf4(bench: Bench) -> None:
     rows = []
-    for kind in ("whitened", "loftq", "qpissa", "qlora"):
+    for kind in ("whitened", "nearest", "loftq", "qpissa", "qlora"):
         base = initialised(bench, kind)
         start = bench.once(f"nf4-{kind}-start", lambda base=base: bench.losses(base))
         found, best = grid(

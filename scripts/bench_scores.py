@@ -8,6 +8,8 @@ then answers the same questions (greedily, 384 new tokens at most, 10 at once) a
 each in windows of 512). Rows are kept in OUT/rows, a file each, and not measured again; two processes may measure
 different rows (--rows). Programs that a model wrote are run in limited processes.
 
+Choices are averaged over the tasks (lm-eval's acc_norm where a task has it, else acc), with the standard error of that.
+
 `lord_10` removes 10 % of the numbers of the model, embeddings counted once, as the LoRD paper counts; all of it comes
 from the linears of the blocks.
 """
@@ -15,7 +17,9 @@ from the linears of the blocks.
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -29,9 +33,11 @@ REMOVED = {"lord_10": 0.10, "lord_15": 0.15, "lord_20": 0.20}  # of the model's 
 DECOMPOSED: dict[str, dict[str, Any]] = {
     "nf4": {"backbone": "nf4", "rank": 0},
     "nf4_r16": {"backbone": "nf4", "rank": 16, "factor_format": "bf16"},
+    "caldera_2.5": {"method": "caldera", "backbone": "e8-2", "rank": 32, "factor_format": "lloyd4"},
     "mixed_2.5": {"allocation": "mixed", "mix": ["e8-2", "int3", "e8-3", "nf4"], "bits_per_weight": 2.5, "rank": 0},
     "mixed_3": {"allocation": "mixed", "mix": ["e8-2", "int3", "e8-3", "nf4"], "bits_per_weight": 3.0, "rank": 0},
 }
+GENERATED = {"humaneval", "mbpp", "gsm8k"}  # all other tasks are choices, which are averaged
 TRAINED = "_trained"  # ending of the rows that distil the original into what the row before it made
 TRAINING: dict[str, Any] = {
     "mode": "factors",
@@ -85,14 +91,16 @@ def measured(given: argparse.Namespace, name: str) -> dict[str, Any]:
     options: dict[str, Any] = {"tasks": given.tasks, "tasks_dir": given.tasks_dir, "limit": given.limit}
     if {"humaneval", "mbpp"} & set(given.tasks):
         options |= {"confirm_run_unsafe_code": True, "max_new_tokens": 384}
+    packed = name not in ("dense", *REMOVED, *(removed + TRAINED for removed in REMOVED))
     found = lord_tune.evaluate(
-        model, text=given.texts, max_tokens=8192, context_length=512, batch_size=10, dequantize_once=True, **options
+        model, text=given.texts, max_tokens=8192, context_length=512, batch_size=10, dequantize_once=packed, **options
     )
     return {"seconds": seconds, "evaluated": found}
 
 
 def shown(name: str, row: dict[str, Any], tasks: list[str]) -> list[str]:
     found = row["evaluated"]
+    chosen: list[tuple[float, float]] = []  # share of right choices, and its standard error
     cells = [f"{found['model_bytes'] / 1e6:.0f} MB"]
     cells += [f"{text['perplexity']:.3f}" for text in found["texts"].values()]
     for task in tasks:
@@ -102,8 +110,13 @@ def shown(name: str, row: dict[str, Any], tasks: list[str]) -> list[str]:
             solved, problems = entry["solved_problems"], entry["problems"]
             cells.append(f"{solved} of {problems} ({100 * low:.0f}-{100 * high:.0f} %)")
             continue
-        keys = [key for key in ("acc_norm,none", "acc,none", "acc_norm.none", "acc.none", "acc") if key in entry]
-        cells.append(f"{100 * entry[keys[0]]:.1f} % of {entry['items']}" if keys else "-")
+        key = next((key for key in ("acc_norm", "acc") if key in entry), None)
+        cells.append(f"{100 * entry[key]:.1f} % of {entry['items']}" if key else "-")
+        if key:
+            chosen.append((entry[key], entry[f"{key}_stderr"]))
+    if chosen:
+        error = math.sqrt(sum(error**2 for _, error in chosen)) / len(chosen)
+        cells.append(f"{100 * statistics.mean(share for share, _ in chosen):.1f} +- {100 * error:.1f} %")
     return [name, *cells, f"{row['seconds']:.0f}"]
 
 
@@ -129,7 +142,9 @@ def main() -> None:
             write_json(path, measured(given, name))
     known = {name: given.out / "rows" / f"{name}.json" for name in ROWS}
     rows = [shown(name, read_json(path), given.tasks) for name, path in known.items() if path.is_file()]
-    show_table("scores", ["row", "size", *(Path(text).name for text in given.texts), *given.tasks, "seconds"], rows)
+    several = ["average"] if set(given.tasks) - GENERATED else []
+    texts = [Path(text).name for text in given.texts]
+    show_table("scores", ["row", "size", *texts, *given.tasks, *several, "seconds"], rows)
 
 
 if __name__ == "__main__":

@@ -316,7 +316,8 @@ def test_a_component_apart_pays_where_one_direction_dominates(rest, top_form):
     """The first component is large, and so is the error of its coarse rounding."""
     moments = moments_of(dominated())
     residual = W - decoded(Int2().quantize(W), Int2(), SHAPE)
-    exact, _ = _Problem(W, moments, None, Int2(), None, None)._optimal(residual, 6)
+    problem = _Problem(W, moments, None, Int2(), None, None)
+    exact, _ = problem._optimal(problem._rest(W - residual), 6)
 
     def energy(matrix) -> float:
         return float((matrix @ moments.gram * matrix).sum())
@@ -417,6 +418,22 @@ def test_more_rounds_are_never_worse_and_the_bias_shift_is_kept():
     errors = [loss(f.product(), MOMENTS.gram) for f in found]
     assert errors[1] <= errors[0] and errors[2] <= errors[1] and errors[2] < errors[0]
     assert all(f.bias_shift is factors.bias_shift for f in found)
+
+
+@pytest.mark.parametrize("top", [0, 2], ids=["one piece", "the first apart"])
+@pytest.mark.parametrize("weighs", [False, True], ids=["rows alike", "rows weighed"])
+@pytest.mark.parametrize("shape", [SHAPE, SHAPE[::-1]], ids=str)
+def test_the_error_by_which_iterates_are_chosen_is_that_of_the_residual(shape, weighs, top):
+    """Within float64's rounding of W's own energy, which the difference of large sums leaves."""
+    w, moments = weight(shape), moments_of(inputs(shape[1], tokens=512))
+    fisher = Fisher(torch.linspace(0.5, 2, shape[0]), torch.linspace(0.5, 2, shape[1])) if weighs else None
+    form = FactorForm(Rotated(Lloyd4()), top, Int8())
+    problem = _Problem(w.double(), moments, None, Rotated(E8P2()), fisher, form)
+    found = problem.iterate(problem.with_factors(problem.start(), 6), 6, False)
+    for iterate in found:
+        residual = w.double() - iterate.split.backbone - iterate.split.factors.product()
+        direct = float(problem._energies(residual).sum() / problem.energy)
+        assert iterate.error == pytest.approx(direct, rel=1e-9)
 
 
 def test_rows_weigh_the_error():

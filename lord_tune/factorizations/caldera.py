@@ -45,7 +45,7 @@ from ..linalg import principal_axes, smaller_side, solve_psd
 from ..quantizers import Quantizer
 from ..quantizers.ldlq import DAMPINGS, Feedback, fitted, round_with_feedback
 from .base import FactorForm, Factors, Fisher, Method, Split, heldout_energies
-from .rounding import factor_feedback, plainly_rounded, refine
+from .rounding import energy_left, factor_feedback, plainly_rounded, refine
 from .tails import tail_curve
 
 _SALIENT = 2  # input channels for each rank, to which `order="outliers"` fits L R first
@@ -155,6 +155,14 @@ def _error(iterate: _Iterate) -> float:
     return iterate.error
 
 
+@dataclass(frozen=True)
+class _Rest:
+    """What Q leaves of a weight."""
+
+    matrix: Tensor  # W - Q, (out, in) float64
+    reach: Tensor | None  # (W - Q) H, (out, in), where it is needed
+
+
 class _Problem:
     """One layer: its weight, its Gram matrix in both coordinate systems, and the choices made on the first Q."""
 
@@ -243,30 +251,46 @@ class _Problem:
         factors = before.split.factors
         feedback = self._feedback(factors, downdate)
         parts, backbone = round_with_feedback(self.quantizer, self.weight - factors.product(), feedback, self.stretch)
+        split, rest = Split(factors, parts, backbone), self._rest(backbone)
         if self.form is None:
-            return [self.with_factors(_Iterate(math.inf, Split(factors, parts, backbone)), rank)]
-        rounded = self._iterate(parts, backbone, factors)
-        return [rounded, self.with_factors(rounded, rank)]
+            return [self._factored(_Iterate(math.inf, split), rank, rest)]
+        rounded = _Iterate(self._relative(rest, factors), split)
+        return [rounded, self._factored(rounded, rank, rest)]
 
     def with_factors(self, before: _Iterate, rank: int) -> _Iterate:
         """The optimal L R for this Q."""
-        parts, backbone = before.split.parts, before.split.backbone
-        assert parts is not None and backbone is not None
-        residual = self.weight - backbone
-        factors, energies = self._optimal(residual, rank)
+        assert before.split.backbone is not None
+        return self._factored(before, rank, self._rest(before.split.backbone))
+
+    def _factored(self, before: _Iterate, rank: int, rest: _Rest) -> _Iterate:
+        factors, energies = self._optimal(rest, rank)
         curve = tail_curve(energies, self.energy)
         if self.form is None:
-            left = float(energies[rank:].sum())
-            return _Iterate(left / float(self.energy), Split(factors, parts, backbone, curve=curve))
-        assert self.factor_feedback is not None
-        factors = refine(residual, self.gram, factors, self.form, self.factor_feedback, self.rows)
-        found = self._iterate(parts, backbone, factors)
-        return replace(found, split=replace(found.split, curve=curve))
+            error = float(energies[rank:].sum() / self.energy)
+        else:
+            assert self.factor_feedback is not None and rest.reach is not None
+            form, feedback = self.form, self.factor_feedback
+            factors = refine(rest.matrix, self.gram, factors, form, feedback, self.rows, reach=rest.reach)
+            error = self._relative(rest, factors)
+        return _Iterate(error, replace(before.split, factors=factors, curve=curve))
 
-    def _optimal(self, residual: Tensor, rank: int) -> tuple[Factors, Tensor]:
+    def _rest(self, backbone: Tensor) -> _Rest:
+        matrix = self.weight - backbone
+        tall = matrix.shape[0] > matrix.shape[1]
+        return _Rest(matrix, None if tall and self.form is None else matrix @ self.gram)
+
+    def _relative(self, rest: _Rest, factors: Factors) -> float:
+        """Of Q and L R, relative."""
+        assert rest.reach is not None
+        left, right = _whole(factors)
+        whole = float((self._weighted(rest.matrix) * self._weighted(rest.reach)).sum())
+        wanted, inner = self._weighted(rest.reach @ right.T), right @ self.gram @ right.T
+        return energy_left(whole, self._weighted(left), wanted, inner) / float(self.energy)
+
+    def _optimal(self, rest: _Rest, rank: int) -> tuple[Factors, Tensor]:
         """L and R, balanced, of the best rank-r approximation of the residual's outputs; the energy of every component,
         of which those from r on are left."""
-        weighted = self._weighted(residual)
+        weighted = self._weighted(rest.matrix)
         out, inputs = weighted.shape
         if out > inputs and 4 * rank <= inputs:  # the small side is that of the inputs; no QR of the whole residual
             if self._root is None:
@@ -277,7 +301,8 @@ class _Problem:
             basis = torch.linalg.qr(seen @ axes[:, :rank]).Q
         else:
             rotation, core = smaller_side(weighted)
-            energies, axes = principal_axes(core @ self.gram @ core.T)
+            reach = core @ self.gram if rotation is not None else self._weighted(rest.reach)  # type: ignore[arg-type]
+            energies, axes = principal_axes(reach @ core.T)
             basis = axes[:, :rank] if rotation is None else rotation @ axes[:, :rank]
         return self._scaled(basis, basis.T @ weighted), energies
 
@@ -289,8 +314,7 @@ class _Problem:
 
     def _feedback(self, factors: Factors, downdate: bool) -> Feedback:
         if downdate:
-            right = factors.right if factors.top is None else torch.cat([factors.top.right, factors.right])
-            right = self.quantizer.turned_inputs(right)
+            right = self.quantizer.turned_inputs(_whole(factors)[1])
             reach = right @ self.rounding_gram
             rest = self.rounding_gram - reach.T @ solve_psd(reach @ right.T, reach)
             rest = (rest + rest.T) / 2
@@ -302,6 +326,13 @@ class _Problem:
         if self._plain is None:
             self._plain = Feedback.of(self.rounding_gram, self.damping, self.block)
         return self._plain
+
+
+def _whole(factors: Factors) -> tuple[Tensor, Tensor]:
+    """L and R with the components that are stored apart."""
+    if factors.top is None:
+        return factors.left, factors.right
+    return torch.cat([factors.top.left, factors.left], 1), torch.cat([factors.top.right, factors.right])
 
 
 def _bounded(weights: Tensor) -> Tensor:

@@ -61,20 +61,23 @@ def refine(
     feedback: Feedback,  # factor_feedback(form, gram), which CALDERA computes once
     rows: Tensor | None = None,
     rounds: int | None = None,
+    reach: Tensor | None = None,  # A H (out, in), where the caller has it
 ) -> Factors:
     """`round_factors` with a prepared feedback."""
     top = None
     left, right = factors.left, factors.right
+    reach = target @ gram if reach is None else reach
     if form.top:
         top = _nearest(left[:, : form.top], right[: form.top], form.top_form)
         left, right = left[:, form.top :], right[form.top :]
-        target = target - top.left @ top.right
+        target, reach = target - top.left @ top.right, reach - top.left @ (top.right @ gram)
     scale = torch.ones(len(target), 1, dtype=target.dtype) if rows is None else rows[:, None]
     scale = scale.to(target.device)
     pivots = others = None  # rows of L that are the identity's, and those that are rounded
     if form.pivoted and left.shape[1] < len(target):  # with as many components as outputs there is no C
         pivots, rest, right = pivoted(left, right)
         left, others = pivoted_left(rest, pivots), others_of(pivots, len(target))
+    whole = float((scale * scale * target * reach).sum())
     best: tuple[float, Factors] | None = None
     if rounds is None:
         rounds = _ROUNDS if pivots is None else _PIVOTED_ROUNDS
@@ -83,19 +86,26 @@ def refine(
             weighted = scale * scale * left
             right = solve_psd(weighted.T @ left, weighted.T @ target)
         right_parts, right = round_with_feedback(form.quantizer, right, feedback)
-        reach = right @ gram
-        inner = reach @ right.T
-        wanted = reach @ target.T
+        inner, wanted = right @ gram @ right.T, right @ reach.T
         left = solve_psd(inner, wanted if others is None else wanted[:, others]).T
         left_parts, left = round_with_feedback(form.quantizer, left, _feedback(form.quantizer, inner))
         if pivots is not None:
             left = pivoted_left(left, pivots)
-        error = scale * (target - left @ right)
-        energy = float((error @ gram * error).sum())
+        energy = energy_left(whole, scale * left, scale * wanted.T, inner)
         if best is None or energy < best[0]:
             best = (energy, Factors(left, right, factors.bias_shift, left_parts, right_parts, top, pivots))
     assert best is not None
     return best[1]
+
+
+def energy_left(
+    whole: float,  # tr(A H A^T)
+    left: Tensor,  # L (out, rank)
+    wanted: Tensor,  # A H R^T (out, rank)
+    inner: Tensor,  # R H R^T (rank, rank)
+) -> float:
+    """tr((A - L R) H (A - L R)^T), without a product with H. Its rounding error is that of tr(A H A^T) in float64."""
+    return whole - 2 * float((left * wanted).sum()) + float((left.T @ left * inner).sum())
 
 
 def factor_feedback(form: FactorForm, gram: Tensor) -> Feedback:

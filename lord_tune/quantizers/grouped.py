@@ -10,6 +10,7 @@ groups) each.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -83,13 +84,21 @@ class Grouped(Format):
         codes = self.nearest(normalised)
         return codes, _book(self, str(normalised.device))[codes.long()]
 
+    def rounding(self, device: torch.device) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """`rounded` for many calls with tensors of this device: what it looks up is at hand."""
+        return self.rounded
+
     def round_with(
-        self, values: Tensor, factor: Tensor, offset: Tensor | None, divisor: Tensor | None = None
+        self,
+        values: Tensor,
+        factor: Tensor,
+        offset: Tensor | None,
+        divisor: Tensor | None = None,  # that of the factor, where the caller has it
+        rounded: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,  # likewise
     ) -> tuple[Tensor, Tensor]:
-        """(codes uint8, decoded) of values with given per-element factor and offset, all broadcastable; `divisor` is
-        that of the factor where the caller has it."""
+        """(codes uint8, decoded) of values with given per-element factor and offset, all broadcastable."""
         shifted = values if offset is None else values - offset
-        codes, points = self.rounded(shifted / (divisor_of(factor) if divisor is None else divisor))
+        codes, points = (rounded or self.rounded)(shifted / (divisor_of(factor) if divisor is None else divisor))
         decoded = points.to(values.dtype) * factor
         return codes, decoded if offset is None else decoded + offset
 
@@ -190,12 +199,14 @@ class GroupRounder:
         self._factor = factor.T.contiguous()  # (groups, out)
         self._offset = None if offset is None else offset.T.contiguous()
         self._divisor = divisor_of(self._factor)
+        self._rounded = form.rounding(weight.device)
         self._codes = torch.empty(weight.T.shape, dtype=torch.uint8, device=weight.device)
 
     def round(self, values: Tensor, start: int) -> Tensor:
         group = start // self._form.group_size
         offset = None if self._offset is None else self._offset[group]
-        codes, decoded = self._form.round_with(values, self._factor[group], offset, self._divisor[group])
+        factor, divisor = self._factor[group], self._divisor[group]
+        codes, decoded = self._form.round_with(values, factor, offset, divisor, self._rounded)
         self._codes[start : start + len(values)] = codes
         return decoded
 

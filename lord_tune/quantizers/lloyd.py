@@ -8,6 +8,7 @@ of its variance, of NF2-like absmax scaling 0.317 (a prototype; tests/test_quant
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
 from typing import ClassVar
 
@@ -61,14 +62,16 @@ class _Lloyd(Grouped):
         return {"scales": stored_scales(rms, zero_is_a_code=False)}
 
     def nearest(self, normalised: Tensor) -> Tensor:
-        return self._places(normalised).to(torch.uint8)
+        return torch.bucketize(normalised.contiguous(), _edges(self.bits, str(normalised.device))).to(torch.uint8)
 
-    def rounded(self, normalised: Tensor) -> tuple[Tensor, Tensor]:
-        places = self._places(normalised)
-        return places, self.book(places.device)[places]
+    def rounding(self, device: torch.device) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        book, edges = self.book(device), _edges(self.bits, str(device))
 
-    def _places(self, normalised: Tensor) -> Tensor:
-        return torch.bucketize(normalised.contiguous(), _edges(self.bits, str(normalised.device)))
+        def rounded(normalised: Tensor) -> tuple[Tensor, Tensor]:
+            places = torch.bucketize(normalised.contiguous(), edges)
+            return places, book.take(places)
+
+        return rounded
 
 
 class Lloyd2(_Lloyd):
