@@ -6,9 +6,9 @@
 SmolLM2-135M, one thread. Held-out losses are in nats per token on 8k tokens.
 
 nf4     initialisations of L and R at equal trainable parameters, steps and data (NF4, rank 16): whitened beside Q
-        rounded with feedback, and to the nearest; LoftQ, QPiSSA (Q = NF4 of what the first 16 singular components leave)
-        and QLoRA (L = 0). Every one is trained at every rate of one grid with the first seed, and at its best rate with
-        two more seeds.
+        rounded with feedback, and to the nearest; LoftQ, QPiSSA (Q = NF4 of what the first 16 singular components
+        leave) and QLoRA (L = 0). Every one is trained at every rate of one grid with the first seed, and at its best
+        rate with two more seeds.
 lord    20 % of the linears removed, then sft and distill, and as the control the dense model, whose linears are all
         tuned on the same rows; grid and seeds as above.
 long    the same for 98k tokens, one seed; and after `blocks`, from what that wrote.
