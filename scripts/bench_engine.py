@@ -332,7 +332,7 @@ def real(bench: Bench) -> None:
 
 def _code_model(bench: Bench, model: str) -> None:
     def perplexity(folder: str) -> float:
-        return lord_tune.evaluate(folder, text=[str(bench.held)], max_tokens=8192)["perplexity"]
+        return lord_tune.evaluate(folder, text=[str(bench.held)], max_tokens=4096)["perplexity"]
 
     rows = [["dense", f"{bench.once('qwen-coder, dense', lambda: perplexity(model)):.3f}", "", ""]]
     for label, plan in _PLANS.items():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ from lord_tune.factorizations import (
 )
 from lord_tune.factorizations.caldera import Caldera, _Problem
 from lord_tune.plans import LayerChoice
-from lord_tune.quantizers import E8P2, E8P3, NF4, Int2, Int3, Int4, Int8, Lloyd2, Lloyd4, Rotated, SpQR
+from lord_tune.quantizers import E8P2, E8P3, NF4, Int2, Int3, Int4, Int8, Lloyd2, Lloyd4, Rotated, SpQR, ldlq
 from lord_tune.quantizers import QUANTIZERS as BY_NAME
 from lord_tune.quantizers.ldlq import DAMPINGS, Feedback, round_with_feedback
 
@@ -575,3 +577,29 @@ def test_outliers_first_is_an_order_like_the_others(form):
     if form == "16 bits":  # from this start two-bit factors stay behind feedback alone, which then is what is returned
         assert errors[-1] < errors[0]
         assert errors[1] != error(Caldera(iterations=1, order="lr").split(W, MOMENTS, 6, E8))
+
+
+@pytest.mark.parametrize("form", [Int4(), Rotated(Int4())], ids=str)
+def test_what_several_layers_read_is_factorized_once(form, monkeypatch):
+    """To the bit as without sharing, for every format by itself, and only while the Gram matrix is what it was."""
+    counted = []
+    plain = ldlq.Feedback.of.__func__
+    monkeypatch.setattr(ldlq.Feedback, "of", classmethod(lambda cls, *given: counted.append(1) or plain(cls, *given)))
+    shape = (64, 96)
+    moments = dataclasses.replace(moments_of(inputs(96, tokens=512)), readers=2)
+    alone = dataclasses.replace(moments, readers=1)
+    for seed in (1, 2):
+        w = weight(shape, seed=seed)
+        shared, own = (Whitened().split(w, known, 4, form) for known in (moments, alone))
+        assert all(torch.equal(shared.parts[name], own.parts[name]) for name in own.parts)
+    assert len(counted) == 3 * len(ldlq.DAMPINGS)  # once for both, and once for each alone
+    Whitened().split(weight(shape), moments, 4, Int8())
+    assert len(counted) == 4 * len(ldlq.DAMPINGS)
+    moments.gram.mul_(2)
+    Whitened().split(weight(shape), moments, 4, form)
+    assert len(counted) == 5 * len(ldlq.DAMPINGS)
+    held = [weakref.ref(feedback) for feedback in ldlq._kept.of(moments.gram).values()]
+    assert held and all(reference() is not None for reference in held)
+    del moments, alone
+    gc.collect()
+    assert all(reference() is None for reference in held)

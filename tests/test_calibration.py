@@ -141,6 +141,7 @@ def test_layers_with_one_input_share_one_record(tmp_path):
     first = {n: m for n, m in layers.items() if n.startswith("model.layers.0.")}
     found = {name.rpartition(".")[2]: moments for name, moments in walk.collect(0, first)["calibration"].items()}
     assert found["q_proj"] is found["k_proj"] is found["v_proj"] and found["gate_proj"] is found["up_proj"]
+    assert [found[name].readers for name in ("q_proj", "o_proj", "gate_proj", "down_proj")] == [3, 1, 2, 1]
     assert found["q_proj"] is not found["o_proj"]
 
 

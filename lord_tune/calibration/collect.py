@@ -8,7 +8,9 @@ earlier blocks (replay.py). `start` finds out which, on every window.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -200,9 +202,10 @@ class BlockWalk:
         self._agree(sums, slots, lambda width: accumulator(width, device))
         results = {slot: sums[slot].result(slot[0], self._workers) for slot in sorted(sums)}
         joined: dict[tuple[Slot, ...], InputStatistics] = {}
-        for own in slots.values():
-            if tuple(own) not in joined:
-                joined[tuple(own)] = _joined([results[slot] for slot in own])
+        readers = Counter(tuple(own) for own in slots.values())
+        for own, count in readers.items():
+            record = _joined([results[slot] for slot in own])
+            joined[own] = replace(record, readers=count) if isinstance(record, Moments) else record
         return {name: joined[tuple(slots[name])] for name in layers if name in slots}
 
     def _agree(

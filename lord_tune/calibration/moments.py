@@ -47,6 +47,12 @@ class Moments:
     tokens: int
     sums: Tensor | None = None  # (windows, in) float64, sums of x over each window
     counts: Tensor | None = None  # (windows,) float64, tokens of each
+    readers: int = 1  # layers that are given this input
+
+    @property
+    def shared_gram(self) -> Tensor | None:
+        """`gram`, if other layers have the same one."""
+        return self.gram if self.readers > 1 else None
 
     @classmethod
     def joined(cls, parts: Sequence[Moments]) -> Moments:

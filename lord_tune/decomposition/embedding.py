@@ -145,7 +145,7 @@ def round_with(form: Quantizer, weight: Tensor, gram: Tensor) -> dict[str, Tenso
     check_lookup(form, (weight.shape[0], weight.shape[1]))
     pieces = []
     for rows in weight.split(_ROWS):
-        pieces.append(fitted(form, rows, gram, dampings=_DAMPING).parts)
+        pieces.append(fitted(form, rows, gram, dampings=_DAMPING, shared=gram).parts)
         give_back()
     return {part: torch.cat([piece[part] for piece in pieces]) for part in pieces[0]}
 

@@ -350,7 +350,8 @@ class Projection(Method):
         if self.rounding == "nearest" or moments is None:
             parts = quantizer.quantize(weight)
             return parts, quantizer.dequantize(parts, (weight.shape[0], weight.shape[1]), torch.float64)
-        found = fitted(quantizer, weight, quantizer.turned_gram(moments.gram), heldout_energies(quantizer, heldout))
+        gram, energies = quantizer.turned_gram(moments.gram), heldout_energies(quantizer, heldout)
+        found = fitted(quantizer, weight, gram, energies, shared=moments.shared_gram)
         return found.parts, found.backbone
 
 

@@ -178,10 +178,10 @@ class _Problem:
     ):
         self.weight, self.quantizer, self.form, self.dampings = weight, quantizer, factor_form, dampings
         self.heldout = heldout if fisher is None else None  # judged in the same norm as all else
-        self.gram, self.rows = moments.gram, None
+        self.gram, self.rows, self.shared = moments.gram, None, moments.shared_gram
         if fisher is not None:
             self.gram = torch.diag(_bounded(fisher.columns).square()).to(weight)
-            self.rows = _bounded(fisher.rows).to(weight)
+            self.rows, self.shared = _bounded(fisher.rows).to(weight), None
         self.rounding_gram = quantizer.turned_gram(self.gram)
         self.block = quantizer.block
         self.damping = self.dampings[0]
@@ -213,6 +213,7 @@ class _Problem:
             self.rounding_gram,
             heldout_energies(self.quantizer, self.heldout),
             self.dampings,
+            shared=self.shared,
         )
         self.damping, self.stretch, self._plain = found.damping, found.stretch, found.feedback
         return self._iterate(found.parts, found.backbone, None)

@@ -18,6 +18,7 @@ is as much arithmetic as column by column, in products as large as they can be.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -206,15 +207,17 @@ def fitted(
     energies: Callable[[Tensor], Tensor] | None = None,  # of held-out text: squared errors of rows (k, in), turned
     dampings: tuple[float, ...] = DAMPINGS,
     stretches: tuple[float, ...] = STRETCHES,
+    shared: Tensor | None = None,  # the inputs' own Gram matrix, where others with it will be rounded too
 ) -> Fitted:
     """Rounds with the damping that errs least on held-out text (without it, on H), judged by a sample of the rows,
-    because feedback fits to noise; and each row with the stretch of its scales that errs least on H.
+    because feedback fits to noise; and each row with the stretch of its scales that errs least on H. The factors of a
+    shared Gram matrix are kept while it lives, or until another one is shared.
 
     Candidates are rounded side by side, since most of the time of a column is not its arithmetic. Raises
     torch.linalg.LinAlgError if no damping makes H positive definite.
     """
     values = quantizer.turned(weight.float())
-    damping, feedback = _damped(quantizer, values, gram, energies, dampings)
+    damping, feedback = _damped(quantizer, values, _feedbacks(quantizer, gram, dampings, shared), energies)
     if quantizer.rows_apart((weight.shape[0], weight.shape[1])):
         rows = _ROW_STEP * max(1, STACKED // (len(stretches) * weight.shape[1] * _ROW_STEP))
         found = [_apart(quantizer, some, feedback, stretches) for some in values.split(rows)]
@@ -260,19 +263,10 @@ def _joined(
 def _damped(
     quantizer: Quantizer,
     values: Tensor,  # (out, in), turned
-    gram: Tensor,
+    found: list[tuple[float, Feedback]],
     energies: Callable[[Tensor], Tensor] | None,
-    dampings: tuple[float, ...],
 ) -> tuple[float, Feedback]:
     """(damping, feedback) with the least error on a sample of the rows."""
-    found: list[tuple[float, Feedback]] = []
-    for damping in dampings:
-        try:
-            found.append((damping, Feedback.of(gram, damping, quantizer.block)))
-        except torch.linalg.LinAlgError:
-            continue
-    if not found:
-        raise torch.linalg.LinAlgError("no damping makes the Gram matrix positive definite")
     if len(found) == 1:
         return found[0]
     sample = values[:: max(1, len(values) // SAMPLED_ROWS)].repeat(len(found), 1)
@@ -283,3 +277,45 @@ def _damped(
     else:
         judged = torch.stack([own.energies(r) for own, r in zip(feedbacks, rounded.shares(len(found)), strict=True)])
     return found[int(judged.sum(1).argmin())]
+
+
+def _feedbacks(
+    quantizer: Quantizer,
+    gram: Tensor,  # (in, in), turned
+    dampings: tuple[float, ...],
+    shared: Tensor | None,
+) -> list[tuple[float, Feedback]]:
+    """Those of the dampings that make H positive definite."""
+    kept = {} if shared is None else _kept.of(shared)
+    found: list[tuple[float, Feedback]] = []
+    for damping in dampings:
+        try:
+            if (quantizer, damping) not in kept:
+                kept[quantizer, damping] = Feedback.of(gram, damping, quantizer.block)
+            found.append((damping, kept[quantizer, damping]))
+        except torch.linalg.LinAlgError:
+            continue
+    if not found:
+        raise torch.linalg.LinAlgError("no damping makes the Gram matrix positive definite")
+    return found
+
+
+class _Kept:
+    """The feedbacks of one Gram matrix by format and damping, while it lives and is not written to."""
+
+    def __init__(self) -> None:
+        self._gram: weakref.ref[Tensor] | None = None
+        self._version = 0
+        self._feedbacks: dict[tuple[Quantizer, float], Feedback] = {}
+
+    def of(self, gram: Tensor) -> dict[tuple[Quantizer, float], Feedback]:
+        if self._gram is None or self._gram() is not gram or self._version != gram._version:
+            self._gram, self._version, self._feedbacks = weakref.ref(gram, self._forget), gram._version, {}
+        return self._feedbacks
+
+    def _forget(self, reference: weakref.ref[Tensor]) -> None:
+        if self._gram is reference:
+            self._gram, self._feedbacks = None, {}
+
+
+_kept = _Kept()
