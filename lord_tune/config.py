@@ -1,7 +1,5 @@
 """The run records: one strict model per verb. YAML keys, command-line flags and Python keywords are these fields.
 
-Longer than 400 lines because the records are read side by side, one per verb.
-
 Precedence: command line over YAML over the defaults here. An unknown key is an error with the nearest valid name; so is
 an option that the chosen method would ignore. Longer than 400 lines because it is one reference of all options, with
 the headings that the help shows them under.
