@@ -88,12 +88,15 @@ def main() -> None:
     parser.add_argument("part", choices=["reference", "engine"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("files", type=Path, nargs="+", help="TEXT OUT, or what `reference` wrote")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument(
+        "--dtype", help="default: float32; bfloat16 for compressed-tensors, which vLLM's CPU kernel takes"
+    )
     parser.add_argument("--decode", action="store_true", help="measure the rate as well")
     given = parser.parse_args()
     if given.part == "reference":
         return reference(given.folder, *given.files)
-    difference = engine(given.folder, json.loads(given.files[0].read_text()), given.dtype, given.decode)
+    dtype = given.dtype or ("bfloat16" if (given.folder / "base").is_dir() else "float32")
+    difference = engine(given.folder, json.loads(given.files[0].read_text()), dtype, given.decode)
     if difference > WITHIN:
         raise SystemExit(f"The perplexities differ by {difference:.3%}; expected at most {WITHIN:.1%}.")
     return None
