@@ -30,7 +30,7 @@ from .decomposition import Estimate, Request, Survey, TextSize, estimate_run, tr
 from .decomposition.decide import decide
 from .errors import LordError, UsageError
 from .exports.run import EXPORTS
-from .exports.streamed import foreseen_bytes
+from .exports.foreseen import foreseen_bytes
 from .integrations.checkpoint import write_index
 from .integrations.files import first_line
 from .integrations.running import max_length, run_on_meta

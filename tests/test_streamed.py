@@ -17,8 +17,10 @@ from tiny import HIDDEN, INTERMEDIATE, VOCABULARY, read_tensors, save_tiny, tiny
 
 import lord_tune
 from lord_tune.errors import ExportMismatch
-from lord_tune.exports import dense, streamed
-from lord_tune.exports.streamed import foreseen_bytes, outputs_by_blocks, save_dense
+from lord_tune.exports import by_blocks, dense
+from lord_tune.exports.by_blocks import outputs_by_blocks
+from lord_tune.exports.foreseen import foreseen_bytes
+from lord_tune.exports.streamed import save_dense
 from lord_tune.exports.verify import outputs_of, probe_windows
 from lord_tune.integrations.models import load_dense_or_factored
 from lord_tune.integrations.transformers_quantizer import detach
@@ -118,7 +120,7 @@ def test_reading_by_blocks_gives_the_outputs_of_the_whole_model(case, decomposed
     whole, seen = load_dense_or_factored(str(tmp_path)), []
     windows = probe_windows(whole, IDS)
     expected = outputs_of(whole, windows)
-    monkeypatch.setattr(streamed, "load_dense_or_factored", lambda name: pytest.fail("it was loaded whole"))
+    monkeypatch.setattr(by_blocks, "load_dense_or_factored", lambda name: pytest.fail("it was loaded whole"))
     assert torch.equal(outputs_by_blocks(tmp_path, windows, seen.append), expected)
     assert [type(model) for model in seen] == [type(whole)] and all(p.is_meta for p in seen[0].parameters())
     assert not list(tmp_path.glob(".*"))
@@ -130,11 +132,11 @@ def test_what_cannot_be_read_by_blocks_is_read_whole(why, decomposed, tmp_path, 
     before, loaded = sorted(tmp_path.iterdir()), []
     expected = outputs_of(load_dense_or_factored(str(tmp_path)), IDS)
     if why == "there is no room":
-        monkeypatch.setattr(streamed, "free_bytes", lambda folder: 1000)
+        monkeypatch.setattr(by_blocks, "free_bytes", lambda folder: 1000)
     else:  # the model computes with tensors that are never loaded
-        monkeypatch.setattr(streamed, "_parts_to_run", lambda model, names: ([], names[:1]))
+        monkeypatch.setattr(by_blocks, "parts_to_run", lambda model, names: ([], names[:1]))
     monkeypatch.setattr(
-        streamed, "load_dense_or_factored", lambda name: loaded.append(name) or load_dense_or_factored(name)
+        by_blocks, "load_dense_or_factored", lambda name: loaded.append(name) or load_dense_or_factored(name)
     )
     assert torch.equal(outputs_by_blocks(tmp_path, IDS, lambda model: None), expected)
     assert loaded == [str(tmp_path)] and sorted(tmp_path.iterdir()) == before
@@ -151,7 +153,7 @@ def test_a_tensor_that_was_written_wrong_is_noticed_by_blocks(decomposed, tmp_pa
         save_file(tensors | {name: tensors[name] * 1.05}, file, {"format": "pt"})
 
     monkeypatch.setattr(dense, "save_dense", corrupted)
-    monkeypatch.setattr(streamed, "load_dense_or_factored", lambda name: pytest.fail("it was loaded whole"))
+    monkeypatch.setattr(by_blocks, "load_dense_or_factored", lambda name: pytest.fail("it was loaded whole"))
     with pytest.raises(ExportMismatch, match="differs from the model"):
         lord_tune.export(str(decomposed("llama")), str(tmp_path / "bad"), "dense")
     assert not list(tmp_path.iterdir())
