@@ -29,8 +29,8 @@ from .console import human_bytes, say, show_table
 from .decomposition import Estimate, Request, Survey, TextSize, estimate_run, trace
 from .decomposition.decide import decide
 from .errors import LordError, UsageError
-from .exports.run import EXPORTS
 from .exports.foreseen import foreseen_bytes
+from .exports.run import EXPORTS
 from .integrations.checkpoint import write_index
 from .integrations.files import first_line
 from .integrations.running import max_length, run_on_meta

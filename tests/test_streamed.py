@@ -170,7 +170,7 @@ def test_a_factored_checkpoint_is_written_as_save_pretrained_does(case, size, de
     whole.save_pretrained(tmp_path / "whole", **limits[0])
     (tmp_path / "streamed").mkdir()
     add_remote_code(source.model.config, tmp_path / "streamed")
-    save_factored(source.model, None, tmp_path / "streamed", source.load, **limits[1])
+    save_factored(source.model, None, tmp_path / "streamed", source, **limits[1])
     assert all(tensor.is_meta for tensor in source.model.parameters())
     expected = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
     found = {path.name: path.read_bytes() for path in (tmp_path / "streamed").iterdir()}

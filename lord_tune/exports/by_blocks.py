@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Protocol
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -18,16 +17,8 @@ from ..integrations.space import bytes_in, free_bytes
 from ..layers import plain_model
 from ..memory import give_back
 from ..protocols import CausalModel
-from .parts import to_nothing
+from .parts import Store, to_nothing
 from .verify import outputs_of
-
-
-class Store(Protocol):
-    """Where the tensors of a model on the meta device are."""
-
-    def load(self, names: Iterable[str]) -> None: ...
-
-    def release(self, names: Iterable[str]) -> None: ...
 
 
 def outputs_by_blocks(folder: Path, ids: Tensor, check: Callable[[PreTrainedModel], None]) -> Tensor:

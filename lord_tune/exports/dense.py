@@ -43,5 +43,5 @@ class DenseExport:
                         "whitened."
                     )
 
-        save_dense(model, job.tokenizer, job.folder, DTYPE_NAMES[job.dtype], job.load)
+        save_dense(model, job.tokenizer, job.folder, DTYPE_NAMES[job.dtype], job.store)
         return outputs_by_blocks(job.folder, job.ids, check)

@@ -29,7 +29,7 @@ class FactoredExport:
     def write(self, model: PreTrainedModel, job: Job) -> Tensor:
         attach(model)
         add_remote_code(model.config, job.folder)
-        save_factored(model, job.tokenizer, job.folder, job.load)
+        save_factored(model, job.tokenizer, job.folder, job.store)
         return outputs_by_blocks(job.folder, job.ids, lambda model: None)
 
     def rounds_to(self, model_dtype: torch.dtype, job: Job) -> list[str]:

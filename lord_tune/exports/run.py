@@ -35,7 +35,7 @@ from .compressed_tensors import CompressedTensorsExport
 from .dense import DenseExport
 from .factored import FactoredExport
 from .gguf import GGUFExport
-from .parts import Load, Parts
+from .parts import Parts, Store
 from .peft import PeftExport
 from .source import Source
 from .verify import PROBE_TOKENS, Comparison, compare, probe_ids, probe_windows
@@ -55,10 +55,10 @@ _REMEDIES = {
 }
 
 
-def _decoded_tables(model: PreTrainedModel, load: Load) -> int:
+def _decoded_tables(model: PreTrainedModel, store: Store) -> int:
     """Put dense embeddings in place of those in low precision; how many numbers they have."""
     stored = stored_tables(model)
-    Parts(model, load).load(*(f"{name}.table" for name in stored))
+    Parts(model, store).load(*(f"{name}.table" for name in stored))
     return dense_tables(model)
 
 
@@ -111,8 +111,8 @@ def export_model(
     ids, tokens = probe_windows(plain, ids), kind_of(plain) != "bare"
     reference = source.outputs(ids)
     folded = source.folded()
-    job = Job(tokenizer, folder, final or folder, dtype or own, ids, load=source.load, **options)
-    if form not in ("dense", "factored") and (decoded := _decoded_tables(folded, source.load)):
+    job = Job(tokenizer, folder, final or folder, dtype or own, ids, store=source, **options)
+    if form not in ("dense", "factored") and (decoded := _decoded_tables(folded, source)):
         told = human_bytes(decoded * model_dtype.itemsize)
         job.notes.append(f"this format has no embeddings in low precision, so they were decoded ({told})")
     if form in _APART:

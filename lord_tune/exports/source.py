@@ -43,25 +43,31 @@ class Source:
         again: Callable[[], CausalModel] | None = None,  # loads it whole
     ):
         self.model, self._stored, self._again = model, stored, again
-        self._absent = [] if stored is None else [n for n in stored.names() if stored.awaits(n)]
+        # what stays in its files, by the names that the checkpoint has
+        self.absent = set() if stored is None else {n for n in stored.names() if stored.awaits(n)}
 
     def load(self, names: Iterable[str]) -> None:
         """Into memory, if they are not there."""
         if self._stored is not None:
             self._stored.load(names)
 
+    def release(self, names: Iterable[str]) -> None:
+        """Those that were not in memory when this was opened."""
+        if self._stored is not None:
+            self._stored.release(self.absent.intersection(names))
+
     def outputs(self, ids: Tensor) -> Tensor:
         """`outputs_of` the model, which afterwards is as it was."""
         if self._stored is None:
             return outputs_of(self.model, ids)
         try:
-            found = walked(self.model, self._stored, self._absent, ids)
+            found = walked(self.model, self._stored, sorted(self.absent), ids)
         except RuntimeError as error:  # NotImplementedError is one
             if not without_values(error):
                 raise
-            self.load(self._absent)
+            self.load(self.absent)
             return outputs_of(self.model, ids)
-        self._stored.release(self._absent)
+        self._stored.release(self.absent)
         return found
 
     def folded(self) -> PreTrainedModel:

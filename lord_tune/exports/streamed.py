@@ -1,4 +1,4 @@
-"""Checkpoints written tensor by tensor: no copy of the model beside the model, and none of a model that is not there."""
+"""Checkpoints written tensor by tensor: no copy of the model beside the model, which need not be there itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..integrations.shards import save_streamed, stored_tensors
+from ..integrations.shards import save_streamed
 from ..integrations.transformers_quantizer import detach
 from ..layers import (
     QuantizedEmbedding,
@@ -26,7 +26,7 @@ from ..layers import (
     unfused_parameters,
 )
 from ..protocols import Tokenizer
-from .parts import Load, Parts, emptied, places_in, present, to_nothing
+from .parts import PRESENT, Parts, Store, emptied, places_in, to_nothing
 
 
 def empty_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -51,12 +51,12 @@ def save_dense(
     tokenizer: Tokenizer | None,
     folder: Path,
     dtype: torch.dtype,
-    load: Load = present,
+    store: Store = PRESENT,
     **options: int | str,  # of save_streamed
 ) -> None:
     """The dense checkpoint in `folder`, one tensor of the model after the other, each let go once it is written."""
     skeleton = dense_skeleton(model, dtype)
-    parts = _DenseParts(model, dtype, load)
+    parts = _DenseParts(model, dtype, store)
     save_streamed(skeleton, folder, parts.read, parts.let_go, **options)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -68,11 +68,11 @@ def save_factored(
     model: PreTrainedModel,  # with the manifest in its configuration; left without values
     tokenizer: Tokenizer | None,
     folder: Path,
-    load: Load = present,
+    store: Store = PRESENT,
     **options: int | str,  # of save_streamed
 ) -> None:
     """The factored checkpoint in `folder`, in the same way."""
-    parts, markers = Parts(model, load), set(sentinels_of(model))
+    parts, markers = Parts(model, store), set(sentinels_of(model))
 
     def let_go(names: Iterable[str]) -> None:
         parts.let_go(name for name in names if name not in markers)
@@ -89,8 +89,8 @@ def save_factored(
 class _DenseParts:
     """The tensors of the dense model of a factored one, made when they are asked for."""
 
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, load: Load):
-        self._model, self._dtype, self._parts = model, dtype, Parts(model, load)
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, store: Store):
+        self._model, self._dtype, self._parts = model, dtype, Parts(model, store)
         self._layers = dict.fromkeys(factored_layers(model))
         self._experts: dict[str, list[str]] = {name: [] for name in unfused_parameters(model)}
         for name in self._layers:

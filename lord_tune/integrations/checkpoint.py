@@ -174,11 +174,12 @@ class StoredModel(Checkpoint):
         for origin, targets in self._tied.items():
             for target in targets:
                 _tie(self.model, target, origin)
-        self._holders: dict[str, tuple[weakref.ref[nn.Module], str]] = {}
-        for name in self.names():
-            owner = _owner(self.model, name)
-            if owner is not None:
-                self._holders[name] = weakref.ref(owner), name.rpartition(".")[2]
+        tied = {target for targets in self._tied.values() for target in targets}
+        self._holders = {
+            name: (weakref.ref(owner), name.rpartition(".")[2])
+            for name in self.model.state_dict()
+            if name not in tied and (owner := _owner(self.model, name)) is not None
+        }
         self._readers = {
             target: (weakref.ref(owner), target.rpartition(".")[2])
             for targets in self._tied.values()
@@ -187,9 +188,8 @@ class StoredModel(Checkpoint):
         }
 
     def names(self) -> list[str]:
-        """The tensors of the model, one of those that are tied."""
-        tied = {target for targets in self._tied.values() for target in targets}
-        return [name for name in self.model.state_dict() if name not in tied]
+        """The tensors of the model as it was opened, one of those that are tied."""
+        return list(self._holders)
 
     def awaits(self, name: str) -> bool:
         """Whether the tensor has no values now."""
