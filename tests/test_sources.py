@@ -1,4 +1,4 @@
-"""A source with an adapter is read by blocks as well: Q, embeddings and head stay in their files until they are used."""
+"""A source with an adapter is read by blocks as well: Q, embeddings and head stay in their files until used."""
 
 from __future__ import annotations
 
