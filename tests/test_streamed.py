@@ -246,7 +246,7 @@ def test_the_peak_is_below_what_is_foreseen_and_what_is_written(middle, decompos
     lines = [line.split() for line in shown.stdout.splitlines() if line.startswith("MEASURED")]
     skeleton = factored_skeleton(str(out))
     for _, form, peak, written in lines:
-        foreseen = foreseen_bytes(skeleton, torch.float32 if form == "dense" else None)
+        foreseen = foreseen_bytes(skeleton, form)
         print(form, int(peak) / 1e6, int(written) / 1e6, foreseen / 1e6)
         assert int(peak) < foreseen < (int(written) if form == "dense" else 3 * int(written))
     assert len(lines) == 2

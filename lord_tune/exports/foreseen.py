@@ -2,37 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..integrations.shards import stored_tensors
-from ..layers import factored_layers
-from ..layers.sizes import sizes
+from ..layers import factored_layers, stored_tables, unfused_parameters
+from ..quantizers.base import TILE
 from .by_blocks import parts_to_run
 from .streamed import dense_skeleton
 from .verify import COMPARED_ROWS, PROBE_TOKENS
 
 
-def foreseen_bytes(model: PreTrainedModel, dtype: torch.dtype | None) -> int:
-    """An upper bound of what a dense export in `dtype`, or a factored one (None), holds beside the process itself.
-    model: on the meta device.
+def foreseen_bytes(model: PreTrainedModel, form: str, dtype: torch.dtype | None = None, adapted: bool = False) -> int:
+    """An upper bound of what an export in this form holds beside the process itself. model: on the meta device, one
+    that can be walked block by block; dtype: of what is written, by default the model's own; adapted: whether an
+    adapter of L and R is folded. What a stock loader or an engine holds in a process of its own comes on top.
 
-    Writing: the model as it is stored; the largest layer being multiplied out in float64, three times its numbers; the
-    largest tensor, twice for experts that become one. Reading a dense one again: what stands outside the blocks, the
-    largest of block and head, and a tensor as it comes from the file. Both: the outputs of source and copy.
+    Running the source, and what was written where that is read here: what stands outside the blocks, the largest of
+    block and head, twice the largest tensor (as it comes from the file), and what a product takes. Writing: a layer
+    multiplied out in float64, three times its numbers; the largest tensor, twice, and for experts that become one both;
+    an embedding that is decoded. All: the outputs of source and copy. With an adapter, L and R in float32,
+    twice.
     """
-    layers = factored_layers(model).values()
-    decoded = 24 * max((layer.plan.shape[0] * layer.plan.shape[1] for layer in layers), default=0)
-    stored, head = int(sizes(model)["model_bytes"]), model.get_output_embeddings()
-    weight = getattr(head, "weight", None)
-    width = 0 if weight is None else int(weight.shape[0])
-    compared = width * (PROBE_TOKENS * 3 * 4 + COMPARED_ROWS * 6 * 8)
-    skeleton = dense_skeleton(model, dtype or model.dtype)
-    state = {name: tensor.numel() * tensor.itemsize for name, tensor in stored_tensors(skeleton).items()}
-    largest = max(state.values(), default=0)
-    if dtype is None:
-        return stored + decoded + largest + compared
-    parts, outside = parts_to_run(skeleton, [*state])
+    dtype, layers = dtype or model.dtype, factored_layers(model).values()
+    numbers = max((layer.plan.shape[0] * layer.plan.shape[1] for layer in layers), default=0)
+    widest = max((sum(layer.plan.shape) for layer in layers), default=0)
+    pairs = [layer.rank * sum(layer.plan.shape) for layer in layers]
+    stored = _bytes_of({name: t for name, t in model.state_dict().items() if name not in _tied(model)})
+    running = _running(model, stored) + 12 * min(numbers, TILE) + 16 * PROBE_TOKENS * widest
+    tables = max((shape[0] * shape[1] for shape in (t.shape for t in stored_tables(model).values())), default=0)
+    decoded = (24 + dtype.itemsize) * max([numbers * (form not in ("factored", "vllm")), *pairs])
+    written = _bytes_of(stored_tensors(dense_skeleton(model, dtype))) if form == "dense" else stored
+    largest = 2 * max(written.values(), default=0)
+    writing = decoded + largest if unfused_parameters(model) else max(decoded, largest)
+    writing = max(writing, (4 + dtype.itemsize) * tables * (form != "factored"))
+    if form in ("dense", "gguf"):
+        skeleton = dense_skeleton(model, dtype if form == "dense" else torch.float32)
+        running = max(running, _running(skeleton, _bytes_of(stored_tensors(skeleton))))
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    compared = 0 if head is None else int(head.shape[0]) * (PROBE_TOKENS * 3 * 4 + COMPARED_ROWS * 6 * 8)
+    return max(running, writing) + compared + 8 * sum(pairs) * adapted
+
+
+def _tied(model: PreTrainedModel) -> Mapping[str, str]:
+    return getattr(model, "all_tied_weights_keys", None) or {}
+
+
+def _bytes_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    return {name: tensor.numel() * tensor.itemsize for name, tensor in tensors.items()}
+
+
+def _running(model: PreTrainedModel, state: Mapping[str, int]) -> int:
+    """Of a model that is read block by block, without what its products take. state: bytes by name."""
+    parts, outside = parts_to_run(model, [*state])
     unit = max((sum(state.get(name, 0) for name in names) for _, names in parts), default=0)
-    reading = sum(state[name] for name in outside) + unit + largest
-    return max(stored + decoded + 2 * largest, reading) + compared
+    return sum(state[name] for name in outside) + unit + 2 * max(state.values(), default=0)
