@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UsageError
 from ..layers import FactoredLinear
+from ..memory import give_back
 from .parts import Parts
 
 _ALIKE = 0.2  # least cosine of a decomposed weight and its original; those of unrelated weights are near 0
@@ -215,7 +216,9 @@ def places_in(
         found[key], distance = file.place(key, own)
         if stored:
             file.check_untouched(key, distance)
+        del own
         let_go_pages(file.reader)
+        give_back()
     check_others(file, found, gguf)
     return found
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..integrations.models import default_device
 from ..layers import FactoredLinear
+from ..memory import give_back
 from .base import Job
 from .by_blocks import walked, without_values
 from .gguf_places import Place, decoded, let_go_pages
@@ -73,6 +74,7 @@ class _Files:
                 self._empty.discard(name)
                 for file in self._files:
                     let_go_pages(file)
+                give_back()
 
     def release(self, names: Iterable[str]) -> None:
         names = list(names)
