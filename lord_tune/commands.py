@@ -14,7 +14,7 @@ from typing import Any, Unpack
 
 import torch
 
-from .adapters.loading import load, load_to_fold
+from .adapters.loading import load
 from .cards import export_card, training_card
 from .chatting import Talk, converse, prompts_of
 from .config import (
@@ -42,6 +42,7 @@ from .errors import LordWarning, UsageError
 from .evaluating import measured, prepared
 from .exports.alone import check_base
 from .exports.run import export_model, own_dtype
+from .exports.source import Source, open_source
 from .inspecting import report_of
 from .integrations.checkpoint import skeleton
 from .integrations.companions import companions_of
@@ -310,16 +311,18 @@ def _export(config: ExportConfig) -> dict[str, Any]:
             merges = Merges(config, Path(work), decompose)
             weighed = weigh(merges, config)
             loaded, tokenizer = merges.model(config.merge or UNMERGED), merges.tokenizer
+            source = Source(loaded)
         else:
-            loaded, tokenizer = load_to_fold(config.model)
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(dir=folder.parent, prefix=".lord_tune_read_"))
+            source, tokenizer = open_source(config.model, Path(scratch))
         text = (
             None
             if config.text is None
             else "\n\n".join(documents([config.text], tokenizer, config.plain_prompts, note))
         )
-        own = own_dtype(plain_model(loaded).dtype)
+        own = own_dtype(plain_model(source.model).dtype)
         comparison = export_model(
-            *(loaded, tokenizer, folder, config.format, config.dtype, config.threshold, text, Path(config.out), beside),
+            *(source, tokenizer, folder, config.format, config.dtype, config.threshold, text, Path(config.out), beside),
             **config.model_dump(include={"pad_ranks", "dense_type", "adapter_type"}),
             like=like,
             notes=notes,

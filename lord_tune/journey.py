@@ -29,8 +29,8 @@ from .console import human_bytes, say, show_table
 from .decomposition import Estimate, Request, Survey, TextSize, estimate_run, trace
 from .decomposition.decide import decide
 from .errors import LordError, UsageError
+from .exports.foreseen import foreseen_bytes
 from .exports.run import EXPORTS
-from .exports.streamed import foreseen_bytes
 from .integrations.checkpoint import write_index
 from .integrations.files import first_line
 from .integrations.running import max_length, run_on_meta
@@ -178,13 +178,21 @@ def _exports(folder: str, held: int) -> list[Leg]:
             "peft": apart_bytes(model, element, 4),
             "gguf": _gguf_bytes(model),
         }.get(form, apart_bytes(model, element, element))
-        if form in ("dense", "factored"):
-            memory = held + foreseen_bytes(model, model.dtype if form == "dense" else None)
-        else:
-            memory = held + stored + 2 * (dense_bytes(model, 4) if form == "gguf" else written)
+        own = foreseen_bytes(model, form, adapted=True)
+        memory = held + max(own, _engine_bytes(form, model, written, held))
         fits = memory <= available and written <= _free_disk()
         legs.append(Leg(f"export {form}", "cpu", memory, written, fits, _WRITES.get(form, "")))
     return legs
+
+
+def _engine_bytes(form: str, model: PreTrainedModel, written: int, held: int) -> int:
+    """Of the process of its own that loads what was written; `export` holds next to nothing by then."""
+    if form in ("dense", "factored"):
+        return 0  # read here, block by block
+    if form == "gguf":
+        return written  # mapped by llama.cpp, where it is installed
+    decoded = dense_bytes(model, model.dtype.itemsize) if form == "compressed-tensors" else 0
+    return held + 2 * written + decoded
 
 
 def _gguf_bytes(model: PreTrainedModel) -> int:

@@ -58,7 +58,7 @@ def test_a_wrong_export_of_a_head_for_labels_is_noticed(head, form, tmp_path, mo
         rows = tensors[name]
         save_file(tensors | {name: rows + 0.02 * rows.abs().mean()}, file, {"format": "pt"})
 
-    module, name = {"dense": (dense, "save_dense"), "factored": (factored, "save_model")}[form]
+    module, name = {"dense": (dense, "save_dense"), "factored": (factored, "save_factored")}[form]
     write = getattr(module, name)
     monkeypatch.setattr(module, name, corrupted)
     with pytest.raises(

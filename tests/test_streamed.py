@@ -17,11 +17,16 @@ from tiny import HIDDEN, INTERMEDIATE, VOCABULARY, read_tensors, save_tiny, tiny
 
 import lord_tune
 from lord_tune.errors import ExportMismatch
-from lord_tune.exports import dense, streamed
-from lord_tune.exports.streamed import foreseen_bytes, outputs_by_blocks, save_dense
+from lord_tune.exports import by_blocks, dense
+from lord_tune.exports import source as source_file
+from lord_tune.exports.by_blocks import outputs_by_blocks
+from lord_tune.exports.foreseen import foreseen_bytes
+from lord_tune.exports.source import open_source
+from lord_tune.exports.streamed import save_dense, save_factored
 from lord_tune.exports.verify import outputs_of, probe_windows
 from lord_tune.integrations.models import load_dense_or_factored
-from lord_tune.integrations.transformers_quantizer import detach
+from lord_tune.integrations.remote_code import add_remote_code
+from lord_tune.integrations.transformers_quantizer import attach, detach
 from lord_tune.layers import dense_tables, densify
 from lord_tune.training.forecast import factored_skeleton
 
@@ -118,7 +123,7 @@ def test_reading_by_blocks_gives_the_outputs_of_the_whole_model(case, decomposed
     whole, seen = load_dense_or_factored(str(tmp_path)), []
     windows = probe_windows(whole, IDS)
     expected = outputs_of(whole, windows)
-    monkeypatch.setattr(streamed, "load_dense_or_factored", lambda name: pytest.fail("it was loaded whole"))
+    monkeypatch.setattr(by_blocks, "load_dense_or_factored", lambda name: pytest.fail("it was loaded whole"))
     assert torch.equal(outputs_by_blocks(tmp_path, windows, seen.append), expected)
     assert [type(model) for model in seen] == [type(whole)] and all(p.is_meta for p in seen[0].parameters())
     assert not list(tmp_path.glob(".*"))
@@ -130,14 +135,55 @@ def test_what_cannot_be_read_by_blocks_is_read_whole(why, decomposed, tmp_path, 
     before, loaded = sorted(tmp_path.iterdir()), []
     expected = outputs_of(load_dense_or_factored(str(tmp_path)), IDS)
     if why == "there is no room":
-        monkeypatch.setattr(streamed, "free_bytes", lambda folder: 1000)
+        monkeypatch.setattr(by_blocks, "free_bytes", lambda folder: 1000)
     else:  # the model computes with tensors that are never loaded
-        monkeypatch.setattr(streamed, "_parts_to_run", lambda model, names: ([], names[:1]))
+        monkeypatch.setattr(by_blocks, "parts_to_run", lambda model, names: ([], names[:1]))
     monkeypatch.setattr(
-        streamed, "load_dense_or_factored", lambda name: loaded.append(name) or load_dense_or_factored(name)
+        by_blocks, "load_dense_or_factored", lambda name: loaded.append(name) or load_dense_or_factored(name)
     )
     assert torch.equal(outputs_by_blocks(tmp_path, IDS, lambda model: None), expected)
     assert loaded == [str(tmp_path)] and sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_factored_source_is_read_by_blocks(case, decomposed, tmp_path):
+    source, _ = open_source(str(decomposed(case)), tmp_path)
+    whole = load_dense_or_factored(str(decomposed(case)))
+    windows = probe_windows(whole, IDS)
+    assert all(p.is_meta for p in source.model.parameters())
+    assert torch.equal(source.outputs(windows), outputs_of(whole, windows))
+    assert all(p.is_meta for p in source.model.parameters())
+    expected, found = whole.state_dict(), source.model.state_dict()
+    source.load(found)
+    assert expected.keys() == found.keys() and not any(p.is_meta for p in source.model.parameters())
+    for name, tensor in source.model.state_dict().items():
+        assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("size", [None, 60_000])
+@pytest.mark.parametrize("case", CASES)
+def test_a_factored_checkpoint_is_written_as_save_pretrained_does(case, size, decomposed, tmp_path):
+    whole, (source, _) = load_dense_or_factored(str(decomposed(case))), open_source(str(decomposed(case)), tmp_path)
+    limits = {} if size is None else {"max_shard_size": size}, {} if size is None else {"largest": size}
+    for model in (whole, source.model):
+        attach(model)
+    whole.save_pretrained(tmp_path / "whole", **limits[0])
+    (tmp_path / "streamed").mkdir()
+    add_remote_code(source.model.config, tmp_path / "streamed")
+    save_factored(source.model, None, tmp_path / "streamed", source, **limits[1])
+    assert all(tensor.is_meta for tensor in source.model.parameters())
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    found = {path.name: path.read_bytes() for path in (tmp_path / "streamed").iterdir()}
+    assert expected.keys() == found.keys() and len(expected) > (1 if size is None else 4)
+    assert [name for name in expected if expected[name] != found[name]] == []
+
+
+@pytest.mark.parametrize("form", ["dense", "factored"])
+def test_an_export_never_loads_the_whole_source(form, decomposed, tmp_path, monkeypatch):
+    monkeypatch.setattr(by_blocks, "load_dense_or_factored", lambda name: pytest.fail("it was read back whole"))
+    monkeypatch.setattr(source_file, "load_to_fold", lambda name: pytest.fail("the source was loaded whole"))
+    found = lord_tune.export(str(decomposed("table")), str(tmp_path / "out"), form)
+    assert found["comparison"]["kl"] < 1e-2 and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_tensor_that_was_written_wrong_is_noticed_by_blocks(decomposed, tmp_path, monkeypatch):
@@ -151,7 +197,7 @@ def test_a_tensor_that_was_written_wrong_is_noticed_by_blocks(decomposed, tmp_pa
         save_file(tensors | {name: tensors[name] * 1.05}, file, {"format": "pt"})
 
     monkeypatch.setattr(dense, "save_dense", corrupted)
-    monkeypatch.setattr(streamed, "load_dense_or_factored", lambda name: pytest.fail("it was loaded whole"))
+    monkeypatch.setattr(by_blocks, "load_dense_or_factored", lambda name: pytest.fail("it was loaded whole"))
     with pytest.raises(ExportMismatch, match="differs from the model"):
         lord_tune.export(str(decomposed("llama")), str(tmp_path / "bad"), "dense")
     assert not list(tmp_path.iterdir())
@@ -200,7 +246,7 @@ def test_the_peak_is_below_what_is_foreseen_and_what_is_written(middle, decompos
     lines = [line.split() for line in shown.stdout.splitlines() if line.startswith("MEASURED")]
     skeleton = factored_skeleton(str(out))
     for _, form, peak, written in lines:
-        foreseen = foreseen_bytes(skeleton, torch.float32 if form == "dense" else None)
+        foreseen = foreseen_bytes(skeleton, form)
         print(form, int(peak) / 1e6, int(written) / 1e6, foreseen / 1e6)
         assert int(peak) < foreseen < (int(written) if form == "dense" else 3 * int(written))
     assert len(lines) == 2

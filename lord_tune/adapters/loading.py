@@ -32,10 +32,14 @@ def load(name: str, dtype: str | None = None) -> tuple[CausalModel, Tokenizer]:
     folder = Path(source)
     if (folder / ADAPTER_FILE).is_file():
         origin = base_of_adapter(folder)
-        base = load_dense_or_factored(origin, dtype)
-        tokenized = any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
-        return load_adapter(base, folder), load_tokenizer(source if tokenized else origin)
+        return load_adapter(load_dense_or_factored(origin, dtype), folder), tokenizer_of(source, origin)
     return load_dense_or_factored(source, dtype), load_tokenizer(source)
+
+
+def tokenizer_of(source: str, origin: str) -> Tokenizer:
+    """Of a training output, or of the model it stands on where it has none."""
+    files = (Path(source) / file for file in ("tokenizer.json", "tokenizer_config.json"))
+    return load_tokenizer(source if source == origin or any(file.is_file() for file in files) else origin)
 
 
 def load_to_fold(name: str) -> tuple[CausalModel, Tokenizer]:
@@ -83,6 +87,18 @@ def load_adapter(model: CausalModel, folder: Path | str, adapter_name: str = "de
         raise CheckpointError(f"The adapter in {folder} holds {result.unexpected_keys[0]}, which has no place here.")
     peft_model.eval()
     return peft_model
+
+
+def adapter_keys(folder: Path) -> list[str]:
+    """The tensors of a saved adapter, by the names that they have in its base model."""
+    from peft.utils import load_peft_weights
+    from safetensors import SafetensorError
+
+    try:
+        state = load_peft_weights(str(folder), device="cpu")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"The adapter in {folder} could not be read: {error}; write it again.") from error
+    return [key.removeprefix("base_model.model.") for key in state]
 
 
 def _tuned(state: dict[str, Tensor]) -> list[str]:

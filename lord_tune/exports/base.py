@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..protocols import Tokenizer
+from .parts import PRESENT, Store
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Job:
     dense_type: str = "f16"  # in GGUF, of decomposed layers that have no type there
     adapter_type: str = "f16"  # in GGUF, of L and R
     notes: list[str] = field(default_factory=list)  # what the export has to say
+    store: Store = PRESENT  # of the model, whose tensors may have no values until they are asked for
 
 
 class Export(Protocol):
@@ -41,7 +43,7 @@ class Export(Protocol):
 
     def write(self, model: PreTrainedModel, job: Job) -> Tensor:
         """Write the model, whose adapter is folded, and return the logits of the folder loaded again. May use up the
-        model."""
+        model. Its tensors may be on the meta device: `job.store.load` brings those that are computed with."""
         ...
 
     def rounds_to(self, model_dtype: torch.dtype, job: Job) -> list[str]:

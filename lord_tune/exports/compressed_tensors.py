@@ -19,11 +19,23 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import UsageError
 from ..integrations.models import DTYPE_NAMES
+from ..integrations.shards import Piece
 from ..layers import FactoredLinear, factored_layers
 from ..quantizers import Quantizer, make_quantizer
 from ..quantizers.engines import Weights, signed_codes
 from .base import Job
-from .stock import ADAPTER, BASE, NO_ADAPTER, base_state, check_adapter_form, stock_outputs, write_adapter, write_base
+from .parts import Parts
+from .stock import (
+    ADAPTER,
+    BASE,
+    NO_ADAPTER,
+    base_pieces,
+    check_adapter_form,
+    empty,
+    stock_outputs,
+    write_adapter,
+    write_base,
+)
 
 
 @dataclass(frozen=True)
@@ -52,25 +64,24 @@ class CompressedTensorsExport:
             )
 
     def write(self, model: PreTrainedModel, job: Job) -> Tensor:
-        layers, dtype = factored_layers(model), DTYPE_NAMES[job.dtype]
-        state = {n: v.to(dtype) if v.is_floating_point() else v for n, v in base_state(model, layers).items()}
-        for name, layer in layers.items():
-            state |= {f"{name}.{key}": value.cpu() for key, value in _stored(layer, dtype).items()}
+        layers, dtype, parts = factored_layers(model), DTYPE_NAMES[job.dtype], Parts(model, job.store)
+        inexact: list[str] = []  # layers whose scales are rounded
+        pieces = base_pieces(model, layers, parts, dtype)
+        pieces += [_codes(name, layer, dtype, parts, inexact) for name, layer in layers.items()]
         dense = sorted(name for name, module in model.named_modules() if _is_dense(name, module, layers))
-        inexact = [name for name, layer in layers.items() if _rounds_scales(layer, dtype)]
+        config = {"quantization_config": _description(layers, dense), "dtype": job.dtype}
+        write_base(model, job.tokenizer, job.folder / BASE, pieces, config)
         if inexact:
             job.notes.append(
                 f"scales of {len(inexact)} layers, like '{inexact[0]}', have more digits than {job.dtype} and were "
                 "rounded, so that Q is not to the bit"
             )
-        config = {"quantization_config": _description(layers, dense), "dtype": job.dtype}
-        write_base(model, job.tokenizer, job.folder / BASE, state, config)
         ranked = {name: layer for name, layer in layers.items() if layer.rank}
         if job.pad_ranks and not ranked:
             job.notes.append(NO_ADAPTER)
         if ranked:
             base = job.final / BASE
-            write_adapter(model, job.tokenizer, job.folder / ADAPTER, ranked, base, dtype, job.pad_ranks)
+            write_adapter(model, job.tokenizer, job.folder / ADAPTER, ranked, base, dtype, job.pad_ranks, parts)
         kinds = [_arguments(layer) for layer in layers.values()]
         one = all(kind == kinds[0] for kind in kinds)  # transformers decodes all layers as the first kind
         return stock_outputs(job.folder, job.ids, model, "decode" if one else "run")
@@ -130,6 +141,28 @@ def _arguments(layer: FactoredLinear) -> dict[str, Any]:
     if layer.in_features < quantizer.group_size:  # one group is a row
         return found | {"strategy": "channel"}
     return found | {"strategy": "group", "group_size": quantizer.group_size}
+
+
+def _codes(name: str, layer: FactoredLinear, dtype: torch.dtype, parts: Parts, inexact: list[str]) -> Piece:
+    """Q of a layer as the base holds it. inexact: gets the layer's name if its scales are rounded."""
+    (rows, columns), quantizer = layer.plan.shape, _quantizer(layer)
+    assert isinstance(quantizer, Weights), "checked before"
+    scales, words = layer.backbone.parts()["scales"].shape, 32 // quantizer.bits
+    shapes = {
+        "weight_packed": empty((rows, -(-columns // words)), torch.int32),
+        "weight_scale": empty(tuple(scales), dtype),
+        "weight_shape": empty((2,), torch.int64),
+    }
+    if not quantizer.symmetric:
+        shapes["weight_zero_point"] = empty((-(-rows // words), layer.backbone.parts()["zeros"].shape[1]), torch.int32)
+
+    def make() -> dict[str, Tensor]:
+        with parts.held(f"{name}.backbone"):
+            if _rounds_scales(layer, dtype):
+                inexact.append(name)
+            return {f"{name}.{key}": value.cpu() for key, value in _stored(layer, dtype).items()}
+
+    return Piece({f"{name}.{key}": shape for key, shape in shapes.items()}, make)
 
 
 def _stored(layer: FactoredLinear, dtype: torch.dtype) -> dict[str, Tensor]:

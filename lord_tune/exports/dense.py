@@ -13,7 +13,8 @@ from ..errors import UsageError
 from ..integrations.models import DTYPE_NAMES
 from ..layers import expert_of, factored_layers
 from .base import Job
-from .streamed import outputs_by_blocks, save_dense
+from .by_blocks import outputs_by_blocks
+from .streamed import save_dense
 
 
 @dataclass(frozen=True)
@@ -42,5 +43,5 @@ class DenseExport:
                         "whitened."
                     )
 
-        save_dense(model, job.tokenizer, job.folder, DTYPE_NAMES[job.dtype])
+        save_dense(model, job.tokenizer, job.folder, DTYPE_NAMES[job.dtype], job.store)
         return outputs_by_blocks(job.folder, job.ids, check)

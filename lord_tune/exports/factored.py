@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..integrations.models import load_dense_or_factored, save_model
 from ..integrations.remote_code import add_remote_code
 from ..integrations.transformers_quantizer import attach
 from .base import Job
-from .streamed import to_nothing
-from .verify import outputs_of
+from .by_blocks import outputs_by_blocks
+from .streamed import save_factored
 
 
 @dataclass(frozen=True)
@@ -30,9 +29,8 @@ class FactoredExport:
     def write(self, model: PreTrainedModel, job: Job) -> Tensor:
         attach(model)
         add_remote_code(model.config, job.folder)
-        save_model(model, job.tokenizer, job.folder)
-        to_nothing(model)  # so that it and what is read again are not there together
-        return outputs_of(load_dense_or_factored(str(job.folder)), job.ids)
+        save_factored(model, job.tokenizer, job.folder, job.store)
+        return outputs_by_blocks(job.folder, job.ids, lambda model: None)
 
     def rounds_to(self, model_dtype: torch.dtype, job: Job) -> list[str]:
         return []  # every dtype is kept

@@ -27,16 +27,17 @@ from transformers import PreTrainedModel
 from ..errors import ExportMismatch, UsageError
 from ..integrations.running import kind_of
 from ..integrations.space import check_space
-from ..integrations.transformers_quantizer import detach
-from ..layers import FactoredLinear, densify, factored_layers, stored_tables, unfused_parameters
+from ..layers import FactoredLinear, factored_layers, stored_tables, unfused_parameters
+from ..memory import give_back
 from ..quantizers import GGML
 from ..quantizers.engines import Block, gguf_blocks
 from .base import Job
-from .gguf_places import Located, Place, decoded, metadata, places_in
+from .gguf_places import Located, Place, decoded, let_go_pages, metadata, places_in
+from .gguf_reading import ADAPTER_FILE, MODEL_FILE, decoded_skeleton, outputs_of_files
 from .llama_cpp import compared_in_engine
+from .parts import Parts, to_nothing
+from .stock import factors_of
 from .verify import outputs_of
-
-MODEL_FILE, ADAPTER_FILE = "model.gguf", "adapter.gguf"
 
 
 @dataclass(frozen=True)
@@ -75,20 +76,20 @@ class GGUFExport:
             )
 
     def write(self, model: PreTrainedModel, job: Job) -> Tensor:
-        import gguf
-
         assert job.like is not None, "checked by the configuration"
         layers, file = factored_layers(model), Located(job.like)
-        reader, places = file.reader, places_in(file, model, layers)
+        parts = Parts(model, job.store)
+        reader, places = file.reader, places_in(file, model, layers, parts)
+        skeleton = decoded_skeleton(model)
         typed = {name: kind for name, layer in layers.items() if (kind := _kind(layer)) is not None}
-        pieces = list(_pieces(reader, layers, typed, places, job))
+        pieces = list(_pieces(reader, layers, typed, places, job, parts))
         ranked = {name: layers[name] for name in typed if layers[name].rank}
         number = {"f32": 4, "f16": 2, "q8_0": 1}[job.adapter_type]
         adapter_bytes = sum(number * layer.rank * sum(layer.plan.shape) for layer in ranked.values())
         check_space(job.folder, sum(map(_piece_bytes, pieces)) + adapter_bytes, "The gguf export")
         _write_model(reader, pieces, job.folder / MODEL_FILE)
         if ranked:
-            _write_adapter(reader, ranked, places, job)
+            _write_adapter(reader, ranked, places, job, parts)
         for kind, count in Counter(piece.kind.name for piece in pieces if _is_layer(piece, layers, places)).items():
             job.notes.append(f"{count} decomposed layers as {kind}")
         other = sorted({_why(layer) for name, layer in layers.items() if name not in typed} - {""})
@@ -103,7 +104,8 @@ class GGUFExport:
         )
         if broken:
             job.notes.append(f"{broken} left factors as F16: their ranks are no whole blocks of {job.adapter_type}")
-        written = outputs_of(_read_back(model, layers, places, job, gguf), job.ids)
+        to_nothing(model)
+        written = outputs_of_files(skeleton, layers, places, job)
         adapter = job.folder / ADAPTER_FILE
         if kind_of(model) == "causal":
             base, lora = job.folder / MODEL_FILE, adapter if adapter.is_file() else None
@@ -143,7 +145,12 @@ def _why(layer: FactoredLinear) -> str:
 
 
 def _pieces(
-    reader: Any, layers: dict[str, FactoredLinear], typed: dict[str, Any], places: dict[str, Place], job: Job
+    reader: Any,
+    layers: dict[str, FactoredLinear],
+    typed: dict[str, Any],
+    places: dict[str, Place],
+    job: Job,
+    model: Parts,
 ) -> Iterator[_Piece]:
     """The tensors of the file, in the order of `like`."""
     import gguf
@@ -158,8 +165,9 @@ def _pieces(
                 size, stored = gguf.GGML_QUANT_SIZES[typed[name]]
                 width = layer.in_features // size * stored
 
-                def blocks(layer: FactoredLinear = layer, place: Place = place) -> np.ndarray:
-                    parts = {key: part.cpu() for key, part in layer.backbone.parts().items()}
+                def blocks(name: str = name, layer: FactoredLinear = layer, place: Place = place) -> np.ndarray:
+                    with model.held(f"{name}.backbone"):
+                        parts = {key: part.cpu() for key, part in layer.backbone.parts().items()}
                     form = layer.backbone.quantizer
                     made = parts["weight"] if isinstance(form, GGML) else gguf_blocks(form, parts, layer.plan.shape)
                     return (made if place.order is None else made[place.order]).contiguous().numpy()
@@ -168,25 +176,33 @@ def _pieces(
             else:
                 kind = _stored_kind(job.dense_type, layer.in_features)
 
-                def whole(layer: FactoredLinear = layer, place: Place = place, kind: Any = kind) -> np.ndarray:
-                    return _quantized(place.into(layer.dense_weight(torch.float32).cpu()), kind)
+                def whole(
+                    name: str = name, layer: FactoredLinear = layer, place: Place = place, kind: Any = kind
+                ) -> np.ndarray:
+                    with model.held(*factors_of(name, layer), *_backbone_of(name, layer)):
+                        weight = layer.dense_weight(torch.float32).cpu()
+                    return _quantized(place.into(weight), kind)
 
                 yield _Piece(tensor.name, _bytes_shape(layer.plan.shape, kind), kind, _dtype(kind), whole)
         elif tensor.name in biases:
-            layer, place = layers[biases[tensor.name]], places[f"{biases[tensor.name]}.bias"]
+            name = biases[tensor.name]
 
-            def bias(layer: FactoredLinear = layer, place: Place = place) -> np.ndarray:
-                assert layer.bias is not None, "it has a place"
-                return place.into(layer.bias.detach().float().cpu()).contiguous().numpy()
+            def bias(name: str = name) -> np.ndarray:
+                with model.held(f"{name}.bias"):
+                    return places[f"{name}.bias"].into(model.read(f"{name}.bias").float().cpu()).contiguous().numpy()
 
             f32 = gguf.GGMLQuantizationType.F32
-            yield _Piece(tensor.name, (layer.out_features,), f32, _dtype(f32), bias)
+            yield _Piece(tensor.name, (layers[name].out_features,), f32, _dtype(f32), bias)
         else:
 
             def same(tensor: Any = tensor) -> np.ndarray:
                 return np.asarray(tensor.data)
 
             yield _Piece(tensor.name, tensor.data.shape, tensor.tensor_type, tensor.data.dtype, same)
+
+
+def _backbone_of(name: str, layer: FactoredLinear) -> list[str]:
+    return [] if layer.backbone is None else [f"{name}.backbone"]
 
 
 def _piece_bytes(piece: _Piece) -> int:
@@ -250,10 +266,14 @@ def _write_model(reader: Any, pieces: list[_Piece], path: Path) -> None:
     writer.write_ti_data_to_file()
     for piece in pieces:
         writer.write_tensor_data(piece.make())
+        let_go_pages(reader)
+        give_back()
     writer.close()
 
 
-def _write_adapter(reader: Any, layers: dict[str, FactoredLinear], places: dict[str, Place], job: Job) -> None:
+def _write_adapter(
+    reader: Any, layers: dict[str, FactoredLinear], places: dict[str, Place], job: Job, parts: Parts
+) -> None:
     import gguf
 
     writer = gguf.GGUFWriter(job.folder / ADAPTER_FILE, metadata(reader, gguf.Keys.General.ARCHITECTURE))
@@ -261,15 +281,22 @@ def _write_adapter(reader: Any, layers: dict[str, FactoredLinear], places: dict[
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)
     for name, layer in layers.items():
-        place = places[f"{name}.weight"]
-        left, right = (factor.float().cpu() for factor in layer.dense_factors())
-        left = left if place.order is None else left[place.order]
-        for suffix, value in (("lora_a", right), ("lora_b", left)):
-            kind = _stored_kind(job.adapter_type, value.shape[1])
-            writer.add_tensor(f"{place.name}.{suffix}", _quantized(value, kind), raw_dtype=kind)
+        rows, columns = layer.plan.shape
+        for suffix, shape in (("lora_a", (layer.rank, columns)), ("lora_b", (rows, layer.rank))):
+            kind = _stored_kind(job.adapter_type, shape[1])
+            stored, dtype = _bytes_shape(shape, kind), _dtype(kind)
+            size = int(np.prod(stored)) * dtype.itemsize
+            writer.add_tensor_info(f"{places[f'{name}.weight'].name}.{suffix}", stored, dtype, size, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+    writer.write_ti_data_to_file()
+    for name, layer in layers.items():
+        place = places[f"{name}.weight"]
+        with parts.held(*factors_of(name, layer)):
+            left, right = (factor.float().cpu() for factor in layer.dense_factors())
+        for value in (right, left if place.order is None else left[place.order]):
+            writer.write_tensor_data(_quantized(value, _stored_kind(job.adapter_type, value.shape[1])))
+        give_back()
     writer.close()
 
 
@@ -277,7 +304,7 @@ def write_adapter_for(model: PreTrainedModel, layers: dict[str, FactoredLinear],
     """L and R of these layers as an adapter of a GGUF file whose codes are their Q; run in llama.cpp if it is there."""
     located = Located(file)
     places = {f"{name}.weight": located.place(f"{name}.weight", _weight(layer))[0] for name, layer in layers.items()}
-    _write_adapter(located.reader, layers, places, job)
+    _write_adapter(located.reader, layers, places, job, Parts(model, keep=True))
     _check_adapter(layers, places, job)
     if kind_of(model) == "causal":
         job.notes.append(compared_in_engine(file, job.folder / ADAPTER_FILE, job.ids, outputs_of(model, job.ids)))
@@ -302,33 +329,3 @@ def _check_adapter(layers: dict[str, FactoredLinear], places: dict[str, Place], 
 
 def _weight(layer: FactoredLinear) -> Tensor:
     return layer.dense_weight(torch.float32).cpu()
-
-
-# --- reading back ---
-
-
-@torch.no_grad()
-def _read_back(
-    model: PreTrainedModel, layers: dict[str, FactoredLinear], places: dict[str, Place], job: Job, gguf: Any
-) -> PreTrainedModel:
-    """The model with all its tensors as the gguf package decodes the written files."""
-    names = {place.name: key for key, place in places.items()}
-    turned = {name for name, layer in layers.items() if layer.plan.conv1d}
-    densify(model, torch.float32)
-    detach(model)
-    model.float()
-    state = model.state_dict()
-    factors: dict[str, Tensor] = {}
-    adapter = job.folder / ADAPTER_FILE
-    if adapter.is_file():
-        factors = {t.name: decoded(gguf, t) for t in gguf.GGUFReader(adapter).tensors}
-    for tensor in gguf.GGUFReader(job.folder / MODEL_FILE).tensors:
-        key = names.get(tensor.name)
-        if key is None:
-            continue
-        value = decoded(gguf, tensor)
-        if f"{tensor.name}.lora_a" in factors:
-            value = value + factors[f"{tensor.name}.lora_b"] @ factors[f"{tensor.name}.lora_a"]
-        value = places[key].back(value)
-        state[key].copy_(value.T if key.removesuffix(".weight") in turned else value)
-    return model

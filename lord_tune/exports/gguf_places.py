@@ -7,6 +7,7 @@ which also tells a file of another model.
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from transformers import PreTrainedModel
 
 from ..errors import UsageError
 from ..layers import FactoredLinear
+from ..memory import give_back
+from .parts import Parts
 
 _ALIKE = 0.2  # least cosine of a decomposed weight and its original; those of unrelated weights are near 0
 _ROUNDED = 0.2  # largest relative distance of what was not decomposed, where the file holds it quantized
@@ -83,16 +86,22 @@ def decoded(gguf: Any, tensor: Any, rows: Tensor | None = None) -> Tensor:
     return found
 
 
-def _dense_names(model: PreTrainedModel, layers: dict[str, FactoredLinear]) -> dict[str, Tensor | None]:
-    """Tensors of the model as it was before the decomposition; None for weights of decomposed layers."""
+def _keys(model: PreTrainedModel, layers: dict[str, FactoredLinear]) -> dict[str, bool]:
+    """Tensors of the model as it was before the decomposition; False for weights of decomposed layers."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    found: dict[str, Tensor | None] = {}
-    for key, value in model.state_dict().items():
+    found: dict[str, bool] = {}
+    for key in model.state_dict():
         owner = next((name for name in layers if key.startswith(name + ".")), None)
-        if owner is None or key == f"{owner}.bias":
-            if key not in tied:
-                found[key] = value.detach().float().cpu()
-    return found | {f"{name}.weight": None for name in layers}
+        if (owner is None or key == f"{owner}.bias") and key not in tied:
+            found[key] = True
+    return found | {f"{name}.weight": False for name in layers}
+
+
+def let_go_pages(reader: Any) -> None:
+    """Of the file, which is mapped: pages that were read count as memory of the process until then."""
+    mapped = getattr(reader.data, "_mmap", None)
+    if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 class Located:
@@ -182,11 +191,13 @@ class Located:
             )
 
 
-def places_in(file: Located, model: PreTrainedModel, layers: dict[str, FactoredLinear]) -> dict[str, Place]:
+def places_in(
+    file: Located, model: PreTrainedModel, layers: dict[str, FactoredLinear], parts: Parts
+) -> dict[str, Place]:
     """Key of the model -> its place. Refuses a file of another model."""
     import gguf
 
-    wanted = _dense_names(model, layers)
+    wanted = _keys(model, layers)
     for key in wanted:
         if key.endswith(".bias") and key.removesuffix(".bias") in layers and file.tensor(key) is None:
             raise UsageError(
@@ -196,14 +207,18 @@ def places_in(file: Located, model: PreTrainedModel, layers: dict[str, FactoredL
         file.wanted(key)
     found: dict[str, Place] = {}
     for key in sorted(wanted, key=lambda key: key.endswith(".bias")):  # a layer's bias lies as its weight does
-        value, owner = wanted[key], key.rpartition(".")[0]
+        stored, owner = wanted[key], key.rpartition(".")[0]
         if key.endswith(".bias") and owner in layers:  # the method may have changed it: its values tell nothing
             found[key] = Place(file.wanted(key).name, found[f"{owner}.weight"].order)
             continue
-        own = layers[owner].dense_weight(torch.float32).cpu() if value is None else value
+        with parts.seen(key if stored else owner):
+            own = parts.read(key).float().cpu() if stored else layers[owner].dense_weight(torch.float32).cpu()
         found[key], distance = file.place(key, own)
-        if value is not None:
+        if stored:
             file.check_untouched(key, distance)
+        del own
+        let_go_pages(file.reader)
+        give_back()
     check_others(file, found, gguf)
     return found
 

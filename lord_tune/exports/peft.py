@@ -10,10 +10,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import UsageError
-from ..layers import factored_layers, is_linear
+from ..integrations.shards import Piece
+from ..layers import FactoredLinear, factored_layers, is_linear
 from ..quantizers import NF4
 from .base import Job
-from .stock import ADAPTER, BASE, NO_ADAPTER, base_state, check_adapter_form, stock_outputs, write_adapter, write_base
+from .parts import Parts
+from .stock import (
+    ADAPTER,
+    BASE,
+    NO_ADAPTER,
+    base_pieces,
+    check_adapter_form,
+    empty,
+    stock_outputs,
+    write_adapter,
+    write_base,
+)
 
 
 @dataclass(frozen=True)
@@ -40,17 +52,13 @@ class PeftExport:
                 )
 
     def write(self, model: PreTrainedModel, job: Job) -> Tensor:
-        layers = factored_layers(model)
-        state = base_state(model, layers)
+        layers, parts = factored_layers(model), Parts(model, job.store)
+        pieces = base_pieces(model, layers, parts)
+        pieces += [_codes(name, layer, parts) for name, layer in layers.items()]
         double_quant = False
-        for name, layer in layers.items():
-            quantizer = layer.backbone.quantizer
-            assert isinstance(quantizer, NF4), "checked before"
-            double_quant = quantizer.double_quant
-            packed = quantizer.state(layer.backbone.parts(), layer.plan.shape, torch.float32).as_dict(packed=True)
-            state[f"{name}.weight"] = layer.backbone.weight.detach().cpu()
-            for key, value in packed.items():
-                state[f"{name}.weight.{key}"] = value.detach().cpu().clone()
+        for layer in layers.values():
+            assert isinstance(layer.backbone.quantizer, NF4), "checked before"
+            double_quant = layer.backbone.quantizer.double_quant
         dense_left = [n for n, m in model.named_modules() if is_linear(m)]
         quantization = {
             "quant_method": "bitsandbytes",
@@ -61,13 +69,33 @@ class PeftExport:
             "llm_int8_skip_modules": sorted({*dense_left, "lm_head"} - set(layers)),
         }
         base = job.final / BASE
-        write_base(model, job.tokenizer, job.folder / BASE, state, {"quantization_config": quantization})
+        write_base(model, job.tokenizer, job.folder / BASE, pieces, {"quantization_config": quantization})
         ranked = {name: layer for name, layer in layers.items() if layer.rank}
         if job.pad_ranks and not ranked:
             job.notes.append(NO_ADAPTER)
         if ranked:
-            write_adapter(model, job.tokenizer, job.folder / ADAPTER, ranked, base, pad=job.pad_ranks)
+            write_adapter(model, job.tokenizer, job.folder / ADAPTER, ranked, base, pad=job.pad_ranks, parts=parts)
         return stock_outputs(job.folder, job.ids, model)
 
     def rounds_to(self, model_dtype: torch.dtype, job: Job) -> list[str]:
         return [str(model_dtype).removeprefix("torch.")]
+
+
+def _codes(name: str, layer: FactoredLinear, parts: Parts) -> Piece:
+    """Q of a layer as bitsandbytes stores it. The length of its description depends on a number of its own."""
+
+    def stored(found: dict[str, Tensor]) -> dict[str, Tensor]:
+        quantizer = layer.backbone.quantizer
+        assert isinstance(quantizer, NF4), "checked before"
+        state = quantizer.state(found, layer.plan.shape, torch.float32).as_dict(packed=True)
+        packed = {f"{name}.weight.{key}": value.detach().cpu().clone() for key, value in state.items()}
+        return {f"{name}.weight": found["weight"].cpu()} | packed
+
+    def make() -> dict[str, Tensor]:
+        with parts.held(f"{name}.backbone"):
+            return stored(layer.backbone.parts())
+
+    found = {key: torch.empty_like(part, device="cpu") for key, part in layer.backbone.parts().items()}
+    if "nested_offset" in found:
+        found["nested_offset"] = parts.read(f"{name}.backbone.nested_offset").cpu()
+    return Piece({key: empty(tuple(value.shape), value.dtype) for key, value in stored(found).items()}, make)

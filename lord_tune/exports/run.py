@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from ..adapters.attach import has_adapters
-from ..adapters.fold import fold
 from ..console import human_bytes
 from ..errors import ExportMismatch, UsageError, unknown_name
 from ..integrations.companions import Companions
@@ -35,8 +35,10 @@ from .compressed_tensors import CompressedTensorsExport
 from .dense import DenseExport
 from .factored import FactoredExport
 from .gguf import GGUFExport
+from .parts import Parts, Store
 from .peft import PeftExport
-from .verify import PROBE_TOKENS, Comparison, compare, outputs_of, probe_ids, probe_windows
+from .source import Source
+from .verify import PROBE_TOKENS, Comparison, compare, probe_ids, probe_windows
 from .vllm import VLLMExport
 
 EXPORTS: dict[str, Export] = {
@@ -53,13 +55,20 @@ _REMEDIES = {
 }
 
 
+def _decoded_tables(model: PreTrainedModel, store: Store) -> int:
+    """Put dense embeddings in place of those in low precision; how many numbers they have."""
+    stored = stored_tables(model)
+    Parts(model, store).load(*(f"{name}.table" for name in stored))
+    return dense_tables(model)
+
+
 def own_dtype(dtype: torch.dtype) -> str:
     """What an export of a model in this dtype is written in; float32 if the name is none that can be asked for."""
     return next((name for name, known in DTYPE_NAMES.items() if known == dtype), "float32")
 
 
 def export_model(
-    model: CausalModel,
+    model: CausalModel | Source,
     tokenizer: Tokenizer,
     folder: Path,  # empty, exists; becomes the export
     form: str,
@@ -80,9 +89,10 @@ def export_model(
         raise unknown_name("format", form, list(EXPORTS))
     if dtype is not None and dtype not in DTYPE_NAMES:
         raise UsageError(f"Got `dtype` {dtype!r}; expected one of {', '.join(DTYPE_NAMES)}.")
-    plain = plain_model(model)
+    source = model if isinstance(model, Source) else Source(model)
+    plain = plain_model(source.model)
     if not (factored_layers(plain) or stored_tables(plain)) and not merged:
-        if has_adapters(model):
+        if has_adapters(source.model):
             raise UsageError(
                 f"The adapter's base model, {plain.name_or_path}, has no factored layers; fold the adapter by PEFT's "
                 "merge_and_unload, or decompose the base first and train an adapter on that."
@@ -99,10 +109,10 @@ def export_model(
     ids = probe_ids(tokenizer, text, min(PROBE_TOKENS, max_length(plain)))
     check_vocabulary(plain, tokenizer, [ids])
     ids, tokens = probe_windows(plain, ids), kind_of(plain) != "bare"
-    reference = outputs_of(model, ids)
-    job = Job(tokenizer, folder, final or folder, dtype or own, ids, **options)
-    folded = fold(model) if has_adapters(model) else plain
-    if form not in ("dense", "factored") and (decoded := dense_tables(plain_model(folded))):
+    reference = source.outputs(ids)
+    folded = source.folded()
+    job = Job(tokenizer, folder, final or folder, dtype or own, ids, store=source, **options)
+    if form not in ("dense", "factored") and (decoded := _decoded_tables(folded, source)):
         told = human_bytes(decoded * model_dtype.itemsize)
         job.notes.append(f"this format has no embeddings in low precision, so they were decoded ({told})")
     if form in _APART:

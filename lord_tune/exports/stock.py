@@ -8,20 +8,22 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import ExportMismatch, UsageError
 from ..integrations.running import decoder_inputs
+from ..integrations.shards import Piece, save_pieces
 from ..integrations.transformers_quantizer import detach
 from ..layers import FactoredLinear, factored_layers, unfused_parameters
 from ..protocols import Tokenizer
+from .parts import Parts
 
 BASE, ADAPTER = "base", "adapter"
 NO_ADAPTER = "no adapter was written, so that `pad_ranks` had no effect"
@@ -48,25 +50,42 @@ def check_adapter_form(model: PreTrainedModel, form: str) -> None:
             )
 
 
-def base_state(model: PreTrainedModel, layers: Mapping[str, FactoredLinear]) -> dict[str, Tensor]:
-    """Everything but the weights of the factored layers."""
-    state = {}
+def base_pieces(
+    model: PreTrainedModel,
+    layers: Mapping[str, FactoredLinear],
+    parts: Parts,
+    dtype: torch.dtype | None = None,  # of floating-point numbers; None: that of each
+    called: Mapping[str, str] | None = None,  # names that are others in the file
+) -> list[Piece]:
+    """Everything but the weights of the factored layers, tensor by tensor, each let go once it is written."""
+    ties = getattr(model, "all_tied_weights_keys", None) or {}  # a tied head is stored once, as the embedding
+    pieces = []
     for key, value in model.state_dict().items():
         owner = next((name for name in layers if key.startswith(name + ".")), None)
-        if owner is None or key == f"{owner}.bias":
-            state[key] = value.detach().cpu()
-    for tied in getattr(model, "all_tied_weights_keys", None) or {}:  # a tied head is stored once, as the embedding
-        state.pop(tied, None)
-    return state
+        if key in ties or (owner is not None and key != f"{owner}.bias"):
+            continue
+        kind = dtype if dtype is not None and value.is_floating_point() else value.dtype
+        name = (called or {}).get(key, key)
+
+        def make(key: str = key, name: str = name, kind: torch.dtype = kind) -> dict[str, Tensor]:
+            with parts.held(key):
+                return {name: parts.read(key).to("cpu", kind)}
+
+        pieces.append(Piece({name: empty(tuple(value.shape), kind)}, make))
+    return pieces
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """What will be written, without values."""
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def write_base(
-    model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, state: Mapping[str, Tensor], config: dict[str, Any]
+    model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, pieces: Sequence[Piece], config: dict[str, Any]
 ) -> None:
     """A checkpoint folder. config: what comes into config.json beside the model's own."""
     folder.mkdir(exist_ok=True)
-    tensors = {name: value.contiguous() for name, value in state.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_pieces(folder / "model.safetensors", pieces)
     detach(model)
     merged = model.config.to_dict() | config
     merged.pop("_name_or_path", None)  # of this machine
@@ -84,22 +103,16 @@ def write_adapter(
     base: Path,  # as the adapter names it
     dtype: torch.dtype = torch.float32,
     pad: bool = False,  # all ranks to one that engines take, with zeros
+    parts: Parts | None = None,  # that are let go of; None: the model stays as it is
 ) -> None:
     """L and R as an adapter folder of PEFT."""
     folder.mkdir()
     ranks = {name: layer.rank for name, layer in layers.items()}
     largest = padded_rank(max(ranks.values())) if pad else max(ranks.values())
-    tensors: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        left, right = (factor.to("cpu", dtype) for factor in layer.dense_factors())
-        if pad:
-            missing = largest - ranks[name]
-            left = torch.nn.functional.pad(left, (0, missing))
-            right = torch.nn.functional.pad(right, (0, 0, 0, missing))
-        tensors[f"base_model.model.{name}.lora_A.weight"] = right.contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = left.contiguous()
+    parts = parts or Parts(model, keep=True)
     tokenizer.save_pretrained(folder)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    pieces = [_factors(name, layer, dtype, largest if pad else layer.rank, parts) for name, layer in layers.items()]
+    save_pieces(folder / "adapter_model.safetensors", pieces)
     other = {} if pad else {name: rank for name, rank in ranks.items() if rank != largest}
     patterns = {rf"^{name}$".replace(".", r"\."): rank for name, rank in other.items()}
     config = {
@@ -117,6 +130,26 @@ def write_adapter(
         "init_lora_weights": True,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _factors(name: str, layer: FactoredLinear, dtype: torch.dtype, rank: int, parts: Parts) -> Piece:
+    """L and R of a layer, with zeros up to `rank`."""
+    keys = f"base_model.model.{name}.lora_A.weight", f"base_model.model.{name}.lora_B.weight"
+
+    def make() -> dict[str, Tensor]:
+        with parts.held(*factors_of(name, layer)):
+            left, right = (factor.to("cpu", dtype) for factor in layer.dense_factors())
+        missing = rank - layer.rank
+        left, right = nn.functional.pad(left, (0, missing)), nn.functional.pad(right, (0, 0, 0, missing))
+        return dict(zip(keys, (right, left), strict=True))
+
+    shapes = empty((rank, layer.in_features), dtype), empty((layer.out_features, rank), dtype)
+    return Piece(dict(zip(keys, shapes, strict=True)), make)
+
+
+def factors_of(name: str, layer: FactoredLinear) -> list[str]:
+    """The modules that hold L and R."""
+    return [f"{name}.{side}" for side in ("left", "right", "top_left", "top_right") if getattr(layer, side) is not None]
 
 
 def padded_rank(largest: int) -> int:

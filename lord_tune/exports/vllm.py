@@ -19,12 +19,14 @@ from transformers.models.auto import modeling_auto
 from ..declared import PIVOTED, PLAIN
 from ..errors import UsageError
 from ..integrations.models import DTYPE_NAMES
+from ..integrations.shards import Piece
 from ..layers import FactoredLinear, factored_layers, unfused_parameters
 from ..layers.factored_linear import dense_factor
 from ..layers.pivoted_linear import PivotedLinear
 from ..quantizers import DTYPES
 from .base import Job
-from .stock import base_state, stock_outputs, write_base
+from .parts import Parts
+from .stock import base_pieces, empty, factors_of, stock_outputs, write_base
 
 FILE = "modeling_low_rank.py"
 _CODE = '''"""{what} of transformers with low-rank layers. Written by lord_tune; needs torch and transformers alone.
@@ -117,17 +119,16 @@ class VLLMExport:
 
     def write(self, model: PreTrainedModel, job: Job) -> Tensor:
         layers, dtype, prefix = factored_layers(model), DTYPE_NAMES[job.dtype], _prefix(model)
-        state = {n: v.to(dtype) if v.is_floating_point() else v for n, v in base_state(model, layers).items()}
-        described = {}
+        parts, described = Parts(model, job.store), {}
+        biased = [name for name, layer in layers.items() if layer.bias is not None and _form(layer) == PLAIN]
+        called = {f"{name}.bias": f"{name}.1.bias" for name in biased}
+        pieces = base_pieces(model, layers, parts, dtype, called)
         for name, layer in layers.items():
-            form, stored = _stored(layer)
-            state |= {f"{name}.{key}": v.to(dtype) if v.is_floating_point() else v for key, v in stored.items()}
-            if layer.bias is not None and form == PLAIN:
-                state[f"{name}.1.bias"] = state.pop(f"{name}.bias")
+            pieces.append(_pair(name, layer, dtype, parts))
             described[name.removeprefix(prefix)] = {
                 "shape": list(layer.plan.shape),
                 "rank": layer.rank,
-                "form": form,
+                "form": _form(layer),
                 "bias": layer.bias is not None,
             }
         packed = sorted({f for layer in layers.values() for f in _formats(layer)} - set(DTYPES))
@@ -135,7 +136,7 @@ class VLLMExport:
             job.notes.append(f"L and R are stored in {' and '.join(packed)}, and were decoded into {job.dtype}")
         config = {"low_rank": described, "dtype": job.dtype, "architectures": [_new(type(model))]}
         config["auto_map"] = {auto: f"{FILE.removesuffix('.py')}.{name}" for auto, name in _loaded_by(model).items()}
-        write_base(model, job.tokenizer, job.folder, state, config)
+        write_base(model, job.tokenizer, job.folder, pieces, config)
         (job.folder / FILE).write_text(_code(model))
         return stock_outputs(job.folder, job.ids, model, remote=list(_loaded_by(model))[-1])
 
@@ -143,15 +144,35 @@ class VLLMExport:
         return [str(model_dtype).removeprefix("torch."), job.dtype]
 
 
-def _stored(layer: FactoredLinear) -> tuple[str, dict[str, Tensor]]:
-    """The form of a layer, and its tensors in the export; L and R as wide as they can be decoded."""
+def _form(layer: FactoredLinear) -> str:
+    return PIVOTED if isinstance(layer.left, PivotedLinear) else PLAIN
+
+
+def _pair(name: str, layer: FactoredLinear, dtype: torch.dtype, parts: Parts) -> Piece:
+    """The tensors of a layer, L and R in `dtype`."""
+    (rows, columns), rank = layer.plan.shape, layer.rank
+    shapes = {"0.weight": empty((rank, columns), dtype), "1.weight": empty((rows, rank), dtype)}
+    if _form(layer) == PIVOTED:
+        shapes = {"chosen.weight": empty((rank, columns), dtype), "others.weight": empty((rows - rank, rank), dtype)}
+        shapes["places"] = empty((rows,), torch.int32)
+
+    def make() -> dict[str, Tensor]:
+        with parts.held(*factors_of(name, layer)):
+            stored = _stored(layer)
+            return {f"{name}.{key}": v.to(dtype) if v.is_floating_point() else v for key, v in stored.items()}
+
+    return Piece({f"{name}.{key}": shape for key, shape in shapes.items()}, make)
+
+
+def _stored(layer: FactoredLinear) -> dict[str, Tensor]:
+    """L and R as wide as they can be decoded."""
     if isinstance(layer.left, PivotedLinear):
         rest = dense_factor(layer.left.rest)
         places = layer.left.places().to(torch.int32)
         parts = {"chosen.weight": dense_factor(layer.right), "others.weight": rest, "places": places}
-        return PIVOTED, {key: value.cpu() for key, value in parts.items()}
+        return {key: value.cpu() for key, value in parts.items()}
     left, right = layer.dense_factors()
-    return PLAIN, {"0.weight": right.cpu(), "1.weight": left.cpu()}
+    return {"0.weight": right.cpu(), "1.weight": left.cpu()}
 
 
 def _formats(layer: FactoredLinear) -> list[str]:

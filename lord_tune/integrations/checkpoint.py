@@ -4,14 +4,16 @@ transformers builds the skeleton and accelerate's disk offload the index (`devic
 conversion between stored and runtime names is theirs, so no family needs code here. Tensors that transformers converts
 on loading (experts stored one by one, fused at run time) are written converted to `scratch`, once. Of experts that are
 layers of their own (layers/experts.py) each is read alone, out of the fused tensor. The forward hooks that would load
-weights at every call are removed again: `load` and `release` say when.
+weights at every call are removed again: `load` and `release` say when. `StoredModel` is one that is decomposed already,
+or not, and may get an adapter.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -64,9 +66,17 @@ def _check_plain(name: str, config: PreTrainedConfig) -> None:
 class Checkpoint:
     """The lazily opened checkpoint (decomposition.Source)."""
 
-    def __init__(self, name: str, dtype: str | None, scratch: Path, device: torch.device | None = None):
+    def __init__(
+        self,
+        name: str,
+        dtype: str | None,
+        scratch: Path,
+        device: torch.device | None = None,
+        factored: bool = False,  # whether it may be decomposed already
+    ):
         _, config = model_class(name)
-        _check_plain(name, config)
+        if not factored:
+            _check_plain(name, config)
         self._device, self._recast = device or default_device(), dtype is not None
         scratch.mkdir(parents=True, exist_ok=True)
         self.model = load_dense_or_factored(name, dtype, device_map={"": "disk"}, offload_folder=str(scratch))
@@ -155,6 +165,73 @@ class Checkpoint:
         return self._weights[source]
 
 
+class StoredModel(Checkpoint):
+    """A checkpoint, dense or factored, whose tensors are loaded into the modules that held them when it was opened,
+    wherever an adapter has put these. What is loaded already stays as it is; modules that are gone are passed over."""
+
+    def __init__(self, name: str, scratch: Path):
+        super().__init__(name, None, scratch, factored=True)
+        for module in self.model.modules():  # accelerate left a bound method: a circle, which keeps what is replaced
+            if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
+                del module.forward
+        for origin, targets in self._tied.items():
+            for target in targets:
+                _tie(self.model, target, origin)
+        tied = {target for targets in self._tied.values() for target in targets}
+        self._holders = {
+            name: (weakref.ref(owner), name.rpartition(".")[2])
+            for name in self.model.state_dict()
+            if name not in tied and (owner := _owner(self.model, name)) is not None
+        }
+        self._readers = {
+            target: (weakref.ref(owner), target.rpartition(".")[2])
+            for targets in self._tied.values()
+            for target in targets
+            if (owner := _owner(self.model, target)) is not None
+        }
+
+    def names(self) -> list[str]:
+        """The tensors of the model as it was opened, one of those that are tied."""
+        return list(self._holders)
+
+    def awaits(self, name: str) -> bool:
+        """Whether the tensor has no values now."""
+        return any(_tensors(module, leaf)[leaf].is_meta for _, module, leaf in self._held([name]))
+
+    def load(self, names: Iterable[str]) -> None:
+        for name, module, leaf in self._held(names):
+            if _tensors(module, leaf)[leaf].is_meta:
+                self._fill(name, module, leaf, self._read(name).to(self._device, copy=True))
+
+    def release(self, names: Iterable[str]) -> None:
+        for name, module, leaf in self._held(names):
+            self._fill(name, module, leaf, _tensors(module, leaf)[leaf].detach().to("meta"))
+
+    def holds(self, name: str) -> bool:
+        """Whether `load` brings the tensor that the model has under this name now."""
+        owner = _owner(self.model, name)
+        return any(module is owner for _, module, _ in self._held([name]))
+
+    def _held(self, names: Iterable[str]) -> Iterator[tuple[str, nn.Module, str]]:
+        for name in names:
+            reference, leaf = self._holders.get(name, (None, ""))
+            module = None if reference is None else reference()
+            if module is not None and leaf in _tensors(module, leaf):
+                yield name, module, leaf
+
+    def _fill(self, name: str, module: nn.Module, leaf: str, tensor: Tensor) -> None:
+        _set(module, leaf, tensor)
+        for target in self._tied.get(name, ()):
+            reference, key = self._readers.get(target, (None, ""))
+            reader = None if reference is None else reference()
+            if reader is not None and reader is not module:
+                reader._parameters[key] = module._parameters[leaf]
+
+
+def _tensors(module: nn.Module, leaf: str) -> dict[str, Any]:
+    return module._parameters if module._parameters.get(leaf) is not None else module._buffers
+
+
 def _stored_expert(entry: Entry, fused: str, expert: int) -> Tensor:
     with safe_open(entry["safetensors_file"], framework="pt") as file:
         return file.get_slice(entry.get("weight_name", fused))[expert]
@@ -207,8 +284,12 @@ def _owner(model: nn.Module, name: str) -> nn.Module | None:
 def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
     module, leaf = _owner(model, name), name.rpartition(".")[2]
     assert module is not None
+    _set(module, leaf, tensor)
+
+
+def _set(module: nn.Module, leaf: str, tensor: Tensor) -> None:
     if leaf in module._parameters:
-        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))  # which packed layers overwrite
     else:
         module._buffers[leaf] = tensor
 

@@ -1,5 +1,5 @@
 """Write a Hugging Face checkpoint tensor by tensor: the files that `save_pretrained` writes, to the last byte, of
-tensors that need not be in memory together.
+tensors that need not be in memory together; or one safetensors file of tensors that are made when they are written.
 
 safetensors writes a file from tensors that all are there. Its format (https://github.com/huggingface/safetensors) lets
 a file be begun without them: 8 bytes of length, a JSON header with the place of each tensor, the tensors. What belongs
@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from ..memory import give_back
 from ..storage import write_text
 
 MOST = "50GB"  # of a file; transformers' own default
@@ -47,9 +49,10 @@ _ORDER = {dtype: place for place, dtype in enumerate(_CODES)}
 
 def stored_tensors(skeleton: PreTrainedModel) -> dict[str, Tensor]:
     """Runtime name -> what `save_pretrained` would write of a model on the meta device before it renames anything: one
-    of those that are tied, none that transformers ignores."""
-    ignored = set(skeleton._keys_to_ignore_on_save or ())
-    state = {name: tensor for name, tensor in skeleton.state_dict().items() if name not in ignored}
+    of those that are tied, none that transformers ignores; of a factored model with its sentinels."""
+    ignored, quantizer = set(skeleton._keys_to_ignore_on_save or ()), getattr(skeleton, "hf_quantizer", None)
+    held = skeleton.state_dict() if quantizer is None else quantizer.get_state_dict_and_metadata(skeleton)[0]
+    state = {name: tensor for name, tensor in held.items() if name not in ignored}
     return remove_tied_weights_from_state_dict(state, skeleton)
 
 
@@ -90,8 +93,11 @@ def save_streamed(
     largest: int | str = MOST,  # bytes of a file
 ) -> None:
     """What `save_pretrained` would write of a model with these tensors, none of which is held longer than its group."""
-    skeleton.save_pretrained(folder, state_dict={})  # configuration, code of the model, generation
     state = stored_tensors(skeleton)
+    quantizer = skeleton.__dict__.pop("hf_quantizer", None)  # which would give it the tensors all the same
+    skeleton.save_pretrained(folder, state_dict={})  # configuration, code of the model, generation
+    if quantizer is not None:
+        skeleton.__dict__["hf_quantizer"] = quantizer
     whole = revert_weight_conversion(skeleton, dict(state))
     split = split_state_dict_into_shards_factory(
         whole,
@@ -118,6 +124,30 @@ def save_streamed(
         metadata = {"total_parameters": skeleton.num_parameters(), **split.metadata}
         index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
         write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tensors of a file that are made together, when they are written."""
+
+    shapes: Mapping[str, Tensor]  # name -> on the meta device, what will be written
+    make: Callable[[], Mapping[str, Tensor]]  # the same with values
+
+
+def save_pieces(path: Path, pieces: Sequence[Piece]) -> None:
+    """What safetensors' `save_file` would write of all these tensors, none of which is held longer than its piece."""
+    expected = {name: tensor for piece in pieces for name, tensor in piece.shapes.items()}
+    offsets = begin(path, expected)
+    for piece in pieces:
+        made = piece.make()
+        assert made.keys() == piece.shapes.keys(), f"{sorted(made)} were made of {sorted(piece.shapes)}"
+        for name, tensor in made.items():
+            wanted = expected[name]
+            assert tensor.shape == wanted.shape and tensor.dtype == wanted.dtype, f"'{name}' is another tensor"
+            _put(path, offsets.pop(name), tensor)
+        del made, tensor
+        give_back()
+    assert not offsets, f"no values for {sorted(offsets)[:3]}"
 
 
 def begin(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, int]:

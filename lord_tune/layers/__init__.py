@@ -8,7 +8,7 @@ from .embeddings import (
     token_modules,
     token_tables,
 )
-from .experts import expert_of, fuse, fuse_untouched, unfuse, unfused_parameters
+from .experts import container_of, expert_of, fuse, fuse_untouched, unfuse, unfused_parameters
 from .factored_linear import FactoredLinear, FrozenBasis, FrozenSum, Parts, build_layer, dense_factor
 from .names import place_of
 from .pivoted_linear import PivotedLinear
@@ -49,6 +49,7 @@ __all__ = [
     "build_layer",
     "check_finite",
     "check_plain",
+    "container_of",
     "dense_factor",
     "dense_tables",
     "densify",

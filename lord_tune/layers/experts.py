@@ -259,3 +259,9 @@ def expert_of(name: str) -> tuple[str, int] | None:
     """The fused parameter that an expert's layer, or its weight, is a part of, and which part; None for others."""
     found = _NAME.match(name)
     return None if found is None else (f"{found['path']}.{found['leaf']}", int(found["expert"]))
+
+
+def container_of(fused: str) -> str:
+    """The module that holds the layers of the experts of a parameter; the other way round than `expert_of`."""
+    path, _, leaf = fused.rpartition(".")
+    return f"{path}.{_CONTAINER}.{leaf}"

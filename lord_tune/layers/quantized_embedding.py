@@ -20,7 +20,7 @@ from ..errors import UsageError
 from ..kept import Standin
 from ..quantizers import Quantizer
 from ..quantizers.lookup import take_rows
-from .quantized_linear import Packed, Stored
+from .quantized_linear import Packed, Stored, check_values
 
 NO_TABLE_WRITING = (
     "Something writes into the weight of an embedding or output head that is stored in low precision, so the change "
@@ -38,6 +38,7 @@ class Table(Packed):
         """Decoded alone, unless `keep_dense` has them."""
         if self._dense is not None:
             return nn.functional.embedding(ids, self._dense).to(dtype)
+        check_values(self.codes, ids)
         if self.codes.is_meta:
             return torch.empty(*ids.shape, self.in_features, dtype=dtype, device=ids.device)
         found = take_rows(self.quantizer, self.parts(), self.shape, ids.reshape(-1))

@@ -88,7 +88,9 @@ class Packed(nn.Module):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Q, (out, in)."""
-        return self.quantizer.dequantize(self.parts(), self.shape, dtype)
+        found = self.quantizer.dequantize(self.parts(), self.shape, dtype)
+        check_values(self.codes, found)
+        return found
 
     def keep_dense(self, dtype: torch.dtype = torch.float32) -> int:
         """Decode once and compute with the copy from now on; its bytes."""
@@ -119,6 +121,7 @@ class Packed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         if self._dense is not None and x.dtype != torch.float64:
             return nn.functional.linear(x, self._dense.to(x.dtype))
+        check_values(self.codes, x)
         # the parameters themselves: formats remember what they looked up of a tensor (`on_host`)
         parts = {name: getattr(self, name) for name in self._part_names}
         if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
@@ -127,6 +130,12 @@ class Packed(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, format={self.quantizer.name}"
+
+
+def check_values(codes: Tensor, other: Tensor) -> None:
+    """RuntimeError where codes without values would be decoded to numbers: some kernels give what the memory held."""
+    if codes.is_meta and not other.is_meta:
+        raise RuntimeError("a packed matrix on the meta device has no values to compute with")
 
 
 class QuantizedLinear(Packed, nn.Linear):
