@@ -648,6 +648,23 @@ def test_a_model_without_a_head_is_decomposed_and_has_no_perplexity(tmp_path, ro
     )
 
 
+def test_a_checkpoint_that_lacks_its_head_alone_says_how_to_use_it_without(tmp_path, rows_file):
+    """As all-mpnet-base-v2 is published: a head is named and not there."""
+    from tiny import bert_config, save_tiny
+
+    folder = save_tiny(transformers.BertModel(bert_config(), add_pooling_layer=False).eval(), tmp_path / "bert")
+    config = json.loads((folder / "config.json").read_text())
+    named = folder / "config.json"
+    named.write_text(json.dumps(config | {"architectures": ["BertForMaskedLM"]}))
+    with pytest.raises(CheckpointError, match='all of its head, .* write "BertModel" under `architectures`'):
+        lord_tune.decompose(str(folder), str(tmp_path / "out"), method="svd", rank=4)
+    state = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in state.items() if "layer.0." not in k}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="download or write it again"):
+        lord_tune.decompose(str(folder), str(tmp_path / "out"), method="svd", rank=4)
+    assert not (tmp_path / "out").exists()
+
+
 def test_bfloat16_checkpoints_keep_their_dtype_and_train_in_float32(tmp_path, rows_file):
     from tiny import save_tiny, tiny_llama
 

@@ -88,9 +88,20 @@ def load_dense_or_factored(name: str, dtype: str | None = None, **options: objec
     if missing:  # transformers would fill them with random numbers
         raise CheckpointError(
             f"The checkpoint '{name}' lacks {len(missing)} tensors of {type(model).__name__}, like {missing[0]}; "
-            "download or write it again."
+            + (_without_head(model, missing) or "download or write it again.")
         )
     return model.eval() if "device_map" in options else model.eval().to(default_device())
+
+
+def _without_head(model: transformers.PreTrainedModel, missing: list[str]) -> str:
+    """What to do where only the head is missing, as in checkpoints of sentence-transformers; "" elsewhere."""
+    body = model.base_model
+    if body is model or any(name.startswith(f"{model.base_model_prefix}.") for name in missing):
+        return ""
+    return (
+        "they are all of its head, so if the model is used without one, as encoders of sentences are, write "
+        f'"{type(body).__name__}" under `architectures` in its config.json.'
+    )
 
 
 def launched_processes() -> tuple[Workers, torch.device]:
