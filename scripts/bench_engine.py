@@ -331,22 +331,27 @@ def real(bench: Bench) -> None:
 
 
 def _code_model(bench: Bench, model: str) -> None:
-    def perplexity(folder: str) -> float:
-        return lord_tune.evaluate(folder, text=[str(bench.held)], max_tokens=4096)["perplexity"]
+    def measured(folder: str) -> dict[str, float]:
+        original = None if folder == model else model
+        found = lord_tune.evaluate(folder, text=[str(bench.held)], max_tokens=4096, original=original)
+        beside = found.get("original", {"kl": 0.0, "kl_standard_error": 0.0})
+        return {"perplexity": found["perplexity"], "kl": beside["kl"], "kl_error": beside["kl_standard_error"]}
 
-    rows = [["dense", f"{bench.once('qwen-coder, dense', lambda: perplexity(model)):.3f}", "", ""]]
+    dense = bench.once("qwen-coder, dense", lambda: measured(model))
+    rows = [["dense", f"{dense['perplexity']:.3f}", "", "", ""]]
     for label, plan in _PLANS.items():
 
         def measure(plan: dict = plan) -> dict[str, float]:
             words = [w for key, value in plan.items() for w in (f"--{key.replace('_', '-')}", value)]
             options = [] if plan.get("method") in ("svd", "loftq") else ["--calibration-tokens", 8192]
             totals = bench.decompose(model, "qwen", *words, *options, keep=True)
-            return totals | {"perplexity": perplexity(str(bench.folder / "qwen"))}
+            return totals | measured(str(bench.folder / "qwen"))
 
         entry = bench.once(f"qwen-coder, {label}", measure)
         size = f"{entry['linear_bits_per_weight']:.2f}"
-        rows.append([label, f"{entry['perplexity']:.3f}", size, f"{entry['peak_memory_bytes'] / GIB:.2f} GiB"])
-    columns = ["Qwen2.5-Coder-0.5B, calibrated on 8k tokens", "perplexity", "bits/weight of the linears", "peak memory"]
+        kl = f"{entry['kl']:.4f} +- {entry['kl_error']:.4f}"
+        rows.append([label, f"{entry['perplexity']:.3f}", kl, size, f"{entry['peak_memory_bytes'] / GIB:.2f} GiB"])
+    columns = ["Qwen2.5-Coder-0.5B, calibrated on 8k tokens", "perplexity", "KL to dense", "bits/weight", "peak memory"]
     show_table("one shot, other files of the standard library", columns, rows)
 
 
