@@ -88,7 +88,7 @@ class Checkpoint:
             self._tied.setdefault(origin, []).append(target)
         self._computed = self._compute_unstored()
         remove_hook_from_submodules(self.model)
-        self.release(self._computed)
+        Checkpoint.release(self, self._computed)  # heirs keep where tensors hang, which is known below
         self.model.__dict__.pop("hf_device_map", None)
         self.model.requires_grad_(False)
         for name, buffer in self.model.named_buffers():  # those that no checkpoint stores (rotary frequencies)
