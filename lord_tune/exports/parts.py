@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..integrations.checkpoint import tensors_with
 from ..memory import give_back, settle
 
 
@@ -60,13 +61,13 @@ class Parts:
     def read(self, name: str) -> Tensor:
         self._store.load([name])
         path, _, leaf = name.rpartition(".")
-        found: Tensor = _tensors_with(self._model.get_submodule(path), leaf)[leaf]
+        found: Tensor = tensors_with(self._model.get_submodule(path), leaf)[leaf]
         return found.detach()
 
     def put(self, name: str, tensor: Tensor) -> None:
         """In all places that share it."""
         path, _, leaf = name.rpartition(".")
-        tensors = _tensors_with(self._model.get_submodule(path), leaf)
+        tensors = tensors_with(self._model.get_submodule(path), leaf)
         new = nn.Parameter(tensor, requires_grad=False) if isinstance(tensors[leaf], nn.Parameter) else tensor
         for owner, key in self._places(tensors, leaf):
             owner[key] = new
@@ -89,7 +90,7 @@ class Parts:
     def let_go(self, names: Iterable[str]) -> None:
         for name in () if self._keep else names:
             path, _, leaf = name.rpartition(".")
-            tensors = _tensors_with(self._model.get_submodule(path), leaf)
+            tensors = tensors_with(self._model.get_submodule(path), leaf)
             if leaf in tensors:  # and no stored table
                 empty = emptied(tensors[leaf])
                 for owner, key in self._places(tensors, leaf):
@@ -116,11 +117,6 @@ def places_in(model: nn.Module) -> Iterable[tuple[dict[str, Any], str, Tensor]]:
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             yield from ((tensors, leaf, tensor) for leaf, tensor in list(tensors.items()) if tensor is not None)
-
-
-def _tensors_with(module: nn.Module, leaf: str) -> dict[str, Any]:
-    """Of the parameters and the buffers of a module those that have this name."""
-    return module._parameters if module._parameters.get(leaf) is not None else module._buffers
 
 
 def emptied(tensor: Tensor) -> Tensor:

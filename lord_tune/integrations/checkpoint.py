@@ -196,16 +196,16 @@ class StoredModel(Checkpoint):
 
     def awaits(self, name: str) -> bool:
         """Whether the tensor has no values now."""
-        return any(_tensors(module, leaf)[leaf].is_meta for _, module, leaf in self._held([name]))
+        return any(tensors_with(module, leaf)[leaf].is_meta for _, module, leaf in self._held([name]))
 
     def load(self, names: Iterable[str]) -> None:
         for name, module, leaf in self._held(names):
-            if _tensors(module, leaf)[leaf].is_meta:
+            if tensors_with(module, leaf)[leaf].is_meta:
                 self._fill(name, module, leaf, self._read(name).to(self._device, copy=True))
 
     def release(self, names: Iterable[str]) -> None:
         for name, module, leaf in self._held(names):
-            self._fill(name, module, leaf, _tensors(module, leaf)[leaf].detach().to("meta"))
+            self._fill(name, module, leaf, tensors_with(module, leaf)[leaf].detach().to("meta"))
 
     def holds(self, name: str) -> bool:
         """Whether `load` brings the tensor that the model has under this name now."""
@@ -216,7 +216,7 @@ class StoredModel(Checkpoint):
         for name in names:
             reference, leaf = self._holders.get(name, (None, ""))
             module = None if reference is None else reference()
-            if module is not None and leaf in _tensors(module, leaf):
+            if module is not None and leaf in tensors_with(module, leaf):
                 yield name, module, leaf
 
     def _fill(self, name: str, module: nn.Module, leaf: str, tensor: Tensor) -> None:
@@ -228,7 +228,8 @@ class StoredModel(Checkpoint):
                 reader._parameters[key] = module._parameters[leaf]
 
 
-def _tensors(module: nn.Module, leaf: str) -> dict[str, Any]:
+def tensors_with(module: nn.Module, leaf: str) -> dict[str, Any]:
+    """Of the parameters and the buffers of a module those that have this name."""
     return module._parameters if module._parameters.get(leaf) is not None else module._buffers
 
 
