@@ -14,6 +14,7 @@ from lord_tune.factorizations import (
     AFM,
     METHODS,
     LoftQ,
+    OutputErrors,
     PlainSVD,
     Tucker,
     Whitened,
@@ -313,3 +314,18 @@ def test_tucker_of_a_matrix_is_truncated_svd_with_the_core_in_a_factor(shape, ra
     assert float((factors.product() - left @ core @ right.T).norm()) < EXACT * float(w.norm())
     svd = PlainSVD().split(w, None, rank, None).factors
     assert torch.equal(factors.left, svd.left) and torch.equal(factors.right, svd.right)
+
+
+@shapes
+@pytest.mark.parametrize("rank", [0, 1, 5])
+def test_output_errors_are_those_of_the_whole_residual(shape, rank):
+    """With and without a centre; 1e-12 of what Q alone leaves is lost to cancellation in float64."""
+    w, x = weight(shape).double(), inputs(shape[1])
+    moments, rows = moments_of(x), x[0].double()
+    backbone = torch.round(w * 4) / 4
+    left, right = weight((shape[0], rank)).double() / 10, weight((rank, shape[1])).double() / 10
+    found = OutputErrors(w - backbone, moments, moments.energies(w).sum())
+    for centre in (None, rows.mean(0) / 2):
+        outputs = (rows if centre is None else rows - centre) @ (w - backbone - left @ right).T
+        expected = float(outputs.norm() / (rows @ w.T).norm())
+        assert found(left, right, centre) == pytest.approx(expected, rel=1e-6)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..declared import Options
-from ..exports.gguf_places import Located, Place, check_others, decoded
+from ..exports.gguf_places import Located, Place, check_others, decoded, let_go_pages
 from ..quantizers import GGML
 from .base import Code
 
@@ -39,14 +39,16 @@ class GGUFFile:
         stored = torch.from_numpy(tensor.data.copy())
         if place.order is not None:
             stored = torch.empty_like(stored).index_copy_(0, place.order, stored)
+        let_go_pages(self._file.reader)
         options: Options = {"type": tensor.tensor_type.name}
         return Code(GGML.name, options, {"weight": stored})
 
     def tensor(self, key: str, original: Tensor) -> Tensor:
         import gguf
 
-        place = self._place(key, original)
-        return place.back(decoded(gguf, self._file.wanted(key))).to(original.dtype)
+        found = self._place(key, original).back(decoded(gguf, self._file.wanted(key))).to(original.dtype)
+        let_go_pages(self._file.reader)
+        return found
 
     def _place(self, key: str, own: Tensor) -> Place:
         if key not in self._places:

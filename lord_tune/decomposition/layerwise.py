@@ -21,6 +21,7 @@ from ..factorizations import (
     Factorization,
     Factors,
     Fisher,
+    OutputErrors,
     PlainSVD,
     Projection,
     Solution,
@@ -268,23 +269,48 @@ def split_layer(
     record = _record(layer, {}, rank, _facts(method, None, output_gram if rank else None))
     record.spectrum = None if split.curve is None else thinned(split.curve)
     if calibration is not None and judged:
-        dense = weight.double()
-        record.error_backbone = relative_error(dense - split.backbone, dense, calibration)
-        centre = split.centre
+        centre, energy = split.centre, split.energy
         del split, factors
         give_back()
-        first = dense - quantizer.dequantize(quantizer.quantize(weight), layer.plan.shape, torch.float64)
-        plain = truncate(first, PlainSVD().spectrum(first, None), rank)
-        record.error_plain = relative_error(first - plain.product(), dense, calibration)
-        del first, plain
-        give_back()
-        _measure_stored(record, layer, weight, calibration, heldout, centre)
+        _judge(record, layer, weight, quantizer, calibration, heldout, centre, energy)
         record.inputs = calibration.describe()
         if compare and weight.shape[1] <= COMPARED_INPUTS:
-            del dense
             record.equal_bits = _equal_bits(weight, calibration, heldout)
     record.seconds = time.perf_counter() - start
     return Finished(record, layer)
+
+
+def _judge(
+    record: LayerRecord,
+    layer: FactoredLinear,
+    weight: Tensor,
+    quantizer: Quantizer,
+    calibration: Moments,
+    heldout: InputStatistics | None,
+    centre: Tensor | None,
+    energy: Tensor | None,  # E||W x||^2, where it is known
+) -> None:
+    """Put the errors with Q, L and R as they are stored into the record, and those of Q alone and of a plain SVD."""
+    dense = weight.double()
+    if energy is None:
+        energy = calibration.energies(dense).sum()
+    assert layer.backbone is not None
+    backbone = layer.backbone.dequantize(torch.float64)
+    left, right = layer.dense_factors()
+    residual = dense - backbone
+    errors = OutputErrors(residual, calibration, energy)
+    record.error_backbone = errors(left[:, :0], right[:0])
+    record.error_calibrated = errors(left, right, centre)
+    if heldout is not None:
+        record.error_heldout = relative_error(residual - left @ right, dense, heldout, centre)
+    first = quantizer.dequantize(quantizer.quantize(weight), layer.plan.shape, torch.float64)
+    if not torch.equal(first, backbone):  # not rounded to the nearest
+        residual = dense - first
+        del errors, backbone
+        give_back()
+        errors = OutputErrors(residual, calibration, energy)
+    plain = truncate(residual, PlainSVD().spectrum(residual, None), layer.rank)
+    record.error_plain = errors(plain.left, plain.right)
 
 
 class Fixed:

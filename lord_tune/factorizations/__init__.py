@@ -19,7 +19,7 @@ from .base import (
     truncate,
 )
 from .caldera import Caldera, feedback_alone
-from .curves import error_curves, relative_error
+from .curves import OutputErrors, error_curves, relative_error
 from .loftq import LoftQ
 from .pivoting import others_of, pivoted, pivoted_left, places_of
 from .rounding import round_factors
@@ -61,6 +61,7 @@ __all__ = [
     "Whitened",
     "balance",
     "calibrated_curve",
+    "OutputErrors",
     "error_curves",
     "feedback_alone",
     "others_of",

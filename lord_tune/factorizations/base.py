@@ -114,6 +114,7 @@ class Split:
     backbone: Tensor | None = None  # Q, (out, in) float64
     centre: Tensor | None = None  # (in,), see Spectrum
     curve: Tensor | None = None  # (k + 1,) relative error in the method's norm at the ranks 0..k beside this Q
+    energy: Tensor | None = None  # E||W x||^2, where it was computed on the way
 
 
 @dataclass(frozen=True)
@@ -338,10 +339,10 @@ class Projection(Method):
             parts, backbone = self.rounded(weight, moments, quantizer, heldout)
             w = w - backbone
         if rank == 0:  # Q alone
-            return Split(Factors(w[:, :0], w[:0]), parts, backbone)
+            return Split(Factors(w[:, :0], w[:0]), parts, backbone, energy=reference)
         solution = self.solve(w, moments, output_gram)
         factors, curve = truncate(w, solution.spectrum, rank), calibrated_curve(solution, moments, reference)
-        return Split(factors, parts, backbone, solution.spectrum.centre, curve)
+        return Split(factors, parts, backbone, solution.spectrum.centre, curve, reference)
 
     def rounded(
         self, weight: Tensor, moments: Moments | None, quantizer: Quantizer, heldout: InputStatistics | None = None

@@ -70,3 +70,32 @@ def relative_error(
     error = moments.energies(residual, centre).sum()
     reference = moments.energies(weight).sum().clamp_min(1e-300)
     return float((error.clamp_min(0) / reference).sqrt())
+
+
+class OutputErrors:
+    """Relative errors sqrt(E||(W - Q - L R)(x - centre)||^2 / E||W x||^2) for any L and R beside one Q. The product of
+    W - Q with H, which takes out in^2, is made once."""
+
+    def __init__(
+        self,
+        residual: Tensor,  # (out, in) float64: W - Q
+        moments: Moments,
+        reference: Tensor,  # E||W x||^2
+    ):
+        self._residual, self._moments, self._reference = residual, moments, reference.clamp_min(1e-300)
+        self._product = residual @ moments.gram
+
+    def __call__(
+        self,
+        left: Tensor,  # (out, rank) float64
+        right: Tensor,  # (rank, in)
+        centre: Tensor | None = None,  # (in,)
+    ) -> float:
+        moments = self._moments
+        energy = (self._product * self._residual).sum()
+        energy = energy - 2 * (left * (self._product @ right.T)).sum()
+        energy = energy + ((left.T @ left) * (right @ moments.gram @ right.T)).sum()
+        if centre is not None:
+            shift, mean = (self._residual @ x - left @ (right @ x) for x in (centre.double(), moments.mean))
+            energy = energy + (shift * (shift - 2 * mean)).sum()
+        return float((energy.clamp_min(0) / self._reference).sqrt())

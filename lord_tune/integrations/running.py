@@ -19,6 +19,7 @@ from ..errors import LordWarning, UsageError
 from ..layers import plain_model
 from ..protocols import Tokenizer
 
+_ROWS = 128  # of logits, whose logarithms are taken at once
 MASKED_FRACTION = 0.15  # of the tokens, for models with a masked-token head (BERT)
 
 
@@ -112,8 +113,12 @@ def summed_loss(model: nn.Module, ids: Tensor, mask_token: int | None = None) ->
         return torch.stack([(x * w).sum() for x, w in zip(outputs, weights, strict=True)]).sum(), ids.numel()
     logits, labels = _predictions(model, ids, mask_token)
     count = int((labels != -100).sum())
-    loss = nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), reduction="sum")
-    return loss, count
+    rows, wanted = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+    # with gradients every probability is kept anyway; without, a copy of the logits is as large as the head
+    length = len(rows) if torch.is_grad_enabled() else _ROWS
+    parts = zip(rows.split(length), wanted.split(length), strict=True)
+    losses = [nn.functional.cross_entropy(own, labels, reduction="sum") for own, labels in parts]
+    return torch.stack(losses).sum(), count
 
 
 def _predictions(model: nn.Module, ids: Tensor, mask_token: int | None) -> tuple[Tensor, Tensor]:
