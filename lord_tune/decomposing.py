@@ -111,7 +111,8 @@ def run_decomposition(
         corrected = None
         if quantized is not None:
             source = corrected = Corrected(source, quantized, found.layers, served)
-            request = replace(request, budget=Given(corrected.plan(request.template, config.rank or 0)))
+            budget = Given(corrected.plan(request.template, config.rank or 0))
+            request = replace(request, budget=budget, compares=True)
         before = sizes(source.model)
         outside = outside_of(source.model, found, request)
         chosen = decide(found.layers, request, outside.rest, outside.embeddings)

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+LOGIT_ROWS = (
+    128  # of a window's logits: `scored` takes the logarithms of so many at once where nothing is differentiated
+)
+
 
 @dataclass(frozen=True)
 class Task:

@@ -73,6 +73,12 @@ class Request:
     measure_control: bool = False  # run the control at equal bytes on held-out text as well
     seed: int = 0  # of an allocator that searches
     embeddings: tuple[str, Options] | None = None  # the format of embedding and output head; None: as they are
+    compares: bool = False  # the plan with others on held-out text, as a correction does
+
+    @property
+    def measures(self) -> bool:
+        """Whether whole models are run on held-out text."""
+        return self.compares or self.measure_control or self.refine > 0
 
     @property
     def by_loss(self) -> bool:

@@ -13,6 +13,7 @@ Peak memory above what the process holds already is the largest of
                  + the layer at hand + bases of the block's layers (float32), or factors of those that are done
     sensitivity  weights outside the blocks + 5 float32 copies of a window's logits; or
                  block + bases + one window's activations with gradients
+    measuring    of whole models: weights outside the blocks + a window's float32 logits
     writing      block + bases + factors + one layer's truncation (and what calibrating needs, if it happens here)
     rest         weights outside the blocks; of an embedding that is stored in another format its rounding beside it,
                  a few rows at a time (embedding.rounding_bytes)
@@ -57,6 +58,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..allocation import PIVOTED, break_even
+from ..calibration.task import LOGIT_ROWS
 from ..plans import LayerChoice, Plan, TablePlan
 from ..quantizers.ldlq import DAMPINGS, STACKED, STRETCHES
 from ..sites import Site
@@ -185,6 +187,9 @@ def estimate_run(
             rest_bytes + max(pages, 5 * 4 * text.sensitivity_length * vocabulary),
             resident + block_bytes[widest] + (bases if by_loss else 3 * output_grams) + int(3 * share * window),
         )
+    if request.measures and text is not None:
+        logits = (4 if element >= 4 else 4 + element) * text.length * vocabulary
+        phases["measuring"] = rest_bytes + max(pages, logits + 3 * 4 * LOGIT_ROWS * vocabulary)
     cut = _together([_truncation_parts(shapes[n], kept_ranks[n], choices[n].form) for n in layers], mapped)
     rounds |= any(template.backbone != "none" for template in offered)
     again = ranks is not None or sequential or rounds  # the writing pass calibrates

@@ -14,12 +14,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..calibration.blocks import AnyScalar
-from ..calibration.task import Task
+from ..calibration.task import LOGIT_ROWS, Task
 from ..errors import LordWarning, UsageError
 from ..layers import plain_model
 from ..protocols import Tokenizer
 
-_ROWS = 128  # of logits, whose logarithms are taken at once
 MASKED_FRACTION = 0.15  # of the tokens, for models with a masked-token head (BERT)
 
 
@@ -115,7 +114,7 @@ def summed_loss(model: nn.Module, ids: Tensor, mask_token: int | None = None) ->
     count = int((labels != -100).sum())
     rows, wanted = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
     # with gradients every probability is kept anyway; without, a copy of the logits is as large as the head
-    length = len(rows) if torch.is_grad_enabled() else _ROWS
+    length = len(rows) if torch.is_grad_enabled() else LOGIT_ROWS
     parts = zip(rows.split(length), wanted.split(length), strict=True)
     losses = [nn.functional.cross_entropy(own, labels, reduction="sum") for own, labels in parts]
     return torch.stack(losses).sum(), count
