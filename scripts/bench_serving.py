@@ -6,9 +6,11 @@
 SmolLM2 (`demo`), whose GGUF file is the original. Rows: the original in F16, llama.cpp's plain types Q4_0 and Q5_0,
 mixtures of the two at the bytes of q4_0 + L R, and q4_0 + L R of ranks 16 and 32 with factors in Q8_0, made here with
 error feedback and without. KL and perplexity are computed here from the decoded files (log-probabilities in float16),
-on TOKENS tokens of each text; the engine's perplexity is compared with them at PLACES places of the code, and its rate
-is a median. Bytes are those of the blocks' linears: the embedding is the same in all. Rows stay in OUT/rows. About 6
-minutes a decomposition on one thread. SmolLM2's weights are a Q4_1 grid: Q4_1 and what holds it are no controls.
+on TOKENS tokens of each text; the engine's loss is compared with ours at PLACES places of the code, each a prompt that
+it reads anew (continued from its cache, it computes in other kernels). --rates measures the rates of all rows that are
+there, in turns with `evaluate`'s own of q4_0 + L R: when nothing else runs. Bytes are those of the blocks' linears: the
+embedding is the same in all. Rows stay in OUT/rows. About 6 minutes a decomposition on one thread. SmolLM2's weights
+are a Q4_1 grid: Q4_1 and what holds it are no controls.
 """
 
 from __future__ import annotations
@@ -30,12 +32,13 @@ import torch
 import lord_tune
 from lord_tune.calibration.corpus import file_windows
 from lord_tune.console import show_table
+from lord_tune.evaluation.speed import speeds
 from lord_tune.exports.llama_cpp import SERVER
 from lord_tune.integrations.models import quiet
 from lord_tune.integrations.sources import gguf_file
 from lord_tune.storage import read_json, write_json
 
-LENGTH, TOKENS, PLACES = 512, 4096, 16
+LENGTH, TOKENS, PLACES = 512, 4096, 128
 ROUNDS, DECODED = 5, 64
 RANKS = (16, 32)
 
@@ -69,12 +72,12 @@ def places(ids: list[int]) -> list[int]:
     return [round(place) for place in np.linspace(8, min(len(ids), LENGTH) - 1, PLACES)]
 
 
-def engine_loss(model: Path, adapter: Path | None, ids: list[int], scratch: Path, vocabulary: int) -> float:
-    """Mean loss at the places."""
-    common = {"n_predict": 1, "n_probs": vocabulary, "temperature": 0, "cache_prompt": True}
+def engine_losses(model: Path, adapter: Path | None, ids: list[int], scratch: Path, vocabulary: int) -> list[float]:
+    """At the places."""
+    common = {"n_predict": 1, "n_probs": vocabulary, "temperature": 0, "cache_prompt": False}
     ends = places(ids)
     answers = served(model, adapter, [{"prompt": ids[:end]} | common for end in ends], scratch)
-    return -statistics.fmean(dict(answer["top"])[ids[end]] for end, answer in zip(ends, answers, strict=True))
+    return [-dict(answer["top"])[ids[end]] for end, answer in zip(ends, answers, strict=True)]
 
 
 @torch.no_grad()
@@ -172,17 +175,37 @@ class Bench:
                 kls.append((p.exp() * (p - q)).sum(-1))
                 losses.append(-q[:-1].gather(1, window[1:, None])[:, 0])
                 if text == "code" and "engine" not in row:
-                    here = statistics.fmean(float(losses[0][end - 1]) for end in places(ids))
-                    there = engine_loss(model, adapter, ids, self.folder, q.shape[1])
-                    row["engine"] = math.exp(there - here) - 1
+                    there = engine_losses(model, adapter, ids, self.folder, q.shape[1])
+                    apart = [own - float(losses[0][end - 1]) for own, end in zip(there, places(ids), strict=True)]
+                    row["engine"] = [statistics.fmean(apart), statistics.stdev(apart) / math.sqrt(len(apart))]
             all_kl = torch.cat(kls)
             row["kl"][text] = [float(all_kl.mean()), float(all_kl.std() / math.sqrt(len(all_kl)))]
             row["perplexity"][text] = math.exp(float(torch.cat(losses).mean()))
-        request = {"prompt": ids[:32], "n_predict": DECODED, "temperature": 0, "ignore_eos": True}
-        rates = [answer["rate"] for answer in served(model, adapter, [request] * ROUNDS, self.folder)]
-        row["decode"] = statistics.median(rates[1:])
+        row["files"] = [str(model), None if adapter is None else str(adapter), ours]
         write_json(path, row)
         return row
+
+    def rates(self, rows: dict[str, dict[str, Any] | None]) -> dict[str, float]:
+        """Tokens per second of each row in llama.cpp, and of `evaluate` on those with L R: medians of turns."""
+        path = self.folder / "rates.json"
+        if self.given.rates:
+            prompt = self.texts["code"][0].tolist()[:32]
+            request = {"prompt": prompt, "n_predict": DECODED, "temperature": 0, "ignore_eos": True}
+            found: dict[str, list[float]] = {}
+            torch.set_num_threads(1)
+            for _ in range(ROUNDS):
+                for name, row in rows.items():
+                    if row is not None:
+                        model, adapter, ours = row["files"]
+                        answers = served(Path(model), adapter and Path(adapter), [request] * 2, self.folder)
+                        found.setdefault(name, []).append(answers[1]["rate"])
+                        if adapter:
+                            loaded, _ = lord_tune.load(ours)
+                            own = speeds(loaded, [1])["batches"]["1"]["decode_tokens_per_second"]
+                            found.setdefault(f"{name}, evaluate", []).append(own)
+            write_json(path, {name: statistics.median(each) for name, each in found.items()})
+        measured: dict[str, float] = read_json(path) if path.exists() else {}
+        return measured
 
     def corrected(self, rank: int, rounding: str) -> tuple[Path, Path | None, str]:
         name = f"q4_0_r{rank}_{rounding}"
@@ -214,6 +237,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--code", type=Path, required=True)
     parser.add_argument("--wikitext", type=Path, required=True)
+    parser.add_argument("--rates", action="store_true", help="measure the rates of the rows that are there")
     parser.add_argument("--only", default="", help="measure rows with this in their names; show all that are there")
     quiet()
     bench = Bench(parser.parse_args())
@@ -232,16 +256,17 @@ def main() -> None:
             name = f"mix_r{rank}"
             found[name] = bench.row(name, lambda name=name, kinds=kinds: bench.plain(name, kinds.__getitem__))  # type: ignore[misc]
     weights = sum(int(np.prod(t.shape)) for t in gguf.GGUFReader(bench.source).tensors if _is_matrix(t))
+    rates = bench.rates(found)
     rows = []
     for name, row in found.items():
         if row is not None:
             cells = [f"{row['kl'][t][0]:.4f} ± {row['kl'][t][1]:.4f}" for t in bench.texts]
             cells += [f"{row['perplexity'][t]:.3f}" for t in bench.texts]
-            rows.append(
-                [name, f"{8 * row['bytes'] / weights:.2f}", *cells, f"{row['engine']:+.2%}", f"{row['decode']:.1f}"]
-            )
+            cells.append(f"{row['engine'][0]:+.4f} ± {row['engine'][1]:.4f}")
+            cells += [f"{rates[key]:.1f}" if key in rates else "-" for key in (name, f"{name}, evaluate")]
+            rows.append([name, f"{8 * row['bytes'] / weights:.2f}", *cells])
     columns = ["row", "bits/weight", *(f"KL, {t}" for t in bench.texts), *(f"perplexity, {t}" for t in bench.texts)]
-    columns += ["llama.cpp to ours", "tokens/s in llama.cpp"]
+    columns += ["loss in llama.cpp less ours", "tokens/s in llama.cpp", "by evaluate"]
     show_table(f"{TOKENS} tokens of each text; llama.cpp on one thread", columns, rows)
 
 
