@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..config import CorrectConfig
 from ..console import human_bytes, say, show_table
 from ..errors import ExportMismatch, UsageError
 from ..exports.base import Job
 from ..exports.gguf import write_adapter_for
+from ..exports.parts import Parts
+from ..exports.source import open_source
 from ..exports.stock import ADAPTER, served_outputs, write_adapter
-from ..exports.verify import PROBE_TOKENS, compare, outputs_of, probe_ids, probe_windows
+from ..exports.verify import PROBE_TOKENS, compare, probe_ids, probe_windows
 from ..integrations.files import check_not_pointers
-from ..integrations.models import load_dense_or_factored, load_tokenizer
 from ..integrations.running import kind_of, max_length
-from ..layers import factored_layers
+from ..layers import factored_layers, plain_model
 from ..storage import read_json, sha256_files
 from .base import Quantized
 from .folder import QuantizedFolder
@@ -45,40 +50,48 @@ def open_quantized(name: str) -> Quantized:
 
 def adapter_in(folder: Path, config: CorrectConfig) -> dict[str, Any]:
     """Write the adapter into the finished checkpoint `folder`; entries of its report."""
-    tokenizer, model = load_tokenizer(str(folder)), load_dense_or_factored(str(folder))
-    ids = probe_windows(model, probe_ids(tokenizer, None, min(PROBE_TOKENS, max_length(model))))
     quantized = Path(config.quantized).expanduser()
     notes: list[str] = []
     target = folder / ADAPTER
-    layers = {name: layer for name, layer in factored_layers(model).items() if layer.rank}
-    if quantized.suffix.lower() == ".gguf":
-        target.mkdir()
-        job = Job(tokenizer, target, target, "float32", ids, adapter_type=config.adapter_type, notes=notes)
-        write_adapter_for(model, layers, quantized, job)
-    else:
-        write_adapter(model, tokenizer, target, layers, quantized, model.dtype)
-        served = served_outputs(quantized, target, ids, model)
-        if served is None:
-            notes.append("the adapter was not loaded on its base: the package that runs it is not installed")
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".lord_tune_read_") as scratch:
+        source, tokenizer = open_source(str(folder), Path(scratch))
+        model = plain_model(source.model)
+        ids = probe_windows(model, probe_ids(tokenizer, None, min(PROBE_TOKENS, max_length(model))))
+        layers = {name: layer for name, layer in factored_layers(model).items() if layer.rank}
+        expected, parts = source.outputs(ids), Parts(model, source, keep=True)
+        if quantized.suffix.lower() == ".gguf":
+            target.mkdir()
+            job = Job(tokenizer, target, target, "float32", ids, adapter_type=config.adapter_type, notes=notes)
+            causal = kind_of(model) == "causal"
+            write_adapter_for(layers, quantized, job, parts, expected if causal else None)
         else:
-            found = compare(outputs_of(model, ids), served, kind_of(model) != "bare")
-            what, deviation = found.deviation()
-            config_file = read_json(quantized / "config.json")
-            computes = [config_file.get(key) for key in ("dtype", "torch_dtype")]
-            computes.append(config_file["quantization_config"].get("bnb_4bit_compute_dtype"))
-            limit = found.limit(["float32", str(model.dtype).removeprefix("torch."), *map(str, computes)])
-            if not deviation <= limit:
-                raise ExportMismatch(
-                    f"The adapter on {quantized} is not the corrected model: got a {what} of {deviation:.3g}, expected "
-                    f"at most {limit:.3g}."
-                )
-            notes.append(f"loaded on its base by stock transformers and PEFT: {found}")
+            write_adapter(model, tokenizer, target, layers, quantized, model.dtype, parts=parts)
+            notes.append(_checked(quantized, target, ids, model, expected))
     for words in notes:
         say(words)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.suffix in (".gguf", ".safetensors"))
     files = [quantized] if quantized.is_file() else sorted(quantized.glob("*.safetensors"))
     known = {"quantized": config.quantized, "quantized_sha256": sha256_files(files)}
     return known | {"adapter_bytes": size, "adapter_notes": notes}
+
+
+def _checked(quantized: Path, adapter: Path, ids: Tensor, model: PreTrainedModel, expected: Tensor) -> str:
+    """What the adapter gives on its base, in a sentence; ExportMismatch if that is not `expected`."""
+    served = served_outputs(quantized, adapter, ids, model)
+    if served is None:
+        return "the adapter was not loaded on its base: the package that runs it is not installed"
+    found = compare(expected, served, kind_of(model) != "bare")
+    what, deviation = found.deviation()
+    config_file = read_json(quantized / "config.json")
+    computes = [config_file.get(key) for key in ("dtype", "torch_dtype")]
+    computes.append(config_file["quantization_config"].get("bnb_4bit_compute_dtype"))
+    limit = found.limit(["float32", str(model.dtype).removeprefix("torch."), *map(str, computes)])
+    if not deviation <= limit:
+        raise ExportMismatch(
+            f"The adapter on {quantized} is not the corrected model: got a {what} of {deviation:.3g}, expected at most "
+            f"{limit:.3g}."
+        )
+    return f"loaded on its base by stock transformers and PEFT: {found}"
 
 
 def show_gain(report: dict[str, Any]) -> None:

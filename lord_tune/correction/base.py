@@ -47,8 +47,8 @@ class Quantized(Protocol):
         """Of a layer, in the order of rows of the original's weight (out, in); None where it is not quantized."""
         ...
 
-    def tensor(self, key: str, original: Tensor) -> Tensor:
-        """Any other tensor, in the original's shape and dtype."""
+    def restore(self, key: str, held: Tensor) -> None:
+        """Of any other tensor: put what the checkpoint holds in the place of the original's values."""
         ...
 
     def larger(self, layer: str) -> list[tuple[str, Options]]:
@@ -74,8 +74,7 @@ class Corrected:
             for name in names:
                 if name not in self._weights:
                     owner, _, leaf = name.rpartition(".")
-                    held = getattr(self.model.get_submodule(owner), leaf)
-                    held.copy_(self._quantized.tensor(name, held))
+                    self._quantized.restore(name, getattr(self.model.get_submodule(owner), leaf))
 
     def release(self, names: Iterable[str]) -> None:
         self._original.release(names)

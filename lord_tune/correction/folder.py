@@ -184,7 +184,10 @@ class QuantizedFolder:
         options: Options = {"block_size": int(told["blocksize"]), "double_quant": nested in self._files}
         return Code("nf4", options, parts)
 
-    def tensor(self, key: str, original: Tensor) -> Tensor:
+    def restore(self, key: str, held: Tensor) -> None:
+        held.copy_(self._tensor(key, held))
+
+    def _tensor(self, key: str, original: Tensor) -> Tensor:
         if original.dim() == 2 and key.endswith(".weight"):
             code = self.code(key.removesuffix(".weight"), original)
             if code is not None:  # quantized as well, and not to be corrected

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..declared import Options
-from ..exports.gguf_places import Located, Place, check_others, decoded, let_go_pages
+from ..exports.gguf_places import Located, Place, check_others, decoded, decoded_rows, let_go_pages
 from ..quantizers import GGML
 from .base import Code
 
@@ -43,12 +43,17 @@ class GGUFFile:
         options: Options = {"type": tensor.tensor_type.name}
         return Code(GGML.name, options, {"weight": stored})
 
-    def tensor(self, key: str, original: Tensor) -> Tensor:
+    def restore(self, key: str, held: Tensor) -> None:
         import gguf
 
-        found = self._place(key, original).back(decoded(gguf, self._file.wanted(key))).to(original.dtype)
-        let_go_pages(self._file.reader)
-        return found
+        place, tensor = self._place(key, held), self._file.wanted(key)
+        if held.dim() == 2 and place.order is None and not place.turned:  # an embedding: never all of it twice
+            for rows, values in decoded_rows(gguf, tensor):
+                held[rows] = place.back(values).to(held)
+                let_go_pages(self._file.reader)
+        else:
+            held.copy_(place.back(decoded(gguf, tensor)))
+            let_go_pages(self._file.reader)
 
     def _place(self, key: str, own: Tensor) -> Place:
         if key not in self._places:

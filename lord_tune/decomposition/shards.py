@@ -62,7 +62,8 @@ def untouched(source: Source, name: str) -> Tensor:
     stored = source.stored(name)
     if stored is not None:
         return stored
-    source.load([name])  # again: a forward pass may have written to it
+    source.release([name])  # never twice in memory, and read again: a forward pass may have written to it
+    source.load([name])
     owner, _, leaf = name.rpartition(".")
     return source.model.get_submodule(owner).state_dict()[leaf]
 

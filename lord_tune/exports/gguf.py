@@ -37,7 +37,6 @@ from .gguf_reading import ADAPTER_FILE, MODEL_FILE, decoded_skeleton, outputs_of
 from .llama_cpp import compared_in_engine
 from .parts import Parts, to_nothing
 from .stock import factors_of
-from .verify import outputs_of
 
 
 @dataclass(frozen=True)
@@ -300,14 +299,24 @@ def _write_adapter(
     writer.close()
 
 
-def write_adapter_for(model: PreTrainedModel, layers: dict[str, FactoredLinear], file: Path, job: Job) -> None:
+def write_adapter_for(
+    layers: dict[str, FactoredLinear],
+    file: Path,
+    job: Job,
+    parts: Parts,  # of the model, which stays as it is
+    expected: Tensor | None,  # the model's logits of `job.ids`; None: it predicts no next tokens
+) -> None:
     """L and R of these layers as an adapter of a GGUF file whose codes are their Q; run in llama.cpp if it is there."""
     located = Located(file)
-    places = {f"{name}.weight": located.place(f"{name}.weight", _weight(layer))[0] for name, layer in layers.items()}
-    _write_adapter(located.reader, layers, places, job, Parts(model, keep=True))
+    places = {}
+    for name, layer in layers.items():
+        with parts.seen(name):
+            places[f"{name}.weight"], _ = located.place(f"{name}.weight", layer.dense_weight(torch.float32).cpu())
+        let_go_pages(located.reader)
+    _write_adapter(located.reader, layers, places, job, parts)
     _check_adapter(layers, places, job)
-    if kind_of(model) == "causal":
-        job.notes.append(compared_in_engine(file, job.folder / ADAPTER_FILE, job.ids, outputs_of(model, job.ids)))
+    if expected is not None:
+        job.notes.append(compared_in_engine(file, job.folder / ADAPTER_FILE, job.ids, expected))
 
 
 def _check_adapter(layers: dict[str, FactoredLinear], places: dict[str, Place], job: Job) -> None:
@@ -325,7 +334,3 @@ def _check_adapter(layers: dict[str, FactoredLinear], places: dict[str, Place], 
                 f"The written adapter is not L R in '{name}': got a relative distance of {distance:.2g}, expected at "
                 "most 0.05. Nothing was kept; try `adapter_type` f32."
             )
-
-
-def _weight(layer: FactoredLinear) -> Tensor:
-    return layer.dense_weight(torch.float32).cpu()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -32,6 +33,7 @@ from .models import default_device, load_dense_or_factored, model_class
 from .remote_code import add_remote_code
 from .transformers_quantizer import lord_config
 
+_MAPPED = 2**24  # numbers of a file that are read at once
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -117,8 +119,7 @@ class Checkpoint:
         """Fill parameters and persistent buffers; tied ones follow. Each gets memory of its own, never a map of the
         file, whose pages would count against the peak of the process as long as any tensor of the file lives."""
         for name in names:
-            tensor = self._read(name).to(self._device, copy=True)
-            _put(self.model, name, tensor)
+            _put(self.model, name, self._copied(name))
             for target in self._tied.get(name, ()):
                 _tie(self.model, target, name)
 
@@ -140,6 +141,28 @@ class Checkpoint:
             return _stored_expert(entry, *part)
         with safe_open(entry["safetensors_file"], framework="pt") as file:
             return file.get_tensor(entry.get("weight_name", name))
+
+    def _copied(self, name: str) -> Tensor:
+        """Of a large table a few rows at a time: the pages of a file stay mapped while it is open."""
+        entry = self._entry(name)
+        if name in self._computed or name not in self._present or "safetensors_file" not in entry or self._recast:
+            return self._read(name).to(self._device, copy=True)
+        file, stored = entry["safetensors_file"], entry.get("weight_name", name)
+        with safe_open(file, framework="pt") as opened:
+            shape = opened.get_slice(stored).get_shape()
+        if len(shape) != 2 or math.prod(shape) <= _MAPPED:
+            return self._read(name).to(self._device, copy=True)
+        dtype = getattr(torch, entry["dtype"]) if "dtype" in entry else None
+        found, step = None, max(1, _MAPPED // shape[1])
+        for start in range(0, shape[0], step):
+            with safe_open(file, framework="pt") as opened:
+                rows = opened.get_slice(stored)[start : start + step]
+                if found is None:
+                    found = torch.empty(shape, dtype=dtype or rows.dtype, device=self._device)
+                found[start : start + step] = rows
+            del rows
+        assert found is not None
+        return found
 
     def _entry(self, name: str) -> Entry:
         index: Mapping[str, Entry] = getattr(self._weights, "index", {})
@@ -201,7 +224,7 @@ class StoredModel(Checkpoint):
     def load(self, names: Iterable[str]) -> None:
         for name, module, leaf in self._held(names):
             if tensors_with(module, leaf)[leaf].is_meta:
-                self._fill(name, module, leaf, self._read(name).to(self._device, copy=True))
+                self._fill(name, module, leaf, self._copied(name))
 
     def release(self, names: Iterable[str]) -> None:
         for name, module, leaf in self._held(names):
