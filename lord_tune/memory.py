@@ -15,6 +15,8 @@ from typing import ClassVar
 import psutil
 import torch
 
+READ_AT_ONCE = 2**24  # numbers of a table, of which the pages of its file are in memory meanwhile
+
 
 def give_back() -> None:
     """Return freed memory to the system (glibc; elsewhere nothing happens).

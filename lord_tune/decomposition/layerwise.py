@@ -12,7 +12,6 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, TypedDict, cast
 
-import torch
 from torch import Tensor, nn
 
 from ..allocation import PLAIN, break_even
@@ -21,7 +20,6 @@ from ..factorizations import (
     Factorization,
     Factors,
     Fisher,
-    OutputErrors,
     PlainSVD,
     Projection,
     Solution,
@@ -29,8 +27,6 @@ from ..factorizations import (
     balance,
     calibrated_curve,
     error_curves,
-    feedback_alone,
-    relative_error,
     round_factors,
     thinned,
     truncate,
@@ -38,9 +34,10 @@ from ..factorizations import (
 from ..layers import FactoredLinear, bias_of, build_layer, is_transposed, shape_of, weight_of
 from ..memory import give_back
 from ..plans import LayerChoice
-from ..quantizers import DTYPES, E8P2, E8P3, E8P4, Quantizer, Rotated
-from .base import EqualBits, LayerRecord
+from ..quantizers import DTYPES, Quantizer
+from .base import LayerRecord
 from .choices import Noise
+from .judging import COMPARED_INPUTS, equal_bits, judge, measure_stored
 from .noise import Formats, noise_by_format, noise_of, noise_tensors
 
 _CURVES = ("calibrated", "heldout", "plain", "beyond_top")
@@ -193,27 +190,9 @@ def project_layer(
     if calibration is None:
         record.spectrum = thinned(calibrated_curve(solution, None, weight.double().square().sum()))
     if choice.rounds_factors and calibration is not None:
-        _measure_stored(record, layer, weight, calibration, heldout, centre)
+        measure_stored(record, layer, weight, calibration, heldout, centre)
     record.seconds = time.perf_counter() - start
     return Finished(record, layer)
-
-
-def _measure_stored(
-    record: LayerRecord,
-    layer: FactoredLinear,
-    weight: Tensor,
-    calibration: Moments,
-    heldout: InputStatistics | None,
-    centre: Tensor | None,
-) -> None:
-    """Put the errors with L and R as they are stored into the record."""
-    dense = weight.double()
-    residual = dense - layer.dense_weight(torch.float64)
-    before = record.error_calibrated
-    record.error_calibrated = relative_error(residual, dense, calibration, centre)
-    record.error_heldout = None if heldout is None else relative_error(residual, dense, heldout, centre)
-    if record.error_beyond_top is not None and before:  # the same energy over another reference
-        record.error_beyond_top = min(1.0, record.error_beyond_top * record.error_calibrated / before)
 
 
 def _rounded(
@@ -272,45 +251,12 @@ def split_layer(
         centre, energy = split.centre, split.energy
         del split, factors
         give_back()
-        _judge(record, layer, weight, quantizer, calibration, heldout, centre, energy)
+        judge(record, layer, weight, quantizer, calibration, heldout, centre, energy)
         record.inputs = calibration.describe()
         if compare and weight.shape[1] <= COMPARED_INPUTS:
-            record.equal_bits = _equal_bits(weight, calibration, heldout)
+            record.equal_bits = equal_bits(weight, calibration, heldout)
     record.seconds = time.perf_counter() - start
     return Finished(record, layer)
-
-
-def _judge(
-    record: LayerRecord,
-    layer: FactoredLinear,
-    weight: Tensor,
-    quantizer: Quantizer,
-    calibration: Moments,
-    heldout: InputStatistics | None,
-    centre: Tensor | None,
-    energy: Tensor | None,  # E||W x||^2, where it is known
-) -> None:
-    """Put the errors with Q, L and R as they are stored into the record, and those of Q alone and of a plain SVD."""
-    dense = weight.double()
-    if energy is None:
-        energy = calibration.energies(dense).sum()
-    assert layer.backbone is not None
-    backbone = layer.backbone.dequantize(torch.float64)
-    left, right = layer.dense_factors()
-    residual = dense - backbone
-    errors = OutputErrors(residual, calibration, energy)
-    record.error_backbone = errors(left[:, :0], right[:0])
-    record.error_calibrated = errors(left, right, centre)
-    if heldout is not None:
-        record.error_heldout = relative_error(residual - left @ right, dense, heldout, centre)
-    first = quantizer.dequantize(quantizer.quantize(weight), layer.plan.shape, torch.float64)
-    if not torch.equal(first, backbone):  # not rounded to the nearest
-        residual = dense - first
-        del errors, backbone
-        give_back()
-        errors = OutputErrors(residual, calibration, energy)
-    plain = truncate(residual, PlainSVD().spectrum(residual, None), layer.rank)
-    record.error_plain = errors(plain.left, plain.right)
 
 
 class Fixed:
@@ -340,31 +286,6 @@ def _fitted(
     assert quantizer is not None
     _, backbone = method.rounded(weight, calibration, quantizer, heldout)
     return _solve(weight.double() - backbone, calibration, heldout, method, choice.rank)[0]
-
-
-_REFERENCES = (E8P2, E8P3, E8P4)
-COMPARED_INPUTS = 8192  # wider layers are not compared: feedback needs several Gram matrices
-
-
-def _equal_bits(weight: Tensor, calibration: Moments, heldout: InputStatistics | None) -> dict[str, EqualBits]:
-    """Feedback rounding alone at 2, 3 and 4 bits: what the bits of L R would have bought without it."""
-    dense = weight.double()
-    found: dict[str, EqualBits] = {}
-    forms: list[Any] = [Rotated(form()) for form in _REFERENCES]
-    alone = feedback_alone(weight, calibration, forms, heldout)
-    for form in forms:
-        split = next(alone)
-        assert split.parts is not None and split.backbone is not None
-        residual = dense - split.backbone
-        size = sum(t.numel() * t.element_size() for t in split.parts.values())
-        found[form.name] = {
-            "bits": 8.0 * size / dense.numel(),
-            "calibrated": relative_error(residual, dense, calibration),
-            "heldout": None if heldout is None else relative_error(residual, dense, heldout),
-        }
-        del split, residual  # not beside those of the next format
-        give_back()
-    return found
 
 
 def left_dense(module: nn.Module, seconds: float, reason: str | None) -> Finished:

@@ -26,6 +26,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import CheckpointError, UsageError
 from ..layers import expert_of
+from ..memory import READ_AT_ONCE
 from ..plans import LayerPlan
 from ..protocols import Tokenizer
 from ..storage import write_json
@@ -33,7 +34,6 @@ from .models import default_device, load_dense_or_factored, model_class
 from .remote_code import add_remote_code
 from .transformers_quantizer import lord_config
 
-_MAPPED = 2**24  # numbers of a file that are read at once
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -145,15 +145,15 @@ class Checkpoint:
     def _copied(self, name: str) -> Tensor:
         """Of a large table a few rows at a time: the pages of a file stay mapped while it is open."""
         entry = self._entry(name)
-        if name in self._computed or name not in self._present or "safetensors_file" not in entry or self._recast:
+        if name in self._computed or name not in self._present or "safetensors_file" not in entry:
             return self._read(name).to(self._device, copy=True)
         file, stored = entry["safetensors_file"], entry.get("weight_name", name)
         with safe_open(file, framework="pt") as opened:
             shape = opened.get_slice(stored).get_shape()
-        if len(shape) != 2 or math.prod(shape) <= _MAPPED:
+        if len(shape) != 2 or math.prod(shape) <= READ_AT_ONCE:
             return self._read(name).to(self._device, copy=True)
         dtype = getattr(torch, entry["dtype"]) if "dtype" in entry else None
-        found, step = None, max(1, _MAPPED // shape[1])
+        found, step = None, max(1, READ_AT_ONCE // shape[1])
         for start in range(0, shape[0], step):
             with safe_open(file, framework="pt") as opened:
                 rows = opened.get_slice(stored)[start : start + step]
