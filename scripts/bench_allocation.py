@@ -22,7 +22,7 @@ from bench_recovery import Bench as RecoveryBench
 import lord_tune
 from lord_tune.console import show_table
 from lord_tune.integrations.models import quiet
-from lord_tune.storage import read_json
+from lord_tune.storage import read_json, write_json
 
 TARGETS = {0.9: 1.05, 0.8: 1.17, 0.7: 1.45, 0.6: 2.1}  # of dense perplexity, by kept fraction
 MIX = ["int2", "e8-2", "int3", "e8-3", "nf4", "e8-4", "int8"]
@@ -113,7 +113,8 @@ def main() -> None:
     quiet()
     bench = Bench(given.out, given.wikitext, given.wikitext_train, given.only)
     whole = bench.folder / "rows" / "dense.json"
-    dense = bench.once("dense", lambda: {"loss": bench.losses(bench.dense)}) or read_json(whole)
+    dense = read_json(whole) if whole.is_file() else {"loss": bench.losses(bench.dense)}  # all rows are read by it
+    write_json(whole, dense)
     columns = ["row", "checkpoint", "bits/weight", "held-out code", "WikiText-2", "seconds"]
     if "lord" in given.parts:
         for kept, target in TARGETS.items():
