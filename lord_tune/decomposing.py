@@ -112,7 +112,7 @@ def run_decomposition(
         if quantized is not None:
             source = corrected = Corrected(source, quantized, found.layers, served)
             budget = Given(corrected.plan(request.template, config.rank or 0))
-            request = replace(request, budget=budget, compares=True)
+            request = replace(request, budget=budget, compares=kind_of(source.model) != "bare")
         before = sizes(source.model)
         outside = outside_of(source.model, found, request)
         chosen = decide(found.layers, request, outside.rest, outside.embeddings)

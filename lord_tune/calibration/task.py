@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-LOGIT_ROWS = (
-    128  # of a window's logits: `scored` takes the logarithms of so many at once where nothing is differentiated
-)
+# whose logarithms `scored` takes at once, where nothing is differentiated
+LOGIT_ROWS = 32
 
 
 @dataclass(frozen=True)

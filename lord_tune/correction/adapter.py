@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..config import CorrectConfig
 from ..console import human_bytes, say, show_table
@@ -17,7 +16,7 @@ from ..errors import ExportMismatch, UsageError
 from ..exports.base import Job
 from ..exports.gguf import write_adapter_for
 from ..exports.parts import Parts
-from ..exports.source import open_source
+from ..exports.source import Source, open_source
 from ..exports.stock import ADAPTER, served_outputs, write_adapter
 from ..exports.verify import PROBE_TOKENS, compare, probe_ids, probe_windows
 from ..integrations.files import check_not_pointers
@@ -53,20 +52,20 @@ def adapter_in(folder: Path, config: CorrectConfig) -> dict[str, Any]:
     quantized = Path(config.quantized).expanduser()
     notes: list[str] = []
     target = folder / ADAPTER
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".lord_tune_read_") as scratch:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".lord_tune_read_") as scratch:
         source, tokenizer = open_source(str(folder), Path(scratch))
         model = plain_model(source.model)
         ids = probe_windows(model, probe_ids(tokenizer, None, min(PROBE_TOKENS, max_length(model))))
         layers = {name: layer for name, layer in factored_layers(model).items() if layer.rank}
-        expected, parts = source.outputs(ids), Parts(model, source, keep=True)
+        parts = Parts(model, source, keep=True)
         if quantized.suffix.lower() == ".gguf":
             target.mkdir()
             job = Job(tokenizer, target, target, "float32", ids, adapter_type=config.adapter_type, notes=notes)
-            causal = kind_of(model) == "causal"
-            write_adapter_for(layers, quantized, job, parts, expected if causal else None)
+            expected = source.outputs(ids) if kind_of(model) == "causal" else None
+            write_adapter_for(layers, quantized, job, parts, expected)
         else:
             write_adapter(model, tokenizer, target, layers, quantized, model.dtype, parts=parts)
-            notes.append(_checked(quantized, target, ids, model, expected))
+            notes.append(_checked(quantized, target, ids, source))
     for words in notes:
         say(words)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.suffix in (".gguf", ".safetensors"))
@@ -75,12 +74,13 @@ def adapter_in(folder: Path, config: CorrectConfig) -> dict[str, Any]:
     return known | {"adapter_bytes": size, "adapter_notes": notes}
 
 
-def _checked(quantized: Path, adapter: Path, ids: Tensor, model: PreTrainedModel, expected: Tensor) -> str:
-    """What the adapter gives on its base, in a sentence; ExportMismatch if that is not `expected`."""
+def _checked(quantized: Path, adapter: Path, ids: Tensor, source: Source) -> str:
+    """What the adapter gives on its base, in a sentence; ExportMismatch if that is not what the model gives."""
+    model = plain_model(source.model)
     served = served_outputs(quantized, adapter, ids, model)
     if served is None:
         return "the adapter was not loaded on its base: the package that runs it is not installed"
-    found = compare(expected, served, kind_of(model) != "bare")
+    found = compare(source.outputs(ids), served, kind_of(model) != "bare")
     what, deviation = found.deviation()
     config_file = read_json(quantized / "config.json")
     computes = [config_file.get(key) for key in ("dtype", "torch_dtype")]

@@ -57,7 +57,7 @@ class GGUFFile:
 
     def _place(self, key: str, own: Tensor) -> Place:
         if key not in self._places:
-            place, distance = self._file.place(key, own.detach().float().cpu())
+            place, distance = self._file.place(key, own.detach())
             if own.dim() < 2 or not key.endswith(".weight"):
                 self._file.check_untouched(key, distance)
             self._places[key] = place

@@ -13,7 +13,7 @@ used and released; hidden states lie in files between blocks; a finished block i
                   too; `propagate: sequential` makes it calibrate on the outputs of the blocks already decomposed
 
 Memory at the peak: one block's weights, the Gram matrices of its distinct inputs, 8 in^2 bytes each, the held-out rows,
-and the float64 matrices of the layer at hand. estimate.py has the model that `lord-tune plan` prints and every run
+and the float64 matrices of the layer at hand. run_memory.py has the model that `lord-tune plan` prints and every run
 checks against its measured peak.
 
 Processes: each runs its share of the windows; Gram matrices are summed over them; the layers of a block are dealt out.
@@ -23,7 +23,7 @@ Projection to one 24 GB GPU, on paper: `plan` on the shapes of Llama-2 7B and 70
 
     time   = 2 P T / F16 + sum over distinct inputs of T (in + 192) in / F32
              + sum over layers of (2 k in^2 + 2 out k (in + k) + 6 k^3) / F64 + 13.5 k^3 / E64
-    memory = p_block + sum over distinct inputs of 8 in^2 + held-out rows + work on the largest layer (estimate.py)
+    memory = p_block + sum over distinct inputs of 8 in^2 + held-out rows + work on the largest layer (run_memory.py)
 
 P linear parameters, k = min(out, in), F the rates of matrix products, E64 that of eigh counted as 9 k^3. Measured on
 the CPU this was developed on, 2 threads: F16 345, F32 161, F64 77, E64 30 GFLOP/s, which gives 8.5 hours for 7B and 114

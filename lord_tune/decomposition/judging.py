@@ -34,19 +34,21 @@ def judge(
         energy = calibration.energies(dense).sum()
     assert layer.backbone is not None
     backbone = layer.backbone.dequantize(torch.float64)
-    left, right = layer.dense_factors()
+    first = quantizer.dequantize(quantizer.quantize(weight), layer.plan.shape, torch.float64)
+    rest = None if torch.equal(first, backbone) else dense - first  # W - Q where Q is rounded to the nearest
     residual = dense - backbone
+    del first, backbone
+    left, right = layer.dense_factors()
+    if heldout is not None:
+        record.error_heldout = relative_error(residual - left @ right, dense, heldout, centre)
+    del dense
     errors = OutputErrors(residual, calibration, energy)
     record.error_backbone = errors(left[:, :0], right[:0])
     record.error_calibrated = errors(left, right, centre)
-    if heldout is not None:
-        record.error_heldout = relative_error(residual - left @ right, dense, heldout, centre)
-    first = quantizer.dequantize(quantizer.quantize(weight), layer.plan.shape, torch.float64)
-    if not torch.equal(first, backbone):  # not rounded to the nearest
-        residual = dense - first
-        del errors, backbone
+    if rest is not None:
+        del errors, residual
         give_back()
-        errors = OutputErrors(residual, calibration, energy)
+        residual, errors = rest, OutputErrors(rest, calibration, energy)
     plain = truncate(residual, PlainSVD().spectrum(residual, None), layer.rank)
     record.error_plain = errors(plain.left, plain.right)
 

@@ -6,7 +6,7 @@ m = out in, k = min(out, in), f = rank (out + in):
                  with output weights their moment, its root, the dual and products of the curves, out^2 + 4 k^2 more and
                  (tall) m; where they foresee noise H_g, in^2
     truncation   2 m + f, tall 3 m + f, while the solution is alive; pivoted factors: LU of L, where it is larger than B
-    backbone     Q, W, W - Q and, for the error of a plain SVD beside them, the quantized W and two differences:
+    backbone     Q, W, W - Q and, for the error of a plain SVD beside them, two differences and one times H:
                  wide max(7 m, 5 m + 6 k^2), tall max(6 m + 7 k^2, 7 m + 4 k^2); one more Q with --shrinkage auto;
                  before, while Q is rounded with feedback, 1.5 m, four float32 matrices of the candidates side by side
                  (3 W, at most 2^24 weights), H rotated and as a root in the making, and a float32 root per damping

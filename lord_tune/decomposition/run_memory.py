@@ -8,7 +8,8 @@ Peak memory above what the process holds already is the largest of
                  + the layer at hand + bases of the block's layers (float32), or factors of those that are done
     sensitivity  weights outside the blocks + 5 float32 copies of a window's logits; or
                  block + bases + one window's activations with gradients
-    measuring    of whole models: weights outside the blocks + a window's float32 logits
+    measuring    of whole models: weights outside the blocks + a window's logits, float32 and as computed, + 3 copies of
+                 LOGIT_ROWS of them (and what writing needs; the layers of the other plans of a block are left out)
     writing      block + bases + factors + one layer's truncation (and what calibrating needs, if it happens here)
     rest         weights outside the blocks; of an embedding that is stored in another format its rounding beside it,
                  a few rows at a time (embedding.rounding_bytes)
@@ -116,7 +117,9 @@ class Run:
         """Of a file, while the largest tensor outside the blocks is read."""
         if not self.on_cpu:
             return 0
-        return max((min(self.size[n], self.element * READ_AT_ONCE) for n in self.outside), default=0)
+        by_rows = self.element * READ_AT_ONCE  # tables are read so
+        parts = (min(self.size[n], by_rows) if self.tensors[n].dim() == 2 else self.size[n] for n in self.outside)
+        return max(parts, default=0)
 
     @cached_property
     def vocabulary(self) -> int:

@@ -65,13 +65,18 @@ class Field:
 
     name: str
     types: list[Any]
-    text: str
+    text: str | None  # None: words that are no text, which only an export with this vocabulary needs
 
     @classmethod
     def of(cls, field: Any) -> Field:
-        return cls(field.name, field.types, json.dumps(field.contents()))
+        try:
+            return cls(field.name, field.types, json.dumps(field.contents()))
+        except UnicodeDecodeError:
+            return cls(field.name, field.types, None)
 
     def contents(self) -> Any:
+        if self.text is None:
+            raise UsageError(f"'{self.name}' of the GGUF file is not UTF-8 text, so it cannot be written again.")
         return json.loads(self.text)
 
 
@@ -198,9 +203,11 @@ class Located:
         added = (0.0, 1.0) if own.dim() == 1 and "norm" in tensor.name else (0.0,)
         tried = [Place(tensor.name, order, more, turned) for more in added for turned in turns for order in orders]
 
+        def ours(place: Place) -> Tensor:
+            return (place.into(own) if rows is None else place.rows_into(own, rows)).float().cpu()
+
         def alike(place: Place) -> float:
-            value = place.into(own) if rows is None else place.rows_into(own, rows)
-            return _cosine(value - place.added, found - place.added)
+            return _cosine(ours(place) - place.added, found - place.added)
 
         likeness, best = max(((alike(place), place) for place in tried), key=lambda entry: entry[0])
         if own.dim() == 2 and likeness < _ALIKE:
@@ -208,7 +215,7 @@ class Located:
                 f"'{tensor.name}' in {self.like} is not what '{key}' was made from (cosine of the two {likeness:.2f}); "
                 "pass a GGUF file of the original model."
             )
-        expected = best.into(own) if rows is None else best.rows_into(own, rows)
+        expected = ours(best)
         return best, float((expected - found).norm() / expected.norm().clamp_min(1e-30))
 
     def check_untouched(self, key: str, distance: float) -> None:

@@ -334,15 +334,16 @@ class Projection(Method):
         """Quantize W first if asked to, then factor the residual W - Q."""
         w = weight.double()
         reference = w.square().sum() if moments is None else moments.energies(w).sum()
+        energy = None if moments is None else reference
         parts, backbone = None, None
         if quantizer is not None:
             parts, backbone = self.rounded(weight, moments, quantizer, heldout)
             w = w - backbone
         if rank == 0:  # Q alone
-            return Split(Factors(w[:, :0], w[:0]), parts, backbone, energy=reference)
+            return Split(Factors(w[:, :0], w[:0]), parts, backbone, energy=energy)
         solution = self.solve(w, moments, output_gram)
         factors, curve = truncate(w, solution.spectrum, rank), calibrated_curve(solution, moments, reference)
-        return Split(factors, parts, backbone, solution.spectrum.centre, curve, reference)
+        return Split(factors, parts, backbone, solution.spectrum.centre, curve, energy)
 
     def rounded(
         self, weight: Tensor, moments: Moments | None, quantizer: Quantizer, heldout: InputStatistics | None = None

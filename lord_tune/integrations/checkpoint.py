@@ -148,11 +148,11 @@ class Checkpoint:
         if name in self._computed or name not in self._present or "safetensors_file" not in entry:
             return self._read(name).to(self._device, copy=True)
         file, stored = entry["safetensors_file"], entry.get("weight_name", name)
+        dtype = getattr(torch, entry["dtype"]) if "dtype" in entry else None
         with safe_open(file, framework="pt") as opened:
             shape = opened.get_slice(stored).get_shape()
-        if len(shape) != 2 or math.prod(shape) <= READ_AT_ONCE:
-            return self._read(name).to(self._device, copy=True)
-        dtype = getattr(torch, entry["dtype"]) if "dtype" in entry else None
+            if len(shape) != 2 or math.prod(shape) <= READ_AT_ONCE:
+                return opened.get_tensor(stored).to(self._device, dtype, copy=True)
         found, step = None, max(1, READ_AT_ONCE // shape[1])
         for start in range(0, shape[0], step):
             with safe_open(file, framework="pt") as opened:
