@@ -319,7 +319,7 @@ def test_tucker_of_a_matrix_is_truncated_svd_with_the_core_in_a_factor(shape, ra
 @shapes
 @pytest.mark.parametrize("rank", [0, 1, 5])
 def test_output_errors_are_those_of_the_whole_residual(shape, rank):
-    """With and without a centre; 1e-12 of what Q alone leaves is lost to cancellation in float64."""
+    """With and without a centre. 1e-6: `inputs` are float32, whose products the moments sum in float64."""
     w, x = weight(shape).double(), inputs(shape[1])
     moments, rows = moments_of(x), x[0].double()
     backbone = torch.round(w * 4) / 4

@@ -270,6 +270,18 @@ def test_files_that_are_none(source, decomposed, tmp_path):
         lord_tune.export(str(given), str(tmp_path / "e"), "dense", like=str(source[1]))
 
 
+def test_words_that_are_no_text_are_refused_where_they_are_needed():
+    class Words:
+        name, types = "tokenizer.ggml.tokens", []
+
+        def contents(self):
+            return str(b"\xff\xfe", "utf-8")
+
+    found = gguf_places.Field.of(Words())
+    with pytest.raises(UsageError, match=r"tokenizer.ggml.tokens' of the GGUF file is not UTF-8 text"):
+        found.contents()
+
+
 def test_biases_without_a_place(source, decomposed, tmp_path):
     given = decomposed(method="afm", backbone="q4_0", rank=8)
     refused(given, source[1], tmp_path, "the method afm added it")

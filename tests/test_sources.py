@@ -17,6 +17,7 @@ from lord_tune.adapters.basis import add_basis
 from lord_tune.adapters.fold import fold
 from lord_tune.exports.source import Source, open_source
 from lord_tune.exports.verify import outputs_of
+from lord_tune.integrations import checkpoint
 from lord_tune.integrations.models import load_dense_or_factored
 from lord_tune.layers import factored_layers
 
@@ -160,3 +161,21 @@ def halved(model: Any) -> Any:
         if isinstance(getattr(module, "scaling", None), dict):
             module.scaling = dict.fromkeys(module.scaling, 0.5)
     return model
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_large_tables_are_read_a_few_rows_at_a_time(tmp_path, monkeypatch, dtype):
+    """The tables of tests are small: the limit is made so that no step is the whole or divides it."""
+    base = save_tiny(tiny_llama(), tmp_path / "base")
+    monkeypatch.setattr(checkpoint, "READ_AT_ONCE", 7 * 64)
+    opened = checkpoint.Checkpoint(str(base), dtype, tmp_path / "scratch")
+    reads = []
+    monkeypatch.setattr(opened, "_read", lambda name: reads.append(name))
+    whole = load_dense_or_factored(str(base), dtype).state_dict()
+    names = [name for name in whole if name.endswith("weight") and whole[name].dim() == 2]
+    names = [name for name in names if name in opened._present]
+    opened.load(names)
+    assert len(names) > 7 and not reads
+    for name in names:
+        own = opened.model.get_parameter(name)
+        assert own.dtype == whole[name].dtype and torch.equal(own, whole[name]), name
